@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. Each makes .venv first, once.
+#
+# Which torch: pip decides by its own settings. On Linux plain pip takes the CUDA build; on a machine without a GPU point it at the
+# small CPU build, by pip's configuration or with TORCH_INDEX=<address of PyTorch's CPU index>.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMP := $(VENV)/.installed
+TREE := build/types/efficientvlm
+
+.PHONY: quickstart test test-slow lint types format install clean
+
+quickstart: $(STAMP)
+	$(BIN)/evlm run quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# mypy finds packages by folder, and cli/ and recipes/ lie elsewhere than their names say (package-dir in pyproject.toml). So it is given
+# the tree that an installation would have, made of links. Plain `mypy` in the root checks the same without cli/.
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p $(TREE)
+	@ln -s "$(CURDIR)"/efficientvlm/* "$(CURDIR)/cli" "$(CURDIR)/recipes" $(TREE)/
+	cd build/types && $(abspath $(BIN))/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (some minutes on a slow line)"
+	@$(PIP) --constraint constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "installing efficientvlm and its tools"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

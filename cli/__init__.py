@@ -1,0 +1,1 @@
+"""The `evlm` command line."""

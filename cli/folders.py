@@ -1,0 +1,65 @@
+"""Commands that read checkpoint folders and load no model: inspect, verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from efficientvlm.cli import options as o
+from efficientvlm.cli import output
+from efficientvlm.errors import BadInput
+
+if TYPE_CHECKING:
+    from efficientvlm.checkpoint import Node
+
+Folder = Annotated[str, typer.Argument(help="Checkpoint folder, or bundled:NAME.", metavar="DIR")]
+
+
+def inspect(
+    folder: Annotated[str | None, typer.Argument(help="Checkpoint folder, or bundled:NAME.", metavar="DIR")] = None,
+    units: Annotated[bool, typer.Option("--units", help="Also the heads and neurons each layer kept.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of manifests instead.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Show what a checkpoint was made from: parameters, MACs, sparsity and metrics of every stage."""
+    from efficientvlm import checkpoint, manifest
+
+    if schema:
+        output.emit(manifest.schema())
+        return
+    if folder is None:
+        raise typer.BadParameter("it is needed and was not given", param_hint="DIR")
+    root = checkpoint.lineage(folder)
+    if json:
+        output.emit(_as_json(root))
+    else:
+        output.lineage_tree(root, units=units)
+
+
+def _as_json(node: Node) -> dict[str, Any]:
+    from efficientvlm.checkpoint import shown
+
+    return {
+        "role": node.role or None,
+        "path": shown(node.path),
+        "problem": node.problem,
+        "manifest": node.manifest.model_dump(mode="json") if node.manifest else None,
+        "parents": [_as_json(parent) for parent in node.parents],
+    }
+
+
+def verify(folder: Folder, json: o.Json = False) -> None:
+    """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed."""
+    from efficientvlm import checkpoint
+
+    problems = checkpoint.verify(folder)
+    count = len({node.path.resolve() for node in checkpoint.lineage(folder).walk() if node.manifest})
+    if json:
+        output.emit({"path": folder, "ok": not problems, "checkpoints": count, "problems": problems})
+        raise typer.Exit(3 if problems else 0)
+    if problems:
+        fix = "restore what has changed, or run the stages again with --force"
+        raise BadInput(f"{folder} is not as it was made", "\n  " + "\n  ".join(problems), fix)
+    print(f"all files of {count} checkpoint{'s' * (count > 1)} are as they were written")
+    print(folder)

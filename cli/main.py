@@ -1,0 +1,91 @@
+"""Entry point of `evlm`: the list of commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from efficientvlm.cli import build, folders, measure, recipes, train
+from efficientvlm.errors import EvlmError
+
+app = typer.Typer(
+    name="evlm",
+    help="Make a vision-language model small: shrink, distill, prune, finetune; then measure what came out.",
+    epilog="Exit codes: 0 done or up to date, 2 wrong usage, 3 bad input, 4 target not reached, 75 interrupted: the same command resumes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Make a model": {"init": build.init, "import": build.import_, "shrink": build.shrink},
+    "Train": {"pretrain": train.pretrain, "distill": train.distill, "prune": train.prune, "finetune": train.finetune},
+    "Use and measure": {"eval": measure.evaluate, "bench": measure.bench, "predict": measure.predict},
+    "Look into folders": {"inspect": folders.inspect, "verify": folders.verify},
+    "Whole chains": {"run": recipes.run},
+}
+for panel, commands in PANELS.items():
+    for name, function in commands.items():
+        app.command(name, rich_help_panel=panel)(function)
+app.add_typer(recipes.app, name="recipes", rich_help_panel="Whole chains")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"evlm {version('efficientvlm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options that come before the command."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except EvlmError as error:
+        return _fail(error.exit_code, error.what, error.why, error.fix)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted", "", "run the same command again")
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # noqa: BLE001 - the outermost edge: whatever happens, three lines and no traceback
+        reason = " ".join(str(error).split()) or "no further information"
+        return _fail(1, f"unexpected {type(error).__name__}", reason, "set EVLM_DEBUG=1 to see where it happened, and report it")
+    return 0
+
+
+def _fail(code: int, what: str, why: str, fix: str) -> int:
+    if os.environ.get("EVLM_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    several = "\n" in why
+    reasons = [f"  why: {why}"] if not several else ["  why:", *(f"    {line.strip()}" for line in why.strip().splitlines())]
+    print("\n".join([f"error: {what}", *(reasons if why else []), *([f"  do:  {fix}"] if fix else [])]), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

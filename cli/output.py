@@ -1,0 +1,148 @@
+"""What the commands print: results on stdout, as text for people or as one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from efficientvlm.checkpoint import Node
+    from efficientvlm.manifest import Manifest
+
+
+def console() -> Console:
+    """Standard output with colour on a terminal only. Rich itself honours NO_COLOR."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, force_terminal=terminal, width=None if terminal else 200)
+
+
+def emit(value: Any) -> None:
+    """`value` as one JSON object."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:
+    """Summary of a checkpoint a stage has written; its last line is the path."""
+    from efficientvlm import manifest as manifests
+    from efficientvlm.card import flatten, number, size_rows
+
+    manifest = manifests.read(path)
+    if as_json:
+        emit({"path": str(path), **manifest.model_dump(mode="json")})
+        return
+    if not quiet:
+        rows = [row for row in size_rows(manifest.accounting) if not row[0].startswith("parameters, ")]
+        for key, value in [*rows, *((key, number(value)) for key, value in flatten(manifest.metrics))]:
+            print(f"{key}: {value}")
+    print(path)
+
+
+def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool) -> None:
+    """A result that is no checkpoint: a line a value, a table for a list of records; last the file it was written to, if any."""
+    from efficientvlm.card import flatten, number
+
+    if as_json:
+        emit(result)
+        return
+    for key, value in flatten(result):
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            records_table(value)
+        elif isinstance(value, list):
+            print(f"{key}: {', '.join(number(item) for item in value)}")
+        else:
+            print(f"{key}: {number(value)}")
+    if out:
+        print(out)
+
+
+def records_table(records: list[dict[str, Any]]) -> None:
+    """Records as a table: a column a key, in order of first appearance; nested mappings become dotted keys."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from efficientvlm.card import flatten, number
+
+    flat = [dict(flatten(record)) for record in records]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = list(dict.fromkeys(name for record in flat for name in record))
+    for name in names:
+        numeric = all(isinstance(record.get(name, 0), int | float) for record in flat)
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for record in flat:
+        table.add_row(*(Text(number(record[name]) if name in record else "") for name in names))
+    console().print(table)
+
+
+def lineage_tree(root: Node, *, units: bool) -> None:
+    """A checkpoint above what it was made from, with the figures of each."""
+    from rich.tree import Tree
+
+    def branch(node: Node, tree: Tree | None) -> Tree:
+        label = _label(node)
+        below = Tree(label) if tree is None else tree.add(label)
+        if node.manifest and units and tree is None:
+            for line in _unit_lines(node.manifest):
+                label.append(f"\n{line}", style="dim")
+        for parent in node.parents:
+            branch(parent, below)
+        return below
+
+    console().print(branch(root, None), soft_wrap=True)
+
+
+def _label(node: Node) -> Any:
+    from rich.text import Text
+
+    from efficientvlm.card import flatten, number
+    from efficientvlm.checkpoint import shown
+
+    label = Text()
+    if node.role:
+        label.append(f"{node.role}: ", style="dim")
+    label.append(shown(node.path) if str(node.path).startswith("/") else str(node.path), style="bold")
+    manifest = node.manifest
+    if manifest:
+        label.append(f"  {manifest.stage}" + (f" ({manifest.origin})" if manifest.origin else ""), style="cyan")
+        for line in filter(None, (sizes(manifest), "  ".join(f"{key} {number(value)}" for key, value in flatten(manifest.metrics)))):
+            label.append(f"\n{line}")
+    if node.problem:
+        label.append(f"\n{node.problem}", style="red")
+    return label
+
+
+def sizes(manifest: Manifest) -> str:
+    """Parameters, multiply-adds and sparsity on one line; what the manifest does not hold is left out."""
+    parameters, macs, sparsity = (manifest.accounting.get(key) or {} for key in ("parameters", "macs", "sparsity"))
+    parts = []
+    if "total" in parameters:
+        parts.append(f"{short(parameters['total'])} parameters")
+    if "total" in macs:
+        parts.append(f"{short(macs['total'])} MACs")
+    if sparsity.get("achieved"):
+        parts.append(f"sparsity {sparsity['achieved']:.3f}")
+    return "  ".join(parts)
+
+
+def short(count: float) -> str:
+    """A count with three digits and a unit: 1.83 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} "[:-1]
+
+
+def _unit_lines(manifest: Manifest) -> list[str]:
+    units: dict[str, dict[str, int]] = manifest.accounting.get("units") or {}
+    layers: dict[str, list[str]] = {}
+    for group, count in units.items():
+        tower, layer, kind = group.split(".", 2)
+        plural = {"head": "heads", "cross_head": "cross heads", "neuron": "neurons"}.get(kind, kind)
+        layers.setdefault(f"{tower} {layer}", []).append(f"{count['kept']}/{count['of']} {plural}")
+    return [f"{layer}: {', '.join(parts)}" for layer, parts in layers.items()]

@@ -1,0 +1,1 @@
+"""Make a large vision-language model small and fast: shrink, distill, prune, finetune."""

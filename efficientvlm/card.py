@@ -1,0 +1,96 @@
+"""The model card (README.md) of a checkpoint, made from its manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from efficientvlm.manifest import DataRecord, Manifest
+
+
+def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -> str:
+    """Markdown with a YAML header. `data` are the records of this stage and of all stages before it."""
+    import yaml
+
+    config = manifest.config
+    task = config.get("task")
+    header: dict[str, Any] = {
+        "library_name": "efficientvlm",
+        "license": "other",
+        "license_name": "see-the-data-table",
+        "tags": ["efficientvlm", manifest.family, manifest.stage],
+    }
+    if task == "vqa":
+        header["pipeline_tag"] = "visual-question-answering"
+    if data:
+        header["datasets"] = sorted({record.name for record in data})
+    if manifest.parents:
+        header["base_model"] = [parent.path for parent in manifest.parents]
+
+    made_from = [f"{parent.role} `{parent.path}` (manifest sha256 `{parent.sha256[:12]}`)" for parent in manifest.ancestors()]
+    origin = f", origin: {manifest.origin}" if manifest.origin else ""
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {manifest.family} checkpoint written by `evlm {manifest.stage}` (efficientvlm {manifest.code.version}){origin}.",
+        f"Made from {'; '.join(made_from)}." if made_from else "It was made from no other checkpoint.",
+        "",
+    ]
+    lines += _table("Size", ("measure", "value"), size_rows(manifest.accounting))
+    lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in flatten(manifest.metrics)])
+    rows = [(record.name, record.split, f"{record.count:,}", record.licence) for record in data]
+    lines += _table("Data and licences", ("data", "split", "images", "licence"), rows)
+    lines += [
+        "The weights may be used as far as the licences of the data and of the models they were made from allow.",
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"evlm inspect {name}",
+        *([f'evlm predict --model {name} --image picture.png --question "What colour is it?"'] if task == "vqa" else []),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def size_rows(accounting: dict[str, Any]) -> list[tuple[str, str]]:
+    """Measure and value for what an accounting holds; every part of it may be absent."""
+    rows = []
+    parameters, macs, sparsity = (accounting.get(key) or {} for key in ("parameters", "macs", "sparsity"))
+    if "total" in parameters:
+        rows.append(("parameters", f"{parameters['total']:,}"))
+    if "without_embeddings" in parameters:
+        rows.append(("parameters without embeddings", f"{parameters['without_embeddings']:,}"))
+    rows += [(f"parameters, {tower}", f"{count:,}") for tower, count in (parameters.get("by_tower") or {}).items()]
+    if "total" in macs:
+        rows.append((f"multiply-adds at {macs.get('image_size', '?')} px, {macs.get('text_length', '?')} tokens", f"{macs['total']:,}"))
+    if "achieved" in sparsity:
+        rows.append(("sparsity of the prunable weights", number(sparsity["achieved"])))
+    return rows
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as dotted names, in order."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
+
+
+def number(value: Any) -> str:
+    """Four significant digits for fractions, separators for counts, anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *body, ""]

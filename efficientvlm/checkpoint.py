@@ -1,0 +1,551 @@
+"""Checkpoint folders: found, written so that a crash never leaves a half-made one, verified, and followed up their lineage.
+
+While a stage runs its folder holds `training_state/request.json`, which says what is being made and marks the folder as ours. Finished
+files are gathered in a sibling folder and renamed in; the manifest comes last. At every instant the folder is therefore the old checkpoint,
+an unfinished one that the same command completes, or the new checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efficientvlm import manifest as manifests
+from efficientvlm.errors import BadInput
+from efficientvlm.manifest import MANIFEST, DataRecord, FileRecord, Manifest, Parent
+
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+STATE = "training_state"
+REQUEST = "request.json"
+METRICS = "metrics.jsonl"
+CARD = "README.md"
+LOADABLE = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".py",
+    ".index.json",
+    "config.json",
+    "tokenizer.json",
+    "tokens.json",
+    "tokens_map.json",
+)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside `path` durable; does nothing where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: after a crash it has its old content or the new one, never a mixture."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def bundled_names() -> list[str]:
+    """Names usable as `bundled:NAME`."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{MANIFEST}"))
+
+
+def resolve(spec: str | Path) -> Path:
+    """The existing path a user means by `spec`; `bundled:NAME` is a checkpoint inside this package.
+
+    Raises:
+        BadInput: there is no such path or bundled checkpoint.
+    """
+    text = str(spec)
+    kind, found, name = text.partition(":")
+    if found and kind == "bundled":
+        names = bundled_names()
+        if name not in names:
+            raise BadInput(f"there is no bundled checkpoint {name!r}", f"this package has {', '.join(names) or 'none'}")
+        return BUNDLED / name
+    try:
+        path = Path(text).expanduser()
+        exists = bool(text) and path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{text!r} is not a usable path", str(error)) from None
+    if not exists:
+        bundled = ", ".join(f"bundled:{name}" for name in bundled_names())
+        raise BadInput(
+            f"{text!r} does not exist",
+            f"looked in {Path.cwd()}",
+            f"check the path, or use one of {bundled}" if bundled else "check the path",
+        )
+    return path
+
+
+def shown(path: Path) -> str:
+    """How a path is written down by people: `bundled:NAME`, or as given."""
+    resolved = path.resolve()
+    return f"bundled:{resolved.name}" if resolved.parent == BUNDLED else str(path)
+
+
+def require_complete(spec: str | Path) -> Manifest:
+    """The manifest of a finished checkpoint whose files are all there with their recorded sizes (no hashing, see :func:`verify`).
+
+    Raises:
+        BadInput: the stage that writes it has not finished, or files are missing or of another size.
+    """
+    folder = resolve(spec)
+    if (folder / STATE).is_dir() and not (folder / MANIFEST).exists():
+        raise BadInput(f"{folder} is not finished", "the stage that writes it was interrupted", "run its command again; it resumes")
+    manifest = manifests.read(folder)
+    if problems := _wrong_sizes(folder, manifest):
+        raise BadInput(f"{folder} is damaged", "; ".join(problems[:3]), "restore the files, or run its stage again with --force")
+    return manifest
+
+
+def _wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
+    return problems
+
+
+def fingerprint(spec: str | Path) -> str:
+    """Hex digest of an input: of a checkpoint's manifest, of a file, or of all files of another folder.
+
+    A text `sha256:HEX` is taken as a digest already known.
+    """
+    if str(spec).startswith("sha256:"):
+        return str(spec).removeprefix("sha256:")
+    path = resolve(spec)
+    if path.is_file():
+        return sha256(path)
+    if (path / MANIFEST).is_file():
+        return sha256(path / MANIFEST)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_checkpoint(spec: str) -> bool:
+    return not spec.startswith("sha256:") and (resolve(spec) / MANIFEST).is_file()
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """How a manifest in `folder` refers to `path`: folders that are moved together keep finding one another."""
+    if (text := shown(path)).startswith("bundled:"):
+        return text
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.resolve().as_posix()
+
+
+def _locate(parent: Parent, folder: Path) -> Path:
+    return BUNDLED / parent.path.removeprefix("bundled:") if parent.path.startswith("bundled:") else folder / parent.path
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass
+class Output:
+    """The folder one stage writes. Made by :meth:`open`, finished by :meth:`commit`, given up by :meth:`abandon`."""
+
+    path: Path
+    stage: str
+    inputs: dict[str, str]
+    digests: dict[str, str]
+    config: dict[str, Any]
+    up_to_date: bool = False
+    replaces: list[str] = field(default_factory=list)
+    beside: bool = False
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, stage: str, inputs: dict[str, str], config: dict[str, Any], force: bool = False, resume: bool = True
+    ) -> Output:
+        """Claim a folder for a stage, or find that its result is already there (`up_to_date`; then nothing is written).
+
+        Args:
+            inputs: role → checkpoint, file or folder, `bundled:NAME`, or `sha256:HEX` of anything else (a data fingerprint). Checkpoints
+                become the parents in the manifest, the role `teacher` its teacher.
+            config: the resolved configuration; `out` and the keys named like a role do not count when two runs are compared.
+            force: replace a finished checkpoint of other inputs or configuration, or make the same one again. The old one stays complete
+                until :meth:`commit`.
+            resume: False discards an unfinished state.
+
+        Raises:
+            BadInput: the folder is not ours, is an input, is finished or unfinished with other inputs or configuration, or cannot be made.
+        """
+        out = Path(path).expanduser()
+        output = cls(out, stage, dict(inputs), {role: fingerprint(spec) for role, spec in inputs.items()}, config)
+        output._refuse_foreign()
+        request = output._read_request(lenient=force or not resume)
+        if (out / MANIFEST).exists():
+            request = output._meet_finished(force, request)
+        if output.up_to_date:
+            return output
+        _remove_dead_staging(out)
+        if request:
+            output.replaces, output.beside = request["replaces"], request["beside"]
+            differences = output._differences(request)
+            if not resume or (differences and force):
+                request = None
+            elif differences:
+                raise BadInput(
+                    f"{out} holds an unfinished stage of other settings",
+                    "; ".join(differences[:5]),
+                    "use --force to drop it, or another --out",
+                )
+        if not request:
+            output._discard()
+            output._claim()
+        return output
+
+    @property
+    def state_dir(self) -> Path:
+        """Where a resumable state is kept. `request.json` in it is ours: put states into files or folders beside it."""
+        return self.path / STATE
+
+    @property
+    def metrics(self) -> Path:
+        """The growing metrics file. It lies with the state as long as the folder still holds the checkpoint it will replace."""
+        return (self.state_dir if self.beside else self.path) / METRICS
+
+    @property
+    def staging(self) -> Path:
+        """Sibling folder in which the stage writes its final files; made on first use."""
+        path = _staging_of(self.path, os.getpid())
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a training state was saved."""
+        return any(path.name not in (REQUEST, METRICS) for path in self.state_dir.iterdir()) if self.state_dir.is_dir() else False
+
+    def manifest(self, *, family: str, **fields: Any) -> Manifest:
+        """A manifest with stage, parents, teacher, inputs, configuration, seed, code and environment filled in.
+
+        Further fields (`origin`, `data`, `cost`, `metrics`, `accounting`, `extra`) are given by name.
+        """
+        parents = [
+            Parent(role=role, path=_relative(resolve(spec), self.path), sha256=self.digests[role])
+            for role, spec in self.inputs.items()
+            if _is_checkpoint(spec)
+        ]
+        known: dict[str, Any] = {
+            "parents": [parent for parent in parents if parent.role != "teacher"],
+            "teacher": next((parent for parent in parents if parent.role == "teacher"), None),
+            "seed": int(self.config.get("seed", 0)),
+            "code": manifests.code(),
+            "environment": dict(manifests.environment()),
+            "created": manifests.now(),
+        }
+        return Manifest(**{"stage": self.stage, "family": family, "inputs": self.digests, "config": self.config, **known, **fields})
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Hash the staged files, rename them into the folder and write the manifest last. Returns the manifest as written.
+
+        Raises:
+            ValueError: nothing was staged, or the manifest holds a number that is not finite.
+        """
+        from efficientvlm.card import model_card
+
+        staging = self.staging
+        if not _names(staging):
+            raise ValueError(f"stage {self.stage} staged no files")
+        if self.metrics.is_file():
+            shutil.copyfile(self.metrics, staging / METRICS)
+        for name in _names(staging):
+            _fsync_file(staging / name)
+        files = {name: FileRecord(sha256=sha256(staging / name), bytes=(staging / name).stat().st_size) for name in _names(staging)}
+        final = manifest.model_copy(update={"files": files, "created": manifests.now()})
+        content = final.dump()
+        card = staging / CARD
+        card.write_text(model_card(final, self.path.resolve().name, _known_data(self.path, final)), encoding="utf-8")
+        _fsync_file(card)
+
+        placed = _names(staging)
+        self.replaces = sorted({*self.replaces, *placed})
+        self._claim()
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        fsync_dir(self.path)
+        for name in placed:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, target)
+        for name in set(self.replaces) - set(placed):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in {(self.path / name).parent for name in placed}:
+            fsync_dir(folder)
+        write_atomic(self.path / MANIFEST, content)
+        shutil.rmtree(self.state_dir)
+        shutil.rmtree(staging)
+        return Manifest.model_validate_json(content)
+
+    def abandon(self) -> None:
+        """Give up: remove the staged files, and every trace of the stage if no training state was saved."""
+        shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
+        if not self.path.is_dir() or self.up_to_date:
+            return
+        others = [path for path in self.path.iterdir() if path.name != STATE and path != self.metrics]
+        if not self.resumable and ((self.path / MANIFEST).exists() or not others):
+            self.metrics.unlink(missing_ok=True)
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _refuse_foreign(self) -> None:
+        resolved = self.path.resolve()
+        if BUNDLED in (resolved, *resolved.parents):
+            raise BadInput(f"{self.path} cannot be written", "it belongs to the installed package", "use another --out")
+        for role, spec in self.inputs.items():
+            given = None if spec.startswith("sha256:") else resolve(spec).resolve()
+            if given and (given == resolved or given in resolved.parents):
+                raise BadInput(f"{self.path} cannot be written", f"it is the {role} this stage reads", "use another --out")
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise BadInput(f"{self.path} cannot be written", "it is a file", "use another --out")
+            ours = not self.path.exists() or (self.path / MANIFEST).exists() or self.state_dir.is_dir() or not any(self.path.iterdir())
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be read", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        if not ours:
+            raise BadInput(f"{self.path} is not empty", "it holds files that no stage wrote", "use another --out")
+
+    def _key(self) -> dict[str, Any]:
+        """What two runs must share to be the same run, as it looks after a round trip through JSON."""
+        return json.loads(json.dumps({"stage": self.stage, "inputs": self.digests, "config": self.config}))
+
+    def _differences(self, other: dict[str, Any]) -> list[str]:
+        mine = self._key()
+        if mine["stage"] != other["stage"]:
+            return [f"stage: {other['stage']} there, {self.stage} now"]
+        roles = sorted({*mine["inputs"], *other["inputs"]})
+        changed = [f"input {role} differs" for role in roles if mine["inputs"].get(role) != other["inputs"].get(role)]
+        for name in sorted({*mine["config"], *other["config"]} - {"out", *roles}):
+            before, wanted = other["config"].get(name), mine["config"].get(name)
+            if before != wanted:
+                changed.append(f"{name}: {_brief(before)} there, {_brief(wanted)} now")
+        return changed
+
+    def _read_request(self, lenient: bool) -> dict[str, Any] | None:
+        path = self.state_dir / REQUEST
+        if not path.exists():
+            return None
+        try:
+            request = manifests.read_json(path)
+            shape = {"stage": str, "inputs": dict, "config": dict, "replaces": list, "beside": bool}
+            if not isinstance(request, dict) or any(not isinstance(request.get(key), kind) for key, kind in shape.items()):
+                raise BadInput(f"{path} is damaged", "it does not describe a stage")
+            for name in request["replaces"]:
+                manifests.inside(str(name))
+        except (BadInput, ValueError) as error:
+            if lenient:
+                return None
+            raise BadInput(
+                f"{self.path} holds an unfinished stage that cannot be resumed", str(error), "use --no-resume to start it anew"
+            ) from None
+        return request
+
+    def _meet_finished(self, force: bool, request: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            old = manifests.read(self.path)
+            differences = self._differences({"stage": old.stage, "inputs": old.inputs, "config": old.config})
+            damage = _wrong_sizes(self.path, old)
+        except BadInput:
+            if not force:
+                raise
+            old, differences, damage = None, [], ["manifest"]
+        if not force:
+            if damage:
+                raise BadInput(f"{self.path} is damaged", "; ".join(damage[:3]), "use --force to make it again")
+            if differences:
+                why = "; ".join(differences[:5])
+                raise BadInput(
+                    f"{self.path} holds a finished checkpoint of other settings", why, "use --force to replace it, or another --out"
+                )
+            if request is None or not self._differences(request):  # left over by a crash right after the manifest was written
+                shutil.rmtree(self.state_dir, ignore_errors=True)
+            self.up_to_date = True
+            return None
+        self.replaces = sorted(old.files) if old else []
+        self.beside = True
+        return request if request and request["beside"] else None
+
+    def _claim(self) -> None:
+        try:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+            content = {**self._key(), "replaces": self.replaces, "beside": self.beside}
+            write_atomic(self.state_dir / REQUEST, (json.dumps(content, indent=2) + "\n").encode())
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise BadInput(f"{self.path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+
+    def _discard(self) -> None:
+        shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
+        if self.metrics.exists():
+            self.metrics.unlink()
+        for path in self.state_dir.iterdir() if self.state_dir.is_dir() else ():
+            if path.name == REQUEST:
+                continue  # replaced by the next claim, so that the folder never stops being ours
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _staging_of(out: Path, pid: int) -> Path:
+    resolved = out.resolve()
+    return resolved.parent / f".{resolved.name}.staging-{pid}"
+
+
+def _remove_dead_staging(out: Path) -> None:
+    resolved = out.resolve()
+    for path in resolved.parent.glob(f".{resolved.name}.staging-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt" or pid == os.getpid():
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@dataclass
+class Node:
+    """A checkpoint in a lineage: its manifest, or the reason it could not be read."""
+
+    role: str
+    path: Path
+    manifest: Manifest | None
+    problem: str | None = None
+    parents: list[Node] = field(default_factory=list)
+
+    def walk(self) -> Iterable[Node]:
+        """This node and all above it."""
+        yield self
+        for parent in self.parents:
+            yield from parent.walk()
+
+
+def lineage(spec: str | Path) -> Node:
+    """A checkpoint with everything it was made from, read from manifests only.
+
+    A parent that is gone or was changed since is a node with a `problem`. Parents of a bundled checkpoint that are not there are left out:
+    a chain may end in one.
+
+    Raises:
+        BadInput: the folder itself has no readable manifest.
+    """
+    folder = resolve(spec)
+    return _node("", folder, manifests.read(folder), None, (sha256(folder / MANIFEST),))
+
+
+def _node(role: str, folder: Path, manifest: Manifest, problem: str | None, above: tuple[str, ...]) -> Node:
+    node = Node(role, folder, manifest, problem)
+    for parent in manifest.ancestors():
+        path = _locate(parent, folder)
+        if not (path / MANIFEST).is_file():
+            if manifest.origin != "bundled":
+                node.parents.append(Node(parent.role, path, None, f"parent not found at {path}"))
+            continue
+        digest = sha256(path / MANIFEST)
+        if digest in above:
+            node.parents.append(Node(parent.role, path, None, f"{path} is its own ancestor"))
+            continue
+        changed = None if digest == parent.sha256 else f"{path} has changed since {folder} was made from it"
+        try:
+            node.parents.append(_node(parent.role, path, manifests.read(path), changed, (*above, digest)))
+        except BadInput as error:
+            node.parents.append(Node(parent.role, path, None, str(error)))
+    return node
+
+
+def verify(spec: str | Path) -> list[str]:
+    """Re-hash every file of a checkpoint and of all its ancestors; the problems found, none if all is well.
+
+    Raises:
+        BadInput: the folder itself has no readable manifest.
+    """
+    problems: list[str] = []
+    seen: set[Path] = set()
+    for node in lineage(spec).walk():
+        if node.problem and node.problem not in problems:
+            problems.append(node.problem)
+        if node.manifest is None or node.path.resolve() in seen:
+            continue
+        seen.add(node.path.resolve())
+        if node.manifest.digest != manifests.digest(manifests.read_json(node.path / MANIFEST)):
+            problems.append(f"{node.path / MANIFEST} has changed since it was written")
+        problems += _changed_files(node.path, node.manifest)
+    return problems
+
+
+def _changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != record.bytes or sha256(path) != record.sha256:
+            problems.append(f"{path} has changed since it was written")
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(LOADABLE) and path.name not in manifest.files:
+            problems.append(f"{path} is not listed in the manifest")
+    return problems
+
+
+def _known_data(folder: Path, manifest: Manifest) -> list[DataRecord]:
+    """Data of a stage and of the stages before it, each once; what cannot be read any more is left out."""
+    records = [record for node in _node("", folder, manifest, None, ()).walk() if node.manifest for record in node.manifest.data]
+    return list({(record.name, record.split): record for record in records}.values())

@@ -1,0 +1,141 @@
+"""What a model costs: parameters, multiply-accumulates, kept units, sparsity. All counted, nothing estimated.
+
+Works on the meta device as well, where it allocates nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from efficientvlm.compression.anatomy import Anatomy, tied
+from efficientvlm.compression.surgery import whole
+from efficientvlm.families.base import Family
+
+
+def account(family: Family, model: Any, *, text_length: int = 12) -> dict[str, Any]:
+    """The `accounting` part of a manifest, JSON-ready: `parameters`, `macs`, `units`, `sparsity`.
+
+    Args:
+        text_length: tokens of the example question the MACs are counted for, at the image size of the model's config.
+    """
+    return {
+        "parameters": count_parameters(family, model),
+        "macs": count_macs(family, model, text_length=text_length),
+        "units": count_units(family, model.config),
+        "sparsity": count_sparsity(family, model),
+    }
+
+
+def count_parameters(family: Family, model: Any) -> dict[str, Any]:
+    """Elements of the state dict. Tied tensors count once, under their first name, and as embedding if one of their names is."""
+    tensors = model.state_dict(keep_vars=True)
+    aliases = tied(tensors)
+    embeddings = {aliases.get(name, name) for name in tensors if family.is_embedding(name)}
+    by_tower: Counter[str] = Counter()
+    without = 0
+    for name, tensor in tensors.items():
+        if name not in aliases:
+            by_tower[family.tower_of(name)] += tensor.numel()
+            without += 0 if name in embeddings else tensor.numel()
+    return {"total": by_tower.total(), "without_embeddings": without, "by_tower": dict(by_tower)}
+
+
+def count_units(family: Family, config: Any) -> dict[str, dict[str, int]]:
+    """`tower.layer.kind` → units kept and units before anything was removed."""
+    kept = family.kept(config)
+    return {group: {"kept": len(kept[group]), "of": count} for group, count in family.original_counts(config).items()}
+
+
+def count_sparsity(family: Family, model: Any) -> dict[str, Any]:
+    """1 − kept / initial elements of the prunable weights, in all and by tower; initial is the same network with every unit in place."""
+    present = Anatomy.of(family, model).totals
+    with torch.device("meta"):
+        dense = family.build(family.with_kept(model.config, whole(family, model.config)))
+    initial = Anatomy.of(family, dense).totals
+    by_tower = {tower: _sparsity(count, present.get(tower, 0)) for tower, count in initial.items()}
+    return {**_sparsity(sum(initial.values()), sum(present.values())), "by_tower": by_tower}
+
+
+def _sparsity(initial: int, kept: int) -> dict[str, Any]:
+    return {"initial": initial, "kept": kept, "achieved": 1 - kept / initial if initial else 0.0}
+
+
+def count_macs(family: Family, model: Any, *, text_length: int = 12) -> dict[str, Any]:
+    """Multiply-accumulates of matrix products and convolutions for one image and one question of `text_length` tokens, by tower.
+
+    Operations outside every module with parameters of one tower count as `heads`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        batch = family.example_batch(model.config, 1, text_length, next(model.parameters()).device)
+    counter = FlopCounterMode(display=False)
+    with _frozen(model), _Ledger(family, model, counter) as ledger, sdpa_kernel(SDPBackend.MATH), counter:
+        family.forward(model, batch)
+    sizes = [value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4]
+    by_tower = {tower: flops // 2 for tower, flops in ledger.flops.items() if flops}
+    total = counter.get_total_flops() // 2
+    return {"total": total, "by_tower": by_tower, "image_size": sizes[0] if sizes else 0, "text_length": text_length}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients. Not `no_grad`: the counter's module hooks fail there on views of a parameter (an empty layer)."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+class _Ledger:
+    """Books the operations counted so far on the tower of the innermost module that is running."""
+
+    def __init__(self, family: Family, model: nn.Module, counter: FlopCounterMode) -> None:
+        self.flops: Counter[str] = Counter()
+        self._counter, self._seen = counter, 0
+        self._running = ["heads"]
+        names = list(model.state_dict())
+        self._handles = []
+        for name, module in model.named_modules():
+            towers = {family.tower_of(parameter) for parameter in names if parameter.startswith(name + ".")}
+            if len(towers) == 1:
+                self._handles.append(module.register_forward_pre_hook(self._enter(towers.pop())))
+                self._handles.append(module.register_forward_hook(self._leave))
+
+    def _book(self) -> None:
+        total = self._counter.get_total_flops()
+        self.flops[self._running[-1]] += total - self._seen
+        self._seen = total
+
+    def _enter(self, tower: str) -> Any:
+        def enter(*_: Any) -> None:
+            self._book()
+            self._running.append(tower)
+
+        return enter
+
+    def _leave(self, *_: Any) -> None:
+        self._book()
+        self._running.pop()
+
+    def __enter__(self) -> _Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._book()
+        for handle in self._handles:
+            handle.remove()

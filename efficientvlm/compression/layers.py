@@ -1,0 +1,80 @@
+"""Which layers a shallower student takes from its teacher, and which teacher layer each of its layers imitates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import Family
+
+
+def odd_layers(total: int, count: int) -> list[int]:
+    """0-based source layers, the last of each of `count` blocks: 12 → 6 gives 1, 3, 5, 7, 9, 11 (EfficientVLM's layer choice)."""
+    return [(i + 1) * total // count - 1 for i in range(count)]
+
+
+def resolve_layers(counts: Mapping[str, int], wanted: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+    """Source layers of every tower: a count means the odd-layer map, a list is taken as it is, half (at least one) by default.
+
+    Args:
+        counts: layers each tower has.
+        wanted: tower → count or 0-based list; a tower with layers keeps at least one unless 0 or an empty list is asked for.
+
+    Raises:
+        BadInput: an unknown tower, a count or layer out of range, a list that is not strictly increasing.
+    """
+    if unknown := sorted(set(wanted) - set(counts)):
+        raise BadInput(f"no such tower: {', '.join(unknown)}", f"there are {', '.join(counts)}")
+    layers: dict[str, list[int]] = {}
+    for tower, total in counts.items():
+        choice = wanted.get(tower, max(total // 2, min(total, 1)))
+        if isinstance(choice, int):
+            if not 0 <= choice <= total:
+                raise BadInput(f"{choice} {tower} layers", f"the model has {total}", f"ask for 0 to {total}")
+            layers[tower] = odd_layers(total, choice)
+            continue
+        layers[tower] = list(choice)
+        if wrong := [layer for layer in choice if not 0 <= layer < total]:
+            raise BadInput(f"{tower} layer {wrong[0]}", f"the model has layers 0 to {total - 1}" if total else "the model has none there")
+        if any(b <= a for a, b in pairwise(choice)):
+            raise BadInput(f"{tower} layers {list(choice)}", "they must increase, without repeats")
+    return layers
+
+
+def layer_map(source_layers: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Student → teacher index of hidden states (0 is the input of the first layer) and of attention maps (EfficientVLM).
+
+    >>> layer_map([1, 3])
+    ({0: 0, 1: 2, 2: 4}, {0: 1, 1: 3})
+    """
+    hidden = {0: 0} | {i + 1: layer + 1 for i, layer in enumerate(source_layers)}
+    return hidden, dict(enumerate(source_layers))
+
+
+def shrink_model(family: Family, teacher: Any, layers: Mapping[str, list[int]]) -> Any:
+    """A model with only the given layers of `teacher`, every tensor a copy of the teacher's.
+
+    Args:
+        layers: tower → 0-based source layers, as :func:`resolve_layers` returns them.
+
+    Raises:
+        ValueError: the family names a source tensor that is missing or used twice.
+        RuntimeError: a tensor has another shape there.
+    """
+    chosen = {tower: list(part) for tower, part in layers.items()}
+    student = family.build(family.with_layers(teacher.config, chosen))
+    source = teacher.state_dict()
+    sources = {name: family.source_name(name, chosen) for name in student.state_dict()}
+    if missing := sorted({name for name in sources.values() if name not in source}):
+        raise ValueError(f"the teacher has no tensor {missing[0]}")
+    if len(set(sources.values())) < len(sources):
+        raise ValueError("two tensors of the student come from one tensor of the teacher")
+    state = {name: source[name_there] for name, name_there in sources.items()}
+    reference = next(iter(source.values()), torch.empty(0))
+    student.to(reference.device)
+    student.load_state_dict(state, strict=True)  # refuses other shapes
+    return student.train(teacher.training)

@@ -1,0 +1,202 @@
+"""How much is to go: what may be pruned, the schedule, the expected sparsity, and the Lagrangian that enforces it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
+from efficientvlm.errors import BadInput, TargetMissed
+from efficientvlm.families.base import KINDS, NEURON, Unit
+
+
+def target_at(step: int, warmup_steps: int, target: float, start: float = 0.0) -> float:
+    """Sparsity asked for at `step`: linear from `start` to `target` over `warmup_steps` (EfficientVLM, published schedule)."""
+    return target if step >= warmup_steps else start + (target - start) * step / warmup_steps
+
+
+def expected_sparsity(
+    p_open: torch.Tensor, costs: torch.Tensor, total: float | torch.Tensor, fixed: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """1 − expected kept elements / `total` (EfficientVLM).
+
+    Args:
+        p_open: [units] probability of each gate to be non-zero.
+        costs: [units] or [budgets, units] elements of each unit.
+        total: prunable elements, a number or [budgets].
+        fixed: those of them that no gate can remove.
+    """
+    return 1 - (costs @ p_open + fixed) / total
+
+
+def lagrangian(
+    expected: torch.Tensor, target: float | torch.Tensor, lambda1: float | torch.Tensor, lambda2: float | torch.Tensor
+) -> torch.Tensor:
+    """λ₁(ŝ − t) + λ₂(ŝ − t)², to be minimised by the gates and maximised by the multipliers (EfficientVLM)."""
+    gap = expected - target
+    return lambda1 * gap + lambda2 * gap**2
+
+
+def published_costs(width: int, heads: int, intermediate: int) -> tuple[int, int, int]:
+    """Elements of one head, one neuron and one FFN layer as the published code counts them; for parity only.
+
+    The output bias of attention is shared by the heads, the bias of fc1 is taken as 4·width, a neuron is an integer division.
+    """
+    layer = 2 * width * intermediate + width + 4 * width
+    return (4 * width * width + 4 * width) // heads, layer // intermediate, layer
+
+
+@dataclass(frozen=True)
+class Target:
+    """One budget: part `sparsity` of the `whole` prunable elements of `towers` has to go, `gone` of them went before."""
+
+    name: str
+    towers: tuple[str, ...]
+    sparsity: float
+    whole: int
+    gone: int
+
+    @property
+    def need(self) -> int:
+        """Fewest elements to remove now."""
+        need = math.ceil(self.sparsity * self.whole)
+        if need and (need - 1) / self.whole >= self.sparsity:  # 0.07 * 100 is a little more than 7
+            need -= 1
+        return max(need - self.gone, 0)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What may be pruned and how much; see :meth:`of`. `active` is bool [units of the anatomy]."""
+
+    anatomy: Anatomy
+    active: Mask
+    targets: tuple[Target, ...]
+    min_heads: int = 0
+    min_neurons: int = 0
+    round_to: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        anatomy: Anatomy,
+        sparsity: float,
+        *,
+        kinds: Iterable[str] = KINDS,
+        towers: Iterable[str] | None = None,
+        tower_sparsity: Mapping[str, float] | None = None,
+        min_heads: int = 0,
+        min_neurons: int = 0,
+        round_to: int = 1,
+        whole: Mapping[str, int] | None = None,
+    ) -> Scope:
+        """One budget over all towers, or a budget of its own for each tower of `tower_sparsity` and one at `sparsity` for the others.
+
+        Args:
+            kinds, towers: what may be removed. The sparsity is always a part of *all* prunable elements of the budget's towers.
+            min_heads, min_neurons: floors of a layer and kind (no more than it has).
+            round_to: the neurons a layer keeps are a multiple of this, or all of them.
+            whole: prunable elements by tower before anything was removed; by default those of `anatomy`.
+
+        Raises:
+            BadInput: an unknown tower or kind, or a sparsity outside [0, 1].
+        """
+        whole = dict(anatomy.totals if whole is None else whole)
+        own = dict(tower_sparsity or {})
+        allowed = set(whole if towers is None else towers)
+        for wrong, known, what in ((allowed | set(own), whole, "tower"), (set(kinds), KINDS, "kind of unit")):
+            if unknown := sorted(wrong - set(known)):
+                raise BadInput(f"no such {what}: {', '.join(unknown)}", f"there are {', '.join(known)}")
+        for value in (sparsity, *own.values()):
+            if not 0 <= value <= 1:
+                raise BadInput(f"sparsity {value}", "it is not between 0 and 1")
+        rest = tuple(tower for tower in whole if tower not in own)
+        parts = [((tower,), tower, value) for tower, value in own.items()] + ([(rest, "+".join(rest), sparsity)] if rest else [])
+        targets = []
+        for names, name, value in parts:
+            size = sum(whole[tower] for tower in names)
+            targets.append(Target(name if own else "all", names, value, size, size - sum(anatomy.totals.get(tower, 0) for tower in names)))
+        chosen = set(kinds)
+        active = np.array([unit.tower in allowed and unit.kind in chosen for unit in anatomy.units], dtype=bool)
+        return cls(anatomy, active, tuple(targets), min_heads, min_neurons, round_to)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units that have a gate, in the order of the anatomy."""
+        return [unit for unit, active in zip(self.anatomy.units, self.active, strict=True) if active]
+
+    def floor(self, kind: str) -> int:
+        """Fewest units a layer keeps of `kind`."""
+        return math.ceil(self.min_neurons / self.round_to) * self.round_to if kind == NEURON else self.min_heads
+
+    def achieved(self, keep: torch.Tensor) -> dict[str, float]:
+        """Exact sparsity by budget when only `keep` (bool [units of the anatomy]) stays."""
+        removed = self.anatomy.removed_mask(keep)
+        return {t.name: (t.gone + self.anatomy.removed_elements(removed, t.towers)) / max(t.whole, 1) for t in self.targets}
+
+    def check_feasible(self) -> None:
+        """Raise :class:`TargetMissed` when a budget cannot be met even with every unit gone that may go."""
+        groups = Groups(self.anatomy.units)
+        removed = self.active.copy()
+        for name, part in groups.slices.items():
+            removed[part.start : part.start + self.floor(name.rpartition(".")[2])] = False
+        for target in self.targets:
+            most = self.anatomy.removed_elements(removed & self._of(target), target.towers)
+            if most < target.need:
+                raise self.missed(target, most)
+
+    def missed(self, target: Target, most: int) -> TargetMissed:
+        limits = [f"{len(self.units):,} of {len(self.anatomy.units):,} heads and neurons may be removed"]
+        limits += [f"{name} {value}" for name, value in (("min_heads", self.min_heads), ("min_neurons", self.min_neurons)) if value]
+        limits += [f"round_to {self.round_to}"] * (self.round_to > 1)
+        best = (target.gone + most) / max(target.whole, 1)
+        return TargetMissed(
+            f"sparsity {target.sparsity:g} of {target.name} cannot be reached",
+            f"at most {best:.4f} of its {target.whole:,} prunable elements can go ({', '.join(limits)})",
+            "lower the target or the floors, or allow more towers and kinds",
+        )
+
+    def _of(self, target: Target) -> Mask:
+        return np.array([unit.tower in target.towers for unit in self.anatomy.units], dtype=bool)
+
+
+class Budget(nn.Module):
+    """The Lagrangian of a scope over gates on `scope.units`; one pair of multipliers a budget, to be *ascended* (`maximize=True`).
+
+    Costs are those of :class:`Anatomy`: where units share tensors the expectation is an approximation, snapping is exact.
+    """
+
+    costs: torch.Tensor
+    whole: torch.Tensor
+    fixed: torch.Tensor
+    final: torch.Tensor
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.names = tuple(target.name for target in scope.targets)
+        costs = torch.stack([scope.anatomy.costs * torch.from_numpy(scope._of(target)) for target in scope.targets])
+        active = torch.from_numpy(scope.active)
+        self.register_buffer("costs", costs[:, active].float(), persistent=False)
+        self.register_buffer("fixed", costs[:, ~active].sum(1).float(), persistent=False)
+        self.register_buffer("whole", torch.tensor([max(target.whole, 1) for target in scope.targets]).float(), persistent=False)
+        self.register_buffer("final", torch.tensor([target.sparsity for target in scope.targets]), persistent=False)
+        self.lambda1 = nn.Parameter(torch.zeros(len(scope.targets)))
+        self.lambda2 = nn.Parameter(torch.zeros(len(scope.targets)))
+
+    def expected(self, p_open: torch.Tensor) -> torch.Tensor:
+        """[budgets] expected sparsity for `p_open` [gates]."""
+        return expected_sparsity(p_open, self.costs, self.whole, self.fixed)
+
+    def target(self, step: int, warmup_steps: int, start: float | Sequence[float] = 0.0) -> torch.Tensor:
+        """[budgets] sparsity asked for at `step`."""
+        begin = torch.as_tensor(start, dtype=self.final.dtype, device=self.final.device)
+        return begin + (self.final - begin) * target_at(step, warmup_steps, 1.0)
+
+    def forward(self, p_open: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The Lagrangian term of the loss, summed over budgets (scalar)."""
+        return lagrangian(self.expected(p_open), target, self.lambda1, self.lambda2).sum()

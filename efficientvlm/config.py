@@ -1,0 +1,306 @@
+"""The closed configuration of every stage: one pydantic model a stage, shared by the command line and by recipes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from efficientvlm.errors import BadInput
+
+Device = str
+Precision = Literal["fp32", "bf16"]
+Fraction = Field(ge=0.0, le=1.0, allow_inf_nan=False)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class Train(Strict):
+    """How long and how fast; one set of names for every training stage."""
+
+    epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="passes over the images")
+    max_steps: int | None = Field(None, ge=1, description="stop the whole schedule after so many steps")
+    batch_size: int = Field(64, ge=1, description="images a step, over all processes")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")
+    warmup: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="fraction of all steps")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="none on biases and norms")
+    new_lr_mult: float = Field(2.0, gt=0, allow_inf_nan=False, description="learning-rate factor of newly initialised tensors")
+    clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="global gradient norm")
+    augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
+    log_every: int = Field(20, ge=1, description="steps a metrics line")
+    save_every: int = Field(200, ge=1, description="steps a resumable state")
+    eval_limit: int | None = Field(None, ge=1, description="validation images read at the end; all by default")
+
+
+class Data(Strict):
+    """Where samples come from."""
+
+    data: str = Field(description="easy-vqa, shapes[:key=value,...], or a JSONL, parquet or datasets folder")
+    columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
+    val: str | None = Field(None, description="validation data; by default a held-out part of the training images")
+    val_fraction: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False)
+    limit: int | None = Field(None, ge=1, description="use only so many images")
+
+
+class Stage(Strict):
+    out: str
+    seed: int = Field(0, ge=0)
+    device: Device = "auto"
+    precision: Precision = "fp32"
+
+
+class Quirks(Strict):
+    """Behaviours of the published release that are known to be wrong; all off."""
+
+    mask_offsets: bool = Field(False, description="fusion gates read rows from 0 instead of their own in full-stack tasks")
+    epoch_step: bool = Field(False, description="the sparsity target restarts every epoch")
+    gates_in_main_optimizer: bool = Field(False, description="the main AdamW also moves gates and multipliers")
+    independent_negatives: bool = Field(False, description="teacher and student draw their own ITM negatives")
+    unmasked_padding: bool = Field(False, description="KD terms include padding")
+    skip_last_hidden: bool = Field(False, description="the last vision hidden state is not distilled")
+    unfrozen_structure: bool = Field(False, description="the structure still moves after it was declared final")
+    double_sep: bool = Field(False, description="training answers end in two separators")
+    first_token_twice: bool = Field(True, description="closed-list ranking counts the first token twice (as published)")
+
+
+class InitConfig(Stage):
+    size: Literal["tiny", "small", "base"] | None = Field(None, description="random weights of a named size")
+    vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP vision model")
+    text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")
+    tokenizer: str = Field("train", description="folder of a tokenizer, or `train`: WordPiece on the data")
+    data: str | None = Field(None, description="data a tokenizer is trained on")
+    columns: dict[str, str] = Field(default_factory=dict)
+    vocab_size: int = Field(8192, ge=16)
+    image_size: int | None = Field(None, ge=8)
+    settings: dict[str, Any] = Field(default_factory=dict, description="any X-VLM configuration field")
+
+
+class ImportConfig(Stage):
+    model: str = Field(description="published .th / .pth / .safetensors file")
+    layout: Literal["auto", "pretrain", "retrieval", "vqa"] = "auto"
+    tokenizer: str = Field(description="folder of the tokenizer")
+    settings: dict[str, Any] = Field(default_factory=dict, description="what the file does not say, e.g. text_heads")
+
+
+class Pretrain(Stage, Data, Train):
+    """Image-text pre-training without a teacher."""
+
+    model: str
+    losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
+    region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
+    regions_per_image: int = Field(5, ge=1)
+    mask_probability: float = Field(0.25, gt=0, lt=1)
+    max_masks: int = Field(8, ge=1)
+    max_tokens: int = Field(40, ge=4)
+
+
+class DistillWeights(Strict):
+    """Weights inside L_KD of the general distillation stage; 0 switches a term off."""
+
+    itm_logits: float = Field(1.0, ge=0)
+    mlm_logits: float = Field(1.0, ge=0)
+    itc_logits: float = Field(0.0, ge=0, description="not in the published method")
+    text_hidden: float = Field(1.0, ge=0)
+    text_attention: float = Field(1.0, ge=0)
+    image_hidden: float = Field(0.1, ge=0)
+    image_attention: float = Field(1.0, ge=0)
+    fusion_hidden: float = Field(1.0, ge=0)
+    fusion_attention: float = Field(1.0, ge=0)
+    cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
+
+
+class Distill(Pretrain):
+    teacher: str
+    kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * hard + kd * L_KD")
+    temperature: float = Field(1.0, gt=0)
+    scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
+    weights: DistillWeights = Field(default_factory=DistillWeights)
+    quirks: Quirks = Field(default_factory=Quirks)
+
+
+class TaskWeights(Strict):
+    """Weights inside L_KD of the VQA stage."""
+
+    logits: float = Field(1.0, ge=0)
+    text_hidden: float = Field(1.0, ge=0)
+    text_attention: float = Field(1.0, ge=0)
+    image_hidden: float = Field(0.2, ge=0)
+    image_attention: float = Field(1.0, ge=0)
+    fusion_hidden: float = Field(0.5, ge=0)
+    fusion_attention: float = Field(0.5, ge=0)
+    cross_attention: float = Field(0.5, ge=0)
+    decoder_hidden: float = Field(1.0, ge=0)
+    decoder_attention: float = Field(1.0, ge=0)
+    decoder_cross_attention: float = Field(1.0, ge=0)
+
+
+class TaskStage(Stage, Data, Train):
+    model: str
+    teacher: str | None = None
+    task: Literal["vqa"] = "vqa"
+    kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    temperature: float = Field(1.0, gt=0)
+    scale_by_temperature: bool = False
+    weights: TaskWeights = Field(default_factory=TaskWeights)
+    quirks: Quirks = Field(default_factory=Quirks)
+    questions_per_image: int = Field(6, ge=1, description="questions that share one vision pass")
+    max_tokens: int = Field(40, ge=4)
+    max_answer_tokens: int = Field(10, ge=3)
+    answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
+    rank_top: int = Field(128, ge=1, description="candidates kept after the first token")
+    decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
+
+
+class Finetune(TaskStage):
+    pass
+
+
+class Gates(Strict):
+    """How gates learn (hard concrete)."""
+
+    lr: float = Field(0.01, gt=0)
+    multiplier_lr: float = Field(0.01, gt=0)
+    head_init: float = 10.0
+    neuron_init: float = 0.0
+    init_std: float = Field(0.01, ge=0)
+
+
+class Prune(TaskStage):
+    sparsity: float = Field(0.4, ge=0, lt=1, allow_inf_nan=False, description="part of the prunable weights to remove")
+    method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
+    sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
+    freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
+    gates: Gates = Field(default_factory=Gates)
+    kinds: list[Literal["head", "cross_head", "neuron"]] = Field(["head", "cross_head", "neuron"], min_length=1)
+    towers: list[str] | None = Field(None, description="towers that may be pruned; all by default")
+    min_heads: int = Field(0, ge=0, description="floor of heads a layer and kind")
+    min_neurons: int = Field(0, ge=0, description="floor of neurons a layer")
+    tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
+    round_to: int = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
+    from_gates: str | None = Field(None, description="re-cut this prune output without training")
+    keep_dense: bool = True
+    calibration_batches: int = Field(8, ge=1, description="batches of the Taylor criterion")
+
+
+class Shrink(Stage):
+    model: str
+    layers: dict[str, int | list[int]] = Field(default_factory=dict, description="tower → layer count or list; half by default")
+
+
+class Eval(Strict):
+    model: str
+    data: str
+    columns: dict[str, str] = Field(default_factory=dict)
+    split: Literal["train", "val", "test"] = "test"
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    limit: int | None = Field(None, ge=1)
+    task: Literal["vqa"] = "vqa"
+    out: str | None = Field(None, description="JSON file for the result")
+    batch_size: int = Field(64, ge=1)
+    mode: Literal["rank", "generate"] = "rank"
+    answers: str | None = None
+    rank_top: int | None = Field(None, ge=1)
+    first_token_twice: bool | None = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    seed: int = 0
+
+
+class Bench(Strict):
+    models: list[str] = Field(min_length=1)
+    batch_sizes: list[int] = Field([1, 8], min_length=1)
+    text_length: int = Field(12, ge=3, description="tokens a question")
+    rounds: int = Field(20, ge=1)
+    warmup_rounds: int = Field(3, ge=0)
+    threads: int | None = Field(None, ge=1)
+    out: str | None = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    seed: int = 0
+
+
+class Report(Strict):
+    """The table and picture that end a recipe; refers to folders and results of its earlier stages."""
+
+    out: str
+    models: dict[str, str] = Field(min_length=1, description="label → checkpoint folder")
+    evals: dict[str, str] = Field(default_factory=dict, description="label → result of an eval stage")
+    bench: str | None = Field(None, description="result of a bench stage")
+
+
+STAGES: dict[str, type[Strict]] = {
+    "init": InitConfig,
+    "import": ImportConfig,
+    "pretrain": Pretrain,
+    "shrink": Shrink,
+    "distill": Distill,
+    "prune": Prune,
+    "finetune": Finetune,
+    "eval": Eval,
+    "bench": Bench,
+    "report": Report,
+}
+
+T = TypeVar("T", bound=Strict)
+
+
+def parse(model: type[T], values: dict[str, Any], where: str) -> T:
+    """`values` as `model`; every problem at once, unknown keys with their nearest known key.
+
+    Raises:
+        BadInput: naming `where` (a file or command) and each wrong key.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(model, item) for item in error.errors()]
+        raise BadInput(f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}", "\n  " + "\n  ".join(problems)) from None
+
+
+def _describe(model: type[BaseModel], item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] != "extra_forbidden":
+        return f"{name}: {item['msg'].lower()}"
+    for part in path[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    near = difflib.get_close_matches(path[-1], model.model_fields, n=1, cutoff=0.5)
+    return f"{name}: unknown key" + (f", did you mean {near[0]}?" if near else f"; known are {', '.join(model.model_fields)}")
+
+
+def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """`base` with `key=value` assignments applied; keys may be dotted, values are YAML.
+
+    Raises:
+        BadInput: an assignment without `=` or through a value that is no mapping.
+    """
+    import yaml
+
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    for assignment in assignments:
+        key, found, text = assignment.partition("=")
+        if not found or not key:
+            raise BadInput(f"--set {assignment}", "it is not key=value", "write for example --set lr=3e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise BadInput(f"--set {assignment}", "the value is not YAML") from None
+        if isinstance(value, str):
+            try:
+                value = float(value)  # YAML 1.1 reads 3e-4 as a string
+            except ValueError:
+                pass
+        target = merged
+        *path, last = key.split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise BadInput(f"--set {assignment}", f"{part} is not a group of settings")
+        target[last] = value
+    return merged

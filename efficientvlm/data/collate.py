@@ -1,0 +1,248 @@
+"""Items to batches: tensors a model takes, with every draw seeded by (seed, step, sample, purpose)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from efficientvlm.data.draw import generator, seed_of
+from efficientvlm.data.items import PairItem, Pixels, VQAItem
+from efficientvlm.data.masking import mask_tokens
+from efficientvlm.data.transforms import Augment, augment, names_a_side
+
+Batch = dict[str, Any]
+CACHED_TEXTS = 200_000
+LEAST_VISIBLE = 0.5
+TOUCH = 1e-4  # of a patch: less is rounding, not overlap
+
+
+class Texts:
+    """Strings to padded token ids `[CLS] ... [SEP]`, each distinct string tokenised once.
+
+    `tokenizer` is a `transformers.PreTrainedTokenizerFast` with cls, sep, pad and mask tokens.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int = 40) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.cls: int = tokenizer.cls_token_id
+        self.sep: int = tokenizer.sep_token_id
+        self.pad: int = tokenizer.pad_token_id
+        self._ids: dict[str, list[int]] = {}
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each string, without special tokens, not truncated."""
+        new = list({text for text in texts if text not in self._ids})
+        if new:
+            if len(self._ids) + len(new) > CACHED_TEXTS:
+                self._ids.clear()
+                new = list(set(texts))
+            encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+            self._ids.update(zip(new, encoded["input_ids"], strict=True))
+        return [self._ids[text] for text in texts]
+
+    def batch(self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False) -> tuple[Tensor, Tensor]:
+        """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing `[SEP]` always kept.
+
+        `double_sep` closes every text with two separators (a quirk of the published release).
+        """
+        tail = [self.sep] * (1 + double_sep)
+        room = (max_tokens or self.max_tokens) - 1 - len(tail)
+        rows = [[self.cls, *ids[:room], *tail] for ids in self.ids(texts)]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        width = int(lengths.max(initial=0))
+        mask = np.arange(width) < lengths[:, None]
+        out = np.full((len(rows), width), self.pad, np.int64)
+        out[mask] = np.fromiter((token for row in rows for token in row), np.int64, int(lengths.sum()))
+        return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
+
+
+def pair_batch(
+    items: Sequence[PairItem],
+    texts: Texts,
+    *,
+    seed: int,
+    step: int,
+    augment_kind: Augment = "light",
+    mask_probability: float = 0.25,
+    max_masks: int = 8,
+    max_tokens: int | None = None,
+) -> Batch:
+    """One caption an image, masked and unmasked.
+
+    Returns:
+        pixels uint8 `[B, 3, H, W]`; text_ids, text_mask, masked_ids `[B, L]`; masked_positions, masked_labels `[B, M]` (label -100 where
+        padded); image_ids `[B]` (equal for the same image) and caption_ids `[B]` (equal for the same caption), for contrastive targets;
+        captions, the list of strings.
+    """
+    images, captions = [], []
+    for item in items:
+        rng = generator(seed, step, item.id, "pair")
+        caption = item.captions[int(rng.integers(len(item.captions)))]
+        images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=False).image)
+        captions.append(caption)
+    batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
+    return batch | _masked_texts(captions, texts, max_tokens, generator(seed, step, items[0].id, "mask"), mask_probability, max_masks)
+
+
+def region_batch(
+    items: Sequence[PairItem],
+    texts: Texts,
+    *,
+    seed: int,
+    step: int,
+    patch_grid: int | tuple[int, int],
+    augment_kind: Augment = "light",
+    regions_per_image: int = 5,
+    mask_probability: float = 0.25,
+    max_masks: int = 8,
+    max_tokens: int | None = None,
+) -> Batch:
+    """Described regions of images, up to `regions_per_image` each, and the whole image with a caption (X-VLM, multi-grained).
+
+    A region is kept if more than half of it is left after augmentation. Rows of one image follow each other, the whole image last.
+
+    Args:
+        patch_grid: rows and columns of patches of the vision tower, or one number for both.
+
+    Returns:
+        pixels uint8 `[I, 3, H, W]`; image_index `[R]` (row → image); image_mask `[R, 1 + patches]` (1 where a patch, in row-major order,
+        overlaps the region; index 0, the CLS token, always); boxes float32 `[R, 4]` (centre, size); is_whole_image `[R]`; image_ids `[R]`
+        (equal for the same region of the same image); and of the rows' texts all that :func:`pair_batch` gives.
+    """
+    grid = (patch_grid, patch_grid) if isinstance(patch_grid, int) else patch_grid
+    images: list[Pixels] = []
+    phrases: list[str] = []
+    owners: list[str] = []
+    image_index: list[int] = []
+    boxes: list[Any] = []
+    whole: list[int] = []
+    for row, item in enumerate(items):
+        rng = generator(seed, step, item.id, "region")
+        chosen = [int(i) for i in rng.permutation(len(item.regions))[:regions_per_image]]
+        said = [item.regions[i].phrase for i in chosen]
+        caption = item.captions[int(rng.integers(len(item.captions)))] if item.captions else None
+        sided = any(map(names_a_side, said if caption is None else [*said, caption]))
+        corners = np.array([item.regions[i].box for i in chosen], np.float32)
+        seen = augment(augment_kind, item.image, rng, corners, flip_ok=not sided, task=False)
+        images.append(seen.image)
+        for index, phrase, box, visible in zip(chosen, said, seen.boxes, seen.visible, strict=True):
+            if visible > LEAST_VISIBLE:
+                phrases.append(phrase)
+                owners.append(f"{item.id}#{index}")
+                boxes.append(box)
+                image_index.append(row)
+                whole.append(0)
+        if caption is not None:
+            phrases.append(caption)
+            owners.append(item.id)
+            boxes.append((0.5, 0.5, 1, 1))
+            image_index.append(row)
+            whole.append(1)
+    placed = np.array(boxes, np.float32).reshape(-1, 4)
+    batch: Batch = {
+        "pixels": stack(images),
+        "image_index": torch.tensor(image_index, dtype=torch.int64),
+        "image_mask": torch.from_numpy(patches_of(placed, grid)),
+        "boxes": torch.from_numpy(placed),
+        "is_whole_image": torch.tensor(whole, dtype=torch.int64),
+        "image_ids": _keys(owners),
+    }
+    return batch | _masked_texts(phrases, texts, max_tokens, generator(seed, step, items[0].id, "mask"), mask_probability, max_masks)
+
+
+def patches_of(boxes: NDArray[np.float32], grid: tuple[int, int]) -> NDArray[np.int64]:
+    """1 for CLS and for every patch that a box overlaps, `[n, 1 + rows * columns]`; a box has at least the patch of its centre."""
+    spans = []
+    for axis, count in ((1, grid[0]), (0, grid[1])):
+        low = (boxes[:, axis] - boxes[:, axis + 2] / 2) * count
+        high = (boxes[:, axis] + boxes[:, axis + 2] / 2) * count
+        cell = np.arange(count)
+        touched = (low[:, None] < cell + 1 - TOUCH) & (high[:, None] > cell + TOUCH)
+        centre = (boxes[:, axis] * count).astype(np.int64).clip(0, count - 1)
+        spans.append(touched | (cell == centre[:, None]))
+    inside = spans[0][:, :, None] & spans[1][:, None, :]
+    return np.concatenate([np.ones((len(boxes), 1), bool), inside.reshape(len(boxes), -1)], 1).astype(np.int64)
+
+
+def vqa_batch(
+    items: Sequence[VQAItem],
+    texts: Texts,
+    *,
+    seed: int,
+    step: int,
+    augment_kind: Augment = "none",
+    questions_per_image: int = 6,
+    train: bool = True,
+    max_answer_tokens: int = 10,
+    max_tokens: int | None = None,
+    double_sep: bool = False,
+) -> Batch:
+    """Questions that share the vision pass of their image.
+
+    `train` draws `questions_per_image` of each image without replacement (all if there are fewer); otherwise all are taken, in order.
+
+    Returns:
+        pixels uint8 `[I, 3, H, W]`; image_index `[Q]` (question → image); question_ids, question_mask `[Q, L]`; answer_ids, answer_mask
+        `[A, La]`; answer_index `[A]` (answer → question); answer_weights float32 `[A]`; question_texts and answer_texts (by question, the
+        accepted answers with weights), plain lists; item_ids (by image).
+    """
+    images: list[Pixels] = []
+    questions: list[str] = []
+    answers: list[list[tuple[str, float]]] = []
+    image_index: list[int] = []
+    for row, item in enumerate(items):
+        rng = generator(seed, step, item.id, "vqa")
+        chosen = item.questions
+        if train and len(chosen) > questions_per_image:
+            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:questions_per_image].tolist())]
+        sided = any(names_a_side(q.text) or any(names_a_side(answer) for answer, _ in q.answers) for q in chosen)
+        images.append(augment(augment_kind, item.image, rng, flip_ok=not sided, task=True).image)
+        questions.extend(question.text for question in chosen)
+        answers.extend(question.answers for question in chosen)
+        image_index.extend([row] * len(chosen))
+    flat = [(index, answer, weight) for index, accepted in enumerate(answers) for answer, weight in accepted]
+    question_ids, question_mask = texts.batch(questions, max_tokens)
+    answer_ids, answer_mask = texts.batch([answer for _, answer, _ in flat], max_answer_tokens, double_sep=double_sep)
+    return {
+        "pixels": stack(images),
+        "image_index": torch.tensor(image_index),
+        "question_ids": question_ids,
+        "question_mask": question_mask,
+        "answer_ids": answer_ids,
+        "answer_mask": answer_mask,
+        "answer_index": torch.tensor([index for index, _, _ in flat], dtype=torch.int64),
+        "answer_weights": torch.tensor([weight for _, _, weight in flat], dtype=torch.float32),
+        "question_texts": questions,
+        "answer_texts": answers,
+        "item_ids": [item.id for item in items],
+    }
+
+
+def stack(images: Sequence[Pixels]) -> Tensor:
+    """Images `[H, W, 3]` of one size as a uint8 tensor `[B, 3, H, W]`."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+
+
+def _keys(names: Sequence[str]) -> Tensor:
+    return torch.tensor([seed_of(0, name) for name in names], dtype=torch.int64)
+
+
+def _masked_texts(
+    captions: list[str], texts: Texts, max_tokens: int | None, rng: np.random.Generator, probability: float, max_masks: int
+) -> Batch:
+    text_ids, text_mask = texts.batch(captions, max_tokens)
+    masked, positions, labels = mask_tokens(text_ids, text_mask, texts.tokenizer, rng, probability, max_masks)
+    return {
+        "text_ids": text_ids,
+        "text_mask": text_mask,
+        "masked_ids": masked,
+        "masked_positions": positions,
+        "masked_labels": labels,
+        "caption_ids": _keys(captions),
+        "captions": captions,
+    }

@@ -1,0 +1,49 @@
+"""Which samples a step reads, as a pure function of (seed, step): resume is exact and needs no replay."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from efficientvlm.data.draw import generator
+from efficientvlm.errors import BadInput
+
+
+class IndexPlan:
+    """Shuffled batches of indices into a map-style source.
+
+    Every epoch is a new permutation. The last, incomplete batch of an epoch is dropped; a source smaller than one batch gives one batch of
+    everything it has. `batch_size` counts the samples of all processes together, of which process `rank` reads an equal slice.
+
+    Raises:
+        BadInput: an empty source, or a batch that the processes cannot share equally.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, world: int = 1, rank: int = 0) -> None:
+        if length < 1:
+            raise BadInput("the training data is empty", "", "check --data, --limit and --val-fraction")
+        if batch_size < 1 or batch_size % world:
+            raise BadInput(f"batch_size {batch_size}", f"{world} processes cannot share it equally", f"use a multiple of {world}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        self.length, self.batch_size, self.seed, self.world, self.rank = length, batch_size, seed, world, rank
+        self.batches_per_epoch = max(1, length // batch_size)
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def batch(self, step: int) -> list[int]:
+        """Indices that this process reads at `step` (from 0, over all epochs)."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        order = self._permutation(epoch)
+        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        if len(chosen) % self.world:
+            missing = -len(chosen) % self.world
+            chosen = chosen + [chosen[i % len(chosen)] for i in range(missing)]
+        share = len(chosen) // self.world
+        return chosen[self.rank * share : (self.rank + 1) * share]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            order: list[int] = generator(self.seed, "plan", epoch).permutation(self.length).astype(np.int64).tolist()
+            self._epoch, self._order = epoch, order
+            return order
+        return self._order

@@ -1,0 +1,174 @@
+"""`shapes`, our generator of coloured shapes: pictures with captions and boxes, questions, two-image statements; endless, without files."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from efficientvlm.data import phrases
+from efficientvlm.data.draw import generator
+from efficientvlm.data.items import PairItem, TwoImageItem, VQAItem
+from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, draw, sample
+from efficientvlm.errors import BadInput
+
+VERSION = 1  # of the generated content: raise it when any item changes
+DEFAULT_SIZE = 64
+MOST_OBJECTS = 9
+SAMPLED_TEXTS = 5000
+QUESTIONS = 10
+
+T = TypeVar("T", PairItem, VQAItem, TwoImageItem)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `shapes:key=value,...` can say.
+
+    Attributes:
+        seed: another seed is another data set.
+        difficulty: 1 (one large shape, four colours) to 5 (up to seven small ones of six forms, look-alikes, noise). Levels 2 and 3 cover
+            the pictures of easy-VQA.
+        size: images of the training split; the other splits have a tenth of it.
+        objects: least and most shapes; by default what the difficulty says.
+    """
+
+    seed: int = 0
+    difficulty: int = 3
+    size: int = 20_000
+    objects: tuple[int, int] | None = None
+
+    @property
+    def level(self) -> Difficulty:
+        return LEVELS[self.difficulty]
+
+
+def parse(spec: str) -> Settings:
+    """Settings in `shapes` or `shapes:key=value,key=value`.
+
+    Raises:
+        BadInput: an unknown key (names the nearest), or a value out of range.
+    """
+    _, _, rest = spec.partition(":")
+    settings = Settings()
+    known = ("seed", "difficulty", "size", "objects")
+    for part in filter(None, (text.strip() for text in rest.split(","))):
+        key, _, text = part.partition("=")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise BadInput(f"data {spec}", f"unknown key {key}", f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
+        if key == "objects":
+            low, _, high = text.partition("-")
+            least, most = _number(spec, key, low, 1, MOST_OBJECTS), _number(spec, key, high or low, 1, MOST_OBJECTS)
+            if least > most:
+                raise BadInput(f"data {spec}", f"objects={text} is no range", "write objects=1-3")
+            settings = replace(settings, objects=(least, most))
+        elif key == "difficulty":
+            settings = replace(settings, difficulty=_number(spec, key, text, min(LEVELS), max(LEVELS)))
+        elif key == "size":
+            settings = replace(settings, size=_number(spec, key, text, 1, 10**9))
+        else:
+            settings = replace(settings, seed=_number(spec, key, text, 0, 2**63 - 1))
+    return settings
+
+
+class Shapes(Generic[T]):
+    """One split as items of one kind; `item(i)` depends on the settings, the split and `i` only.
+
+    `kind` is :class:`PairItem`, :class:`VQAItem` or :class:`TwoImageItem`; pairs and questions with the same index show the same picture.
+    """
+
+    licence = "Apache-2.0"
+
+    def __init__(
+        self, kind: type[T], split: str, settings: Settings | None = None, *, image_size: int | None = None, spec: str = "shapes"
+    ) -> None:
+        if split not in ("train", "val", "test"):
+            raise BadInput(f"shapes has no split {split}", "", "use train, val or test")
+        self.kind: type[T] = kind
+        self.split, self.name = split, spec
+        self.settings = settings or parse(spec)
+        self.side = image_size or DEFAULT_SIZE
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"shapes {VERSION} {self.settings!r} {self.side}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.settings.size if self.split == "train" else max(1, self.settings.size // 10)
+
+    def __getitem__(self, index: int) -> T:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        name = f"shapes/{self.settings.seed}/{self.split}/{index}"
+        if self.kind is TwoImageItem:
+            return self._two(index, name)  # type: ignore[return-value]
+        rng, scene = self._scene(index)
+        image = draw(scene, self.side, rng)
+        if self.kind is VQAItem:
+            asked = phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS)
+            return VQAItem(name, image, asked)  # type: ignore[return-value]
+        words = self._words(index, "pair")
+        return PairItem(name, image, phrases.captions(scene, words), phrases.regions(scene, words))  # type: ignore[return-value]
+
+    def texts(self) -> Iterator[str]:
+        """Captions, phrases, questions and answers of up to 5,000 scenes, whatever the kind: the vocabulary serves all of them."""
+        for index in range(min(len(self), SAMPLED_TEXTS)):
+            _, scene = self._scene(index)
+            words = self._words(index, "pair")
+            yield from phrases.captions(scene, words)
+            yield from (region.phrase for region in phrases.regions(scene, words))
+            for question in phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS):
+                yield question.text
+                yield from (answer for answer, _ in question.answers)
+            if self.kind is TwoImageItem:
+                yield self._about_two(index)[2]
+
+    def answers(self) -> Iterator[tuple[str, float]]:
+        """Every accepted answer of up to 5,000 scenes, with its weight, whatever the kind."""
+        for index in range(min(len(self), SAMPLED_TEXTS)):
+            _, scene = self._scene(index)
+            for question in phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS):
+                yield from question.answers
+
+    def _scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
+        rng = generator(self.settings.seed, "shapes", self.split, index, part)
+        return rng, sample(rng, self.settings.level, self.settings.objects)
+
+    def _words(self, index: int, purpose: str) -> np.random.Generator:
+        return generator(self.settings.seed, "shapes", self.split, index, purpose)
+
+    def _about_two(self, index: int) -> tuple[Scene, Scene, str, bool, np.random.Generator]:
+        """Two scenes and a statement. Its form and its truth are drawn first, so that neither tells the other; the scenes follow."""
+        level, objects = self.settings.level, self.settings.objects
+        rng, left = self._scene(index, "left")
+        label = bool(rng.random() < 0.5)
+        form, what = phrases.pick(rng, phrases.STATEMENTS), phrases.pick(rng, phrases.NOUNS)
+        right = sample(rng, level, objects)
+        attempt = 0
+        while True:
+            statement, truth = phrases.statement(form, phrases.noun_for(what, left, right, rng, level), left, right, rng)
+            if truth == label:
+                return left, right, statement, label, rng
+            attempt += 1
+            if attempt % 4 == 0:
+                left, right = right, sample(rng, level, objects)
+
+    def _two(self, index: int, name: str) -> TwoImageItem:
+        left, right, statement, label, rng = self._about_two(index)
+        return TwoImageItem(name, (draw(left, self.side, rng), draw(right, self.side, rng)), statement, label)
+
+
+def _number(spec: str, key: str, text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise BadInput(f"data {spec}", f"{key}={text} is no whole number") from None
+    if not low <= value <= high:
+        raise BadInput(f"data {spec}", f"{key}={value} is not in {low} to {high}")
+    return value

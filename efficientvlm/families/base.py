@@ -1,0 +1,114 @@
+"""What a model family tells the rest of the toolkit about its networks.
+
+The *anatomy* is a list of :class:`Unit`: one attention head or one FFN neuron, the tensor slices that belong to it, and the place where a
+gate multiplies it. Shrinking, gates, accounting, surgery and reports are written against this file only; a new family is one new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from efficientvlm.errors import BadInput
+
+HEAD, CROSS_HEAD, NEURON = "head", "cross_head", "neuron"
+KINDS = (HEAD, CROSS_HEAD, NEURON)
+
+
+class Site(NamedTuple):
+    """`stop - start` consecutive entries of `tensor` (a state-dict name) along `dim`."""
+
+    tensor: str
+    dim: int
+    start: int
+    stop: int
+
+
+class GatePoint(NamedTuple):
+    """Columns `start:stop` of the input of the Linear called `module`, which a gate multiplies."""
+
+    module: str
+    start: int
+    stop: int
+
+
+class Unit(NamedTuple):
+    """One removable head or neuron.
+
+    `index` counts in the *original* layer, before anything was removed; `sites` and `gate` are positions in the present tensors.
+    """
+
+    tower: str
+    layer: int
+    kind: str
+    index: int
+    sites: tuple[Site, ...]
+    gate: GatePoint
+
+    @property
+    def group(self) -> str:
+        """Name of the layer and kind this unit belongs to, e.g. `vision.3.neuron`."""
+        return f"{self.tower}.{self.layer}.{self.kind}"
+
+
+class Record(dict[str, Any]):
+    """What a forward pass was asked to keep, by tap name `tower.kind` or `tower.kind@pass`."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"the forward pass recorded no {key!r}; it has {sorted(self)}")
+
+
+class Family(Protocol):
+    """One file a family implements this; nothing else in the toolkit branches on the family."""
+
+    name: str
+    towers: tuple[str, ...]
+    taps: frozenset[str]
+
+    def build(self, config: Any) -> Any:
+        """A model with fresh weights of the (possibly sliced) shapes in `config`."""
+
+    def load(self, path: Any) -> Any:
+        """The model in checkpoint folder `path`, in float32, evaluation mode."""
+
+    def tower_of(self, parameter: str) -> str:
+        """The tower a state-dict name is counted under (a member of `towers`, or `heads`)."""
+
+    def is_embedding(self, parameter: str) -> bool:
+        """Whether a state-dict name is a token, position or type embedding table."""
+
+    def units(self, model: Any) -> list[Unit]:
+        """Every removable unit that is present, ordered by tower, layer, kind, index."""
+
+    def original_counts(self, config: Any) -> dict[str, int]:
+        """Units of each group (`tower.layer.kind`) before anything was removed."""
+
+    def kept(self, config: Any) -> dict[str, list[int]]:
+        """Original indices of the units still present, for every group."""
+
+    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
+        """A copy of `config` whose groups hold exactly `kept` (groups not named stay as they are)."""
+
+    def layer_counts(self, config: Any) -> dict[str, int]:
+        """Layers of each tower."""
+
+    def with_layers(self, config: Any, layers: dict[str, list[int]]) -> Any:
+        """A copy of `config` that keeps the given layers of each tower, their structure included."""
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
+
+    def forward(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """Run a task batch; the record holds `logits`-like outputs and every tap in `want`."""
+
+    def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        """A task batch of the stated size for counting and timing (text tokens are never padding)."""
+
+
+def check_taps(family: Family, want: Iterable[str]) -> frozenset[str]:
+    """`want` as a set, or :class:`BadInput` naming the taps that this family does not have."""
+    wanted = frozenset(want)
+    unknown = sorted(tap for tap in wanted if tap.partition("@")[0] not in family.taps)
+    if unknown:
+        raise BadInput(f"no such tap: {', '.join(unknown)}", f"family {family.name} has {', '.join(sorted(family.taps))}")
+    return wanted

@@ -1,0 +1,212 @@
+"""The X-VLM family: anatomy, layer choice, taps, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps
+from efficientvlm.families.xvlm_config import XVLMConfig, format_ranges
+from efficientvlm.families.xvlm_model import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Attention, Cache, Context, Encoded, XVLMModel
+
+MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
+
+
+class XVLM:
+    name = "xvlm"
+    config_class, model_class = XVLMConfig, XVLMModel
+    towers = ("vision", "text", "fusion", "decoder")
+    taps = frozenset(
+        {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
+        | {f"{tower}.{CROSS_ATTENTION}" for tower in ("fusion", "decoder")}
+    )
+
+    def build(self, config: XVLMConfig) -> XVLMModel:
+        return XVLMModel(config)
+
+    def load(self, path: Path) -> XVLMModel:
+        """Float32 model of a checkpoint folder, evaluation mode.
+
+        Raises:
+            BadInput: weights that are missing, surplus or of another shape than `config.json` says, or not readable.
+        """
+        try:
+            config = XVLMConfig.from_pretrained(path, local_files_only=True)
+            model, info = XVLMModel.from_pretrained(
+                path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise BadInput(f"cannot load {path}", str(error).splitlines()[0], "check it with `evlm verify`") from error
+        problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+        if problems:
+            summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
+            raise BadInput(f"{path}: weights do not fit config.json", summary, "check it with `evlm verify`")
+        return model.eval()
+
+    def tower_of(self, parameter: str) -> str:
+        first = parameter.partition(".")[0]
+        return {"decoder_head": "decoder"}.get(first, first if first in self.towers else "heads")
+
+    def is_embedding(self, parameter: str) -> bool:
+        return ".embeddings." in parameter and ".norm." not in parameter
+
+    def units(self, model: XVLMModel) -> list[Unit]:
+        config = model.config
+        units: list[Unit] = []
+        for group, indices in config.kept_indices().items():
+            tower, number, kind = group.split(".")
+            module = f"{tower}.layers.{number}.{MODULE[kind]}"
+            for position, index in enumerate(indices):
+                if kind == NEURON:
+                    sites, gate = _neuron_sites(module, position), GatePoint(f"{module}.fc2", position, position + 1)
+                else:
+                    width, heads = (
+                        (config.vision_width, config.vision_heads) if tower == "vision" else (config.text_width, config.text_heads)
+                    )
+                    start, stop = position * (width // heads), (position + 1) * (width // heads)
+                    sites, gate = _head_sites(module, start, stop), GatePoint(f"{module}.out", start, stop)
+                units.append(Unit(tower, int(number), kind, index, sites, gate))
+        return units
+
+    def original_counts(self, config: XVLMConfig) -> dict[str, int]:
+        return config.original_counts()
+
+    def kept(self, config: XVLMConfig) -> dict[str, list[int]]:
+        return config.kept_indices()
+
+    def with_kept(self, config: XVLMConfig, kept: dict[str, list[int]]) -> XVLMConfig:
+        counts = config.original_counts()
+        merged = {**config.kept_indices(), **kept}
+        return config.copy(kept={group: format_ranges(indices) for group, indices in merged.items() if len(indices) < counts[group]} or None)
+
+    def layer_counts(self, config: XVLMConfig) -> dict[str, int]:
+        return config.layers()
+
+    def with_layers(self, config: XVLMConfig, layers: dict[str, list[int]]) -> XVLMConfig:
+        kept = {
+            f"{tower}.{new}.{kind}": ranges
+            for tower, chosen in layers.items()
+            for new, old in enumerate(chosen)
+            for kind in MODULE
+            if (ranges := (config.kept or {}).get(f"{tower}.{old}.{kind}")) is not None
+        }
+        local = config.local_attention_depth
+        if config.vision_layers:
+            local = sum(old >= config.vision_layers - local for old in layers["vision"])
+        sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
+        return config.copy(**sizes, kept=kept or None, local_attention_depth=local, layer_source={k: list(v) for k, v in layers.items()})
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        tower, _, rest = parameter.partition(".layers.")
+        if not rest:
+            return parameter
+        number, _, tail = rest.partition(".")
+        return f"{tower}.layers.{layers[tower][int(number)]}.{tail}"
+
+    def forward(self, model: XVLMModel, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V]."""
+        record, context = self.question(model, batch, want)
+        if "answer_ids" in batch:
+            keep = _kinds(check_taps(self, want), "decoder")
+            context.rows = batch["answer_index"]
+            context.mask = None if context.mask is None else context.mask[context.rows]
+            record["logits"], out = model.decode(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
+            _tap(record, "decoder", out, keep)
+        return record
+
+    def question(self, model: XVLMModel, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
+        """Image and question through vision, text and fusion; the context is what an answer decoder attends to (one row a question)."""
+        wanted = check_taps(self, want)
+        record = Record()
+        image = model.encode_image(batch["pixels"], keep=_kinds(wanted, "vision"))
+        text = model.encode_text(batch["question_ids"], batch["question_mask"], keep=_kinds(wanted, "text"))
+        context = model.fusion.context(image.states, rows=batch.get("image_index"))
+        fused = model.fuse(text.states, batch["question_mask"], context, keep=_kinds(wanted, "fusion"))
+        for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
+            _tap(record, tower, out, _kinds(wanted, tower))
+        record["states"] = fused.states
+        answers = model.decoder.context(fused.states, batch["question_mask"]) if model.config.decoder_layers else Context([])
+        return record, answers
+
+    def answer(
+        self, model: XVLMModel, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
+        seen = context.mask if rows is None or context.mask is None else context.mask[rows]
+        return model.decode(ids, mask, Context(context.kv, seen, rows), cache)[0]
+
+    def new_cache(self, model: XVLMModel) -> Cache:
+        return Cache()
+
+    def example_batch(self, config: XVLMConfig, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        rows = torch.arange(batch_size, device=device)
+        batch: dict[str, Any] = {
+            "pixels": torch.zeros(batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8, device=device),
+            "image_index": rows,
+            "question_ids": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
+            "question_mask": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
+        }
+        if config.decoder_layers:
+            ones = torch.ones(batch_size, 1, dtype=torch.long, device=device)
+            batch |= {"answer_ids": ones, "answer_mask": ones, "answer_index": rows}
+        return batch
+
+    def with_decoder(self, model: XVLMModel, layers: int, source: XVLMModel | None = None) -> XVLMModel:
+        """`model` for question answering: an answer decoder is added, the pre-training heads dropped (EfficientVLM, VQA).
+
+        The decoder comes from the odd layers of `source`'s decoder, or else from `model`'s own last fusion layers, embeddings and MLM head.
+        """
+        config = model.config.copy(decoder_layers=layers, heads=[])
+        new = self.build(config)
+        old, state = model.state_dict(), new.state_dict()
+        for name in state:
+            if name.startswith(("decoder.", "decoder_head.")):
+                state[name] = _decoder_source(name, layers, model, source)
+            else:
+                state[name] = old[name]
+        new.load_state_dict(state)
+        return new
+
+
+def _decoder_source(name: str, layers: int, model: XVLMModel, source: XVLMModel | None) -> Tensor:
+    donor = source if source is not None else model
+    available = donor.config.decoder_layers if source is not None else donor.config.fusion_layers
+    tensors = donor.state_dict()
+    head, _, rest = name.partition(".layers.")
+    if rest:
+        number, _, tail = rest.partition(".")
+        layer = (int(number) + 1) * available // layers - 1
+        return tensors[f"{'decoder' if source is not None else 'fusion'}.layers.{layer}.{tail}"]
+    if source is not None:
+        return tensors[name]
+    return tensors[name.replace("decoder_head.", "mlm_head.").replace("decoder.embeddings.", "text.embeddings.")]
+
+
+def _head_sites(module: str, start: int, stop: int) -> tuple[Site, ...]:
+    rows = tuple(Site(f"{module}.{part}.{kind}", 0, start, stop) for part in "qkv" for kind in ("weight", "bias"))
+    return (*rows, Site(f"{module}.out.weight", 1, start, stop))
+
+
+def _neuron_sites(module: str, at: int) -> tuple[Site, ...]:
+    return (
+        Site(f"{module}.fc1.weight", 0, at, at + 1),
+        Site(f"{module}.fc1.bias", 0, at, at + 1),
+        Site(f"{module}.fc2.weight", 1, at, at + 1),
+    )
+
+
+def _kinds(wanted: frozenset[str], tower: str) -> frozenset[str]:
+    return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
+
+
+def _tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:
+    for kind in keep:
+        record[f"{tower}.{kind}"] = getattr(out, kind)
+
+
+__all__ = ["XVLM", "Attention"]

@@ -1,0 +1,120 @@
+"""Configuration of X-VLM: sizes, and which heads and neurons of each layer are still there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
+
+
+class XVLMConfig(PreTrainedConfig):
+    """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
+
+    `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
+    `layer_source` maps a tower to the layers of the network this one was shrunk from.
+    """
+
+    model_type = "xvlm"
+
+    image_size: int = 224
+    patch_size: int = 16
+    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
+    image_std: list[float] | tuple[float, ...] = CLIP_STD
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    vision_intermediate: int = 3072
+    vision_eps: float = 1e-5
+    local_attention_depth: int = 4
+
+    vocab_size: int = 30522
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    text_width: int = 768
+    text_layers: int = 6
+    fusion_layers: int = 6
+    decoder_layers: int = 0
+    text_heads: int = 12
+    text_intermediate: int = 3072
+    text_eps: float = 1e-12
+    dropout: float = 0.1
+
+    embed_dim: int = 256
+    heads: list[str] | tuple[str, ...] = PRETRAIN_HEADS
+    temperature_init: float = 0.07
+    initializer_range: float = 0.02
+
+    kept: dict[str, str] | None = None
+    layer_source: dict[str, list[int]] | None = None
+    answers: list[str] | None = None
+    rank_top: int = 128
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def layers(self) -> dict[str, int]:
+        """Layers of each tower."""
+        return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
+
+    def original_counts(self) -> dict[str, int]:
+        """Units of every group before anything was removed, ordered by tower, layer, kind."""
+        counts: dict[str, int] = {}
+        for tower, layers in self.layers().items():
+            heads, neurons = (
+                (self.vision_heads, self.vision_intermediate) if tower == "vision" else (self.text_heads, self.text_intermediate)
+            )
+            for layer in range(layers):
+                counts[f"{tower}.{layer}.{HEAD}"] = heads
+                if tower in ("fusion", "decoder"):
+                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
+                counts[f"{tower}.{layer}.{NEURON}"] = neurons
+        return counts
+
+    def kept_indices(self) -> dict[str, list[int]]:
+        """Original indices still present, for every group.
+
+        Raises:
+            BadInput: `kept` names a group or index that the sizes do not have.
+        """
+        counts = self.original_counts()
+        named = self.kept or {}
+        if unknown := sorted(set(named) - set(counts)):
+            raise BadInput("config.json: kept structure names unknown groups", ", ".join(unknown[:5]))
+        return {group: parse_ranges(named[group], count, group) if group in named else list(range(count)) for group, count in counts.items()}
+
+    def copy(self, **changes: Any) -> XVLMConfig:
+        """This configuration with some fields changed."""
+        values = {key: value for key, value in self.to_dict().items() if key in type(self).__dataclass_fields__}
+        return type(self)(**{**values, **changes})
+
+
+def parse_ranges(text: str, count: int, group: str) -> list[int]:
+    """`"0-3,7"` as ascending indices below `count`; :class:`BadInput` if it is anything else."""
+    indices: list[int] = []
+    try:
+        for part in filter(None, text.split(",")):
+            first, _, last = part.partition("-")
+            indices.extend(range(int(first), int(last or first) + 1))
+    except (ValueError, AttributeError):
+        raise BadInput(f"config.json: kept.{group} is not a list of ranges", repr(text)[:80], "write it as 0-3,7") from None
+    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < count):
+        raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
+    return indices
+
+
+def format_ranges(indices: list[int]) -> str:
+    """Ascending indices as `"0-3,7"`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

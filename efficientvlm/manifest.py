@@ -1,0 +1,220 @@
+"""The manifest of a checkpoint folder: what it is, what it was made from, and a hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from efficientvlm.errors import BadInput
+
+MANIFEST = "evlm_manifest.json"
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "torch-pruning", "numpy", "pillow")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+def inside(name: str) -> str:
+    """`name` if it can only be a file inside the folder it is used in, else a ValueError."""
+    path = PurePosixPath(name)
+    if not name or "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
+        raise ValueError("not the name of a file inside the folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(inside)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Parent(Record):
+    role: str = Field(description="option the checkpoint was given as: model, teacher, ...")
+    path: str = Field(description="relative to this folder where possible, or bundled:NAME")
+    sha256: Sha256 = Field(description="of the parent's manifest")
+
+
+class DataRecord(Record):
+    name: str
+    split: str
+    count: Count = Field(description="images read")
+    fingerprint: str = Field(description="hex digest of what the source would give")
+    licence: str
+
+
+class FileRecord(Record):
+    sha256: Sha256
+    bytes: Count
+
+
+class Code(Record):
+    version: str
+    commit: str | None = Field(None, description="only when the package runs from its own git checkout")
+    dirty: bool | None = None
+
+
+class Cost(Record):
+    seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    samples: Count = 0
+    peak_memory_bytes: Count | None = Field(None, description="largest resident size of the process")
+
+
+class Manifest(Record):
+    """Contents of `evlm_manifest.json`. It is written last: a folder that holds one is complete."""
+
+    schema_version: Literal[1] = 1
+    stage: str
+    family: str
+    parents: list[Parent] = Field(default_factory=list)
+    origin: Literal["imported", "random", "bundled"] | None = Field(None, description="where a chain begins")
+    teacher: Parent | None = None
+    inputs: dict[str, str] = Field(default_factory=dict, description="role → sha256 of everything that was read")
+    config: dict[str, Any] = Field(default_factory=dict, description="resolved configuration of the stage")
+    seed: int = 0
+    data: list[DataRecord] = Field(default_factory=list)
+    code: Code
+    environment: dict[str, str] = Field(default_factory=dict)
+    files: dict[FileName, FileRecord] = Field(default_factory=dict, description="every file but this one and the README")
+    cost: Cost = Field(default_factory=Cost)
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    accounting: dict[str, Any] = Field(default_factory=dict, description="parameters, macs, units, sparsity")
+    extra: dict[str, Any] = Field(default_factory=dict, description="what only this stage knows: layers, budget, ...")
+    created: str = Field(description="UTC, ISO 8601")
+    digest: Sha256 | None = Field(None, description="of this manifest without this key, as canonical JSON; shows damage, not forgery")
+
+    def ancestors(self) -> list[Parent]:
+        """Parents and the teacher, each role once."""
+        return self.parents + ([self.teacher] if self.teacher else [])
+
+    def dump(self) -> bytes:
+        """UTF-8 JSON with a final newline, the digest made anew.
+
+        Raises:
+            ValueError: a number is not finite; JSON has none such.
+        """
+        values = self.model_dump()
+        values["digest"] = digest(values)
+        return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def digest(values: dict[str, Any]) -> str:
+    """Hex digest of a manifest's values, its own digest left out."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the manifest, as published in docs/manifest.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file.
+
+    Raises:
+        BadInput: missing, unreadable, not UTF-8, not JSON, nested too deeply, or with NaN or infinite numbers.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower()) from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is damaged", "it is not UTF-8 text", "restore it, or make the folder again") from None
+    except RecursionError:
+        raise BadInput(f"{path} is damaged", "it is nested too deeply", "restore it, or make the folder again") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged", f"it is not valid JSON ({error})", "restore it, or make the folder again") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        BadInput: there is none, it is damaged, or a newer version of this package wrote it.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BadInput(
+            f"{folder} is not a finished checkpoint", f"it holds no {MANIFEST}", "finish the stage that writes it, or use evlm import"
+        )
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} is damaged", "it holds no JSON object", "restore it, or make the folder again")
+    version = values.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BadInput(f"{path} has schema version {version}", f"this program reads version {SCHEMA_VERSION}", "upgrade efficientvlm")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()}" for item in error.errors()]
+        more = f" (and {len(problems) - 5} more)" * (len(problems) > 5)
+        raise BadInput(f"{path} is not a manifest", "; ".join(problems[:5]) + more, "restore it, or make the folder again") from None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def code() -> Code:
+    """Version of this package, and the git commit when it runs from its own checkout."""
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("efficientvlm")
+    except PackageNotFoundError:
+        release = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or not (root / "pyproject.toml").is_file():
+        return Code(version=release)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return Code(version=release, commit=commit, dirty=None if changes is None else bool(changes))
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Versions of what computes, read from package metadata so that nothing heavy is imported."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count() or 0)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,108 @@
+"""EfficientVLM's general distillation: X-VLM pre-training losses plus layer-mapped terms against a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.config import DistillWeights, Quirks
+from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
+from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
+from efficientvlm.objectives.mapping import TowerMap, tower_maps
+from efficientvlm.objectives.pretraining import Pretraining
+
+
+class Distillation(nn.Module):
+    """L = (1 - kd) * L_hard + kd * L_KD (EfficientVLM: kd = 0.4).
+
+    The student draws the hard negatives and the teacher sees the same ones; padding is left out of every term. `quirks` restores what the
+    published release does instead. The teacher is kept in evaluation mode, outside the module's parameters.
+    """
+
+    def __init__(self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: DistillWeights, quirks: Quirks, **temperature: Any) -> None:
+        super().__init__()
+        self.hard, self.kd, self.weights, self.quirks, self.temperature = hard, kd, weights, quirks, temperature
+        self._teacher = (teacher.eval().requires_grad_(False),)
+        family = hard.family
+        self.maps = tower_maps(family, hard.model.config, teacher.config)
+        self.want = wanted(weights)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
+        shared = None if self.quirks.independent_negatives else negatives
+        with torch.no_grad():
+            _, theirs, _ = self.hard.passes(self._teacher[0], batch, step, self.want, shared, "teacher negatives")
+        terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
+        hard = sum(losses.values(), torch.zeros(()))
+        kd = weighted(terms, self.weights)
+        return {"loss": (1 - self.kd) * hard + self.kd * kd, **losses, "kd": kd}
+
+
+def wanted(weights: DistillWeights) -> frozenset[str]:
+    """The taps that terms of non-zero weight need."""
+    names = {"image": "vision", "text": "text", "fusion": "fusion"}
+    taps = {f"{tower}.hidden" for name, tower in names.items() if getattr(weights, f"{name}_hidden")}
+    taps |= {f"{tower}.self_attention" for name, tower in names.items() if getattr(weights, f"{name}_attention")}
+    if weights.fusion_hidden:
+        taps.add("text.hidden")
+    if weights.fusion_attention:
+        taps.add("text.self_attention")
+    return frozenset(taps | ({"fusion.cross_attention"} if weights.cross_attention else set()))
+
+
+def kd_terms(
+    ours: Record, theirs: Record, maps: dict[str, TowerMap], batch: dict[str, Any], quirks: Quirks, temperature: float = 1.0, scale: bool = False
+) -> dict[str, Tensor]:
+    """Every distillation term that the two records allow, unweighted.
+
+    Keys: `image_hidden`, `image_attention`, `text_*`, `itm_positive_*`, `itm_negative_*`, `mlm_*` (hidden, attention, and cross where
+    recorded), `itm_logits`, `mlm_logits`, `itc_logits`. The MLM terms span the text and the fusion layers.
+    """
+    terms: dict[str, Tensor] = {}
+    vision, text, fusion = maps["vision"], maps["text"], maps["fusion"]
+    text_mask = None if quirks.unmasked_padding else batch["text_mask"]
+
+    def both(tap: str) -> tuple[Any, Any] | None:
+        return (ours[tap], theirs[tap]) if tap in ours and tap in theirs else None
+
+    if pair := both("vision.hidden"):
+        last = len(vision.hidden) - 1 if quirks.skip_last_hidden else None
+        terms["image_hidden"] = hidden_mse(*pair, vision.hidden[:last])
+    if pair := both("vision.self_attention"):
+        terms["image_attention"] = attention_mse(*pair, vision.attention, vision.heads[HEAD])
+    if pair := both("text.hidden"):
+        terms["text_hidden"] = hidden_mse(*pair, text.hidden, text_mask)
+    if pair := both("text.self_attention"):
+        terms["text_attention"] = attention_mse(*pair, text.attention, text.heads[HEAD], text_mask)
+    for run in ("itm_positive", "itm_negative", "mlm"):
+        mask = None if quirks.unmasked_padding else ours.get(f"text_mask@{run}")
+        if pair := both(f"fusion.hidden@{run}"):
+            terms[f"{run}_hidden"] = hidden_mse(*pair, fusion.hidden[1:] if run == "mlm" else fusion.hidden, mask)
+        if pair := both(f"fusion.self_attention@{run}"):
+            terms[f"{run}_attention"] = attention_mse(*pair, fusion.attention, fusion.heads[HEAD], mask)
+        if pair := both(f"fusion.cross_attention@{run}"):
+            terms[f"{run}_cross"] = attention_mse(*pair, fusion.attention, fusion.heads[CROSS_HEAD], mask)
+    if (pair := both("text.hidden@mlm")) and "mlm_hidden" in terms:
+        terms["mlm_hidden"] = terms["mlm_hidden"] + hidden_mse(*pair, text.hidden, text_mask)
+    if (pair := both("text.self_attention@mlm")) and "mlm_attention" in terms:
+        terms["mlm_attention"] = terms["mlm_attention"] + attention_mse(*pair, text.attention, text.heads[HEAD], text_mask)
+    logits: dict[str, Any] = {"temperature": temperature, "scale": scale}
+    if pair := both("itm_logits"):
+        terms["itm_logits"] = logit_kl(*pair, **logits)
+    if pair := both("mlm_logits"):
+        slots = None if quirks.unmasked_padding else batch["masked_labels"] != -100
+        terms["mlm_logits"] = logit_kl(*pair, **logits, valid=slots)
+    if both("image_feature") and both("text_feature"):
+        student, teacher = (r["image_feature"] @ r["text_feature"].T / r["temp"] for r in (ours, theirs))
+        terms["itc_logits"] = (logit_kl(student, teacher, **logits) + logit_kl(student.T, teacher.T, **logits)) / 2
+    return terms
+
+
+def weighted(terms: dict[str, Tensor], weights: DistillWeights) -> Tensor:
+    """L_KD: the terms times their weights; fusion weights apply to each of the three passes."""
+    factors = dict(weights)
+    for run in ("itm_positive", "itm_negative", "mlm"):
+        factors |= {f"{run}_hidden": weights.fusion_hidden, f"{run}_attention": weights.fusion_attention, f"{run}_cross": weights.cross_attention}
+    return sum((factors[name] * term for name, term in terms.items() if factors[name]), torch.zeros(()))

@@ -1,0 +1,47 @@
+"""Which teacher layer, hidden state and head each of the student's is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from efficientvlm.families.base import CROSS_HEAD, HEAD
+
+
+@dataclass(frozen=True)
+class TowerMap:
+    """Pairs (student index, teacher index) of one tower; `heads[kind][i]` the positions of the heads both have at student layer i."""
+
+    hidden: list[tuple[int, int]]
+    attention: list[tuple[int, int]]
+    heads: dict[str, list[tuple[list[int], list[int]]]]
+
+
+def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
+    """The layer map of every tower that both networks have.
+
+    Student layer i stands for teacher layer s(i): the layer it was shrunk from, or with equal spacing (i + 1) * T // S - 1. Hidden state 0
+    is the input on both sides, hidden i + 1 pairs with s(i) + 1, attention i with s(i) (EfficientVLM: b*i and b*i + b - 1 for T = b*S).
+    """
+    ours, theirs = family.layer_counts(student_config), family.layer_counts(teacher_config)
+    source = getattr(student_config, "layer_source", None) or {}
+    kept, teacher_kept = family.kept(student_config), family.kept(teacher_config)
+    maps = {}
+    for tower in family.towers:
+        if not ours[tower] or not theirs[tower]:
+            continue
+        layers = list(source.get(tower, []))
+        if len(layers) != ours[tower] or layers[-1] >= theirs[tower] or ours[tower] == theirs[tower]:
+            layers = [(i + 1) * theirs[tower] // ours[tower] - 1 for i in range(ours[tower])]
+        heads: dict[str, list[tuple[list[int], list[int]]]] = {}
+        for kind in (HEAD, CROSS_HEAD):
+            if f"{tower}.0.{kind}" in kept:
+                heads[kind] = [_shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)]
+        maps[tower] = TowerMap([(0, 0)] + [(i + 1, layer + 1) for i, layer in enumerate(layers)], list(enumerate(layers)), heads)
+    return maps
+
+
+def _shared(ours: list[int], theirs: list[int]) -> tuple[list[int], list[int]]:
+    place = {index: at for at, index in enumerate(theirs)}
+    pairs = [(at, place[index]) for at, index in enumerate(ours) if index in place]
+    return [a for a, _ in pairs], [b for _, b in pairs]

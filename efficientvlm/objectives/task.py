@@ -1,0 +1,81 @@
+"""A task's loss, with or without distillation from a teacher tuned for the same task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.config import Quirks, TaskWeights
+from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
+from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
+from efficientvlm.objectives.mapping import TowerMap, tower_maps
+from efficientvlm.tasks.vqa import answer_loss
+
+TERMS = {
+    "text_hidden": "text.hidden",
+    "text_attention": "text.self_attention",
+    "image_hidden": "vision.hidden",
+    "image_attention": "vision.self_attention",
+    "fusion_hidden": "fusion.hidden",
+    "fusion_attention": "fusion.self_attention",
+    "cross_attention": "fusion.cross_attention",
+    "decoder_hidden": "decoder.hidden",
+    "decoder_attention": "decoder.self_attention",
+    "decoder_cross_attention": "decoder.cross_attention",
+}
+
+
+class VQA(nn.Module):
+    """L = (1 - kd) * CE + kd * L_KD on a question-answering batch (EfficientVLM: kd = 0.4); without a teacher, CE alone.
+
+    Inputs of `forward`: a batch of `data.collate.vqa_batch`. Returns `task`, with a teacher `kd`, and their sum `loss`.
+    The teacher sees the same batch, is kept in evaluation mode, and is not part of the module's parameters.
+    """
+
+    def __init__(
+        self, family: Any, model: nn.Module, teacher: nn.Module | None, *, kd: float, weights: TaskWeights, quirks: Quirks, **temperature: Any
+    ) -> None:
+        super().__init__()
+        self.family, self.model, self.kd, self.weights, self.quirks = family, model, kd, weights, quirks
+        self.temperature = temperature
+        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None and kd > 0 else ()
+        self.maps = tower_maps(family, model.config, teacher.config) if teacher is not None else {}
+        self.want = frozenset(tap for term, tap in TERMS.items() if getattr(weights, term)) if self._teacher else frozenset()
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        ours = self.family.forward(self.model, batch, self.want)
+        questions = len(batch["question_ids"])
+        task = answer_loss(ours["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
+        if not self._teacher:
+            return {"loss": task, "task": task}
+        with torch.no_grad():
+            theirs = self.family.forward(self._teacher[0], batch, self.want)
+        terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
+        kd = sum((getattr(self.weights, name) * term for name, term in terms.items()), torch.zeros(()))
+        return {"loss": (1 - self.kd) * task + self.kd * kd, "task": task, "kd": kd}
+
+
+def kd_terms(
+    ours: Record, theirs: Record, maps: dict[str, TowerMap], batch: dict[str, Any], quirks: Quirks, temperature: float = 1.0, scale: bool = False
+) -> dict[str, Tensor]:
+    """Every term of `TaskWeights` that the records hold, unweighted (EfficientVLM, VQA objective).
+
+    The fusion hidden terms leave out index 0, which is the last text state and counted there. Padding is left out unless the quirk is on.
+    """
+    masks = {"vision": None, "text": batch["question_mask"], "fusion": batch["question_mask"], "decoder": batch["answer_mask"]}
+    terms: dict[str, Tensor] = {}
+    for term, tap in TERMS.items():
+        if tap not in ours:
+            continue
+        tower, kind = tap.split(".")
+        layers, mask = maps[tower], None if quirks.unmasked_padding else masks[tower]
+        if kind == "hidden":
+            terms[term] = hidden_mse(ours[tap], theirs[tap], layers.hidden[1:] if tower == "fusion" else layers.hidden, mask)
+        else:
+            heads = layers.heads[CROSS_HEAD if kind == "cross_attention" else HEAD]
+            terms[term] = attention_mse(ours[tap], theirs[tap], layers.attention, heads, mask)
+    valid = None if quirks.unmasked_padding else batch["answer_mask"]
+    terms["logits"] = logit_kl(ours["logits"], theirs["logits"], temperature=temperature, scale=scale, valid=valid)
+    return terms

@@ -1,0 +1,214 @@
+"""Recipes: whole chains of stages in one YAML file, checked completely before the first stage starts.
+
+A value `@name` stands for what the earlier stage `name` writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field
+
+from efficientvlm import config as configs
+from efficientvlm.errors import BadInput
+
+FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
+LARGEST = 1_000_000
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Recipe(configs.Strict):
+    """A recipe as written: references and defaults are not resolved yet."""
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    out: str | None = Field(None, description="folder of all stages; runs/NAME by default")
+    defaults: dict[str, Any] = Field(default_factory=dict, description="settings of every stage that has them")
+    stages: list[dict[str, Any]] = Field(min_length=1, description="name, stage and the settings of that stage")
+
+
+class Step(NamedTuple):
+    """A stage ready to run."""
+
+    name: str
+    stage: str
+    config: configs.Strict
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key twice in one mapping is an error, and so are anchors, which can grow without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "references with * are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a text", node.value[position][0].start_mark)
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", node.value[position][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _packaged() -> dict[str, Path]:
+    from importlib.resources import files
+
+    return {path.stem: path for path in sorted(Path(str(files("efficientvlm.recipes"))).glob("*.yaml"))}
+
+
+def names() -> list[str]:
+    """Names of the recipes of this package."""
+    return list(_packaged())
+
+
+def source(name_or_path: str) -> str:
+    """Text of a recipe: a YAML file, or a recipe of this package by name.
+
+    Raises:
+        BadInput: there is none, or the file cannot be read as text.
+    """
+    packaged = _packaged()
+    path = packaged.get(name_or_path, Path(name_or_path))
+    if name_or_path not in packaged and path.suffix not in (".yaml", ".yml"):
+        near = difflib.get_close_matches(name_or_path, packaged, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "evlm recipes ls lists them; a file of your own ends in .yaml"
+        raise BadInput(f"there is no recipe {name_or_path!r}", f"this package has {', '.join(packaged) or 'none'}", hint)
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"recipe {name_or_path!r} cannot be read", getattr(error, "strerror", None) or str(error), "check the path"
+        ) from None
+    if len(content) > LARGEST:
+        raise BadInput(f"recipe {name_or_path} cannot be read", f"it is larger than {LARGEST:,} bytes", "is this the right file?")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"recipe {name_or_path} cannot be read", "it is not UTF-8 text", "save it as UTF-8") from None
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A recipe, its outermost level checked. See :func:`validate` for the stages.
+
+    Raises:
+        BadInput: not found, not YAML, not a mapping, or unknown and missing keys.
+    """
+    text = source(name_or_path)
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise BadInput(
+            f"recipe {name_or_path} is not valid YAML", f"{place}{getattr(error, 'problem', None) or error}", "correct that line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"recipe {name_or_path} is not valid YAML", str(error) or "nested too deeply", "correct the file") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"recipe {name_or_path} is not a recipe", "it is not a mapping of keys to values", "see evlm recipes cat quickstart")
+    return configs.parse(Recipe, {"name": Path(name_or_path).stem, **values}, f"recipe {name_or_path}")
+
+
+def folder(recipe: Recipe, out: str | None = None) -> str:
+    """The folder that holds the folders of all stages."""
+    return out or recipe.out or f"runs/{recipe.name}"
+
+
+def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None = None) -> list[Step]:
+    """Every stage with its complete configuration, in order.
+
+    Args:
+        overrides: `stage.key=value` changes one stage, `key=value` the defaults; dotted keys reach inside groups of settings.
+        out: folder of all stages instead of the recipe's own.
+
+    Raises:
+        BadInput: listing every problem of every stage at once.
+    """
+    problems: list[str] = []
+    root = folder(recipe, out)
+    known = [str(item.get("name")) for item in recipe.stages]
+    own: dict[str, list[str]] = {}
+    general = []
+    for override in overrides:
+        head, dot, rest = override.partition(".")
+        if dot and head in known and "=" not in head:
+            own.setdefault(head, []).append(rest)
+        else:
+            general.append(override)
+    defaults = configs.merge(recipe.defaults, general)
+    problems += _unused(recipe, defaults, general)
+
+    steps: list[Step] = []
+    outputs: dict[str, str] = {}
+    for number, item in enumerate(recipe.stages, 1):
+        settings = dict(item)
+        name, kind = settings.pop("name", None), settings.pop("stage", None)
+        where = str(name or f"stage {number}")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            problems.append(f"{where}: a stage needs a name of letters, digits, - and _")
+            continue
+        if name in outputs:
+            problems.append(f"{where}: there are two stages of this name")
+        model = configs.STAGES.get(kind) if isinstance(kind, str) else None
+        if model is None:
+            near = difflib.get_close_matches(str(kind), configs.STAGES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(configs.STAGES)}"
+            problems.append(f"{where}: stage: {'missing' if kind is None else f'unknown stage {kind!r}'}, {hint}")
+            outputs[name] = f"{root}/{name}"
+            continue
+        applicable = {key: value for key, value in defaults.items() if key in model.model_fields}
+        merged = configs.merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
+        values = _follow(merged, outputs, where, problems)
+        outputs[name] = str(values["out"])
+        try:
+            steps.append(Step(name, str(kind), configs.parse(model, values, where)))
+        except BadInput as error:
+            problems += [f"{where}: {line.strip()}" for line in error.why.strip().splitlines()]
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise BadInput(
+            f"recipe {recipe.name} has {count}", "\n  " + "\n  ".join(problems), "correct them; evlm recipes validate checks again"
+        )
+    return steps
+
+
+def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Problems of defaults that no stage takes, and of overrides that every stage sets itself: either would change nothing."""
+    kinds = {str(item.get("stage")) for item in recipe.stages} & set(configs.STAGES)
+    fields = {field for kind in kinds for field in configs.STAGES[kind].model_fields}
+    problems = []
+    for key in defaults:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+            problems.append(
+                f"defaults: {key}: unknown key" + (f", did you mean {near[0]}?" if near else ": no stage of this recipe has it")
+            )
+    for override in overrides:
+        key = re.split(r"[.=]", override, maxsplit=1)[0]
+        takers = [item for item in recipe.stages if item.get("stage") in kinds and key in configs.STAGES[item["stage"]].model_fields]
+        if takers and all(key in item for item in takers):
+            problems.append(f"--set {override}: every stage sets {key} itself, write for example --set {takers[0].get('name')}.{override}")
+    return problems
+
+
+def _follow(value: Any, outputs: dict[str, str], where: str, problems: list[str]) -> Any:
+    """`value` with every text `@name` replaced by the output of that earlier stage."""
+    if isinstance(value, dict):
+        return {key: _follow(item, outputs, where, problems) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_follow(item, outputs, where, problems) for item in value]
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    if value[1:] not in outputs:
+        earlier = f"earlier are {', '.join(outputs)}" if outputs else "it is the first"
+        problems.append(f"{where}: {value} is no earlier stage; {earlier}")
+    return outputs.get(value[1:], value)

@@ -1,0 +1,148 @@
+"""What every stage does around its own work: open parents, write the finished folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientvlm import checkpoint, families
+from efficientvlm.checkpoint import Output
+from efficientvlm.compression.accounting import account
+from efficientvlm.config import Strict
+from efficientvlm.control import Control
+from efficientvlm.data.sources import record
+from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
+from efficientvlm.errors import BadInput
+from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.progress import say
+from efficientvlm.training import Spent
+
+TEXT_LENGTH = 12
+
+
+@dataclass
+class Loaded:
+    """A finished checkpoint in memory."""
+
+    path: Path
+    family: Any
+    model: Any
+    tokenizer: Any
+    manifest: Manifest
+
+
+def load(spec: str) -> Loaded:
+    """The checkpoint `spec` names, checked against its manifest.
+
+    Raises:
+        BadInput: an unfinished or damaged folder, or a tokenizer that does not fit the model.
+    """
+    manifest = checkpoint.require_complete(spec)
+    path = checkpoint.resolve(spec)
+    family = families.of_folder(path)
+    model, tokenizer = family.load(path), load_tokenizer(path)
+    if len(tokenizer) > model.config.vocab_size:
+        raise BadInput(f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {model.config.vocab_size}", "use its own tokenizer")
+    return Loaded(path, family, model, tokenizer, manifest)
+
+
+def check_pair(student: Loaded, teacher: Loaded) -> None:
+    """:class:`BadInput` unless teacher and student read the same batches: family, vocabulary, image size."""
+    if student.family.name != teacher.family.name:
+        raise BadInput(f"teacher is {teacher.family.name}, student is {student.family.name}", "distillation needs one family")
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise BadInput(
+            "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
+        )
+    if student.model.config.image_size != teacher.model.config.image_size:
+        sizes = f"{teacher.model.config.image_size} and {student.model.config.image_size} px"
+        raise BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+
+
+def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str | None]) -> Output:
+    """Claim `config.out`; roles without a value are left out."""
+    given = {role: spec for role, spec in inputs.items() if spec}
+    output = Output.open(config.out, stage=stage, inputs=given, config=config.model_dump(), force=control.force, resume=control.resume)
+    if output.up_to_date:
+        say(f"{stage}: {output.path} is up to date", quiet=control.quiet)
+    return output
+
+
+@contextmanager
+def making(output: Output) -> Iterator[None]:
+    """Give the output folder up if the block fails; a saved training state stays."""
+    try:
+        yield
+    except BaseException:
+        output.abandon()
+        raise
+
+
+def write(
+    output: Output,
+    family: Any,
+    model: Any,
+    tokenizer: Any,
+    *,
+    control: Control,
+    spent: Spent | None = None,
+    sources: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Manifest:
+    """Stage model, tokenizer and image settings, and commit the folder with its accounting."""
+    model = model.to("cpu", torch.float32).eval()
+    model.save_pretrained(output.staging)
+    save_tokenizer(tokenizer, output.staging)
+    (output.staging / "preprocessor_config.json").write_text(json.dumps(image_settings(model.config), indent=2) + "\n", encoding="utf-8")
+    spent = spent or Spent()
+    manifest = output.manifest(
+        family=family.name,
+        accounting=account(family, model, text_length=TEXT_LENGTH),
+        data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
+        cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
+        **fields,
+    )
+    done = output.commit(manifest)
+    say(f"{output.stage}: wrote {output.path} · {summary(done)}", quiet=control.quiet)
+    return done
+
+
+def image_settings(config: Any) -> dict[str, Any]:
+    """`preprocessor_config.json` of a square, bicubically resized, normalised image, as CLIP's processor reads it."""
+    size = {"height": config.image_size, "width": config.image_size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": 3,
+        "do_center_crop": False,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+
+
+def summary(manifest: Manifest) -> str:
+    """Parameters, MACs, achieved sparsity and accuracy in one line."""
+    counts = manifest.accounting
+    parts = [f"{counts['parameters']['total'] / 1e6:.2f} M parameters", f"{counts['macs']['total'] / 1e6:.0f} M MACs"]
+    if counts["sparsity"]["achieved"] > 0:
+        parts.append(f"sparsity {counts['sparsity']['achieved']:.3f}")
+    if "accuracy" in manifest.metrics.get("val", {}):
+        parts.append(f"validation accuracy {manifest.metrics['val']['accuracy']:.4f}")
+    return ", ".join(parts)
+
+
+def settings_of(config: Strict, *names: str) -> dict[str, Any]:
+    """Some fields of a stage's configuration, by name."""
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,117 @@
+"""pretrain and distill: X-VLM's losses on image-text pairs, without or with a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.config import Distill, Pretrain
+from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts, pair_batch, region_batch
+from efficientvlm.data.draw import generator
+from efficientvlm.data.plan import IndexPlan
+from efficientvlm.data.sources import open_pairs
+from efficientvlm.errors import BadInput
+from efficientvlm.manifest import Manifest
+from efficientvlm.objectives.efficientvlm_kd import Distillation
+from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, write
+from efficientvlm.training import Batch, accelerator, adamw, train
+
+VALIDATION_BATCHES = 16
+
+
+def run(config: Pretrain, control: Control) -> Manifest:
+    """Train `config.model` on image-text pairs; a :class:`Distill` configuration adds the teacher."""
+    stage = "distill" if isinstance(config, Distill) else "pretrain"
+    student = load(config.model)
+    missing = sorted(set(config.losses) - set(student.model.config.heads))
+    if missing:
+        raise BadInput(f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}")
+    if config.batch_size < 2 and "itm" in config.losses:
+        raise BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
+    sources = {split: _open(config, split, student) for split in ("train", "val")}
+    inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), "data": f"sha256:{sources['train'].fingerprint}"}
+    output = open_output(config, stage, control, inputs)
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        hardware = accelerator(config.device, config.precision)
+        torch.manual_seed(config.seed)
+        texts = Texts(student.tokenizer, config.max_tokens)
+        hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
+        objective: nn.Module = hard
+        if isinstance(config, Distill):
+            teacher = load(config.teacher)
+            check_pair(student, teacher)
+            teacher.model.to(hardware.device)
+            kd = settings_of(config, "kd", "weights", "quirks", "temperature")
+            objective = Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
+        plan = IndexPlan(len(sources["train"]), config.batch_size, config.seed, hardware.num_processes, hardware.process_index)
+        steps = config.max_steps or max(1, round(config.epochs * plan.batches_per_epoch))
+        spent = train(
+            objective,
+            _feed(config, student.model.config, sources["train"], texts, plan),
+            [adamw(objective, config)],
+            steps=steps,
+            options=config,
+            output=output,
+            hardware=hardware,
+            title=stage,
+            quiet=control.quiet,
+        )
+        metrics = {"train": spent.last, "val": validate(hard, config, sources["val"], texts)}
+        return write(
+            output, student.family, student.model, student.tokenizer, control=control, spent=spent, sources=sources, metrics=metrics
+        )
+
+
+def _open(config: Pretrain, split: str, student: Loaded) -> Any:
+    spec = config.val if split == "val" and config.val else config.data
+    settings = settings_of(config, "columns", "val_fraction", "limit")
+    return open_pairs(spec, split, **settings, image_size=student.model.config.image_size)
+
+
+def _feed(config: Pretrain, model_config: Any, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
+    masking = settings_of(config, "mask_probability", "max_masks", "max_tokens")
+    regions = config.region_probability if "box" in config.losses and source[0].regions else 0.0
+    grid = model_config.image_size // model_config.patch_size
+
+    def feed(step: int) -> list[Batch]:
+        items = [source[index] for index in plan.batch(step)]
+        settings: dict[str, Any] = {"seed": config.seed, "step": step, "augment_kind": config.augment, **masking}
+        batches = [pair_batch(items, texts, **settings)]
+        if generator(config.seed, step, "region step").random() < regions:
+            batches.insert(0, region_batch(items, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
+        return batches
+
+    return feed
+
+
+@torch.inference_mode()
+def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts) -> dict[str, Any]:
+    """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches."""
+    model = objective.model.eval()
+    device = next(model.parameters()).device
+    count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
+    totals: dict[str, float] = {}
+    batches = 0
+    for start in range(0, count - config.batch_size + 1, config.batch_size):
+        items = [source[index] for index in range(start, start + config.batch_size)]
+        batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks", "max_tokens"))
+        losses, record, _ = objective.passes(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start)
+        values = {name: float(value) for name, value in losses.items()}
+        if "itm_logits" in record:
+            matched = torch.arange(len(record["itm_logits"]), device=device) < len(items)
+            values["itm_accuracy"] = float((record["itm_logits"].argmax(-1) == matched.long()).float().mean())
+        if "mlm_logits" in record:
+            labels = batch["masked_labels"].to(device)
+            values["mlm_accuracy"] = float((record["mlm_logits"].argmax(-1) == labels)[labels != -100].float().mean())
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value
+        batches += 1
+    return {"images": batches * config.batch_size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}

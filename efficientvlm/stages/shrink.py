@@ -1,0 +1,22 @@
+"""shrink: a student with fewer layers, initialised from the teacher's own."""
+
+from __future__ import annotations
+
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.compression.layers import resolve_layers, shrink_model
+from efficientvlm.config import Shrink
+from efficientvlm.control import Control
+from efficientvlm.manifest import Manifest
+from efficientvlm.stages.common import load, making, open_output, write
+
+
+def run(config: Shrink, control: Control) -> Manifest:
+    """Keep the chosen layers of each tower (every second one by default); everything else is copied."""
+    teacher = load(config.model)
+    layers = resolve_layers(teacher.family.layer_counts(teacher.model.config), config.layers)
+    output = open_output(config, "shrink", control, {"model": config.model})
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        student = shrink_model(teacher.family, teacher.model, layers)
+        return write(output, teacher.family, student, teacher.tokenizer, control=control, extra={"layers": layers})

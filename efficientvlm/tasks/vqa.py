@@ -1,0 +1,100 @@
+"""Visual question answering: loss over weighted answers, closed-list ranking, open generation, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int) -> Tensor:
+    """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
+
+    `logits` [A, L, V] predict `ids` [A, L] shifted by one; `mask` [A, L] leaves padding out; `weights` [A].
+    """
+    return (sequence_nll(logits, ids, mask) * weights).sum() / questions
+
+
+def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V]."""
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    loss = F.cross_entropy(logits[:, : targets.shape[1]].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return loss.view(targets.shape).sum(1)
+
+
+@torch.inference_mode()
+def rank(
+    family: Any, model: Any, batch: dict[str, Any], candidates: tuple[Tensor, Tensor], *, top: int, first_token_twice: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Closed-list answers: candidate indices [Q, K] and their probabilities among those K, best first (ALBEF / X-VLM).
+
+    The probability of each candidate's first token picks K = min(top, candidates); the score of those is minus their sequence NLL, plus
+    once more the first token's log probability when `first_token_twice` (as published). `candidates` are (ids, mask) [C, L].
+    """
+    ids, mask = candidates
+    _, context = family.question(model, batch)
+    questions, top = len(batch["question_ids"]), min(top, len(ids))
+    start = ids[:1, :1].expand(questions, 1)
+    first = family.answer(model, context, start, None)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
+    first_score, chosen = first.topk(top, dim=1)
+    rows = torch.arange(questions, device=ids.device).repeat_interleave(top)
+    picked, seen = ids[chosen.flatten()], mask[chosen.flatten()]
+    longest = int(seen.sum(1).max())
+    picked, seen = picked[:, :longest], seen[:, :longest]
+    # the last token of a sequence predicts nothing that is scored
+    logits = family.answer(model, context, picked[:, :-1], None, rows)
+    score = -sequence_nll(logits, picked, seen).view(questions, top)
+    if first_token_twice:
+        score = score + first_score
+    probabilities, order = score.softmax(1).sort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order), probabilities
+
+
+@torch.inference_mode()
+def generate(family: Any, model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
+    """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator."""
+    _, context = family.question(model, batch)
+    questions = len(batch["question_ids"])
+    cache = family.new_cache(model)
+    token = torch.full((questions, 1), cls_id, device=batch["question_ids"].device)
+    done = torch.zeros(questions, dtype=torch.bool, device=token.device)
+    answers = []
+    for _ in range(max_tokens):
+        token = family.answer(model, context, token, None, None, cache)[:, -1:].argmax(-1)
+        token = token.masked_fill(done[:, None], sep_id)
+        answers.append(token)
+        done |= token[:, 0] == sep_id
+        if bool(done.all()):
+            break
+    return torch.cat(answers, 1)
+
+
+def accuracy(predicted: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]) -> float:
+    """Mean weight of the predicted answer among the annotated ones, at most 1: exact match where there is one answer."""
+    hits = [min(1.0, sum(weight for text, weight in given if text == guess)) for guess, given in zip(predicted, answers, strict=True)]
+    return sum(hits) / len(hits) if hits else 0.0
+
+
+def evaluate(
+    predict: Callable[[dict[str, Any]], list[str]], batches: Iterable[dict[str, Any]], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Accuracy of `predict` over batches of `data.collate.vqa_batch(train=False)`, overall and for each annotated answer's kind.
+
+    Returns `accuracy`, `questions`, and the accuracy of the questions whose answer is yes or no and of the others.
+    """
+    guesses: list[str] = []
+    answers: list[list[tuple[str, float]]] = []
+    for batch in batches:
+        guesses += predict(batch)
+        answers += batch["answer_texts"]
+        progress(len(guesses))
+    closed = [any(text in ("yes", "no") for text, _ in given) for given in answers]
+    result: dict[str, Any] = {"accuracy": accuracy(guesses, answers), "questions": len(guesses)}
+    for name, wanted in (("yes_no", True), ("other", False)):
+        rows = [i for i, kind in enumerate(closed) if kind is wanted]
+        if rows:
+            result[f"accuracy_{name}"] = accuracy([guesses[i] for i in rows], [answers[i] for i in rows])
+    return result

@@ -1,0 +1,264 @@
+"""The one training loop: steps that are pure functions of (seed, step), a metrics line, a resumable state."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from efficientvlm.checkpoint import Output, fsync_dir, write_atomic
+from efficientvlm.config import Train
+from efficientvlm.data.draw import seed_of
+from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.interrupt import stop_flag
+from efficientvlm.progress import Bar, say
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Optimizer:
+    """One torch optimizer; `scheduled` ones follow the learning-rate schedule, the others keep their own rate."""
+
+    torch: torch.optim.Optimizer
+    scheduled: bool = True
+    clipped: bool = True
+    base: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = [group["lr"] for group in self.torch.param_groups]
+
+
+def accelerator(device: str, precision: str) -> Accelerator:
+    """Device, precision and process group for this run (`torchrun` sets the group).
+
+    Raises:
+        BadInput: `device` is not there.
+    """
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise BadInput(f"unknown device {device}", "", "use auto, cpu, cuda or mps")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device cuda is not available", "torch sees no CUDA GPU", "use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("device mps is not available", "torch sees no Apple GPU", "use --device cpu")
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    return Accelerator(cpu=device == "cpu", mixed_precision={"bf16": "bf16"}.get(precision, "no"), kwargs_handlers=handlers)
+
+
+def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: Iterable[str] = ()) -> Optimizer:
+    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; tensors named in `new` learn `new_lr_mult` times faster.
+
+    `skip` are name prefixes left out (gates and multipliers have optimizers of their own).
+    """
+    fresh, left_out = set(new), tuple(skip)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not name.startswith(left_out):
+            groups.setdefault((parameter.ndim > 1, name.removeprefix("model.") in fresh), []).append(parameter)
+    settings = [
+        {"params": members, "lr": options.lr * (options.new_lr_mult if is_new else 1), "weight_decay": options.weight_decay if decays else 0.0}
+        for (decays, is_new), members in groups.items()
+    ]
+    return Optimizer(torch.optim.AdamW(settings, betas=(0.9, 0.98), eps=1e-8, fused=True))
+
+
+def rate(step: int, steps: int, options: Train) -> float:
+    """Learning-rate factor at `step` of `steps`: linear warm-up, then the schedule's decay to 0."""
+    warm = max(1, round(options.warmup * steps))
+    if step < warm and options.warmup > 0:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
+
+
+@dataclass
+class Spent:
+    """What a training run took, interruptions included."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    steps: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    objective: nn.Module,
+    feed: Callable[[int], Sequence[Batch]],
+    optimizers: Sequence[Optimizer],
+    *,
+    steps: int,
+    options: Any,
+    output: Output,
+    hardware: Accelerator,
+    title: str,
+    quiet: bool = False,
+    after_step: Callable[[int], None] = lambda step: None,
+    describe: Callable[[int], dict[str, float]] = lambda step: {},
+) -> Spent:
+    """Minimise `objective(batch, step)["loss"]` for `steps` steps, from the saved state if `output` holds one.
+
+    `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch), so a resumed run equals
+    an uninterrupted one bit for bit on the CPU. `after_step` runs after every step and `describe` adds values to the metrics line.
+
+    Raises:
+        Interrupted: stopped by a signal after the state was written.
+        EvlmError: a loss that is not finite.
+    """
+    spent = restore(output.state_dir, objective, optimizers)
+    begun = spent.steps
+    module = hardware.prepare_model(objective.to(hardware.device))
+    objective.train()
+    cut_metrics(output.metrics, begun)
+    if begun:
+        say(f"{title}: resuming at step {begun} of {steps}", quiet=quiet)
+    totals: dict[str, float] = {}
+    clock = {"data": 0.0, "model": 0.0, "update": 0.0}
+    window = samples = 0
+    started = last_line = time.monotonic()
+    with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet or not hardware.is_main_process) as bar:
+        for step in range(begun, steps):
+            tick = time.perf_counter()
+            batches = feed(step)
+            clock["data"] += time.perf_counter() - tick
+            factor = rate(step, steps, options)
+            for number, batch in enumerate(batches):
+                tick = time.perf_counter()
+                torch.manual_seed(seed_of(options.seed, step, number, hardware.process_index, "dropout"))
+                for optimizer in optimizers:
+                    for group, base in zip(optimizer.torch.param_groups, optimizer.base, strict=True):
+                        group["lr"] = base * factor if optimizer.scheduled else base
+                losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
+                if not torch.isfinite(losses["loss"].detach()):
+                    raise EvlmError(f"the loss is {float(losses['loss'].detach())} at step {step}", "training diverged", "try a smaller --lr")
+                hardware.backward(losses["loss"])
+                middle = time.perf_counter()
+                for optimizer in optimizers:
+                    if options.clip and optimizer.clipped:
+                        nn.utils.clip_grad_norm_([p for g in optimizer.torch.param_groups for p in g["params"]], options.clip)
+                    optimizer.torch.step()
+                    optimizer.torch.zero_grad(set_to_none=True)
+                clock["model"] += middle - tick
+                clock["update"] += time.perf_counter() - middle
+                images = len(batch["pixels"]) * hardware.num_processes
+                samples, spent.samples = samples + images, spent.samples + images
+                for name, value in losses.items():
+                    key = name if number == 0 else f"region_{name}"
+                    totals[key] = totals.get(key, 0.0) + float(value.detach())
+                    totals[f"n:{key}"] = totals.get(f"n:{key}", 0) + 1
+            after_step(step)
+            window += 1
+            done = step + 1
+            if done % options.log_every == 0 or done == steps:
+                now = time.monotonic()
+                line = {name: value / totals[f"n:{name}"] for name, value in totals.items() if not name.startswith("n:")}
+                line |= describe(step)
+                speed = {f"{name}_ms": round(1000 * value / window, 2) for name, value in clock.items()}
+                spent.last = line
+                if hardware.is_main_process:
+                    record = {"step": done, "lr_factor": round(factor, 6), **line, "samples_per_s": round(samples / (now - last_line), 1), **speed}
+                    with output.metrics.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                note = " ".join(f"{name} {value:.3f}" for name, value in line.items()) + f" · {samples / (now - last_line):.0f} images/s"
+                totals, clock, window, samples, last_line = {}, dict.fromkeys(clock, 0.0), 0, 0, now
+                bar.update(done, note)
+            else:
+                bar.update(done)
+            stop = _any(flag.requested, hardware)
+            if done < steps and (stop or done % options.save_every == 0):
+                spent.steps = done
+                moment = Spent(spent.seconds + time.monotonic() - started, spent.samples, done, spent.last)
+                if hardware.is_main_process:
+                    save(output.state_dir, objective, optimizers, moment)
+                hardware.wait_for_everyone()
+                if stop:
+                    raise Interrupted(
+                        f"stopped at step {done} of {steps}", f"a resumable state is in {output.path}", "run the same command again to go on"
+                    )
+    spent.seconds += time.monotonic() - started
+    spent.steps = steps
+    return spent
+
+
+def save(folder: Path, objective: nn.Module, optimizers: Sequence[Optimizer], spent: Spent) -> None:
+    """Write the state of a step as `step-N/` (tensors, then `state.json`), then drop the older ones."""
+    target = folder / f"step-{spent.steps:08d}"
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {f"module/{name}": value.detach().cpu().contiguous() for name, value in objective.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, entries in optimizer.torch.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{index}/{name}": torch.as_tensor(value).cpu() for name, value in entries.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    with (temporary / "state.safetensors").open("rb+") as file:
+        os.fsync(file.fileno())
+    content = {"step": spent.steps, "seconds": spent.seconds, "samples": spent.samples, "last": spent.last}
+    write_atomic(temporary / "state.json", json.dumps(content).encode())
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    fsync_dir(folder)
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path, objective: nn.Module, optimizers: Sequence[Optimizer]) -> Spent:
+    """Load the newest complete state of `folder` into `objective` and `optimizers`; a fresh :class:`Spent` if there is none.
+
+    Raises:
+        BadInput: a state that does not fit this model.
+    """
+    states = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    if not states:
+        return Spent()
+    try:
+        content = json.loads((states[-1] / "state.json").read_text("utf-8"))
+        tensors = load_file(states[-1] / "state.safetensors")
+        objective.load_state_dict({name.removeprefix("module/"): value for name, value in tensors.items() if name.startswith("module/")})
+        for number, optimizer in enumerate(optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"optimizer/{number}/"):
+                    _, _, index, entry = name.split("/")
+                    state.setdefault(int(index), {})[entry] = value
+            optimizer.torch.load_state_dict({"state": state, "param_groups": optimizer.torch.state_dict()["param_groups"]})
+        return Spent(content["seconds"], content["samples"], content["step"], content["last"])
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"cannot resume from {states[-1]}", str(error).splitlines()[0], "use --no-resume to start again") from error
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of `path` beyond `step`, which the resumed run writes again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break  # a line cut short by a crash
+    write_atomic(path, "".join(kept).encode())
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _any(flag: bool, hardware: Accelerator) -> bool:
+    if hardware.num_processes == 1:
+        return flag
+    return bool(hardware.reduce(torch.tensor(float(flag), device=hardware.device)).item())

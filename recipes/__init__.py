@@ -1,0 +1,1 @@
+"""Recipes: whole chains of stages as YAML files."""

@@ -1,0 +1,367 @@
+"""The contract of the command line: exit codes, three-line errors, what goes to stdout, what is imported. No stage runs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from efficientvlm import control
+from efficientvlm.checkpoint import MANIFEST, Output
+from efficientvlm.cli import main as cli
+from efficientvlm.errors import BadInput, Interrupted, TargetMissed
+from efficientvlm.manifest import DataRecord
+
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
+COMMANDS = [
+    *("init", "import", "pretrain", "shrink", "distill", "prune", "finetune", "eval", "bench", "predict", "inspect", "verify", "run"),
+    *("recipes ls", "recipes cat", "recipes cp", "recipes validate"),
+]
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "EVLM_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def evlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process; (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evlm", *map(str, arguments)])
+        code = cli._run()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def make(path: Path, stage: str = "finetune", **inputs: str) -> Path:
+    output = Output.open(path, stage=stage, inputs=inputs, config={"task": "vqa", "data": "easy-vqa", "out": str(path)})
+    (output.staging / "model.safetensors").write_text("weights")
+    output.commit(
+        output.manifest(
+            family="xvlm",
+            origin=None if inputs else "random",
+            data=[DataRecord(name="easy-vqa", split="train", count=5, fingerprint="ab", licence="MIT")],
+            metrics={"accuracy": 0.9712},
+            accounting={
+                "parameters": {"total": 1_830_000, "by_tower": {"vision": 1}},
+                "macs": {"total": 123_400_000},
+                "units": {"vision.0.head": {"kept": 3, "of": 4}, "vision.0.neuron": {"kept": 0, "of": 512}},
+                "sparsity": {"achieved": 0.4001},
+            },
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    make(tmp_path / "teacher")
+    make(tmp_path / "student", "shrink", model=str(tmp_path / "teacher"))
+    return make(tmp_path / "small", "prune", model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
+
+
+@pytest.fixture
+def fake_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stages replaced by one that remembers what it was called with and returns or raises what the test puts into `result`."""
+    seen: dict[str, Any] = {}
+
+    def run(config: Any, how: control.Control) -> Any:
+        seen.update(config=config, control=how)
+        if isinstance(seen.get("result"), BaseException):
+            raise seen["result"]
+        return seen.get("result", Path(config.out))
+
+    for name in ("init", "import_", "pretrain", "shrink", "distill", "prune", "finetune", "evaluate", "bench"):
+        monkeypatch.setitem(sys.modules, f"efficientvlm.stages.{name}", SimpleNamespace(run=run))
+    return seen
+
+
+@pytest.mark.parametrize("command", [[], *(command.split() for command in COMMANDS)], ids=" ".join)
+def test_every_command_has_help(evlm: Any, command: list[str]) -> None:
+    code, out, err = evlm(*command, "--help")
+    assert code == 0 and "Usage: evlm" in out and err == ""
+
+
+def test_light_commands_import_nothing_heavy_and_answer_at_once(chain: Path) -> None:
+    script = f"""
+import sys
+from efficientvlm.cli import main
+codes = []
+for line in (["--help"], ["prune", "--help"], ["inspect", {str(chain)!r}], ["verify", {str(chain)!r}], ["recipes", "ls"],
+             ["recipes", "validate", "quickstart"], ["run", "quickstart", "--dry-run"], ["prune", "--model", "nowhere"],
+             ["shrink", "--model", {str(chain)!r}, "--out", "x", "--dry-run"]):
+    sys.argv = ["evlm", *line]
+    codes.append(main._run())
+print(codes, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 0, 2, 0] []", done.stderr
+
+
+def test_help_starts_in_half_a_second() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "efficientvlm.cli.main", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_version_and_no_arguments(evlm: Any) -> None:
+    assert evlm("--version") == (0, "evlm 0.1.0\n", "")
+    code, out, _ = evlm()
+    assert code == 2 and "Usage" in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "shrink --nonsense",
+        "shrink --out x",
+        "shrink --model m",
+        "prune --sparsity much",
+        "prune --model m --data d",
+        "distill --model m --data d --out o",
+        "bench",
+        "eval --model m",
+        "predict --model m --image i",
+        "predict --model m --image i --question q --mode guess",
+        "predict --model m --image i --question  ",
+        "shrink --model m --out o --layers vision",
+        "shrink --model m --out o --layers vision=a",
+        "eval --model m --data d --column question",
+        "inspect",
+        "recipes cat",
+        "run",
+    ],
+)
+def test_wrong_usage_exits_2(evlm: Any, line: str) -> None:
+    code, out, err = evlm(*line.split(" "))
+    assert code == 2 and out == "" and "Traceback" not in err and err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("shrink --model nowhere --out o", "'nowhere' does not exist"),
+        ("inspect nowhere", "does not exist"),
+        ("verify bundled:nothing", "no bundled checkpoint"),
+        ("shrink --model teacher --out o --set lyers=3", "lyers: unknown key, did you mean layers?"),
+        ("prune --model teacher --data d --out o --sparsity 1.5", "sparsity: input should be less than 1"),
+        ("prune --model teacher --data d --out o --sparsity nan", "sparsity"),
+        ("prune --model teacher --data d --out o --set gates.head_int=3", "gates.head_int: unknown key, did you mean head_init?"),
+        ("prune --model teacher --data d --out o --set sparsity", "not key=value"),
+        ("finetune --model teacher --data d --out o --task nlvr", "task"),
+        ("finetune --model teacher --data d --out o --precision fp8", "precision"),
+        ("import --model teacher --tokenizer teacher --out o", "not a file"),
+        ("predict --model teacher --image nowhere.png --question what?", "nowhere.png"),
+        ("predict --model teacher --image teacher --question what?", "it is not a file"),
+        ("run quikstart", "did you mean quickstart?"),
+        ("run quickstart --set pruned.sparsty=0.3", "did you mean sparsity?"),
+        ("recipes cp quickstart no/such/folder.yaml", "no folder"),
+    ],
+)
+def test_bad_input_exits_3_in_three_lines(evlm: Any, chain: Path, line: str, words: str) -> None:
+    code, out, err = evlm(*line.split(" "))
+    assert code == 3 and out == "" and words in err
+    lines = err.splitlines()
+    assert lines[0].startswith("error: ") and lines[1].startswith("  why:") and "Traceback" not in err
+    assert not Path("o").exists()
+
+
+def test_an_unfinished_input_is_refused_before_anything_is_loaded(evlm: Any, tmp_path: Path) -> None:
+    Output.open(tmp_path / "half", stage="prune", inputs={}, config={})
+    code, _, err = evlm("shrink", "--model", tmp_path / "half", "--out", "o")
+    assert code == 3 and "interrupted" in err and "it resumes" in err
+
+
+def test_only_given_options_reach_the_configuration(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
+    line = "prune --model student --teacher teacher --data shapes --out small --column question=text --column answer=label"
+    code, out, err = evlm(*line.split(), "--set", "gates.lr=3e-2", "--set", "epochs=3", "--epochs", "2", "--no-resume", "--force")
+    assert (code, err) == (0, "")
+    config = fake_stage["config"]
+    assert config.model_fields_set == {"model", "teacher", "data", "out", "columns", "gates", "epochs"}
+    assert config.columns == {"question": "text", "answer": "label"} and config.gates.lr == 0.03 and config.epochs == 3
+    assert fake_stage["control"] == control.Control(force=True, resume=False, quiet=False, json=False)
+    assert out.splitlines()[-1] == "small" and "parameters: 1,830,000" in out
+
+
+def test_layers_and_repeated_options(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
+    assert evlm("shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run")[0] == 0
+    code, out, _ = evlm("shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run")
+    assert json.loads(out)["config"]["layers"] == {"vision": 6, "text": [1, 3], "fusion": [2]} and not fake_stage
+    fake_stage["result"] = {"models": [{"name": "teacher", "latency": {"1": 2.5}}, {"name": "small", "extra": 1}], "threads": 2}
+    code, out, _ = evlm("bench", "--model", "teacher", "--model", "small", "--batch-size", 1, "--batch-size", 4)
+    assert fake_stage["config"].models == ["teacher", "small"] and fake_stage["config"].batch_sizes == [1, 4]
+    assert "latency.1" in out and "threads: 2" in out
+
+
+def test_a_recut_takes_model_and_data_from_the_run_it_cuts(evlm: Any, chain: Path) -> None:
+    code, out, _ = evlm("prune", "--from-gates", "small", "--sparsity", 0.6, "--out", "o", "--dry-run")
+    config = json.loads(out)["config"]
+    assert code == 0 and (config["model"], config["data"], config["from_gates"]) == ("small", "easy-vqa", "small")
+
+
+def test_json_is_exactly_one_object(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
+    fake_stage["result"] = chain
+    for line in (
+        "prune --model student --data shapes --out small --json",
+        "inspect small --json",
+        "inspect --schema",
+        "verify small --json",
+        "recipes ls --json",
+        "recipes validate quickstart --json",
+        "run quickstart --dry-run",
+    ):
+        code, out, err = evlm(*line.split())
+        assert (code, err) == (0, ""), line
+        assert isinstance(json.loads(out), dict), line
+    assert fake_stage["control"].quiet
+    fake_stage["result"] = {"accuracy": 0.5}
+    assert json.loads(evlm("eval", "--model", "small", "--data", "shapes", "--json")[1]) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (BadInput("a", "b", "c"), 3, ["error: a", "  why: b", "  do:  c"]),
+        (BadInput("a", "\n  b\n  c"), 3, ["error: a", "  why:", "    b", "    c"]),
+        (TargetMissed("sparsity 0.9 cannot be met"), 4, ["error: sparsity 0.9 cannot be met"]),
+        (Interrupted("stopped", "a state was written", "run it again"), 75, ["error: stopped", "  why: a state was written", "  do:  run it again"]),
+        (KeyboardInterrupt(), 130, []),
+        (OSError(28, "No space left on device"), 1, ["error: unexpected OSError", "  why: [Errno 28] No space left on device"]),
+        (RuntimeError("two\nlines"), 1, ["error: unexpected RuntimeError", "  why: two lines"]),
+    ],
+)
+def test_exit_codes_and_messages(evlm: Any, chain: Path, fake_stage: dict[str, Any], error: Exception, code: int, lines: list[str]) -> None:
+    fake_stage["result"] = error
+    found, out, err = evlm("shrink", "--model", "teacher", "--out", "o")
+    assert found == code and out == ""
+    assert err.splitlines()[: len(lines)] == lines and "Traceback" not in err
+    assert code != 1 or "EVLM_DEBUG=1" in err
+
+
+def test_a_traceback_on_request(evlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVLM_DEBUG", "1")
+    code, _, err = evlm("inspect", "nowhere")
+    assert code == 3 and "Traceback" in err and "error: 'nowhere' does not exist" in err
+
+
+def test_inspect_shows_the_lineage(evlm: Any, chain: Path) -> None:
+    code, out, err = evlm("inspect", "small")
+    assert (code, err) == (0, "")
+    for part in ("small  prune", "model: ", "teacher: ", "(random)", "1.83 M parameters", "123 M MACs", "sparsity 0.400", "accuracy 0.9712"):
+        assert part in out
+    assert "heads" not in out and "vision 0: 3/4 heads, 0/512 neurons" in evlm("inspect", "small", "--units")[1]
+    root = json.loads(evlm("inspect", "small", "--json")[1])
+    assert [parent["role"] for parent in root["parents"]] == ["model", "teacher"]
+    assert root["manifest"]["stage"] == "prune" and root["parents"][0]["parents"][0]["manifest"]["origin"] == "random"
+
+
+def test_verify_tells_good_from_bad(evlm: Any, chain: Path, tmp_path: Path) -> None:
+    code, out, err = evlm("verify", "small")
+    assert (code, err) == (0, "") and out.splitlines() == ["all files of 3 checkpoints are as they were written", "small"]
+    (tmp_path / "teacher" / "model.safetensors").write_text("Weights")
+    code, out, err = evlm("verify", "small")
+    assert code == 3 and out == "" and "teacher/model.safetensors has changed" in err
+    code, out, _ = evlm("verify", "small", "--json")
+    assert code == 3 and json.loads(out)["ok"] is False and len(json.loads(out)["problems"]) == 1
+    (tmp_path / "small" / MANIFEST).write_bytes(b"\xff")
+    assert evlm("verify", "small")[0] == 3 and evlm("inspect", "small")[0] == 3
+
+
+def test_recipes_are_listed_shown_copied_and_checked(evlm: Any, tmp_path: Path) -> None:
+    assert "quickstart" in evlm("recipes", "ls")[1]
+    text = evlm("recipes", "cat", "quickstart")[1]
+    assert evlm("recipes", "cp", "quickstart", "mine.yaml")[1] == "mine.yaml\n"
+    assert Path("mine.yaml").read_text(encoding="utf-8") == text
+    assert evlm("recipes", "cp", "quickstart", "mine.yaml")[0] == 3
+    assert evlm("recipes", "cp", "quickstart", "mine.yaml", "--force")[0] == 0
+    assert evlm("recipes", "cp", "mine.yaml", tmp_path, "--force")[1].strip().endswith("mine.yaml")
+    assert evlm("recipes", "validate", "mine.yaml")[1].splitlines()[-1] == "quickstart is valid"
+
+
+def test_run_hands_the_checked_stages_over(evlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_recipe(steps: Any, how: Any) -> dict[str, Any]:
+        seen.update(steps=steps, how=how)
+        return {"stages": len(steps)}
+
+    monkeypatch.setitem(sys.modules, "efficientvlm.stages.run", SimpleNamespace(run_recipe=run_recipe))
+    code, out, _ = evlm("run", "quickstart", "--out", "here", "--set", "pruned.sparsity=0.5", "--quiet")
+    assert code == 0 and out.splitlines()[-1] == "here" and seen["how"].quiet
+    assert {step.name: step.config for step in seen["steps"]}["pruned"].sparsity == 0.5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
+def test_colour_on_a_terminal_only_and_never_with_no_color(chain: Path) -> None:
+    import pty
+
+    def seen(**environment: str) -> bytes:
+        leader, follower = pty.openpty()
+        base = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+        with subprocess.Popen(
+            [sys.executable, "-m", "efficientvlm.cli.main", "inspect", str(chain)],
+            stdout=follower,
+            env={**base, "TERM": "xterm-256color", **environment},
+        ):
+            os.close(follower)
+            content = b""
+            while True:
+                try:
+                    part = os.read(leader, 65536)
+                except OSError:
+                    break
+                if not part:
+                    break
+                content += part
+        os.close(leader)
+        return content
+
+    def coloured(text: bytes) -> bool:
+        return any(b"\x1b[%d" % code in text for code in range(30, 38))
+
+    assert coloured(seen()) and not coloured(seen(NO_COLOR="1"))
+    piped = subprocess.run([sys.executable, "-m", "efficientvlm.cli.main", "inspect", str(chain)], capture_output=True, check=True)
+    assert b"\x1b" not in piped.stdout + piped.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+@pytest.mark.parametrize("line", ["inspect --schema", "recipes cat quickstart"])
+def test_a_reader_that_goes_away_is_no_error(line: str) -> None:
+    script = f"{sys.executable} -m efficientvlm.cli.main {line} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_without_a_state_exits_130(tmp_path: Path) -> None:
+    script = """
+import sys, types, os, signal
+def run(config, control):
+    os.kill(os.getpid(), signal.SIGINT)
+    import time; time.sleep(5)
+sys.modules["efficientvlm.stages.shrink"] = types.SimpleNamespace(run=run)
+sys.argv = ["evlm", "shrink", "--model", sys.argv[1], "--out", "o"]
+from efficientvlm.cli.main import main
+main()
+"""
+    make(tmp_path / "teacher")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "teacher")], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr

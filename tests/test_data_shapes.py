@@ -1,0 +1,191 @@
+"""The generator: pure, true to its words, and as easy-VQA looks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from efficientvlm.data import phrases
+from efficientvlm.data.easy_vqa import EasyVQA
+from efficientvlm.data.items import PairItem, TwoImageItem, VQAItem
+from efficientvlm.data.scenes import COLOURS, LEVELS, Scene, Thing, draw, sample
+from efficientvlm.data.shapes import Shapes, parse
+from efficientvlm.errors import BadInput
+
+
+def thing(colour: str, shape: str, x: float, y: float, side: float = 0.2) -> Thing:
+    return Thing(colour, shape, x, y, side, side, COLOURS[colour])
+
+
+TWO = Scene((thing("red", "circle", 0.2, 0.5), thing("blue", "triangle", 0.8, 0.5)), (250, 250, 250), 0.0)
+
+
+def test_an_item_is_a_pure_function_of_settings_split_and_index() -> None:
+    first, again = Shapes(PairItem, "train", spec="shapes:seed=3"), Shapes(PairItem, "train", spec="shapes:seed=3")
+    again[11]
+    assert np.array_equal(first[7].image, again[7].image)
+    assert (first[7].captions, first[7].regions, first[7].id) == (again[7].captions, again[7].regions, again[7].id)
+    for other in (Shapes(PairItem, "val", spec="shapes:seed=3"), Shapes(PairItem, "train", spec="shapes:seed=4")):
+        assert not np.array_equal(other[7].image, first[7].image)
+    assert np.array_equal(Shapes(VQAItem, "train", spec="shapes:seed=3")[7].image, first[7].image)
+
+
+def test_generated_content_is_pinned() -> None:
+    # If this changes, so does every data set that was named by its settings: raise VERSION in shapes.py.
+    item = Shapes(PairItem, "train")[0]
+    assert (
+        item.captions[1]
+        == "a green circle below a yellow rectangle and a yellow rectangle above a yellow triangle on a pale yellow background"
+    )
+    assert abs(int(item.image.astype(np.int64).sum()) - 2581670) < 50
+    assert Shapes(PairItem, "train").fingerprint != Shapes(PairItem, "train", spec="shapes:seed=1").fingerprint
+    assert Shapes(PairItem, "train").fingerprint == Shapes(PairItem, "val", spec="shapes:difficulty=3").fingerprint
+
+
+@pytest.mark.parametrize("difficulty", sorted(LEVELS))
+def test_scenes_hold_what_the_difficulty_says(difficulty: int) -> None:
+    level = LEVELS[difficulty]
+    rng = np.random.default_rng(0)
+    counts = Counter()
+    for _ in range(200):
+        scene = sample(rng, level)
+        counts[len(scene.things)] += 1
+        for one in scene.things:
+            x, y, width, height = one.box
+            assert x - width / 2 >= -1e-6 and x + width / 2 <= 1 + 1e-6 and y - height / 2 >= -1e-6 and y + height / 2 <= 1 + 1e-6
+        for a in scene.things:
+            assert all(a is b or abs(a.x - b.x) * 2 > a.width + b.width or abs(a.y - b.y) * 2 > a.height + b.height for b in scene.things)
+    assert set(counts) == set(range(level.objects[0], level.objects[1] + 1))
+
+
+def test_a_box_holds_the_pixels_of_its_shape() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ("circle", "rectangle", "triangle", "diamond", "cross", "ring"):
+        scene = Scene((Thing("red", shape, 0.4, 0.55, 0.5, 0.5, COLOURS["red"]),), (255, 255, 255), 0.0)
+        rows, columns = np.nonzero((draw(scene, 64, rng) != 255).any(-1))
+        found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
+        assert np.abs(found - np.array([0.15, 0.3, 0.65, 0.8])).max() < 1.6 / 64, shape
+
+
+def test_relations_follow_the_places() -> None:
+    found = {(a.colour, name, b.colour) for a, name, b in phrases.related(TWO)}
+    assert found == {("red", "left of", "blue"), ("blue", "right of", "red")}
+    twins = Scene((*TWO.things, thing("red", "circle", 0.5, 0.1)), TWO.background, 0.0)
+    assert all("red" not in (a.colour, b.colour) for a, _, b in phrases.related(twins))
+
+
+def truth(question: str, scene: Scene) -> str | None:
+    """An answer found another way than the generator's: by matching words against the list of shapes."""
+    colours, forms = [one.colour for one in scene.things], [one.shape for one in scene.things]
+    kinds = [f"{one.colour} {one.shape}" for one in scene.things]
+    if match := re.fullmatch(r"how many (.+?)s (?:are there|are in the image)\?", question):
+        noun = {"crosse": "cross"}.get(match[1], match[1])
+        return str(len(kinds) if noun == "shape" else sum(noun in (f, f"{c} shape") for c, f in zip(colours, forms)))
+    if match := re.fullmatch(
+        r"(?:is there|does the image|is) (not )?(no )?(?:contain )?(not contain )?(?:an? )?(.+?)(?: in the image| present)?\?", question
+    ):
+        noun = match[4]
+        if " of " in noun or "above" in noun or "below" in noun:
+            return None
+        there = noun in forms or noun in kinds or noun in [f"{colour} shape" for colour in colours]
+        return "yes" if there != bool(match[1] or match[2] or match[3]) else "no"
+    return None
+
+
+@pytest.mark.parametrize("difficulty", [2, 3, 5])
+def test_presence_and_counts_are_true(difficulty: int) -> None:
+    source = Shapes(VQAItem, "train", spec=f"shapes:difficulty={difficulty}")
+    checked = Counter()
+    for index in range(150):
+        _, scene = source._scene(index)
+        for question in source[index].questions:
+            expected = truth(question.text, scene)
+            if expected is not None:
+                checked[expected] += 1
+                assert question.answers == [(expected, 1.0)], (question, scene)
+    assert checked["yes"] > 100 and checked["no"] > 100
+
+
+def test_colour_shape_and_relation_answers_are_true() -> None:
+    level, seen = LEVELS[3], {}
+    for seed in range(60):
+        for question in phrases.questions(TWO, np.random.default_rng(seed), level, 10):
+            seen[question.text] = question.answers[0][0]
+    assert seen["what color is the circle?"] == "red"
+    assert seen["what is the blue shape?"] == "triangle"
+    assert seen["is the red circle left of the blue triangle?"] == "yes"
+    assert seen["is the blue triangle left of the red circle?"] == "no"
+    assert seen["is the red circle above the blue triangle?"] == "no"
+    assert seen["what color is the shape left of the blue triangle?"] == "red"
+    assert seen["what color is the background?"] == "white"
+
+
+def test_one_object_asks_in_the_words_of_easy_vqa() -> None:
+    known = {
+        question.text for item_texts in [EasyVQA("train")] for questions in item_texts._all_questions.values() for question in questions
+    }
+    ours = {q.text for item in (Shapes(VQAItem, "train", spec="shapes:difficulty=2")[i] for i in range(800)) for q in item.questions}
+    assert ours == known
+
+
+def test_one_object_pictures_cover_easy_vqa() -> None:
+    theirs, ours = EasyVQA("train", limit=300), Shapes(PairItem, "train", spec="shapes:difficulty=2,size=600")
+
+    def sides(image: np.ndarray) -> tuple[int, int]:
+        rows, columns = np.nonzero((np.abs(image.astype(int) - np.median(image.reshape(-1, 3), axis=0)).sum(-1) > 60))
+        return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+
+    a = np.array([sides(theirs[i].image) for i in range(300)])
+    b = np.array([sides(ours[i].image) for i in range(600)])
+    low, high = np.percentile(a, [2, 98], axis=0)
+    assert (np.percentile(b, 1, axis=0) <= low + 1).all() and (np.percentile(b, 99, axis=0) >= high - 1).all()
+    dark = min(int(np.median(theirs[i].image.reshape(-1, 3), axis=0).min()) for i in range(300))
+    assert LEVELS[2].darkest <= dark + 1
+
+
+def test_statements_are_true_and_balanced() -> None:
+    source = Shapes(TwoImageItem, "train", spec="shapes:difficulty=3")
+    labels: dict[str, list[bool]] = {}
+    for index in range(600):
+        left, right, statement, label, _ = source._about_two(index)
+        labels.setdefault(" ".join(statement.split()[:2]), []).append(label)
+        if match := re.fullmatch(r"both images contain an? (.+)", statement):
+            assert label == all(
+                any(match[1] in (o.shape, f"{o.colour} shape", f"{o.colour} {o.shape}") for o in s.things) for s in (left, right)
+            )
+    assert 0.45 < np.mean([label for found in labels.values() for label in found]) < 0.55
+    for start in ("both images", "at least", "exactly one", "neither image"):
+        assert 0.3 < np.mean(labels[start]) < 0.7, start  # the form alone does not tell the answer
+    item = source[0]
+    assert item.images[0].shape == item.images[1].shape == (64, 64, 3) and not np.array_equal(*item.images)
+
+
+def test_size_and_limits_of_the_specification() -> None:
+    source = Shapes(VQAItem, "train", spec="shapes:size=50,objects=2-4,difficulty=1", image_size=32)
+    assert len(source) == 50 and len(Shapes(VQAItem, "val", spec="shapes:size=50")) == 5
+    assert source[0].image.shape == (32, 32, 3) and source[0].image.dtype == np.uint8
+    with pytest.raises(IndexError):
+        source[50]
+    assert {len(source._scene(i)[1].things) for i in range(50)} == {2, 3, 4}
+    for objects in range(1, 10):
+        crowded = Shapes(PairItem, "train", spec=f"shapes:objects={objects},difficulty=5")
+        assert crowded[0].captions and len(crowded[0].regions) == len(crowded._scene(0)[1].things)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("shapes:dificulty=2", "did you mean difficulty"),
+        ("shapes:difficulty=9", "not in 1 to 5"),
+        ("shapes:objects=4-2", "no range"),
+        ("shapes:size=many", "no whole number"),
+        ("shapes:objects", "no whole number"),
+    ],
+)
+def test_a_wrong_specification_is_explained(spec: str, words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        parse(spec)
+    assert words in f"{caught.value} {caught.value.fix}"

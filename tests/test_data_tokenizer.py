@@ -1,0 +1,107 @@
+"""Tokenizers: the same on every machine, complete, and refused when empty."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficientvlm.data.easy_vqa import EasyVQA
+from efficientvlm.data.tokenizer import SPECIAL, load_tokenizer, save_tokenizer, train_wordpiece
+from efficientvlm.errors import BadInput
+
+SENTENCES = ["A red circle.", "the redder circle", "a cat & a dog", "dogs"]
+
+
+def test_words_of_easy_vqa_are_single_tokens() -> None:
+    questions = list(EasyVQA("train", limit=400).texts())
+    tokenizer = train_wordpiece(questions, 8192)
+    vocab = tokenizer.get_vocab()
+    words = {word for text in questions for word in text.replace("?", " ?").split()}
+    assert len(words) > 30 and words <= set(vocab)
+    assert [vocab[token] for token in SPECIAL] == [0, 1, 2, 3, 4]
+    assert sorted(vocab.values()) == list(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Is there a TEAL rectangle?")["input_ids"])
+    assert tokens == ["[CLS]", "is", "there", "a", "teal", "rectangle", "?", "[SEP]"]
+
+
+def test_letters_never_seen_are_not_unknown() -> None:
+    tokenizer = train_wordpiece(SENTENCES, 500)
+    assert tokenizer.unk_token_id not in tokenizer("zebra 7")["input_ids"]
+    assert tokenizer.unk_token_id in tokenizer("猫")["input_ids"]
+
+
+def test_vocabulary_does_not_depend_on_the_process() -> None:
+    code = (
+        "import json, hashlib; from efficientvlm.data.tokenizer import train_wordpiece; "
+        f"v = train_wordpiece({SENTENCES!r}, 60).get_vocab(); print(hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest())"
+    )
+    here = hashlib.sha256(json.dumps(train_wordpiece(SENTENCES, 60).get_vocab(), sort_keys=True).encode()).hexdigest()
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == here
+
+
+@pytest.mark.parametrize("size", [16, 30, 45, 300])
+def test_the_vocabulary_keeps_to_its_size(size: int) -> None:
+    tokenizer = train_wordpiece(SENTENCES, size)
+    assert len(tokenizer) <= size and (size > 100 or len(tokenizer) == size)
+
+
+def test_frequent_pieces_come_first() -> None:
+    vocab = train_wordpiece(["abab abab abab xy"], 12 + 5).get_vocab()
+    assert "abab" in vocab and vocab["ab"] < vocab["abab"] < vocab["xy"]
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    tokenizer = train_wordpiece(SENTENCES, 80)
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    text = "the reddest Dog?"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (loaded.pad_token_id, loaded.cls_token_id, loaded.sep_token_id, loaded.mask_token_id) == (0, 2, 3, 4)
+
+
+def test_vocab_txt_of_an_older_bert(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "red", "##der", "circle"]), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("Redder circle")["input_ids"] == [2, 5, 6, 7, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
+    assert load_tokenizer(tmp_path)("Redder circle")["input_ids"] == [2, 1, 7, 3]
+
+
+def test_truncation_stored_in_a_file_is_dropped(tmp_path: Path) -> None:
+    tokenizer = train_wordpiece(SENTENCES, 80)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path)("a red circle")["input_ids"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no tokenizer"),
+        ({"vocab.txt": "\n".join(SPECIAL)}, "empty"),
+        ({"vocab.txt": "[PAD]\n[UNK]\na\nb\nc\nd"}, r"\[CLS\], \[SEP\], \[MASK\]"),
+        ({"tokenizer.json": "{"}, "damaged"),
+        ({"tokenizer.json": "[]"}, "damaged"),
+        ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'}, "BPE"),
+    ],
+)
+def test_a_useless_tokenizer_is_refused(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_training_needs_text_and_room() -> None:
+    with pytest.raises(BadInput, match="no text"):
+        train_wordpiece([], 100)
+    with pytest.raises(BadInput, match="room"):
+        train_wordpiece(SENTENCES, 10)

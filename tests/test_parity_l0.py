@@ -1,0 +1,60 @@
+"""The hard-concrete numbers of the published VQA pruning module, gradients included."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientvlm.compression.gates import open_probability, published_gates, sample_gates
+from efficientvlm.compression.sparsity import expected_sparsity, lagrangian, published_costs, target_at
+
+FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "l0"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+WIDTH, HEADS, INTERMEDIATE = 48, 4, 96
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return load_file(FOLDER / "expected.safetensors"), json.loads((FOLDER / "meta.json").read_text())
+
+
+def test_samples_probabilities_and_deterministic_gates(numbers):
+    expected, meta = numbers
+    for kind in meta["types"]:
+        log_alpha = expected[f"log_alpha.{kind}"]
+        sampled = sample_gates(log_alpha, expected[f"uniform.{kind}"])
+        torch.testing.assert_close(sampled, expected[f"sampled.{kind}_z"].view_as(log_alpha), **CLOSE)
+        torch.testing.assert_close(open_probability(log_alpha), expected[f"p_open.{kind}"], **CLOSE)
+        rows = torch.stack([published_gates(row) for row in log_alpha])
+        assert torch.equal(rows, expected[f"deterministic.{kind}_z"].view_as(log_alpha))
+
+
+def test_lagrangian_and_gradients(numbers):
+    expected, meta = numbers
+    head, neuron, layer = published_costs(WIDTH, HEADS, INTERMEDIATE)
+    assert (head, neuron) == (meta["params_per_head"], meta["params_per_intermediate_dim"])
+    leaves = {kind: expected[f"log_alpha.{kind}"].clone().requires_grad_() for kind in meta["types"]}
+    costs = torch.cat([torch.full((leaf.numel(),), float(head if "head" in kind else neuron)) for kind, leaf in leaves.items()])
+    total = sum(leaf.numel() * head if "head" in kind else len(leaf) * layer for kind, leaf in leaves.items())
+    assert total == meta["prunable_model_size"]
+    multipliers = torch.tensor([meta["lambda_1"], meta["lambda_2"]], requires_grad=True)
+    for step in (0, 10, 25, 50, 80):
+        p_open = torch.cat([open_probability(leaf).flatten() for leaf in leaves.values()])
+        torch.testing.assert_close(p_open @ costs, expected["expected_params"], rtol=1e-5, atol=0)
+        sparsity = expected_sparsity(p_open, costs, total)
+        torch.testing.assert_close(sparsity, expected[f"expected_sparsity.{step}"], **CLOSE)
+        target = target_at(step, meta["warmup_steps"], meta["target_sparsity"], meta["start_sparsity"])
+        assert target == pytest.approx(expected[f"target_sparsity.{step}"].item())
+        loss = lagrangian(sparsity, target, *multipliers)
+        torch.testing.assert_close(loss, expected[f"lagrangian.{step}"], **CLOSE)
+        if step == meta["gradients_at_step"]:
+            loss.backward()
+    for kind, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[f"grad.log_alpha.{kind}"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(multipliers.grad, torch.stack([expected["grad.lambda_1"], expected["grad.lambda_2"]]), **CLOSE)

@@ -1,0 +1,164 @@
+"""Recipes are checked completely before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficientvlm import recipe as recipes
+from efficientvlm.config import Distill, Prune
+from efficientvlm.errors import BadInput
+from efficientvlm.recipe import load_recipe, validate
+
+CHAIN = """
+name: chain
+out: runs/chain
+defaults: {seed: 7, data: shapes, device: cpu}
+stages:
+  - {name: student, stage: shrink, model: bundled:teacher, layers: {vision: 2, text: [0, 1]}}
+  - {name: distilled, stage: distill, model: "@student", teacher: bundled:teacher, weights: {image_hidden: 0.5}}
+  - {name: small, stage: prune, model: "@distilled", sparsity: 0.3, gates: {lr: 3e-2}}
+  - {name: test, stage: eval, model: "@small"}
+  - {name: speed, stage: bench, models: ["@student", "@small"]}
+  - {name: end, stage: report, models: {small: "@small"}, evals: {small: "@test"}, bench: "@speed"}
+"""
+
+
+def recipe(tmp_path: Path, text: str) -> recipes.Recipe:
+    path = tmp_path / "some.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(str(path))
+
+
+def configs(tmp_path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return {step.name: step.config for step in validate(recipe(tmp_path, CHAIN), overrides, **options)}
+
+
+def problems(loaded: recipes.Recipe, *overrides: str) -> list[str]:
+    with pytest.raises(BadInput) as error:
+        validate(loaded, overrides)
+    return [line.strip() for line in error.value.why.strip().splitlines()]
+
+
+def test_references_defaults_and_nested_settings(tmp_path: Path) -> None:
+    steps = validate(recipe(tmp_path, CHAIN))
+    assert [(step.name, step.stage) for step in steps][:2] == [("student", "shrink"), ("distilled", "distill")]
+    found = {step.name: step.config.model_dump() for step in steps}
+    assert found["student"]["layers"] == {"vision": 2, "text": [0, 1]} and found["student"]["seed"] == 7
+    assert found["distilled"]["model"] == "runs/chain/student" and found["distilled"]["data"] == "shapes"
+    assert isinstance(steps[1].config, Distill) and steps[1].config.weights.image_hidden == 0.5
+    assert isinstance(steps[2].config, Prune) and steps[2].config.gates.lr == 0.03
+    assert found["speed"]["models"] == ["runs/chain/student", "runs/chain/small"]
+    assert found["end"]["evals"] == {"small": "runs/chain/test.json"} and found["end"]["bench"] == "runs/chain/speed.json"
+    assert found["test"]["out"] == "runs/chain/test.json" and found["end"]["out"] == "runs/chain/end"
+
+
+def test_overrides_reach_one_stage_the_defaults_and_the_folder(tmp_path: Path) -> None:
+    found = configs(tmp_path, "small.sparsity=0.6", "small.gates.multiplier_lr=3e-3", "batch_size=8", "data=easy-vqa", out="elsewhere")
+    assert found["small"].sparsity == 0.6 and found["small"].gates.multiplier_lr == 0.003 and found["small"].gates.lr == 0.03
+    assert found["small"].batch_size == found["distilled"].batch_size == 8 and found["distilled"].data == "easy-vqa"
+    assert found["small"].out == "elsewhere/small" and found["small"].model == "elsewhere/distilled"
+
+
+def test_an_output_of_its_own_is_followed(tmp_path: Path) -> None:
+    assert configs(tmp_path, "student.out=/big/disk")["distilled"].model == "/big/disk"
+
+
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
+    text = """
+name: bad
+defaults: {sed: 1, seed: 0}
+stages:
+  - {name: a, stage: shrnk, model: x}
+  - {name: b, stage: distill, model: "@c", teacher: "@a", data: d, learning_rate: 1, epochs: -1}
+  - {name: b, stage: prune, model: m, data: d, gates: {multiplier: 1}}
+  - {name: "../up", stage: prune}
+  - {stage: eval}
+  - {name: last}
+"""
+    found = problems(recipe(tmp_path, text))
+    for expected in (
+        "defaults: sed: unknown key, did you mean seed?",
+        "a: stage: unknown stage 'shrnk', did you mean shrink?",
+        "b: @c is no earlier stage; earlier are a",
+        "b: learning_rate: unknown key",
+        "b: epochs: input should be greater than 0",
+        "b: there are two stages of this name",
+        "b: gates.multiplier: unknown key, did you mean multiplier_lr?",
+        "../up: a stage needs a name of letters, digits, - and _",
+        "stage 5: a stage needs a name of letters, digits, - and _",
+        "last: stage: missing",
+    ):
+        assert any(line.startswith(expected) for line in found), (expected, found)
+    assert len(found) == 10
+
+
+def test_overrides_that_would_change_nothing_are_problems(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, CHAIN)
+    assert problems(loaded, "sparsity=0.5") == ["--set sparsity=0.5: every stage sets sparsity itself, write for example --set small.sparsity=0.5"]
+    assert problems(loaded, "xyzzy=1") == ["defaults: xyzzy: unknown key: no stage of this recipe has it"]
+    assert problems(loaded, "small.sparsty=0.5") == ["small: sparsty: unknown key, did you mean sparsity?"]
+    with pytest.raises(BadInput, match="not key=value"):
+        validate(loaded, ["small.sparsity"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not a mapping"),
+        ("- a\n- b\n", "not a mapping"),
+        ("just text", "not a mapping"),
+        ("name: a\nname: b\n", "line 2: the key name is there twice"),
+        ("name: a\nstages:\n  - {name: x, stage: eval, model: a, model: b}\n", "line 3: the key model is there twice"),
+        ("name: [1, 2\n", "not valid YAML"),
+        ("name: !!python/object/apply:os.system ['echo no']\n", "not valid YAML"),
+        ("a: &x [1]\nb: *x\n", "references with"),
+        ("1: a\n", "is not a text"),
+        ("{{}: 1}\n", "not valid YAML|is not a text"),
+        ("name: a\n", "stages: field required"),
+        ("name: a\nstages: []\n", "stages"),
+        ("name: a\nstages: [1]\n", "stages.0"),
+        ("name: a\nstage: []\nstages: [{}]\n", "unknown key, did you mean stages"),
+        ("name: 2030-13-45\nstages: [{}]\n", "not valid YAML|name"),
+        ("a: " + "[" * 3000, "nested too deeply|not valid YAML"),
+        ("name: \x07\n", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason) as error:
+        recipe(tmp_path, text)
+    assert "some.yaml" in error.value.what
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    (tmp_path / "huge.yaml").write_bytes(b"#" * 1_000_001)
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("latin.yaml", "huge.yaml", "folder.yaml", "missing.yaml", "nul\0.yaml"):
+        with pytest.raises(BadInput, match="cannot be read"):
+            load_recipe(str(tmp_path / name))
+    with pytest.raises(BadInput, match="there is no recipe 'quikstart'") as error:
+        load_recipe("quikstart")
+    assert error.value.fix == "did you mean quickstart?"
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="ab@:-[]{},&*!|> \n\t'\"0.~", max_size=60))
+def test_any_text_is_read_or_refused_politely(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(f"name: x\nstages: [{{name: a, stage: eval}}]\ndefaults:\n  {text}", encoding="utf-8")
+    try:
+        validate(load_recipe(str(path)))
+    except BadInput as error:
+        assert error.what and error.why
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_recipes_of_the_package_are_valid(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name and loaded.description
+    assert validate(loaded)

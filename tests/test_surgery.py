@@ -1,0 +1,250 @@
+"""Masked, sliced and zero-padded models are forms of one function; shrunken models are copies of their teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compression_cases import FAMILIES, build, output
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_family import ToyConfig, ToyFamily
+
+from efficientvlm.compression.anatomy import Anatomy, Groups
+from efficientvlm.compression.gates import attach
+from efficientvlm.compression.layers import layer_map, odd_layers, resolve_layers, shrink_model
+from efficientvlm.compression.surgery import mask_vector, pad_model, slice_model, whole
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import GatePoint, Site, Unit
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+every_family = pytest.mark.parametrize("name", FAMILIES)
+few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def random_keep(units, seed, share, empty_groups):
+    """A mask with about `share` of the units, and `empty_groups` (numbers, modulo the group count) without any."""
+    keep = torch.rand(len(units), generator=torch.Generator().manual_seed(seed)) < share
+    slices = list(Groups(units).slices.values())
+    for number in empty_groups:
+        keep[slices[number % len(slices)]] = False
+    return keep
+
+
+@every_family
+@few
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), empty=st.lists(st.integers(0, 20), max_size=4))
+def test_masked_equals_sliced_equals_padded(name, seed, share, empty):
+    family, model, batch = build(name)
+    units = family.units(model)
+    keep = random_keep(units, seed, share, empty)
+    with torch.no_grad():
+        with attach(model, units) as hooks:
+            hooks.set(keep.float())
+            masked = output(family, model, batch)
+        sliced = slice_model(family, model, keep)
+        padded = pad_model(family, sliced)
+        torch.testing.assert_close(output(family, sliced, batch), masked, **CLOSE)
+        torch.testing.assert_close(output(family, padded, batch), masked, **CLOSE)
+    assert [(unit.group, unit.index) for unit in family.units(sliced)] == [(u.group, u.index) for u, k in zip(units, keep) if k]
+    assert all(tensor.numel() for tensor in sliced.state_dict().values())
+    assert {name: t.shape for name, t in padded.state_dict().items()} == {name: t.shape for name, t in model.state_dict().items()}
+
+
+@every_family
+def test_nothing_left_and_everything_left(name):
+    family, model, batch = build(name)
+    units = family.units(model)
+    same = slice_model(family, model, torch.ones(len(units), dtype=torch.bool))
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
+    empty = slice_model(family, model, torch.zeros(len(units), dtype=torch.bool))
+    assert family.units(empty) == []
+    with attach(model, units) as hooks, torch.no_grad():
+        hooks.set(torch.zeros(len(units)))
+        torch.testing.assert_close(output(family, empty, batch), output(family, model, batch), **CLOSE)
+
+
+@every_family
+def test_slicing_twice_keeps_original_indices(name):
+    family, model, batch = build(name)
+    units = family.units(model)
+    first = random_keep(units, 1, 0.7, [])
+    once = slice_model(family, model, first)
+    second = random_keep(family.units(once), 2, 0.6, [1])
+    twice = slice_model(family, once, second)
+    both = first.clone()
+    both[first] = second
+    direct = slice_model(family, model, both)
+    assert family.kept(twice.config) == family.kept(direct.config)
+    assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), direct.state_dict().values(), strict=True))
+    torch.testing.assert_close(output(family, pad_model(family, twice), batch), output(family, direct, batch), **CLOSE)
+    assert torch.equal(mask_vector(units, family.kept(twice.config)), both)
+
+
+@every_family
+def test_padding_puts_tensors_back_where_they_were(name):
+    family, model, _ = build(name)
+    keep = random_keep(family.units(model), 3, 0.5, [0])
+    padded = pad_model(family, slice_model(family, model, keep)).state_dict()
+    freed = Anatomy.of(family, model).freed(~keep)
+    for tensor_name, tensor in model.state_dict().items():
+        expected = tensor.clone()
+        for dim, free in freed.get(tensor_name, {}).items():
+            expected.index_fill_(dim, torch.from_numpy(free).nonzero().flatten(), 0)
+        assert torch.equal(padded[tensor_name], expected), tensor_name
+
+
+@every_family
+def test_every_gate_point_changes_the_output(name):
+    family, model, batch = build(name)
+    units = family.units(model)
+    with torch.no_grad(), attach(model, units) as hooks:
+        whole_output = output(family, model, batch)
+        for number, unit in enumerate(units):
+            gates = torch.ones(len(units))
+            gates[number] = 0
+            hooks.set(gates)
+            assert not torch.allclose(output(family, model, batch), whole_output, atol=1e-7, rtol=0), unit
+
+
+def test_units_given_by_name_are_a_mask_too():
+    family, model, _ = build("toy")
+    units = family.units(model)
+    sliced = slice_model(family, model, [unit for unit in units if unit.index % 2])
+    assert all(index % 2 for indices in family.kept(sliced.config).values() for index in indices)
+    with pytest.raises(ValueError, match="not in the model"):
+        slice_model(family, sliced, [units[0]])
+    with pytest.raises(ValueError, match="booleans"):
+        slice_model(family, model, torch.ones(3, dtype=torch.bool))
+
+
+def test_tied_tensors_stay_tied_and_the_mode_is_kept():
+    family, model, _ = build("toy")
+    sliced = slice_model(family, model.train(), random_keep(family.units(model), 0, 0.5, []))
+    assert sliced.output.weight is sliced.words.weight
+    assert sliced.training and not slice_model(family, model.eval(), random_keep(family.units(model), 0, 0.5, [])).training
+
+
+def test_shared_key_value_head_goes_with_its_last_user():
+    family, model, _ = build("toy")
+    units = family.units(model)
+    group = Groups(units).slices["text.1.head"]
+    removed = torch.zeros(len(units), dtype=torch.bool)
+    anatomy = Anatomy.of(family, model)
+    width, rows = model.config.width, model.config.head_width
+    query = 2 * rows * width + rows  # q rows with bias, output columns
+    removed[group.start] = True
+    assert "text.1.attention.k.weight" not in anatomy.freed(removed)
+    assert anatomy.removed_elements(removed) == query
+    removed[group.start + 1] = True
+    assert anatomy.freed(removed)["text.1.attention.k.weight"][0].tolist() == [True] * rows + [False] * rows
+    assert anatomy.removed_elements(removed) == 2 * query + 2 * (rows * width + rows)
+
+
+def unit(index, *sites, layer=0, kind="neuron"):
+    return Unit("text", layer, kind, index, sites, GatePoint("fc2", index, index + 1))
+
+
+def test_a_tensor_cut_along_two_dimensions_is_a_union():
+    units = [unit(i, Site("w", 0, i, i + 1)) for i in range(3)] + [unit(i, Site("w", 1, i, i + 1), layer=1) for i in range(4)]
+    anatomy = Anatomy(units, {"w": (3, 5)})
+    assert anatomy.total == 15 and int(anatomy.costs.sum()) == 15
+    removed = torch.tensor([True, False, False, True, True, False, False])
+    assert anatomy.removed_elements(removed) == 15 - 2 * 3
+    path = anatomy.removed_path(torch.zeros(7, dtype=torch.bool), torch.tensor([0, 3, 4]).numpy())
+    assert path.tolist() == [0, 5, 5 + 2, 5 + 4]
+
+
+def test_tied_tensors_are_one_tensor():
+    units = [unit(i, Site("a", 0, i, i + 1), layer=0) for i in range(2)] + [unit(i, Site("b", 0, i, i + 1), layer=1) for i in range(2)]
+    anatomy = Anatomy(units, {"a": (2, 3), "b": (2, 3)}, aliases={"b": "a"})
+    assert anatomy.total == 6 and anatomy.costs.tolist() == [2, 2, 1, 1]
+    assert anatomy.freed(torch.tensor([True, False, False, False])) == {}
+    freed = anatomy.freed(torch.tensor([True, False, True, False]))
+    assert freed["a"][0].tolist() == freed["b"][0].tolist() == [True, False]
+
+
+@every_family
+@few
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_costs_and_paths_are_the_elements_that_slicing_removes(name, seed, share):
+    family, model, _ = build(name)
+    anatomy = Anatomy.of(family, model)
+    keep = random_keep(anatomy.units, seed, share, [])
+    sliced = slice_model(family, model, keep)
+
+    def size(net):
+        return sum(parameter.numel() for parameter in net.parameters())
+
+    assert size(model) - size(sliced) == anatomy.removed_elements(~keep)
+    assert int(anatomy.costs.sum()) == anatomy.total == sum(anatomy.totals.values())
+    order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed)).numpy()
+    path = anatomy.removed_path(torch.zeros(len(keep), dtype=torch.bool), order)
+    removed = torch.zeros(len(keep), dtype=torch.bool)
+    removed[order[: len(order) // 2]] = True
+    assert path[len(order) // 2] == anatomy.removed_elements(removed) and path[-1] == anatomy.total
+
+
+def test_bad_anatomies_are_refused():
+    with pytest.raises(ValueError, match="does not have"):
+        Anatomy([unit(0, Site("missing", 0, 0, 1))], {})
+    with pytest.raises(ValueError, match="cuts 0:9"):
+        Anatomy([unit(0, Site("w", 0, 0, 9))], {"w": (3, 3)})
+    with pytest.raises(ValueError, match="consecutive"):
+        Groups([unit(0), unit(0, layer=1), unit(1)])
+    assert Anatomy([], {}).total == 0
+
+
+def test_layer_choice():
+    assert odd_layers(12, 6) == [1, 3, 5, 7, 9, 11]
+    assert odd_layers(6, 3) == [1, 3, 5]
+    assert odd_layers(5, 2) == [1, 4]
+    counts = {"vision": 12, "text": 1, "decoder": 0}
+    assert resolve_layers(counts, {}) == {"vision": [1, 3, 5, 7, 9, 11], "text": [0], "decoder": []}
+    assert resolve_layers(counts, {"vision": [0, 11], "text": 0}) == {"vision": [0, 11], "text": [], "decoder": []}
+    assert layer_map([1, 3, 5]) == ({0: 0, 1: 2, 2: 4, 3: 6}, {0: 1, 1: 3, 2: 5})
+
+
+@pytest.mark.parametrize("wanted", [{"audio": 1}, {"vision": 13}, {"vision": -1}, {"vision": [12]}, {"vision": [3, 3]}, {"vision": [5, 1]}])
+def test_impossible_layer_choices_are_bad_input(wanted):
+    with pytest.raises(BadInput):
+        resolve_layers({"vision": 12}, wanted)
+
+
+@every_family
+def test_shrinking_copies_the_chosen_layers(name):
+    family, model, batch = build(name)
+    layers = resolve_layers(family.layer_counts(model.config), {"vision": [1], "text": [1]})
+    student = shrink_model(family, model, layers)
+    teacher = model.state_dict()
+    for tensor_name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, teacher[family.source_name(tensor_name, layers)]), tensor_name
+    assert torch.equal(student.state_dict()["vision.0.norm.weight" if name == "toy" else "vision.layers.0.attention_norm.weight"],
+                       teacher["vision.1.norm.weight" if name == "toy" else "vision.layers.1.attention_norm.weight"])  # fmt: skip
+    assert output(family, student, batch).shape == output(family, model, batch).shape
+    everything = {tower: list(range(count)) for tower, count in family.layer_counts(model.config).items()}
+    same = shrink_model(family, model, everything).eval()
+    torch.testing.assert_close(output(family, same, batch), output(family, model, batch), rtol=0, atol=0)
+
+
+@every_family
+def test_a_pruned_model_can_be_shrunk(name):
+    family, model, batch = build(name)
+    pruned = slice_model(family, model, random_keep(family.units(model), 5, 0.6, []))
+    student = shrink_model(family, pruned, resolve_layers(family.layer_counts(model.config), {"vision": [1]}))
+    for kind in ("head", "neuron"):
+        assert family.kept(student.config)[f"vision.0.{kind}"] == family.kept(pruned.config)[f"vision.1.{kind}"]
+    output(family, student, batch)
+
+
+def test_a_source_that_is_missing_or_used_twice_is_an_error():
+    class Wrong(ToyFamily):
+        def source_name(self, parameter, layers):
+            return "vision.0.norm.weight" if parameter.endswith("norm.weight") else parameter
+
+    with pytest.raises(ValueError, match="two tensors"):
+        shrink_model(Wrong(), ToyFamily().build(ToyConfig()), {"vision": [0, 1], "text": [0, 1]})
+
+
+def test_whole_names_every_group():
+    family, model, _ = build("toy")
+    assert {group: len(kept) for group, kept in whole(family, model.config).items()} == family.original_counts(model.config)
