@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from efficientvlm.errors import BadInput
 if TYPE_CHECKING:
     from efficientvlm.config import Strict
 
-MODULES = {"import": "import_", "eval": "evaluate"}
 CONTROL = {"resume", "force", "json", "quiet", "dry_run", "assignments", "column"}
+KEYS = {"eval": ("metrics",), "bench": ("latency",)}
 CHECKPOINTS = ("model", "teacher", "from_gates")
 PATHS = ("vision_from", "text_from", "tokenizer", "answers")
 
@@ -53,11 +52,13 @@ def stage(name: str, options: dict[str, Any]) -> None:
     if options["dry_run"]:
         output.emit({"stage": name, "config": config.model_dump(mode="json")})
         return
+    from efficientvlm.stages.run import module_of
+
     control = Control(force=options["force"], resume=options["resume"], quiet=options["quiet"] or options["json"], json=options["json"])
-    result = import_module(f"efficientvlm.stages.{MODULES.get(name, name)}").run(config, control)
+    result = module_of(name).run(config, control)
     out = getattr(config, "out", None)
     if isinstance(result, dict):
-        output.mapping_result(result, out, as_json=control.json)
+        output.mapping_result(result, out, as_json=control.json, keys=KEYS.get(name, ()))
     else:
         output.checkpoint_result(Path(str(out)), as_json=control.json, quiet=control.quiet)
 

@@ -63,7 +63,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        app()
+        app(prog_name="evlm")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except EvlmError as error:

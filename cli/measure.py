@@ -86,4 +86,4 @@ def predict(
     from efficientvlm.stages import predict as predicting
 
     result = predicting.run(model=model, image=image, question=question, mode=mode, device=device, top=top)
-    output.mapping_result(result, None, as_json=json)
+    output.mapping_result(result, None, as_json=json, keys=("answer", "answers"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,27 +32,31 @@ def emit(value: Any) -> None:
 def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:
     """Summary of a checkpoint a stage has written; its last line is the path."""
     from efficientvlm import manifest as manifests
-    from efficientvlm.card import flatten, number, size_rows
+    from efficientvlm.card import number, results, size_rows
 
     manifest = manifests.read(path)
     if as_json:
         emit({"path": str(path), **manifest.model_dump(mode="json")})
         return
     if not quiet:
-        rows = [row for row in size_rows(manifest.accounting) if not row[0].startswith("parameters, ")]
-        for key, value in [*rows, *((key, number(value)) for key, value in flatten(manifest.metrics))]:
+        sizes_shown = [row for row in size_rows(manifest.accounting) if not row[0].startswith("parameters, ")]
+        for key, value in [*sizes_shown, *((key, number(value)) for key, value in results(manifest.metrics))]:
             print(f"{key}: {value}")
     print(path)
 
 
-def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool) -> None:
-    """A result that is no checkpoint: a line a value, a table for a list of records; last the file it was written to, if any."""
+def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool, keys: Sequence[str] = ()) -> None:
+    """A result that is no checkpoint: a line a value, a table for a list of records; last the file it was written to, if any.
+
+    People see only `keys` of it, where they are there.
+    """
     from efficientvlm.card import flatten, number
 
     if as_json:
         emit(result)
         return
-    for key, value in flatten(result):
+    chosen = {key: result[key] for key in keys if key in result} or result
+    for key, value in flatten(chosen):
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             records_table(value)
         elif isinstance(value, list):
@@ -60,6 +65,19 @@ def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool) ->
             print(f"{key}: {number(value)}")
     if out:
         print(out)
+
+
+def run_result(result: dict[str, Any], out: str, *, as_json: bool) -> None:
+    """What a recipe came to: the text of its report if it ends in one, else a line a stage; last the folder."""
+    if as_json:
+        emit(result)
+        return
+    last = result.get("result")
+    if isinstance(last, dict) and isinstance(last.get("text"), str):
+        print(last["text"].rstrip())
+    else:
+        records_table(result["stages"])
+    print(out)
 
 
 def records_table(records: list[dict[str, Any]]) -> None:
@@ -94,23 +112,23 @@ def lineage_tree(root: Node, *, units: bool) -> None:
             branch(parent, below)
         return below
 
-    console().print(branch(root, None), soft_wrap=True)
+    console().print(branch(root, None))
 
 
 def _label(node: Node) -> Any:
     from rich.text import Text
 
-    from efficientvlm.card import flatten, number
+    from efficientvlm.card import number, results
     from efficientvlm.checkpoint import shown
 
     label = Text()
     if node.role:
         label.append(f"{node.role}: ", style="dim")
-    label.append(shown(node.path) if str(node.path).startswith("/") else str(node.path), style="bold")
+    label.append(shown(node.path), style="bold")
     manifest = node.manifest
     if manifest:
         label.append(f"  {manifest.stage}" + (f" ({manifest.origin})" if manifest.origin else ""), style="cyan")
-        for line in filter(None, (sizes(manifest), "  ".join(f"{key} {number(value)}" for key, value in flatten(manifest.metrics)))):
+        for line in filter(None, (sizes(manifest), "  ".join(f"{key} {number(value)}" for key, value in results(manifest.metrics)))):
             label.append(f"\n{line}")
     if node.problem:
         label.append(f"\n{node.problem}", style="red")

@@ -48,7 +48,7 @@ def run(
     from efficientvlm.stages import run as running
 
     result = running.run_recipe(steps, Control(force=force, resume=resume, quiet=quiet or json, json=json))
-    output.mapping_result(result, recipes.folder(loaded, out), as_json=json)
+    output.run_result(result, recipes.folder(loaded, out), as_json=json)
 
 
 @app.command("ls")

@@ -41,7 +41,7 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
     ]
     lines += _table("Size", ("measure", "value"), size_rows(manifest.accounting))
-    lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in flatten(manifest.metrics)])
+    lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in results(manifest.metrics)])
     rows = [(record.name, record.split, f"{record.count:,}", record.licence) for record in data]
     lines += _table("Data and licences", ("data", "split", "images", "licence"), rows)
     lines += [
@@ -69,7 +69,7 @@ def size_rows(accounting: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(f"parameters, {tower}", f"{count:,}") for tower, count in (parameters.get("by_tower") or {}).items()]
     if "total" in macs:
         rows.append((f"multiply-adds at {macs.get('image_size', '?')} px, {macs.get('text_length', '?')} tokens", f"{macs['total']:,}"))
-    if "achieved" in sparsity:
+    if sparsity.get("achieved"):
         rows.append(("sparsity of the prunable weights", number(sparsity["achieved"])))
     return rows
 
@@ -80,6 +80,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         rows += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return rows
+
+
+def results(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What was measured on held-out data, as dotted names; the losses of training stay in the manifest."""
+    return [(key, value) for key, value in flatten(metrics) if not key.startswith("train.")]
 
 
 def number(value: Any) -> str:

@@ -111,9 +111,11 @@ def resolve(spec: str | Path) -> Path:
 
 
 def shown(path: Path) -> str:
-    """How a path is written down by people: `bundled:NAME`, or as given."""
+    """How a path is shown to people: `bundled:NAME`, without the working directory in front, or as given."""
     resolved = path.resolve()
-    return f"bundled:{resolved.name}" if resolved.parent == BUNDLED else str(path)
+    if resolved.parent == BUNDLED:
+        return f"bundled:{resolved.name}"
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
 
 
 def require_complete(spec: str | Path) -> Manifest:
@@ -175,7 +177,16 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _locate(parent: Parent, folder: Path) -> Path:
-    return BUNDLED / parent.path.removeprefix("bundled:") if parent.path.startswith("bundled:") else folder / parent.path
+    if parent.path.startswith("bundled:"):
+        return BUNDLED / parent.path.removeprefix("bundled:")
+    return Path(os.path.normpath(folder.resolve() / parent.path))
+
+
+def _readable() -> int:
+    """Mode of a new file under the process's umask."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _names(folder: Path) -> list[str]:
@@ -293,6 +304,7 @@ class Output:
         if self.metrics.is_file():
             shutil.copyfile(self.metrics, staging / METRICS)
         for name in _names(staging):
+            (staging / name).chmod(_readable())  # the safetensors writer makes files that only their owner can read
             _fsync_file(staging / name)
         files = {name: FileRecord(sha256=sha256(staging / name), bytes=(staging / name).stat().st_size) for name in _names(staging)}
         final = manifest.model_copy(update={"files": files, "created": manifests.now()})

@@ -69,7 +69,11 @@ def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: I
         if parameter.requires_grad and not name.startswith(left_out):
             groups.setdefault((parameter.ndim > 1, name.removeprefix("model.") in fresh), []).append(parameter)
     settings = [
-        {"params": members, "lr": options.lr * (options.new_lr_mult if is_new else 1), "weight_decay": options.weight_decay if decays else 0.0}
+        {
+            "params": members,
+            "lr": options.lr * (options.new_lr_mult if is_new else 1),
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
         for (decays, is_new), members in groups.items()
     ]
     return Optimizer(torch.optim.AdamW(settings, betas=(0.9, 0.98), eps=1e-8, fused=True))
@@ -77,8 +81,8 @@ def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: I
 
 def rate(step: int, steps: int, options: Train) -> float:
     """Learning-rate factor at `step` of `steps`: linear warm-up, then the schedule's decay to 0."""
-    warm = max(1, round(options.warmup * steps))
-    if step < warm and options.warmup > 0:
+    warm = max(1, round(options.warmup * steps)) if options.warmup else 0
+    if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
@@ -86,12 +90,13 @@ def rate(step: int, steps: int, options: Train) -> float:
 
 @dataclass
 class Spent:
-    """What a training run took, interruptions included."""
+    """What a training run took, interruptions included; `open_line` sums the metrics line that is not written yet."""
 
     seconds: float = 0.0
     samples: int = 0
     steps: int = 0
     last: dict[str, float] = field(default_factory=dict)
+    open_line: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -110,8 +115,8 @@ def train(
 ) -> Spent:
     """Minimise `objective(batch, step)["loss"]` for `steps` steps, from the saved state if `output` holds one.
 
-    `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch), so a resumed run equals
-    an uninterrupted one bit for bit on the CPU. `after_step` runs after every step and `describe` adds values to the metrics line.
+    `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch), so a resumed run
+    equals an uninterrupted one bit for bit on the CPU. `after_step` runs after every step and `describe` adds values to the metrics line.
 
     Raises:
         Interrupted: stopped by a signal after the state was written.
@@ -124,7 +129,7 @@ def train(
     cut_metrics(output.metrics, begun)
     if begun:
         say(f"{title}: resuming at step {begun} of {steps}", quiet=quiet)
-    totals: dict[str, float] = {}
+    totals = spent.open_line
     clock = {"data": 0.0, "model": 0.0, "update": 0.0}
     window = samples = 0
     started = last_line = time.monotonic()
@@ -142,7 +147,9 @@ def train(
                         group["lr"] = base * factor if optimizer.scheduled else base
                 losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
                 if not torch.isfinite(losses["loss"].detach()):
-                    raise EvlmError(f"the loss is {float(losses['loss'].detach())} at step {step}", "training diverged", "try a smaller --lr")
+                    raise EvlmError(
+                        f"the loss is {float(losses['loss'].detach())} at step {step}", "training diverged", "try a smaller --lr"
+                    )
                 hardware.backward(losses["loss"])
                 middle = time.perf_counter()
                 for optimizer in optimizers:
@@ -168,7 +175,13 @@ def train(
                 speed = {f"{name}_ms": round(1000 * value / window, 2) for name, value in clock.items()}
                 spent.last = line
                 if hardware.is_main_process:
-                    record = {"step": done, "lr_factor": round(factor, 6), **line, "samples_per_s": round(samples / (now - last_line), 1), **speed}
+                    record = {
+                        "step": done,
+                        "lr_factor": round(factor, 6),
+                        **line,
+                        "samples_per_s": round(samples / (now - last_line), 1),
+                        **speed,
+                    }
                     with output.metrics.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                 note = " ".join(f"{name} {value:.3f}" for name, value in line.items()) + f" · {samples / (now - last_line):.0f} images/s"
@@ -179,13 +192,15 @@ def train(
             stop = _any(flag.requested, hardware)
             if done < steps and (stop or done % options.save_every == 0):
                 spent.steps = done
-                moment = Spent(spent.seconds + time.monotonic() - started, spent.samples, done, spent.last)
+                moment = Spent(spent.seconds + time.monotonic() - started, spent.samples, done, spent.last, totals)
                 if hardware.is_main_process:
                     save(output.state_dir, objective, optimizers, moment)
                 hardware.wait_for_everyone()
                 if stop:
                     raise Interrupted(
-                        f"stopped at step {done} of {steps}", f"a resumable state is in {output.path}", "run the same command again to go on"
+                        f"stopped at step {done} of {steps}",
+                        f"a resumable state is in {output.path}",
+                        "run the same command again to go on",
                     )
     spent.seconds += time.monotonic() - started
     spent.steps = steps
@@ -205,7 +220,7 @@ def save(folder: Path, objective: nn.Module, optimizers: Sequence[Optimizer], sp
     save_file(tensors, temporary / "state.safetensors")
     with (temporary / "state.safetensors").open("rb+") as file:
         os.fsync(file.fileno())
-    content = {"step": spent.steps, "seconds": spent.seconds, "samples": spent.samples, "last": spent.last}
+    content = {"step": spent.steps, "seconds": spent.seconds, "samples": spent.samples, "last": spent.last, "open_line": spent.open_line}
     write_atomic(temporary / "state.json", json.dumps(content).encode())
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
@@ -235,7 +250,7 @@ def restore(folder: Path, objective: nn.Module, optimizers: Sequence[Optimizer])
                     _, _, index, entry = name.split("/")
                     state.setdefault(int(index), {})[entry] = value
             optimizer.torch.load_state_dict({"state": state, "param_groups": optimizer.torch.state_dict()["param_groups"]})
-        return Spent(content["seconds"], content["samples"], content["step"], content["last"])
+        return Spent(content["seconds"], content["samples"], content["step"], content["last"], content["open_line"])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"cannot resume from {states[-1]}", str(error).splitlines()[0], "use --no-resume to start again") from error
 

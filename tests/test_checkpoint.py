@@ -48,6 +48,14 @@ def test_commit_leaves_a_complete_folder(tmp_path: Path) -> None:
     assert set(manifest.files) == {"config.json", "model.safetensors", "metrics.jsonl", "sub/x.txt"}
     assert require_complete(tmp_path / "a") == manifest
     assert verify(tmp_path / "a") == [] and litter(tmp_path) == []
+    mask = os.umask(0o027)
+    try:
+        output = Output.open(tmp_path / "b", stage="init", inputs={}, config={})
+        (output.staging / "model.safetensors").touch(0o600)
+        output.commit(output.manifest(family="xvlm"))
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "b" / "model.safetensors").stat().st_mode & 0o777 == 0o640, "readable as the user's umask says"
     assert manifest.seed == 1 and manifest.environment["python"] and manifest.code.version
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +82,7 @@ def fake_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(config=config, control=how)
         if isinstance(seen.get("result"), BaseException):
             raise seen["result"]
-        return seen.get("result", Path(config.out))
+        return seen["result"] if "result" in seen else Path(config.out)
 
     for name in ("init", "import_", "pretrain", "shrink", "distill", "prune", "finetune", "evaluate", "bench"):
         monkeypatch.setitem(sys.modules, f"efficientvlm.stages.{name}", SimpleNamespace(run=run))
@@ -112,13 +111,17 @@ print(codes, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 0, 2, 0] []", done.stderr
 
 
-def test_help_starts_in_half_a_second() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "efficientvlm.cli.main", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - began
+@pytest.mark.skipif(os.name == "nt", reason="processor time of a child")
+def test_help_takes_less_than_half_a_second() -> None:
+    """Processor time, the least of five runs: a busy machine must not fail it."""
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "efficientvlm.cli.main", "--help"], check=True, capture_output=True)
+        after = os.times()
+        return after.children_user - before.children_user + after.children_system - before.children_system
+
+    assert 0 < min(seconds() for _ in range(5)) < 0.5
 
 
 def test_version_and_no_arguments(evlm: Any) -> None:
@@ -193,7 +196,7 @@ def test_an_unfinished_input_is_refused_before_anything_is_loaded(evlm: Any, tmp
 def test_only_given_options_reach_the_configuration(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
     line = "prune --model student --teacher teacher --data shapes --out small --column question=text --column answer=label"
     code, out, err = evlm(*line.split(), "--set", "gates.lr=3e-2", "--set", "epochs=3", "--epochs", "2", "--no-resume", "--force")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     config = fake_stage["config"]
     assert config.model_fields_set == {"model", "teacher", "data", "out", "columns", "gates", "epochs"}
     assert config.columns == {"question": "text", "answer": "label"} and config.gates.lr == 0.03 and config.epochs == 3
@@ -202,13 +205,21 @@ def test_only_given_options_reach_the_configuration(evlm: Any, chain: Path, fake
 
 
 def test_layers_and_repeated_options(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
-    assert evlm("shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run")[0] == 0
-    code, out, _ = evlm("shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run")
+    assert (
+        evlm("shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run")[
+            0
+        ]
+        == 0
+    )
+    code, out, _ = evlm(
+        "shrink", "--model", "teacher", "--out", "o", *"--layers vision=6 --layers text=1,3 --layers fusion=2,".split(), "--dry-run"
+    )
     assert json.loads(out)["config"]["layers"] == {"vision": 6, "text": [1, 3], "fusion": [2]} and not fake_stage
-    fake_stage["result"] = {"models": [{"name": "teacher", "latency": {"1": 2.5}}, {"name": "small", "extra": 1}], "threads": 2}
-    code, out, _ = evlm("bench", "--model", "teacher", "--model", "small", "--batch-size", 1, "--batch-size", 4)
+    fake_stage["result"] = {"latency": [{"model": "teacher", "ms": {"1": 2.5}}, {"model": "small", "extra": 1}], "threads": 2}
+    code, out, err = evlm("bench", "--model", "teacher", "--model", "small", "--batch-size", 1, "--batch-size", 4)
+    assert (code, err) == (0, ""), err
     assert fake_stage["config"].models == ["teacher", "small"] and fake_stage["config"].batch_sizes == [1, 4]
-    assert "latency.1" in out and "threads: 2" in out
+    assert "ms.1" in out and "2.5" in out and "threads" not in out
 
 
 def test_a_recut_takes_model_and_data_from_the_run_it_cuts(evlm: Any, chain: Path) -> None:
@@ -242,7 +253,11 @@ def test_json_is_exactly_one_object(evlm: Any, chain: Path, fake_stage: dict[str
         (BadInput("a", "b", "c"), 3, ["error: a", "  why: b", "  do:  c"]),
         (BadInput("a", "\n  b\n  c"), 3, ["error: a", "  why:", "    b", "    c"]),
         (TargetMissed("sparsity 0.9 cannot be met"), 4, ["error: sparsity 0.9 cannot be met"]),
-        (Interrupted("stopped", "a state was written", "run it again"), 75, ["error: stopped", "  why: a state was written", "  do:  run it again"]),
+        (
+            Interrupted("stopped", "a state was written", "run it again"),
+            75,
+            ["error: stopped", "  why: a state was written", "  do:  run it again"],
+        ),
         (KeyboardInterrupt(), 130, []),
         (OSError(28, "No space left on device"), 1, ["error: unexpected OSError", "  why: [Errno 28] No space left on device"]),
         (RuntimeError("two\nlines"), 1, ["error: unexpected RuntimeError", "  why: two lines"]),
@@ -264,8 +279,17 @@ def test_a_traceback_on_request(evlm: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_inspect_shows_the_lineage(evlm: Any, chain: Path) -> None:
     code, out, err = evlm("inspect", "small")
-    assert (code, err) == (0, "")
-    for part in ("small  prune", "model: ", "teacher: ", "(random)", "1.83 M parameters", "123 M MACs", "sparsity 0.400", "accuracy 0.9712"):
+    assert (code, err) == (0, ""), err
+    for part in (
+        "small  prune",
+        "model: ",
+        "teacher: ",
+        "(random)",
+        "1.83 M parameters",
+        "123 M MACs",
+        "sparsity 0.400",
+        "accuracy 0.9712",
+    ):
         assert part in out
     assert "heads" not in out and "vision 0: 3/4 heads, 0/512 neurons" in evlm("inspect", "small", "--units")[1]
     root = json.loads(evlm("inspect", "small", "--json")[1])
@@ -301,12 +325,14 @@ def test_run_hands_the_checked_stages_over(evlm: Any, monkeypatch: pytest.Monkey
 
     def run_recipe(steps: Any, how: Any) -> dict[str, Any]:
         seen.update(steps=steps, how=how)
-        return {"stages": len(steps)}
+        return {"stages": [{"name": step.name, "seconds": 1.5} for step in steps], "result": seen.get("result")}
 
     monkeypatch.setitem(sys.modules, "efficientvlm.stages.run", SimpleNamespace(run_recipe=run_recipe))
     code, out, _ = evlm("run", "quickstart", "--out", "here", "--set", "pruned.sparsity=0.5", "--quiet")
     assert code == 0 and out.splitlines()[-1] == "here" and seen["how"].quiet
     assert {step.name: step.config for step in seen["steps"]}["pruned"].sparsity == 0.5
+    seen["result"] = {"text": "a table\n"}
+    assert evlm("run", "quickstart", "--out", "here")[1] == "a table\nhere\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")

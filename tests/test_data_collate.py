@@ -61,9 +61,6 @@ def test_vqa_batch(texts: Texts) -> None:
     assert batch["answer_index"].tolist() == [q for q in range(6) for _ in range(2)]
     assert batch["answer_weights"].tolist() == pytest.approx([0.6, 0.4] * 6) and batch["answer_weights"].dtype == torch.float32
     assert batch["answer_ids"].shape == (12, 3) and batch["question_ids"].shape == batch["question_mask"].shape
-    assert (
-        texts.tokenizer.decode(batch["question_ids"][5], skip_special_tokens=True) == batch["question_texts"][5].replace("?", " ?") or True
-    )
     decoded = texts.tokenizer.decode(batch["question_ids"][5][1:-1])
     assert decoded.replace(" ", "") == batch["question_texts"][5].replace(" ", "")
 
@@ -152,6 +149,12 @@ def test_region_batch_of_images_that_lack_one_or_the_other(texts: Texts) -> None
     assert batch["captions"] == ["a red circle", "a blue ring"] and batch["is_whole_image"].tolist() == [1, 0]
 
 
+def test_a_region_that_is_half_outside_is_left_out(texts: Texts) -> None:
+    places = [Region("a red ring", (0.0, 0.5, 0.4, 0.4)), Region("a blue ring", (0.05, 0.5, 0.4, 0.4))]
+    batch = region_batch([PairItem("a", picture(), ["both"], places)], texts, seed=0, step=0, patch_grid=4, augment_kind="none")
+    assert batch["captions"] == ["a blue ring", "both"]
+
+
 def test_patches_under_a_box() -> None:
     boxes = np.array([[0.5, 0.5, 0.5, 0.5], [0.125, 0.9, 0.25, 0.01], [0.5, 0.5, 1, 1], [0.999, 0.001, 0, 0]], np.float32)
     mask = patches_of(boxes, (4, 4))
@@ -234,11 +237,11 @@ def test_every_operation_of_rand_augment_runs() -> None:
 
     from efficientvlm.data import transforms
 
-    flat = Image.fromarray(picture(side=24))
+    flat = Image.fromarray(picture(side=24) // 2 + 40)
     for name in transforms.COLOUR_OPERATIONS + transforms.GEOMETRIC_OPERATIONS:
         out = transforms._operate(flat, name, 1)
         assert out.size == flat.size and out.mode == "RGB"
-        assert (np.array(out) != np.array(flat)).any() == (name not in ("identity", "autocontrast")), name
+        assert (np.array(out) != np.array(flat)).any() == (name != "identity"), name
     assert rand_augment(flat, np.random.default_rng(0), geometric=False).size == flat.size
 
 

@@ -311,7 +311,7 @@ def test_damaged_and_huge_pictures_name_file_and_row(tmp_path: Path, monkeypatch
 def test_a_bad_row_is_named_when_opened(tmp_path: Path, row: dict[str, Any], words: str) -> None:
     good = vqa_rows(pictures(tmp_path, 1), each=1)
     with pytest.raises(BadInput, match=words):
-        open_vqa(jsonl(tmp_path / "v.jsonl", good + [row]), "test")
+        open_vqa(jsonl(tmp_path / "v.jsonl", [*good, row]), "test")
 
 
 def test_a_bad_region_is_named(tmp_path: Path) -> None:

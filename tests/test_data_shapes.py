@@ -135,7 +135,7 @@ def test_one_object_pictures_cover_easy_vqa() -> None:
     theirs, ours = EasyVQA("train", limit=300), Shapes(PairItem, "train", spec="shapes:difficulty=2,size=600")
 
     def sides(image: np.ndarray) -> tuple[int, int]:
-        rows, columns = np.nonzero((np.abs(image.astype(int) - np.median(image.reshape(-1, 3), axis=0)).sum(-1) > 60))
+        rows, columns = np.nonzero(np.abs(image.astype(int) - np.median(image.reshape(-1, 3), axis=0)).sum(-1) > 60)
         return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
 
     a = np.array([sides(theirs[i].image) for i in range(300)])

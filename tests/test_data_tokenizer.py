@@ -22,7 +22,7 @@ def test_words_of_easy_vqa_are_single_tokens() -> None:
     tokenizer = train_wordpiece(questions, 8192)
     vocab = tokenizer.get_vocab()
     words = {word for text in questions for word in text.replace("?", " ?").split()}
-    assert len(words) > 30 and words <= set(vocab)
+    assert len(words) > 25 and words <= set(vocab)
     assert [vocab[token] for token in SPECIAL] == [0, 1, 2, 3, 4]
     assert sorted(vocab.values()) == list(range(len(tokenizer)))
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("Is there a TEAL rectangle?")["input_ids"])
@@ -52,8 +52,8 @@ def test_the_vocabulary_keeps_to_its_size(size: int) -> None:
 
 
 def test_frequent_pieces_come_first() -> None:
-    vocab = train_wordpiece(["abab abab abab xy"], 12 + 5).get_vocab()
-    assert "abab" in vocab and vocab["ab"] < vocab["abab"] < vocab["xy"]
+    vocab = train_wordpiece(["cat cat cat dog dog at"], 300).get_vocab()
+    assert vocab["##at"] < vocab["cat"] < vocab["##og"] < vocab["dog"] < vocab["at"]
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -79,7 +79,9 @@ def test_truncation_stored_in_a_file_is_dropped(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=9)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(load_tokenizer(tmp_path)("a red circle")["input_ids"]) == 5
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.backend_tokenizer.truncation is None and loaded.backend_tokenizer.padding is None
+    assert len(loaded("a red circle")["input_ids"]) == 5
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,12 @@ def test_any_value_anywhere_is_read_or_refused_politely(tmp_path_factory: pytest
         manifest = read(folder)
     except BadInput:
         return
-    assert json.loads(json.dumps(getattr(manifest, key), default=lambda item: item.model_dump())) == value or key in ("cost", "code", "data", "files")
+    assert json.loads(json.dumps(getattr(manifest, key), default=lambda item: item.model_dump())) == value or key in (
+        "cost",
+        "code",
+        "data",
+        "files",
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -146,7 +151,9 @@ def test_the_published_schema_is_up_to_date() -> None:
 
 
 def test_the_environment_is_known_without_importing_it() -> None:
-    script = "import sys; from efficientvlm import manifest as m; e = m.environment(); m.code(); print('torch' in e, 'torch' in sys.modules)"
+    script = (
+        "import sys; from efficientvlm import manifest as m; e = m.environment(); m.code(); print('torch' in e, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
     assert (manifests.peak_memory_bytes() or 0) > 10_000_000

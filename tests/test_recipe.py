@@ -99,7 +99,9 @@ stages:
 
 def test_overrides_that_would_change_nothing_are_problems(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, CHAIN)
-    assert problems(loaded, "sparsity=0.5") == ["--set sparsity=0.5: every stage sets sparsity itself, write for example --set small.sparsity=0.5"]
+    assert problems(loaded, "sparsity=0.5") == [
+        "--set sparsity=0.5: every stage sets sparsity itself, write for example --set small.sparsity=0.5"
+    ]
     assert problems(loaded, "xyzzy=1") == ["defaults: xyzzy: unknown key: no stage of this recipe has it"]
     assert problems(loaded, "small.sparsty=0.5") == ["small: sparsty: unknown key, did you mean sparsity?"]
     with pytest.raises(BadInput, match="not key=value"):

@@ -161,6 +161,8 @@ def test_tied_tensors_are_one_tensor():
     assert anatomy.freed(torch.tensor([True, False, False, False])) == {}
     freed = anatomy.freed(torch.tensor([True, False, True, False]))
     assert freed["a"][0].tolist() == freed["b"][0].tolist() == [True, False]
+    gated = Anatomy([unit(i, Site("a", 0, i, i + 1), Site("b", 0, i, i + 1)) for i in range(2)], {"a": (2, 3), "b": (2, 3)}, {"b": "a"})
+    assert gated.costs.tolist() == [3, 3] and gated.opening_costs(torch.tensor([True, False])).tolist() == [3, 0]
 
 
 @every_family

@@ -36,14 +36,15 @@ class Texts:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each string, without special tokens, not truncated."""
-        new = list({text for text in texts if text not in self._ids})
+        known = self._ids
+        new = list({text for text in texts if text not in known})
         if new:
-            if len(self._ids) + len(new) > CACHED_TEXTS:
-                self._ids.clear()
+            if len(known) + len(new) > CACHED_TEXTS:
+                known = self._ids = {}  # a new one: another thread may be reading the old
                 new = list(set(texts))
             encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-            self._ids.update(zip(new, encoded["input_ids"], strict=True))
-        return [self._ids[text] for text in texts]
+            known.update(zip(new, encoded["input_ids"], strict=True))
+        return [known[text] for text in texts]
 
     def batch(self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False) -> tuple[Tensor, Tensor]:
         """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing `[SEP]` always kept.

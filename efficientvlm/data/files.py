@@ -121,6 +121,12 @@ class FileVQA(_Files[VQAItem]):
                 yield question.text
                 yield from (answer for answer, _ in question.answers)
 
+    def answers(self) -> Iterator[tuple[str, float]]:
+        """Every accepted answer with its weight, without decoding an image."""
+        for questions in self._questions:
+            for question in questions:
+                yield from question.answers
+
     def _check(self) -> None:
         self._questions = [[self._question(row) for row in rows] for rows in self._rows]
 

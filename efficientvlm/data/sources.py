@@ -108,6 +108,11 @@ class Subset(Source[Item]):
     def texts(self) -> Iterator[str]:
         return self.source.texts()
 
+    def answers(self) -> Iterator[tuple[str, float]]:
+        """Those of the whole source, like its texts."""
+        source: Any = self.source
+        return source.answers()
+
 
 def texts(source: Source[Any]) -> Iterator[str]:
     """Every string of `source` for training a tokenizer, without decoding an image; of `shapes` a sample of 5,000 scenes."""

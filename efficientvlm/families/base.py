@@ -41,7 +41,7 @@ class Unit(NamedTuple):
     tower: str
     layer: int
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     sites: tuple[Site, ...]
     gate: GatePoint
 

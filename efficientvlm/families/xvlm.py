@@ -12,7 +12,7 @@ from torch import Tensor
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps
 from efficientvlm.families.xvlm_config import XVLMConfig, format_ranges
-from efficientvlm.families.xvlm_model import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Attention, Cache, Context, Encoded, XVLMModel
+from efficientvlm.families.xvlm_model import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, XVLMModel
 
 MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
 
@@ -20,7 +20,7 @@ MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
 class XVLM:
     name = "xvlm"
     config_class, model_class = XVLMConfig, XVLMModel
-    towers = ("vision", "text", "fusion", "decoder")
+    towers: tuple[str, ...] = ("vision", "text", "fusion", "decoder")
     taps = frozenset(
         {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
         | {f"{tower}.{CROSS_ATTENTION}" for tower in ("fusion", "decoder")}
@@ -82,7 +82,9 @@ class XVLM:
     def with_kept(self, config: XVLMConfig, kept: dict[str, list[int]]) -> XVLMConfig:
         counts = config.original_counts()
         merged = {**config.kept_indices(), **kept}
-        return config.copy(kept={group: format_ranges(indices) for group, indices in merged.items() if len(indices) < counts[group]} or None)
+        return config.copy(
+            kept={group: format_ranges(indices) for group, indices in merged.items() if len(indices) < counts[group]} or None
+        )
 
     def layer_counts(self, config: XVLMConfig) -> dict[str, int]:
         return config.layers()
@@ -177,7 +179,7 @@ def _decoder_source(name: str, layers: int, model: XVLMModel, source: XVLMModel 
     donor = source if source is not None else model
     available = donor.config.decoder_layers if source is not None else donor.config.fusion_layers
     tensors = donor.state_dict()
-    head, _, rest = name.partition(".layers.")
+    _, _, rest = name.partition(".layers.")
     if rest:
         number, _, tail = rest.partition(".")
         layer = (int(number) + 1) * available // layers - 1
@@ -207,6 +209,3 @@ def _kinds(wanted: frozenset[str], tower: str) -> frozenset[str]:
 def _tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:
     for kind in keep:
         record[f"{tower}.{kind}"] = getattr(out, kind)
-
-
-__all__ = ["XVLM", "Attention"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, create_model
 from transformers import PreTrainedConfig
 
+from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 
@@ -87,12 +91,54 @@ class XVLMConfig(PreTrainedConfig):
         named = self.kept or {}
         if unknown := sorted(set(named) - set(counts)):
             raise BadInput("config.json: kept structure names unknown groups", ", ".join(unknown[:5]))
-        return {group: parse_ranges(named[group], count, group) if group in named else list(range(count)) for group, count in counts.items()}
+        return {
+            group: parse_ranges(named[group], count, group) if group in named else list(range(count)) for group, count in counts.items()
+        }
 
     def copy(self, **changes: Any) -> XVLMConfig:
         """This configuration with some fields changed."""
         values = {key: value for key, value in self.to_dict().items() if key in type(self).__dataclass_fields__}
         return type(self)(**{**values, **changes})
+
+
+def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:
+    """`values` a user gave for fields of :class:`XVLMConfig`, each of the field's type; structure (`kept`, `layer_source`) is no setting.
+
+    Raises:
+        BadInput: naming every unknown field and wrong value, or a field outside `allowed` and `why` it cannot be set.
+    """
+    given = parse(_settings_schema(), dict(values), "settings").model_dump(exclude_unset=True)
+    if allowed is not None and (fixed := sorted(set(given) - set(allowed))):
+        raise BadInput(f"settings.{fixed[0]} cannot be set", f"it {why}", f"what can be set: {', '.join(sorted(allowed))}")
+    return given
+
+
+@cache
+def _settings_schema() -> type[Strict]:
+    size, count = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+    colours = Annotated[list[float], Field(min_length=3, max_length=3)]
+    kinds: dict[str, Any] = {"int": size, "float": Annotated[float, Field(ge=0, allow_inf_nan=False)], "list[str] | None": list[str] | None}
+    special: dict[str, Any] = {
+        **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
+        **dict.fromkeys(("image_mean", "image_std"), colours),
+        "heads": list[Literal["itc", "itm", "mlm", "box"]],
+    }
+    types = {name: special.get(name) or kinds.get(kind) for name, kind in XVLMConfig.__annotations__.items()}
+    fields: dict[str, Any] = {name: (kind, getattr(XVLMConfig, name)) for name, kind in types.items() if kind is not None}
+    return create_model("Settings", __base__=Strict, **fields)
+
+
+def check_sizes(config: XVLMConfig) -> XVLMConfig:
+    """`config` if its sizes fit together; :class:`BadInput` says which do not."""
+    for tower in ("vision", "text"):
+        width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
+        if width % heads:
+            raise BadInput(f"{tower}_heads is {heads}", f"{width} columns cannot be shared evenly by so many heads")
+    if config.image_size % config.patch_size:
+        raise BadInput(f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}")
+    if config.local_attention_depth > config.vision_layers:
+        raise BadInput(f"local_attention_depth is {config.local_attention_depth}", f"there are {config.vision_layers} vision layers")
+    return config
 
 
 def parse_ranges(text: str, count: int, group: str) -> list[int]:

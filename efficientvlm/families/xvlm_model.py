@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -252,7 +254,7 @@ class Stack(nn.Module):
 
     def context(self, states: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Context:
         """Project `states` [C, S, W] for every layer; `mask` [B, S] (rows already applied), 1 = token."""
-        kv = [layer.cross_attention.project(states) for layer in self.layers]
+        kv = [cast(Attention, layer.cross_attention).project(states) for layer in self.layers]
         return Context(kv, None if mask is None else mask.bool()[:, None, None], rows)
 
     def forward(
@@ -281,6 +283,14 @@ class LanguageHead(nn.Module):
 
     def forward(self, states: Tensor, embeddings: Embeddings) -> Tensor:
         return F.linear(self.norm(F.gelu(self.transform(states))), embeddings.word.weight, self.bias)
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """Position embedding [1 + old², W] for `grid` x `grid` patches (bicubic, as X-VLM does for fine-tuning); the CLS row stays."""
+    old = math.isqrt(len(table) - 1)
+    patches = table[1:].unflatten(0, (old, old)).permute(2, 0, 1)[None]
+    resized = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)[0]
+    return torch.cat([table[:1], resized.flatten(1).T])
 
 
 def mlp_head(width: int, outputs: int) -> nn.Sequential:
@@ -324,9 +334,7 @@ class XVLMModel(PreTrainedModel):
         elif isinstance(module, XVLMModel) and hasattr(module, "temp"):
             init.constant_(module.temp, self.config.temperature_init)
 
-    def encode_image(
-        self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = frozenset()
-    ) -> Encoded:
+    def encode_image(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = frozenset()) -> Encoded:
         """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, 1 + patches, W].
 
         With `regions` = (row → image [R], visible patches [R, 1 + patches]) the last `local_attention_depth` layers run on the regions and
@@ -347,11 +355,8 @@ class XVLMModel(PreTrainedModel):
     ) -> tuple[Tensor, Encoded]:
         """Answer tokens [B, L] to next-token logits [B, L, V], causal; with a `cache`, `ids` are the tokens that follow those in it."""
         offset, length = cache.length if cache else 0, ids.shape[1]
-        visible: Tensor | None = torch.ones(length, offset + length, dtype=torch.bool, device=ids.device).tril(offset)
-        if mask is not None:
-            visible = visible & mask.bool()[:, None, None]
-        elif length == 1:
-            visible = None
+        causal = torch.ones(length, offset + length, dtype=torch.bool, device=ids.device).tril(offset)
+        visible = causal if mask is None else causal & mask.bool()[:, None, None]
         out = self.decoder(self.decoder.embeddings(ids, offset), visible, context, cache, keep)
         if cache is not None:
             cache.length += length

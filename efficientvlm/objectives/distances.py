@@ -22,7 +22,9 @@ def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scal
     return divergence * temperature**2 if scale else divergence
 
 
-def hidden_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[tuple[int, int]], mask: Tensor | None = None) -> Tensor:
+def hidden_mse(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[tuple[int, int]], mask: Tensor | None = None
+) -> Tensor:
     """Sum over layer `pairs` (student index, teacher index) of the mean squared error of states [B, T, W]; `mask` [B, T] keeps tokens."""
     total = torch.zeros((), device=student[0].device)
     for s, t in pairs:

@@ -21,7 +21,9 @@ class Distillation(nn.Module):
     published release does instead. The teacher is kept in evaluation mode, outside the module's parameters.
     """
 
-    def __init__(self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: DistillWeights, quirks: Quirks, **temperature: Any) -> None:
+    def __init__(
+        self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: DistillWeights, quirks: Quirks, **temperature: Any
+    ) -> None:
         super().__init__()
         self.hard, self.kd, self.weights, self.quirks, self.temperature = hard, kd, weights, quirks, temperature
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -53,7 +55,13 @@ def wanted(weights: DistillWeights) -> frozenset[str]:
 
 
 def kd_terms(
-    ours: Record, theirs: Record, maps: dict[str, TowerMap], batch: dict[str, Any], quirks: Quirks, temperature: float = 1.0, scale: bool = False
+    ours: Record,
+    theirs: Record,
+    maps: dict[str, TowerMap],
+    batch: dict[str, Any],
+    quirks: Quirks,
+    temperature: float = 1.0,
+    scale: bool = False,
 ) -> dict[str, Tensor]:
     """Every distillation term that the two records allow, unweighted.
 
@@ -104,5 +112,9 @@ def weighted(terms: dict[str, Tensor], weights: DistillWeights) -> Tensor:
     """L_KD: the terms times their weights; fusion weights apply to each of the three passes."""
     factors = dict(weights)
     for run in ("itm_positive", "itm_negative", "mlm"):
-        factors |= {f"{run}_hidden": weights.fusion_hidden, f"{run}_attention": weights.fusion_attention, f"{run}_cross": weights.cross_attention}
+        factors |= {
+            f"{run}_hidden": weights.fusion_hidden,
+            f"{run}_attention": weights.fusion_attention,
+            f"{run}_cross": weights.cross_attention,
+        }
     return sum((factors[name] * term for name, term in terms.items() if factors[name]), torch.zeros(()))

@@ -25,7 +25,9 @@ class Gated(nn.Module):
     keep: Tensor
     frozen: Tensor
 
-    def __init__(self, inner: Any, gates: Gates, budget: Budget, scope: Scope, *, seed: int, warmup_steps: int, epoch: int, quirks: Quirks) -> None:
+    def __init__(
+        self, inner: Any, gates: Gates, budget: Budget, scope: Scope, *, seed: int, warmup_steps: int, epoch: int, quirks: Quirks
+    ) -> None:
         super().__init__()
         self.inner, self.gates, self.budget = inner, gates, budget
         self.seed, self.warmup_steps, self.epoch, self.quirks = seed, max(1, warmup_steps), epoch, quirks

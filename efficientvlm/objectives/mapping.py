@@ -36,7 +36,9 @@ def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[st
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
             if f"{tower}.0.{kind}" in kept:
-                heads[kind] = [_shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)]
+                heads[kind] = [
+                    _shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)
+                ]
         maps[tower] = TowerMap([(0, 0)] + [(i + 1, layer + 1) for i, layer in enumerate(layers)], list(enumerate(layers)), heads)
     return maps
 

@@ -35,7 +35,15 @@ class VQA(nn.Module):
     """
 
     def __init__(
-        self, family: Any, model: nn.Module, teacher: nn.Module | None, *, kd: float, weights: TaskWeights, quirks: Quirks, **temperature: Any
+        self,
+        family: Any,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        kd: float,
+        weights: TaskWeights,
+        quirks: Quirks,
+        **temperature: Any,
     ) -> None:
         super().__init__()
         self.family, self.model, self.kd, self.weights, self.quirks = family, model, kd, weights, quirks
@@ -58,7 +66,13 @@ class VQA(nn.Module):
 
 
 def kd_terms(
-    ours: Record, theirs: Record, maps: dict[str, TowerMap], batch: dict[str, Any], quirks: Quirks, temperature: float = 1.0, scale: bool = False
+    ours: Record,
+    theirs: Record,
+    maps: dict[str, TowerMap],
+    batch: dict[str, Any],
+    quirks: Quirks,
+    temperature: float = 1.0,
+    scale: bool = False,
 ) -> dict[str, Tensor]:
     """Every term of `TaskWeights` that the records hold, unweighted (EfficientVLM, VQA objective).
 

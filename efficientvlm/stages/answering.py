@@ -15,7 +15,7 @@ from efficientvlm.data.plan import IndexPlan
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar
-from efficientvlm.stages.common import Loaded, check_pair, load, settings_of
+from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
 
@@ -24,8 +24,7 @@ EVAL_BATCH = 100
 
 def open_task(config: Any, split: str, image_size: int) -> Any:
     """The questions of `split`; `val` names a validation file of its own."""
-    spec = config.val if split == "val" and getattr(config, "val", None) else config.data
-    return open_vqa(spec, split, **settings_of(config, "columns", "val_fraction", "limit"), image_size=image_size)
+    return open_vqa(**which(config, split), **settings_of(config, "columns", "limit"), image_size=image_size)
 
 
 def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
@@ -106,7 +105,9 @@ def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = 
 class Answerer:
     """Answers as text: `rank` among the closed list in the configuration, or `generate` freely."""
 
-    def __init__(self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = True) -> None:
+    def __init__(
+        self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = True
+    ) -> None:
         self.loaded, self.mode, self.twice = loaded, mode, twice
         config = loaded.model.config
         self.texts = Texts(loaded.tokenizer)
@@ -143,7 +144,9 @@ class Answerer:
         return [self.loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
 
 
-def evaluate_on(answer: Answerer, source: Any, *, limit: int | None, title: str, quiet: bool, batch_size: int = EVAL_BATCH) -> dict[str, Any]:
+def evaluate_on(
+    answer: Answerer, source: Any, *, limit: int | None, title: str, quiet: bool, batch_size: int = EVAL_BATCH
+) -> dict[str, Any]:
     """Accuracy of `answer` over `source`, with progress."""
     count = min(len(source), limit or len(source))
     answer.loaded.model.eval()

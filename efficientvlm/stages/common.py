@@ -48,7 +48,9 @@ def load(spec: str) -> Loaded:
     family = families.of_folder(path)
     model, tokenizer = family.load(path), load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
-        raise BadInput(f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {model.config.vocab_size}", "use its own tokenizer")
+        raise BadInput(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {model.config.vocab_size}", "use its own tokenizer"
+        )
     return Loaded(path, family, model, tokenizer, manifest)
 
 
@@ -141,6 +143,13 @@ def summary(manifest: Manifest) -> str:
     if "accuracy" in manifest.metrics.get("val", {}):
         parts.append(f"validation accuracy {manifest.metrics['val']['accuracy']:.4f}")
     return ", ".join(parts)
+
+
+def which(config: Any, split: str) -> dict[str, Any]:
+    """What to open for `split`: validation data of its own is read whole, and then nothing is held out of the training data."""
+    if getattr(config, "val", None):
+        return {"spec": config.val, "split": "test"} if split == "val" else {"spec": config.data, "split": split, "val_fraction": 0.0}
+    return {"spec": config.data, "split": split, "val_fraction": config.val_fraction}
 
 
 def settings_of(config: Strict, *names: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.sources import BUILT_IN, open_pairs, open_vqa, texts
 from efficientvlm.data.tokenizer import load_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import making, open_output, write
 
@@ -55,6 +55,9 @@ def run(config: InitConfig, control: Control) -> Manifest:
     """
     if (config.size is None) == (config.vision_from is None) or (config.vision_from is None) != (config.text_from is None):
         raise BadInput("init needs a size or two towers", "", "give --size tiny, or both --vision-from DIR and --text-from DIR")
+    if config.text_from and config.tokenizer == "train":
+        why = "BERT's word embeddings belong to its own vocabulary"
+        raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")
     inputs = {"vision_from": config.vision_from, "text_from": config.text_from}
     if config.tokenizer != "train":
         inputs["tokenizer"] = config.tokenizer
@@ -70,21 +73,15 @@ def run(config: InitConfig, control: Control) -> Manifest:
         if config.image_size:
             changes["image_size"] = config.image_size
         if config.size:
-            model = family.build(XVLMConfig(**{**SIZES[config.size], "vocab_size": len(tokenizer), **_known(changes)}))
+            values = {**SIZES[config.size], "vocab_size": len(tokenizer), **checked_settings(changes)}
+            model = family.build(check_sizes(XVLMConfig(**values)))
             origin: dict[str, Any] = {"origin": "random"}
         else:
-            from efficientvlm.families.xvlm_import import from_towers
+            from efficientvlm.families.xvlm_towers import from_towers
 
-            model = from_towers(resolve(config.vision_from or ""), resolve(config.text_from or ""), len(tokenizer), _known(changes))
-            origin = {"origin": "imported"}
+            model, new = from_towers(resolve(config.vision_from or ""), resolve(config.text_from or ""), len(tokenizer), changes)
+            origin = {"origin": "imported", "extra": {"new": new}}
         return write(output, family, model, tokenizer, control=control, sources={"train": source} if source else {}, **origin)
-
-
-def _known(changes: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(changes) - set(XVLMConfig.__annotations__))
-    if unknown:
-        raise BadInput(f"settings has unknown keys: {', '.join(unknown)}", f"known are {', '.join(XVLMConfig.__annotations__)}")
-    return changes
 
 
 def _source(config: InitConfig) -> Any:

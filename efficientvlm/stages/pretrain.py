@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, write
+from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, which, write
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -31,7 +31,9 @@ def run(config: Pretrain, control: Control) -> Manifest:
     student = load(config.model)
     missing = sorted(set(config.losses) - set(student.model.config.heads))
     if missing:
-        raise BadInput(f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}")
+        raise BadInput(
+            f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}"
+        )
     if config.batch_size < 2 and "itm" in config.losses:
         raise BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
     sources = {split: _open(config, split, student) for split in ("train", "val")}
@@ -71,22 +73,21 @@ def run(config: Pretrain, control: Control) -> Manifest:
 
 
 def _open(config: Pretrain, split: str, student: Loaded) -> Any:
-    spec = config.val if split == "val" and config.val else config.data
-    settings = settings_of(config, "columns", "val_fraction", "limit")
-    return open_pairs(spec, split, **settings, image_size=student.model.config.image_size)
+    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit"), image_size=student.model.config.image_size)
 
 
 def _feed(config: Pretrain, model_config: Any, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
     masking = settings_of(config, "mask_probability", "max_masks", "max_tokens")
-    regions = config.region_probability if "box" in config.losses and source[0].regions else 0.0
+    regions = config.region_probability if "box" in config.losses else 0.0
     grid = model_config.image_size // model_config.patch_size
 
     def feed(step: int) -> list[Batch]:
         items = [source[index] for index in plan.batch(step)]
         settings: dict[str, Any] = {"seed": config.seed, "step": step, "augment_kind": config.augment, **masking}
         batches = [pair_batch(items, texts, **settings)]
-        if generator(config.seed, step, "region step").random() < regions:
-            batches.insert(0, region_batch(items, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
+        described = [item for item in items if item.regions]
+        if described and generator(config.seed, step, "region step").random() < regions:
+            batches.insert(0, region_batch(described, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
         return batches
 
     return feed
@@ -102,8 +103,12 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     batches = 0
     for start in range(0, count - config.batch_size + 1, config.batch_size):
         items = [source[index] for index in range(start, start + config.batch_size)]
-        batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks", "max_tokens"))
-        losses, record, _ = objective.passes(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start)
+        batch = pair_batch(
+            items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks", "max_tokens")
+        )
+        losses, record, _ = objective.passes(
+            model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start
+        )
         values = {name: float(value) for name, value in losses.items()}
         if "itm_logits" in record:
             matched = torch.arange(len(record["itm_logits"]), device=device) < len(items)
@@ -114,4 +119,6 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
         batches += 1
-    return {"images": batches * config.batch_size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}
+    return (
+        {"images": batches * config.batch_size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}
+    )

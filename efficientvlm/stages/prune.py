@@ -13,7 +13,6 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.accounting import count_sparsity
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
-from efficientvlm.compression.importance import importance_scores
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
@@ -50,6 +49,10 @@ def run(config: Prune, control: Control) -> Manifest:
 
     The output keeps `gates.safetensors` (L0 only) and `dense.safetensors` (weights at the end of the gate phase) for re-cutting.
     """
+    if config.from_gates:
+        from efficientvlm.stages.recut import run as recut
+
+        return recut(config, control)
     student, teacher, new = load_for_task(config)
     sources = {split: open_task(config, split, student.model.config.image_size) for split in ("train", "val")}
     scope = scope_of(config, student.family, student.model)
@@ -95,8 +98,12 @@ def run(config: Prune, control: Control) -> Manifest:
                 settle(snap(gates.p_open().detach().cpu(), scope))
 
         if config.method != "l0" and not output.resumable:
-            scores = importance(config, inner, feed, scope) if config.method == "taylor" else importance_scores(config.method, student.model, scope.units, seed=config.seed)
-            settle(snap_scores(scores, scope))
+            from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
+
+            if config.method == "taylor":
+                accumulate_gradients(config, inner, feed)
+            settle(snap_scores(importance_scores(config.method, student.model, scope.units, seed=config.seed), scope))
+            student.model.zero_grad(set_to_none=True)
         spent = train(
             objective,
             feed,
@@ -115,7 +122,10 @@ def run(config: Prune, control: Control) -> Manifest:
         if config.quirks.unfrozen_structure and config.method == "l0":
             keep[active] = gates.deterministic_published().cpu().bool()
         objective.hooks.remove()
-        extra: dict[str, Any] = {"budget": budget_report(scope, keep, gates if config.method == "l0" else None)}
+        extra: dict[str, Any] = {
+            "budget": budget_report(scope, keep, gates if config.method == "l0" else None),
+            "dense_kept": student.model.config.kept,
+        }
         student.model = slice_model(student.family, student.model.cpu(), keep)
         say(f"prune: achieved {extra['budget']}", quiet=control.quiet)
         if config.method == "l0":
@@ -144,23 +154,20 @@ def optimizers(config: Prune, objective: Gated, new: list[str]) -> list[Optimize
     main = adamw(objective, config, new=[f"inner.model.{name}" for name in new], skip=skip)
     if config.method != "l0":
         return [main]
-    rates = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
+    rates: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
     alpha = torch.optim.AdamW(objective.gates.parameters(), lr=config.gates.lr, **rates)
     multipliers = torch.optim.AdamW(objective.budget.parameters(), lr=config.gates.multiplier_lr, maximize=True, **rates)
     return [main, Optimizer(alpha, scheduled=False, clipped=False), Optimizer(multipliers, scheduled=False, clipped=False)]
 
 
-def importance(config: Prune, inner: VQA, feed: Any, scope: Scope) -> Tensor:
-    """Taylor scores from the task loss of the first `calibration_batches` batches."""
-    inner.model.eval()
+def accumulate_gradients(config: Prune, inner: VQA, feed: Any) -> None:
+    """Gradients of the task loss over the first `calibration_batches` batches, for the Taylor criterion."""
+    model = inner.model.eval()
+    device = next(model.parameters()).device
     for step in range(config.calibration_batches):
         for batch in feed(step):
-            device = next(inner.model.parameters()).device
             losses = inner({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
             (losses["task"] / config.calibration_batches).backward()
-    scores = importance_scores("taylor", inner.model, scope.units, seed=config.seed)
-    inner.model.zero_grad(set_to_none=True)
-    return scores
 
 
 def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, dict[str, float]]:

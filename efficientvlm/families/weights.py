@@ -1,0 +1,93 @@
+"""Weight files of other projects, read without running anything that is in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251  what torch.load raises
+from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from efficientvlm.errors import BadInput
+
+# what reading damaged bytes raises, tried on some thousand damaged files
+DAMAGED = (
+    UnpicklingError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    struct.error,
+    AssertionError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+)
+AGAIN = "fetch it again"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Contents of a `.safetensors` file, or of a PyTorch file of tensors and plain values.
+
+    Raises:
+        BadInput: not there, damaged, cut short, or with objects of other classes in it.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} is not a file", "", "give the .th, .pth or .safetensors file itself")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if is_zipfile(path):  # torch.load does not look at the checksums
+            with ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise BadInput(f"{path} is damaged", f"the checksum of {broken} is wrong", AGAIN)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  the one place that reads published pickles
+    except (SafetensorError, BadZipFile) as error:
+        raise BadInput(f"{path} is damaged or cut short", _first_line(error), AGAIN) from None
+    except OSError as error:
+        raise BadInput(f"cannot read {path}", _first_line(error)) from None
+    except DAMAGED as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            fix = "where you trust it, save its tensors as .safetensors and import that"
+            raise BadInput(f"{path} holds more than tensors", f"it refers to {found[1]}, and no code is run here", fix) from None
+        raise BadInput(f"{path} is damaged, or no PyTorch file", _first_line(error), AGAIN) from None
+    if not isinstance(content, Mapping):
+        raise BadInput(f"{path} holds no weights", f"it is a {type(content).__name__}", "give a file of named tensors")
+    return dict(content)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a Hugging Face model folder, in one safetensors file or in shards with an index, old LayerNorm names renewed.
+
+    Raises:
+        BadInput: no safetensors there, or damaged ones.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.is_file() and index.is_file():
+        try:
+            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            files = [folder / Path(name).name for name in sorted(set(names))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"cannot read {index}", _first_line(error), AGAIN) from None
+    elif not single.is_file():
+        raise BadInput(f"no weights in {folder}", "it has no model.safetensors", "save the model there as safetensors")
+    return {renewed(name): tensor for file in files for name, tensor in read_file(file).items()}
+
+
+def renewed(name: str) -> str:
+    """A tensor's name with the LayerNorm names of old BERT files (gamma, beta) replaced."""
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[old[1]], name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,201 @@
+"""X-VLM from a Hugging Face CLIP vision tower and a BERT, with EfficientVLM's layer choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import BertConfig, CLIPConfig, CLIPVisionConfig
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families.weights import read_folder
+from efficientvlm.families.xvlm_config import CLIP_MEAN, CLIP_STD, XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm_model import XVLMModel, resize_positions
+from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
+
+FREE = (
+    *("vision_layers", "text_layers", "fusion_layers", "image_size", "image_mean", "image_std", "dropout", "local_attention_depth"),
+    *("embed_dim", "heads", "temperature_init", "initializer_range"),
+)
+
+
+def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str, Any] | None = None) -> tuple[XVLMModel, list[str]]:
+    """X-VLM on the weights of a CLIP ViT and a BERT, and the names of the tensors that are fresh (random, from torch's generator).
+
+    Fewer layers than a tower has are taken at equal distance, its last included: of 12 for 6, the layers 1, 3, 5, 7, 9, 11 (EfficientVLM).
+    The first of BERT's chosen layers make the text tower, the rest fusion, half and half by default; there self-attention and FFN are
+    BERT's, cross-attention is fresh like projections, temperature, ITM and box head. Another `image_size` resizes the position embedding.
+
+    Args:
+        vision: folder of a `CLIPModel` or `CLIPVisionModel`, safetensors.
+        text: folder of a `BertModel` or `BertForMaskedLM` (whose prediction head becomes the MLM head), safetensors.
+        vocab_size: tokens of the tokenizer, which must be BERT's own.
+        settings: layers of each tower, image size and whatever else the towers do not decide.
+
+    Raises:
+        BadInput: a folder of another architecture or activation, damaged or incomplete weights, more layers than there are, another
+            vocabulary, a setting that the towers decide.
+    """
+    given = checked_settings(settings or {}, FREE, "follows from the towers")
+    clip, bert = _clip_config(vision), _bert_config(text)
+    if bert.vocab_size != vocab_size:
+        why = f"BERT in {text} embeds {bert.vocab_size}, and its embeddings mean nothing for other tokens"
+        raise BadInput(f"the tokenizer has {vocab_size} tokens", why, f"use BERT's own: --tokenizer {text}")
+    config = _config(vision, clip, bert, given)
+    chosen = _chosen(vision, clip.num_hidden_layers, config.vision_layers)
+    stack = _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
+    state = _vision_state(vision, chosen) | _text_state(text, stack, config)
+    table = state.get("vision.position_embedding")
+    if table is not None and clip.image_size != config.image_size and len(table) == 1 + (clip.image_size // clip.patch_size) ** 2:
+        state["vision.position_embedding"] = resize_positions(table, config.image_size // config.patch_size)
+    model = XVLMModel(config).eval()
+    return model, _fill(model, state, vision, text)
+
+
+def _config(vision: Path, clip: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:
+    layers = given.get("vision_layers", clip.num_hidden_layers)
+    mean, std = _normalisation(vision)
+    values: dict[str, Any] = {
+        "image_size": clip.image_size,
+        "patch_size": clip.patch_size,
+        "image_mean": mean,
+        "image_std": std,
+        "vision_width": clip.hidden_size,
+        "vision_layers": layers,
+        "vision_heads": clip.num_attention_heads,
+        "vision_intermediate": clip.intermediate_size,
+        "vision_eps": clip.layer_norm_eps,
+        "local_attention_depth": max(1, layers // 3),
+        "vocab_size": bert.vocab_size,
+        "max_positions": bert.max_position_embeddings,
+        "type_vocab_size": bert.type_vocab_size,
+        "text_width": bert.hidden_size,
+        "text_layers": bert.num_hidden_layers // 2,
+        "fusion_layers": bert.num_hidden_layers - bert.num_hidden_layers // 2,
+        "text_heads": bert.num_attention_heads,
+        "text_intermediate": bert.intermediate_size,
+        "text_eps": bert.layer_norm_eps,
+        "dropout": bert.hidden_dropout_prob,
+    }
+    return check_sizes(XVLMConfig(**{**values, **given}))
+
+
+def _chosen(folder: Path, available: int, wanted: int) -> dict[int, int]:
+    """Layer of the tower → layer of ours that it becomes."""
+    if not 0 < wanted <= available:
+        raise BadInput(f"{wanted} layers from {folder}", f"it has {available}", f"ask for 1 to {available} in all")
+    return {(i + 1) * available // wanted - 1: i for i in range(wanted)}
+
+
+def _vision_state(folder: Path, chosen: Mapping[int, int]) -> dict[str, Tensor]:
+    tensors = read_folder(folder)
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    _no_strangers(folder, [n for n in own if n.startswith(("embeddings.", "encoder.")) and not clip_name(n)])
+    return _renumbered({f"vision.{ours}": tensor for name, tensor in own.items() if (ours := clip_name(name))}, "vision", chosen)
+
+
+def _text_state(folder: Path, chosen: Mapping[int, int], config: XVLMConfig) -> dict[str, Tensor]:
+    tensors = {name.removeprefix("bert."): tensor for name, tensor in read_folder(folder).items()}
+    if "cls.predictions.bias" not in tensors and "cls.predictions.decoder.bias" in tensors:
+        tensors["cls.predictions.bias"] = tensors["cls.predictions.decoder.bias"]
+    plain = {name: ours for name in tensors if (ours := bert_name(name)) and "cross_attention" not in ours}
+    _no_strangers(folder, [n for n in tensors if n.startswith(("embeddings.", "encoder.")) and n not in plain])
+    keep_head = "mlm" in config.heads
+    stack = {f"text.{ours}": tensors[name] for name, ours in plain.items() if not ours.startswith("head.")}
+    state = _renumbered(stack, "text", chosen)
+    state = {stack_name(name.removeprefix("text."), config.text_layers): tensor for name, tensor in state.items()}
+    head = {stack_name(ours, 0): tensors[name] for name, ours in plain.items() if ours.startswith("head.") and keep_head}
+    return state | head
+
+
+def _renumbered(state: Mapping[str, Tensor], tower: str, chosen: Mapping[int, int]) -> dict[str, Tensor]:
+    """`state` with only the chosen layers, under their new numbers."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        _, layered, rest = name.partition(f"{tower}.layers.")
+        number, _, tail = rest.partition(".")
+        if not layered:
+            kept[name] = tensor
+        elif int(number) in chosen:
+            kept[f"{tower}.layers.{chosen[int(number)]}.{tail}"] = tensor
+    return kept
+
+
+def _no_strangers(folder: Path, names: list[str]) -> None:
+    names = [name for name in names if not name.endswith("position_ids")]
+    if names:
+        raise BadInput(
+            f"{folder} has {len(names)} tensors X-VLM has no place for", ", ".join(sorted(names)[:5]), "use a plain CLIP or BERT"
+        )
+
+
+def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Path) -> list[str]:
+    """Copy `state` into `model`; names of the tensors that it does not hold and that no tower has."""
+    own = model.state_dict()
+    new = sorted(set(own) - set(state))
+    fresh = ("vision_proj.", "text_proj.", "temp", "itm_head.", "box_head.", "mlm_head.")
+    missing = [name for name in new if not name.startswith(fresh) and ".cross_attention" not in name]
+    if missing:
+        raise BadInput(f"{vision} and {text} lack {len(missing)} tensors", ", ".join(missing[:5]), "fetch them again")
+    for name, tensor in state.items():
+        if name not in own or own[name].shape != tensor.shape:
+            needed = list(own[name].shape) if name in own else "nothing"
+            raise BadInput("a tower does not fit its config.json", f"{name} has shape {list(tensor.shape)}, {needed} is needed")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise BadInput("the weights of a tower are damaged", f"{name} is not all finite floats", "fetch them again")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    return new
+
+
+def _clip_config(folder: Path) -> Any:
+    kind = _kind(folder, ("clip", "clip_vision_model"), "a CLIP model or CLIP vision model")
+    config = _read_config(CLIPConfig if kind == "clip" else CLIPVisionConfig, folder)
+    config = config.vision_config if kind == "clip" else config
+    if config.hidden_act != "quick_gelu" or config.num_channels != 3:
+        raise BadInput(f"CLIP in {folder}", f"its activation is {config.hidden_act}, X-VLM's is quick_gelu", "use a CLIP of OpenAI's kind")
+    return config
+
+
+def _bert_config(folder: Path) -> Any:
+    _kind(folder, ("bert",), "a BERT")
+    config = _read_config(BertConfig, folder)
+    if config.hidden_act != "gelu":
+        raise BadInput(f"BERT in {folder}", f"its activation is {config.hidden_act}, X-VLM's is gelu", "use a BERT with gelu")
+    return config
+
+
+def _kind(folder: Path, wanted: tuple[str, ...], what: str) -> str:
+    values = _json(folder / "config.json")
+    if values.get("model_type") not in wanted:
+        raise BadInput(f"{folder} is not {what}", f"its model_type is {values.get('model_type')}", f"give a folder of {what}")
+    return str(values["model_type"])
+
+
+def _read_config(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"cannot read {folder / 'config.json'}", str(error).splitlines()[0]) from None
+
+
+def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the image channels; CLIP's where the folder does not say."""
+    file = folder / "preprocessor_config.json"
+    values = _json(file) if file.is_file() else {}
+    return list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{file.parent} is not a model folder", f"it has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}", str(error)) from None
+    if not isinstance(values, dict):
+        raise BadInput(f"cannot read {file}", "it is not a JSON object")
+    return values

@@ -1,0 +1,38 @@
+"""The device and number format a model runs in when it is only used: eval, bench, predict."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from efficientvlm.errors import BadInput
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        BadInput: unknown, or not in this machine.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, found in there.items() if found))
+    if name not in there:
+        raise BadInput(f"unknown device {name}", "", "use auto, cpu, cuda or mps")
+    if not there[name]:
+        raise BadInput(f"device {name} is not available", "torch sees no such GPU", "use --device cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Matrix products in bfloat16 for `bf16` (weights stay float32), nothing for `fp32`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()

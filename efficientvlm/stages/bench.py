@@ -1,0 +1,137 @@
+"""bench: latency of one or more checkpoints side by side, from image and question tensors to the ranked answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from efficientvlm import bench
+from efficientvlm.checkpoint import fingerprint
+from efficientvlm.compression.accounting import count_parameters
+from efficientvlm.config import Bench
+from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.hardware import autocast, pick_device, synchronise
+from efficientvlm.progress import Bar, say
+from efficientvlm.stages.common import Loaded, load
+from efficientvlm.stages.evaluate import counts_first_token_twice
+from efficientvlm.stages.results import ResultFile
+from efficientvlm.tasks.vqa import rank
+
+TIMED = (
+    "image and question tensors to the answer ranked first in the closed list; random pixels and tokens, candidates tokenised beforehand"
+)
+
+
+def run(config: Bench, control: Control) -> dict[str, Any]:
+    """Time all models in turns; the first one is what the others are compared with.
+
+    A task-agnostic checkpoint is timed with an untrained answer decoder, as deep as its fusion tower, and marked `trained: false`.
+    A finished result of the same checkpoints, settings and machine in `config.out` is returned as it is, unless forced.
+
+    Raises:
+        BadInput: no model has a list of answers, a question longer than a model reads, an `out` of another measurement.
+    """
+    device = pick_device(config.device)
+    with bench.threads(config.threads) as threads:
+        machine = {**bench.machine(device), "threads": threads}
+        inputs = {f"models.{number}": fingerprint(spec) for number, spec in enumerate(config.models)}
+        inputs["machine"] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
+        file = ResultFile.open(config, "bench", inputs, force=control.force)
+        if file.finished:
+            say(f"bench: {file.path} is up to date: these are its earlier timings, --force measures again", quiet=control.quiet)
+            return file.finished
+        models = [load(spec) for spec in config.models]
+        trained = [bool(loaded.model.config.decoder_layers) for loaded in models]
+        answers = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), None)
+        labels = unique(config.models)
+        calls = {label: call(loaded, answers, config, device) for label, loaded in zip(labels, models, strict=True)}
+        total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
+        with Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
+            rows = bench.latency(
+                calls,
+                config.batch_sizes,
+                rounds=config.rounds,
+                warmup_rounds=config.warmup_rounds,
+                synchronise=lambda: synchronise(device),
+                progress=bar.update,
+            )
+    sizes = [
+        {
+            "model": label,
+            "sha256": inputs[f"models.{number}"],
+            "parameters_timed": count_parameters(loaded.family, loaded.model)["total"],
+            "image_size": loaded.model.config.image_size,
+            "answers": len(loaded.model.config.answers or answers or []),
+            "trained": trained[number],
+        }
+        for number, (label, loaded) in enumerate(zip(labels, models, strict=True))
+    ]
+    result: dict[str, Any] = {
+        "timed": TIMED,
+        "machine": machine,
+        "precision": config.precision,
+        "text_length": config.text_length,
+        "rounds": config.rounds,
+        "warmup_rounds": config.warmup_rounds,
+        "models": sizes,
+        "latency": rows,
+    }
+    return file.write(result)
+
+
+def unique(names: list[str]) -> list[str]:
+    """`names` with a number behind every repetition: the same model may be timed twice, to see the noise."""
+    return [name if name not in names[:at] else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
+
+
+def call(loaded: Loaded, answers: list[str] | None, config: Bench, device: torch.device) -> Callable[[int], object]:
+    """A function of the batch size that ranks `loaded`'s own answers, or else `answers`, for prepared random inputs.
+
+    A model without answer decoder gets one, in memory: `loaded.model` is replaced.
+    """
+    if not loaded.model.config.decoder_layers:
+        if "mlm" not in loaded.model.config.heads:
+            why = "it has neither an answer decoder nor an MLM head to build one from"
+            raise BadInput(f"{loaded.path} cannot be timed", why, "finetune it with --task vqa first")
+        loaded.model = loaded.family.with_decoder(loaded.model, loaded.model.config.fusion_layers)
+    family, model = loaded.family, loaded.model.to(device).eval()
+    candidates = model.config.answers or answers
+    if not candidates:
+        raise BadInput(
+            "there is no list of answers to rank", "no model is tuned for the task", "give also --model of a finetuned checkpoint"
+        )
+    if config.text_length > model.config.max_positions:
+        why = f"{loaded.path} reads {model.config.max_positions} tokens"
+        raise BadInput(f"questions of {config.text_length} tokens are too long", why, "use a smaller --text-length")
+    texts = Texts(loaded.tokenizer)
+    ids, mask = (tensor.to(device) for tensor in texts.batch(candidates))
+    batches = {size: example(model.config, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
+    twice = counts_first_token_twice(loaded.manifest, None)
+
+    def answer(size: int) -> object:
+        with autocast(device, config.precision):
+            return rank(family, model, batches[size], (ids, mask), top=model.config.rank_top, first_token_twice=twice)
+
+    return answer
+
+
+def example(config: Any, texts: Texts, size: int, length: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """`size` random images with one question of `length` tokens each, none of them padding."""
+    draw = torch.Generator().manual_seed(seed)
+    special = {texts.cls, texts.sep, texts.pad}
+    words = torch.tensor([token for token in range(len(texts.tokenizer)) if token not in special])
+    questions = words[torch.randint(len(words), (size, length), generator=draw)]
+    questions[:, 0], questions[:, -1] = texts.cls, texts.sep
+    pixels = torch.randint(256, (size, 3, config.image_size, config.image_size), generator=draw, dtype=torch.uint8)
+    return {
+        "pixels": pixels.to(device),
+        "image_index": torch.arange(size, device=device),
+        "question_ids": questions.to(device),
+        "question_mask": torch.ones_like(questions).to(device),
+    }

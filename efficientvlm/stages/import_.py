@@ -1,0 +1,48 @@
+"""import: a published X-VLM or EfficientVLM file becomes a checkpoint folder."""
+
+from __future__ import annotations
+
+from efficientvlm import families
+from efficientvlm.checkpoint import require_complete, resolve
+from efficientvlm.config import ImportConfig
+from efficientvlm.control import Control
+from efficientvlm.data.tokenizer import load_tokenizer
+from efficientvlm.errors import BadInput
+from efficientvlm.families.xvlm_import import Report, read_published
+from efficientvlm.manifest import Manifest
+from efficientvlm.progress import say
+from efficientvlm.stages.common import making, open_output, write
+
+
+def run(config: ImportConfig, control: Control) -> Manifest:
+    """Read a published file, account for each of its entries, and write it with its tokenizer.
+
+    Raises:
+        BadInput: a file or tokenizer that cannot be used (see :func:`read_published`), or that do not belong together.
+    """
+    output = open_output(config, "import", control, {"model": config.model, "tokenizer": config.tokenizer})
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        tokenizer = load_tokenizer(resolve(config.tokenizer))
+        path = resolve(config.model)
+        values, state, report = read_published(path, config.layout, config.settings)
+        if len(tokenizer) != values.vocab_size:
+            why = f"{path} embeds {values.vocab_size}: they are not of one vocabulary"
+            raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+        _tell(report, control)
+        family = families.get("xvlm")
+        model = family.build(values)
+        model.load_state_dict(state, strict=True)
+        extra = {"layout": report.layout, "tensors": report.mapped, "ignored": report.ignored, "assumed": report.assumed}
+        return write(output, family, model, tokenizer, control=control, origin="imported", extra=extra)
+
+
+def _tell(report: Report, control: Control) -> None:
+    say(f"import: {report.layout} layout, {report.mapped} tensors", quiet=control.quiet)
+    for reason, names in report.ignored.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        say(f"import: ignored {shown} ({reason})", quiet=control.quiet)
+    if report.assumed:
+        guesses = ", ".join(f"{name}={value}" for name, value in report.assumed.items())
+        say(f"import: the file does not say, so taken: {guesses} (change with --set settings.NAME=VALUE)", quiet=control.quiet)

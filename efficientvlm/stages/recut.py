@@ -1,0 +1,105 @@
+"""prune --from-gates: another sparsity from gates that were learnt before, in seconds and without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from efficientvlm.checkpoint import require_complete, resolve
+from efficientvlm.compression.gates import PREFIX, Gates
+from efficientvlm.compression.snapping import snap
+from efficientvlm.compression.surgery import slice_model
+from efficientvlm.config import Prune
+from efficientvlm.control import Control
+from efficientvlm.errors import BadInput
+from efficientvlm.manifest import Manifest
+from efficientvlm.stages.answering import Answerer, evaluate_on, open_task
+from efficientvlm.stages.common import Loaded, load, making, open_output, write
+from efficientvlm.stages.prune import DENSE, GATES, budget_report, save_tensors, scope_of
+
+
+def run(config: Prune, control: Control) -> Manifest:
+    """Snap the stored gates to `config.sparsity` and slice the weights from the end of the gate phase.
+
+    Without those weights (`keep_dense=false`) the pruned model itself is cut further, so the sparsity can only rise.
+
+    Raises:
+        BadInput: no gates in the folder, or a lower sparsity than it has without the dense weights.
+        TargetMissed: the sparsity cannot be reached.
+    """
+    assert config.from_gates
+    pruned = load(config.from_gates)
+    tensors = read_tensors(pruned, GATES)
+    dense = (pruned.path / DENSE).is_file()
+    if dense:
+        pruned.model = dense_model(pruned)
+    else:
+        achieved = pruned.manifest.accounting["sparsity"]["achieved"]
+        if config.sparsity < achieved:
+            raise BadInput(
+                f"sparsity {config.sparsity} is below the {achieved:.4f} of {pruned.path}",
+                "the weights that were removed were not kept (keep_dense=false)",
+                "ask for more, or prune again with dense weights kept",
+            )
+        kept = pruned.family.kept(pruned.model.config)
+        tensors = {name: values[kept[name.removeprefix(PREFIX)]] for name, values in tensors.items()}
+    learnt = {name.removeprefix(PREFIX) for name in tensors}
+    scope = scope_of(config, pruned.family, pruned.model)
+    gates = Gates.from_tensors([unit for unit in scope.anatomy.units if unit.group in learnt], tensors)
+    by_unit = {
+        (unit.group, unit.index): p for unit, p in zip((u for u in scope.anatomy.units if u.group in learnt), gates.p_open(), strict=True)
+    }
+    if missing := sorted({unit.group for unit in scope.units} - learnt):
+        raise BadInput(f"{pruned.path} has no gates for {', '.join(missing[:5])}", "", "leave their kinds or towers out")
+    probabilities = torch.stack([by_unit[unit.group, unit.index] for unit in scope.units]).detach()
+    keep = snap(probabilities, scope)
+
+    source = open_task(config, "val", pruned.model.config.image_size)
+    output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        extra: dict[str, Any] = {"budget": budget_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
+        if dense:
+            save_tensors(pruned.model.state_dict(), output.staging / DENSE)
+        save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
+        pruned.model = slice_model(pruned.family, pruned.model, keep)
+        val = evaluate_on(
+            Answerer(pruned, twice=config.quirks.first_token_twice), source, limit=config.eval_limit, title="validate", quiet=control.quiet
+        )
+        return write(
+            output,
+            pruned.family,
+            pruned.model,
+            pruned.tokenizer,
+            control=control,
+            sources={"val": source},
+            metrics={"val": val},
+            extra=extra,
+        )
+
+
+def dense_model(pruned: Loaded) -> Any:
+    """The network as it was at the end of the gate phase, before slicing."""
+    config = pruned.model.config.copy(kept=pruned.manifest.extra.get("dense_kept"))
+    model = pruned.family.build(config).eval()
+    try:
+        model.load_state_dict(read_tensors(pruned, DENSE))
+    except RuntimeError as error:
+        raise BadInput(f"{pruned.path / DENSE} does not fit", str(error).splitlines()[0], "check the folder with `evlm verify`") from None
+    return model
+
+
+def read_tensors(pruned: Loaded, name: str) -> dict[str, Tensor]:
+    """A safetensors file of the folder; :class:`BadInput` if it is missing or damaged."""
+    path = pruned.path / name
+    if not path.is_file():
+        raise BadInput(f"{pruned.path} has no {name}", "it was not written by prune with --method l0", "give the folder of such a run")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"cannot read {path}", str(error).splitlines()[0], "check the folder with `evlm verify`") from None

@@ -1,0 +1,67 @@
+"""report: the table and the picture at the end of a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from efficientvlm import families, manifest, report
+from efficientvlm.checkpoint import fingerprint, require_complete, resolve, shown, write_atomic
+from efficientvlm.config import Report
+from efficientvlm.control import Control
+from efficientvlm.errors import BadInput
+from efficientvlm.picture import Structure, structure_figure
+from efficientvlm.progress import say
+from efficientvlm.stages.results import read_result
+
+SUMMARY, TABLE, PICTURE = "summary.json", "summary.txt", "structure.png"
+
+
+def run(config: Report, control: Control) -> dict[str, Any]:
+    """Write `summary.json`, `summary.txt` and `structure.png` into the folder `config.out`; `text` of the result is the table.
+
+    Only manifests, results and the structure in `config.json` are read, so the report is simply made anew every time.
+
+    Raises:
+        BadInput: an unfinished checkpoint, a result of another checkpoint, a folder that holds other files.
+    """
+    models = {label: (require_complete(spec), fingerprint(spec)) for label, spec in config.models.items()}
+    evals = {label: read_result(Path(path).expanduser(), "eval") for label, path in config.evals.items()}
+    bench = read_result(Path(config.bench).expanduser(), "bench") if config.bench else None
+    summary = report.summarise(models, evals, bench)
+    structures = {label: structure_of(resolve(spec)) for label, spec in config.models.items()}
+    out = claim(Path(config.out).expanduser())
+    text = report.text(summary)
+    provenance = {
+        "models": {label: {"path": shown(resolve(spec)), "sha256": models[label][1]} for label, spec in config.models.items()},
+        "code": manifest.code().model_dump(mode="json"),
+        "created": manifest.now(),
+    }
+    result = {"stage": "report", **summary, "provenance": provenance}
+    structure_figure(structures, out / PICTURE, report.captions(summary))
+    write_atomic(out / TABLE, (text + "\n").encode())
+    write_atomic(out / SUMMARY, (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    files = {name: str(out / name) for name in (SUMMARY, TABLE, PICTURE)}
+    say(f"report: wrote {', '.join(files.values())}", quiet=control.quiet)
+    return {**result, "files": files, "text": text}
+
+
+def claim(out: Path) -> Path:
+    """The folder, made if need be; :class:`BadInput` if it is a file or holds what no report wrote."""
+    try:
+        foreign = sorted({path.name for path in out.iterdir()} - {SUMMARY, TABLE, PICTURE}) if out.exists() else []
+        if foreign:
+            raise BadInput(f"{out} holds other files", ", ".join(foreign[:3]), "use another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+    return out
+
+
+def structure_of(folder: Path) -> Structure:
+    """Which heads and neurons a checkpoint kept, from its configuration alone."""
+    family = families.of_folder(folder)
+    config = family.config_class.from_pretrained(folder, local_files_only=True)
+    counts = family.original_counts(config)
+    return {group: (indices, counts[group]) for group, indices in family.kept(config).items()}

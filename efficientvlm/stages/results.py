@@ -1,0 +1,96 @@
+"""The JSON file of a stage that measures: what was read is written beside what came out, so that a result is neither mixed up nor lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from efficientvlm import manifest
+from efficientvlm.checkpoint import write_atomic
+from efficientvlm.config import Strict
+from efficientvlm.errors import BadInput
+
+
+@dataclass
+class ResultFile:
+    """Where a result goes (`path` None: nowhere) and the finished result that lies there already, if it is the same measurement."""
+
+    path: Path | None
+    stage: str
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    finished: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, config: Strict, stage: str, inputs: dict[str, str], *, force: bool) -> ResultFile:
+        """Claim the file `config.out`; its folder is made.
+
+        Args:
+            inputs: role → sha256 of what is read. A setting named like a role (`model`, or `models` for `models.0`) does not count when two
+                runs are compared: the same checkpoint may be called by two names.
+            force: measure again and replace whatever result is there.
+
+        Raises:
+            BadInput: the file is no result, a result of other inputs or settings (without `force`), or cannot be written.
+        """
+        values = config.model_dump(mode="json")
+        out = values.pop("out")
+        if out is None:
+            return cls(None, stage, inputs, values)
+        file = cls(Path(out).expanduser(), stage, inputs, values)
+        path = Path(out).expanduser()
+        if path.is_dir():
+            raise BadInput(f"{path} cannot be written", "it is a folder", "give a file, e.g. --out result.json")
+        if path.exists():
+            file._meet(read_result(path, stage), force)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        return file
+
+    def _meet(self, earlier: dict[str, Any], force: bool) -> None:
+        if force:
+            return
+        there = earlier["provenance"]
+        roles = {role.partition(".")[0] for role in (*self.inputs, *there["inputs"])}
+        names = sorted({*self.inputs, *there["inputs"]})
+        changed = [f"input {name} differs" for name in names if self.inputs.get(name) != there["inputs"].get(name)]
+        for name in sorted({*self.config, *there["config"]} - roles):
+            if self.config.get(name) != there["config"].get(name):
+                changed.append(f"{name}: {there['config'].get(name)} there, {self.config.get(name)} now")
+        if changed:
+            raise BadInput(f"{self.path} holds a result of other settings", "; ".join(changed[:5]), "use --force or another --out")
+        self.finished = earlier
+
+    def write(self, result: dict[str, Any]) -> dict[str, Any]:
+        """`result` with its provenance, written as a whole if there is a file to write."""
+        provenance = {
+            "inputs": self.inputs,
+            "config": self.config,
+            "code": manifest.code().model_dump(mode="json"),
+            "environment": dict(manifest.environment()),
+            "created": manifest.now(),
+        }
+        whole = {"stage": self.stage, **result, "provenance": provenance}
+        if self.path:
+            write_atomic(self.path, (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return whole
+
+
+def read_result(path: Path, stage: str) -> dict[str, Any]:
+    """The result in a file.
+
+    Raises:
+        BadInput: there is none, it is damaged, or it was not written by `stage`.
+    """
+    if not path.is_file():
+        raise BadInput(f"there is no result {path}", "the stage that writes it has not finished", f"run evlm {stage} --out {path}")
+    values = manifest.read_json(path)
+    provenance = values.get("provenance") if isinstance(values, dict) else None
+    known = isinstance(provenance, dict) and all(isinstance(provenance.get(key), dict) for key in ("inputs", "config"))
+    if not known or values.get("stage") != stage:
+        raise BadInput(f"{path} is no result of evlm {stage}", "it was written by something else", "give another file")
+    return values

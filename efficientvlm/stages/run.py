@@ -1,0 +1,54 @@
+"""run: the stages of a recipe one after the other. What is finished is passed over by the stages themselves, what is unfinished resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from efficientvlm.control import Control
+from efficientvlm.manifest import MANIFEST, Manifest
+from efficientvlm.progress import say
+from efficientvlm.recipe import Step
+
+MODULES = {"import": "import_", "eval": "evaluate"}
+
+
+def module_of(stage: str) -> ModuleType:
+    """The module whose `run(config, control)` is the stage."""
+    return import_module(f"efficientvlm.stages.{MODULES.get(stage, stage)}")
+
+
+def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
+    """Run every stage in order.
+
+    Returns:
+        `stages`: name, stage, out, seconds and up_to_date of each; `result`: what the last stage returned (its manifest, for a checkpoint).
+
+    Raises:
+        EvlmError: whatever a stage raises, :class:`Interrupted` included; the same call goes on from there.
+    """
+    stages: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for number, step in enumerate(steps, 1):
+        out = Path(str(getattr(step.config, "out", None))).expanduser()
+        say(f"[{number}/{len(steps)}] {step.stage} → {out}", quiet=control.quiet)
+        before, began = _identity(out), time.monotonic()
+        made = module_of(step.stage).run(step.config, control)
+        seconds = round(time.monotonic() - began, 2)
+        unchanged = before is not None and before == _identity(out)
+        stages.append({"name": step.name, "stage": step.stage, "out": str(out), "seconds": seconds, "up_to_date": unchanged})
+        result = made.model_dump(mode="json") if isinstance(made, Manifest) else made
+    return {"stages": stages, "result": result}
+
+
+def _identity(out: Path) -> tuple[int, int] | None:
+    """Changes whenever a stage writes its output anew: manifests and results are replaced as whole files, last."""
+    try:
+        status = (out / MANIFEST if out.is_dir() else out).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,56 @@
+"""A tiny X-VLM chain, built once a session; tests copy nothing and never write into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efficientvlm.config import STAGES
+from efficientvlm.control import Control
+
+QUIET = Control(quiet=True)
+SIZES = {
+    "vision_width": 16,
+    "text_width": 16,
+    "vision_heads": 4,
+    "text_heads": 4,
+    "vision_intermediate": 32,
+    "text_intermediate": 32,
+    "patch_size": 16,
+    "embed_dim": 8,
+    "dropout": 0.1,
+}
+TRAIN = {"max_steps": 6, "batch_size": 4, "log_every": 2, "limit": 40, "eval_limit": 4}
+SHAPES = "shapes:difficulty=2,size=40"
+
+
+def run_stage(name: str, control: Control = QUIET, **settings: Any) -> Any:
+    """Run a stage from plain settings, as the command line does."""
+    from importlib import import_module
+
+    module = {"import": "import_", "eval": "evaluate", "distill": "pretrain"}.get(name, name)
+    return import_module(f"efficientvlm.stages.{module}").run(STAGES[name](**settings), control)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `init`, `teacher` (VQA), `student`, `distilled`, `pruned` of a network with 16 channels."""
+    root = tmp_path_factory.mktemp("chain")
+    run_stage("init", out=str(root / "init"), size="tiny", data=SHAPES, settings=SIZES)
+    run_stage("finetune", out=str(root / "teacher"), model=str(root / "init"), data=SHAPES, **TRAIN)
+    run_stage("shrink", out=str(root / "student"), model=str(root / "init"))
+    run_stage("distill", out=str(root / "distilled"), model=str(root / "student"), teacher=str(root / "init"), data=SHAPES, **TRAIN)
+    run_stage("prune", out=str(root / "pruned"), **PRUNE(root), **TRAIN)
+    return root
+
+
+def PRUNE(root: Path) -> dict[str, Any]:
+    return {"model": str(root / "distilled"), "teacher": str(root / "teacher"), "data": SHAPES, "sparsity": 0.4}

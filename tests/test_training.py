@@ -1,0 +1,146 @@
+"""Training stages: interrupted equals uninterrupted, the metrics file, the schedule, failures that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PRUNE, SHAPES, TRAIN, run_stage
+from safetensors.torch import load_file
+
+from efficientvlm import training
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.config import Train
+from efficientvlm.control import Control
+from efficientvlm.errors import BadInput, EvlmError, Interrupted
+
+
+def stages(root: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "pretrain": {"model": str(root / "init"), "data": SHAPES},
+        "distill": {"model": str(root / "student"), "teacher": str(root / "init"), "data": SHAPES},
+        "prune": PRUNE(root),
+        "finetune": {"model": str(root / "pruned"), "teacher": str(root / "teacher"), "data": SHAPES},
+    }
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, steps: list[int], number: int = signal.SIGTERM) -> None:
+    """Send ourselves a signal while the gradients of the given steps are being computed."""
+    real = training.rate
+
+    def rate(step: int, *rest: Any) -> float:
+        if steps and step == steps[0]:
+            steps.pop(0)
+            os.kill(os.getpid(), number)
+        return real(step, *rest)
+
+    monkeypatch.setattr(training, "rate", rate)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "distill", "prune", "finetune"])
+def test_a_run_interrupted_twice_gives_the_same_bits(name: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)[name], **TRAIN}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_stage(name, out=str(whole), **settings)
+    stop_at(monkeypatch, [1, 4])
+    for done in (2, 5):
+        with pytest.raises(Interrupted) as stopped:
+            run_stage(name, out=str(broken), **settings)
+        assert stopped.value.exit_code == 75 and f"step {done} of 6" in str(stopped.value)
+        assert not (broken / "evlm_manifest.json").exists()
+        with pytest.raises(BadInput, match="not finished"):
+            require_complete(broken)
+    run_stage(name, out=str(broken), **settings)
+    assert not (broken / "training_state").exists()
+    one, two = require_complete(whole), require_complete(broken)
+    assert set(one.files) == set(two.files)
+    for file in one.files:
+        if file.endswith((".safetensors", "config.json")):
+            assert one.files[file].sha256 == two.files[file].sha256, file
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, broken)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [2, 4, 6]
+    assert lines[0][-1]["loss"] == lines[1][-1]["loss"]
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_the_seed_changes_the_result_and_nothing_else_does(chain: Path, tmp_path: Path) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN}
+    weights = {}
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_stage("finetune", out=str(tmp_path / out), seed=seed, **settings)
+        weights[out] = load_file(tmp_path / out / "model.safetensors")
+    same, other = weights["a"], weights["c"]
+    assert all(torch.equal(same[name], weights["b"][name]) for name in same)
+    assert any(not torch.equal(same[name], other[name]) for name in same)
+
+
+def test_other_settings_do_not_resume_a_state(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
+    stop_at(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        run_stage("finetune", **settings)
+    with pytest.raises(BadInput, match="unfinished stage of other settings"):
+        run_stage("finetune", **{**settings, "lr": 0.5})
+    run_stage("finetune", Control(quiet=True, resume=False), **settings)
+    assert require_complete(tmp_path / "out").metrics["train"]["loss"] > 0
+
+
+def test_a_damaged_state_is_refused(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
+    stop_at(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        run_stage("finetune", **settings)
+    state = next((tmp_path / "out" / "training_state").glob("step-*/state.safetensors"))
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="cannot resume"):
+        run_stage("finetune", **settings)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(chain: Path, tmp_path: Path) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
+    with pytest.raises(EvlmError, match="diverged"):
+        run_stage("finetune", **{**settings, "lr": 1e30, "clip": None})
+    assert not (tmp_path / "out" / "evlm_manifest.json").exists()
+
+
+def test_a_finished_stage_is_up_to_date_and_costs_nothing(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("efficientvlm.stages.prune.train", never)
+    before = (chain / "pruned" / "evlm_manifest.json").read_bytes()
+    run_stage("prune", out=str(chain / "pruned"), **PRUNE(chain), **TRAIN)
+    assert (chain / "pruned" / "evlm_manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("linear", 1 / 90), ("cosine", None), ("constant", 1.0)])
+def test_rate(schedule: str, last: float | None) -> None:
+    options = Train(schedule=schedule, warmup=0.1)  # type: ignore[arg-type]
+    factors = [training.rate(step, 100, options) for step in range(100)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[10] == 1.0 and factors[10:] == sorted(factors[10:], reverse=True)
+    if last is not None:
+        assert factors[-1] == pytest.approx(last)
+    assert training.rate(0, 10, Train(warmup=0)) == 1.0
+
+
+def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
+    module = torch.nn.ModuleDict({"model": torch.nn.Linear(3, 2), "gates": torch.nn.Linear(1, 1)})
+    options = Train(lr=0.1, new_lr_mult=3, weight_decay=0.5)
+    groups = training.adamw(module, options, new=["weight"], skip=("gates.",)).torch.param_groups
+    assert [(g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
+        (pytest.approx(0.3), 0.5, [(2, 3)]),
+        (0.1, 0.0, [(2,)]),
+    ]
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    training.cut_metrics(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
