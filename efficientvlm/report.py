@@ -249,7 +249,7 @@ def text(summary: dict[str, Any]) -> str:
         machine = speed["machine"]
         notes.append(
             f"latency: image and question of {speed['text_length']} tokens to the ranked answer, median; {speed['precision']}, "
-            f"{machine['threads']} threads of {machine['name']}"
+            f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['name']}"
         )
     if any(model["timed_with_untrained_decoder"] for model in summary["models"].values()):
         notes.append("* not trained for the task: timed with an answer decoder that was added for the timing alone")

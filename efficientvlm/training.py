@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import BadInput, EvlmError, Interrupted
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.progress import Bar, say
+from efficientvlm.stopwatch import TEACHER
 
 Batch = dict[str, Any]
 
@@ -123,88 +125,113 @@ def train(
         EvlmError: a loss that is not finite.
     """
     spent = restore(output.state_dir, objective, optimizers)
-    begun = spent.steps
+    begun, before = spent.steps, spent.seconds
     module = hardware.prepare_model(objective.to(hardware.device))
     objective.train()
     cut_metrics(output.metrics, begun)
     if begun:
         say(f"{title}: resuming at step {begun} of {steps}", quiet=quiet)
-    totals = spent.open_line
-    clock = {"data": 0.0, "model": 0.0, "update": 0.0}
-    window = samples = 0
-    started = last_line = time.monotonic()
+    meter = Meter(spent.open_line)
+    started = time.monotonic()
     with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet or not hardware.is_main_process) as bar:
         for step in range(begun, steps):
-            tick = time.perf_counter()
-            batches = feed(step)
-            clock["data"] += time.perf_counter() - tick
+            with meter.time("data"):
+                batches = feed(step)
             factor = rate(step, steps, options)
             for number, batch in enumerate(batches):
-                tick = time.perf_counter()
                 torch.manual_seed(seed_of(options.seed, step, number, hardware.process_index, "dropout"))
-                for optimizer in optimizers:
-                    for group, base in zip(optimizer.torch.param_groups, optimizer.base, strict=True):
-                        group["lr"] = base * factor if optimizer.scheduled else base
-                losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
-                if not torch.isfinite(losses["loss"].detach()):
-                    raise EvlmError(
-                        f"the loss is {float(losses['loss'].detach())} at step {step}", "training diverged", "try a smaller --lr"
-                    )
-                hardware.backward(losses["loss"])
-                middle = time.perf_counter()
-                for optimizer in optimizers:
-                    if options.clip and optimizer.clipped:
-                        nn.utils.clip_grad_norm_([p for g in optimizer.torch.param_groups for p in g["params"]], options.clip)
-                    optimizer.torch.step()
-                    optimizer.torch.zero_grad(set_to_none=True)
-                clock["model"] += middle - tick
-                clock["update"] += time.perf_counter() - middle
+                with meter.time("student"):
+                    losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
+                    check_finite(losses["loss"], step)
+                    hardware.backward(losses["loss"])
+                with meter.time("optimizer"):
+                    update(optimizers, factor, options.clip)
                 images = len(batch["pixels"]) * hardware.num_processes
-                samples, spent.samples = samples + images, spent.samples + images
-                for name, value in losses.items():
-                    key = name if number == 0 else f"region_{name}"
-                    totals[key] = totals.get(key, 0.0) + float(value.detach())
-                    totals[f"n:{key}"] = totals.get(f"n:{key}", 0) + 1
+                spent.samples += images
+                meter.add(losses, images, "" if number == 0 else "region_")
             after_step(step)
-            window += 1
-            done = step + 1
+            done = spent.steps = step + 1
+            spent.seconds = before + time.monotonic() - started
+            note = ""
             if done % options.log_every == 0 or done == steps:
-                now = time.monotonic()
-                line = {name: value / totals[f"n:{name}"] for name, value in totals.items() if not name.startswith("n:")}
-                line |= describe(step)
-                speed = {f"{name}_ms": round(1000 * value / window, 2) for name, value in clock.items()}
-                spent.last = line
+                spent.last, speed = meter.line(describe(step))
+                note = " ".join(f"{name} {value:.3f}" for name, value in spent.last.items()) + f" · {speed['samples_per_s']:.0f} images/s"
                 if hardware.is_main_process:
-                    record = {
-                        "step": done,
-                        "lr_factor": round(factor, 6),
-                        **line,
-                        "samples_per_s": round(samples / (now - last_line), 1),
-                        **speed,
-                    }
-                    with output.metrics.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
-                note = " ".join(f"{name} {value:.3f}" for name, value in line.items()) + f" · {samples / (now - last_line):.0f} images/s"
-                totals, clock, window, samples, last_line = {}, dict.fromkeys(clock, 0.0), 0, 0, now
-                bar.update(done, note)
-            else:
-                bar.update(done)
+                    append(output.metrics, {"step": done, "lr_factor": round(factor, 6), **spent.last, **speed})
+            bar.update(done, note)
             stop = _any(flag.requested, hardware)
-            if done < steps and (stop or done % options.save_every == 0):
-                spent.steps = done
-                moment = Spent(spent.seconds + time.monotonic() - started, spent.samples, done, spent.last, totals)
+            if stop or done == steps or done % options.save_every == 0:
+                spent.open_line = meter.totals
                 if hardware.is_main_process:
-                    save(output.state_dir, objective, optimizers, moment)
+                    save(output.state_dir, objective, optimizers, spent)
                 hardware.wait_for_everyone()
-                if stop:
-                    raise Interrupted(
-                        f"stopped at step {done} of {steps}",
-                        f"a resumable state is in {output.path}",
-                        "run the same command again to go on",
-                    )
-    spent.seconds += time.monotonic() - started
-    spent.steps = steps
+            if stop:
+                raise Interrupted(
+                    f"stopped at step {done} of {steps}", f"a resumable state is in {output.path}", "run the same command again"
+                )
     return spent
+
+
+class Meter:
+    """Means of the losses, samples a second and milliseconds by phase between two metrics lines."""
+
+    def __init__(self, totals: dict[str, float]) -> None:
+        self.totals = totals
+        self._restart()
+
+    def _restart(self) -> None:
+        self.clock = {"data": 0.0, "teacher": 0.0, "student": 0.0, "optimizer": 0.0}
+        self.images = self.batches = 0
+        self.since = time.monotonic()
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Book the block on `phase`, less what the teacher took inside it."""
+        began = time.perf_counter()
+        yield
+        teacher = TEACHER.take()
+        self.clock[phase] += time.perf_counter() - began - teacher
+        self.clock["teacher"] += teacher
+
+    def add(self, losses: dict[str, Tensor], images: int, prefix: str) -> None:
+        """One batch's losses; `prefix` tells the kinds of batches apart."""
+        self.images, self.batches = self.images + images, self.batches + 1
+        for name, value in losses.items():
+            for key, amount in ((prefix + name, float(value.detach())), (f"n:{prefix}{name}", 1)):
+                self.totals[key] = self.totals.get(key, 0.0) + amount
+
+    def line(self, more: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """(mean losses and `more`, speed), and start again."""
+        means = {name: value / self.totals[f"n:{name}"] for name, value in self.totals.items() if not name.startswith("n:")}
+        speed = {"samples_per_s": round(self.images / max(1e-9, time.monotonic() - self.since), 1)}
+        speed |= {f"{name}_ms": round(1000 * value / max(1, self.batches), 2) for name, value in self.clock.items()}
+        self.totals = {}
+        self._restart()
+        return means | more, speed
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """:class:`EvlmError` if the loss is NaN or infinite."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise EvlmError(f"the loss is {value} at step {step}", "training diverged", "try a smaller --lr; the last saved state is kept")
+
+
+def update(optimizers: Sequence[Optimizer], factor: float, clip: float | None) -> None:
+    """One step of every optimizer: gradients clipped to norm `clip`, learning rates times `factor` where scheduled."""
+    for optimizer in optimizers:
+        for group, base in zip(optimizer.torch.param_groups, optimizer.base, strict=True):
+            group["lr"] = base * factor if optimizer.scheduled else base
+        if clip and optimizer.clipped:
+            nn.utils.clip_grad_norm_([p for group in optimizer.torch.param_groups for p in group["params"]], clip)
+        optimizer.torch.step()
+        optimizer.torch.zero_grad(set_to_none=True)
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a JSON line to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def save(folder: Path, objective: nn.Module, optimizers: Sequence[Optimizer], spent: Spent) -> None:

@@ -327,7 +327,7 @@ def test_run_hands_the_checked_stages_over(evlm: Any, monkeypatch: pytest.Monkey
         seen.update(steps=steps, how=how)
         return {"stages": [{"name": step.name, "seconds": 1.5} for step in steps], "result": seen.get("result")}
 
-    monkeypatch.setitem(sys.modules, "efficientvlm.stages.run", SimpleNamespace(run_recipe=run_recipe))
+    monkeypatch.setattr("efficientvlm.stages.run.run_recipe", run_recipe)
     code, out, _ = evlm("run", "quickstart", "--out", "here", "--set", "pruned.sparsity=0.5", "--quiet")
     assert code == 0 and out.splitlines()[-1] == "here" and seen["how"].quiet
     assert {step.name: step.config for step in seen["steps"]}["pruned"].sparsity == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import warnings
 from pathlib import Path
@@ -206,13 +207,13 @@ def test_settings_say_what_shapes_do_not(tmp_path):
             read_published(path, settings={name: int(value)})
 
 
-def test_narrow_heads_must_be_told(tmp_path):
-    state = {
-        name: tensor[..., :48].clone() if name.endswith("word_embeddings.weight") else tensor for name, tensor in published("vqa").items()
-    }
-    with pytest.raises(BadInput, match="how many text heads") as error:
-        read_published(safe(tmp_path / "x.safetensors", state))
-    assert "settings.text_heads" in error.value.fix
+def test_narrow_heads_must_be_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WIDTH", 48)
+    path = safe(tmp_path / "x.safetensors", published())
+    with pytest.raises(BadInput, match="how many vision heads") as error:
+        read_published(path)
+    assert "settings.vision_heads" in error.value.fix
+    assert read_published(path, settings={"vision_heads": 4, "text_heads": 4})[0].vision_width == 48
 
 
 def drop(state, name):
@@ -267,24 +268,24 @@ def test_other_layouts(tmp_path):
     [{}, [torch.ones(2)], {"model": {}}, {"model": "here"}, {"model": {"temp": 0.07}}, {"a": torch.ones(2)}, {1: torch.ones(2)}, 3],
 )
 def test_files_without_a_model(tmp_path, content):
-    with pytest.raises(BadInput, match="holds no|no X-VLM file"):
+    with pytest.raises(BadInput, match=r"holds no|no X-VLM file"):
         read_published(pickled(tmp_path / "x.pth", content))
 
 
 class Trap:
-    """Unpickling it creates a file."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
 def test_nothing_in_a_pickle_is_run(tmp_path):
     sprung = tmp_path / "sprung"
     for content, name in (
-        (Trap(sprung), "pathlib"),
+        (Trap(sprung), "mkdir"),
         ({"model": {"temp": torch.tensor(1.0)}, "config": argparse.Namespace()}, "argparse.Namespace"),
     ):
         with pytest.raises(BadInput, match=f"more than tensors.*{name}") as error:
@@ -334,15 +335,19 @@ def test_changed_weights_are_noticed(tmp_path):
 
 
 def test_positions_are_resized_bicubically_without_the_first_row():
-    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-    table = torch.cat([torch.full((1, 2), 9.0), torch.stack([rows, columns], -1).flatten(0, 1)])
+    table = torch.randn(17, 2)
     assert torch.equal(resize_positions(table, 4), table)
     larger = resize_positions(table, 8)
     assert larger.shape == (65, 2) and torch.equal(larger[0], table[0])
-    grid = larger[1:].view(8, 8, 2)
-    # a linear ramp stays one: pixel centres of the finer grid lie at (i + 0.5) / 2 - 0.5; the border is clamped
-    torch.testing.assert_close(grid[3:5, 3:5, 0], torch.tensor([[1.25, 1.25], [1.75, 1.75]]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(grid[..., 0], grid[..., 1].T)
+
+    def cubic(x: float) -> float:
+        x = abs(x)
+        return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    # point 3 of the finer grid lies at (3 + 0.5) / 2 - 0.5 = 1.25 of the coarser one, point 4 at 1.75
+    row, column = (torch.tensor([cubic(at - i) for i in range(4)]) for at in (1.25, 1.75))
+    expected = torch.einsum("i,j,ijw->w", row, column, table[1:].view(4, 4, 2))
+    torch.testing.assert_close(larger[1:].view(8, 8, 2)[3, 4], expected)
 
 
 @pytest.fixture(scope="module")

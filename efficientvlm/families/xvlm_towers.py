@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import BertConfig, CLIPConfig, CLIPVisionConfig
 
@@ -178,8 +179,8 @@ def _kind(folder: Path, wanted: tuple[str, ...], what: str) -> str:
 def _read_config(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"cannot read {folder / 'config.json'}", str(error).splitlines()[0]) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise BadInput(f"cannot read {folder / 'config.json'}", " ".join(str(error).split())[:200]) from None
 
 
 def _normalisation(folder: Path) -> tuple[list[float], list[float]]:

@@ -12,6 +12,7 @@ from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, tower_maps
 from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.stopwatch import TEACHER
 
 
 class Distillation(nn.Module):
@@ -34,7 +35,7 @@ class Distillation(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
-        with torch.no_grad():
+        with torch.no_grad(), TEACHER:
             _, theirs, _ = self.hard.passes(self._teacher[0], batch, step, self.want, shared, "teacher negatives")
         terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         hard = sum(losses.values(), torch.zeros(()))

@@ -11,6 +11,7 @@ from efficientvlm.config import Quirks, TaskWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, tower_maps
+from efficientvlm.stopwatch import TEACHER
 from efficientvlm.tasks.vqa import answer_loss
 
 TERMS = {
@@ -58,7 +59,7 @@ class VQA(nn.Module):
         task = answer_loss(ours["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
         if not self._teacher:
             return {"loss": task, "task": task}
-        with torch.no_grad():
+        with torch.no_grad(), TEACHER:
             theirs = self.family.forward(self._teacher[0], batch, self.want)
         terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         kd = sum((getattr(self.weights, name) * term for name, term in terms.items()), torch.zeros(()))

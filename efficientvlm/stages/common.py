@@ -18,7 +18,8 @@ from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.data.sources import record
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.progress import say
 from efficientvlm.training import Spent
@@ -78,11 +79,18 @@ def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str
 
 @contextmanager
 def making(output: Output) -> Iterator[None]:
-    """Give the output folder up if the block fails; a saved training state stays."""
+    """Give the output folder up if the block fails; a saved training state stays, and then a stop by signal is resumable.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM outside the training loop, with a state saved.
+    """
     try:
-        yield
-    except BaseException:
+        with sigterm_as_interrupt():
+            yield
+    except BaseException as error:
         output.abandon()
+        if isinstance(error, KeyboardInterrupt) and output.resumable:
+            raise Interrupted("stopped", f"a resumable state is in {output.path}", "run the same command again") from None
         raise
 
 
