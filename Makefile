@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+OUT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
@@ -14,7 +15,7 @@ TREE := build/types/efficientvlm
 .PHONY: quickstart test test-slow lint types format install clean
 
 quickstart: $(STAMP)
-	$(BIN)/evlm run quickstart
+	$(BIN)/evlm run quickstart $(if $(OUT),--out "$(OUT)")
 
 test: lint
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ from efficientvlm.cli import output
 from efficientvlm.errors import BadInput
 
 if TYPE_CHECKING:
-    from efficientvlm.checkpoint import Node
+    from efficientvlm.lineage import Node
 
 Folder = Annotated[str, typer.Argument(help="Checkpoint folder, or bundled:NAME.", metavar="DIR")]
 
@@ -23,14 +23,14 @@ def inspect(
     json: o.Json = False,
 ) -> None:
     """Show what a checkpoint was made from: parameters, MACs, sparsity and metrics of every stage."""
-    from efficientvlm import checkpoint, manifest
+    from efficientvlm import lineage, manifest
 
     if schema:
         output.emit(manifest.schema())
         return
     if folder is None:
         raise typer.BadParameter("it is needed and was not given", param_hint="DIR")
-    root = checkpoint.lineage(folder)
+    root = lineage.lineage(folder)
     if json:
         output.emit(_as_json(root))
     else:
@@ -51,10 +51,10 @@ def _as_json(node: Node) -> dict[str, Any]:
 
 def verify(folder: Folder, json: o.Json = False) -> None:
     """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed."""
-    from efficientvlm import checkpoint
+    from efficientvlm import lineage
 
-    problems = checkpoint.verify(folder)
-    count = len({node.path.resolve() for node in checkpoint.lineage(folder).walk() if node.manifest})
+    problems = lineage.verify(folder)
+    count = len({node.path.resolve() for node in lineage.lineage(folder).walk() if node.manifest})
     if json:
         output.emit({"path": folder, "ok": not problems, "checkpoints": count, "problems": problems})
         raise typer.Exit(3 if problems else 0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from efficientvlm.checkpoint import Node
+    from efficientvlm.lineage import Node
     from efficientvlm.manifest import Manifest
 
 

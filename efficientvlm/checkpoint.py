@@ -1,4 +1,4 @@
-"""Checkpoint folders: found, written so that a crash never leaves a half-made one, verified, and followed up their lineage.
+"""Checkpoint folders: found, checked, and written so that a crash never leaves a half-made one (what they come from: lineage.py).
 
 While a stage runs its folder holds `training_state/request.json`, which says what is being made and marks the folder as ours. Finished
 files are gathered in a sibling folder and renamed in; the manifest comes last. At every instant the folder is therefore the old checkpoint,
@@ -12,33 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import MANIFEST, DataRecord, FileRecord, Manifest, Parent
+from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 STATE = "training_state"
 REQUEST = "request.json"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-LOADABLE = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".py",
-    ".index.json",
-    "config.json",
-    "tokenizer.json",
-    "tokens.json",
-    "tokens_map.json",
-)
 
 
 def sha256(path: Path) -> str:
@@ -176,7 +162,8 @@ def _relative(path: Path, folder: Path) -> str:
         return path.resolve().as_posix()
 
 
-def _locate(parent: Parent, folder: Path) -> Path:
+def locate(parent: Parent, folder: Path) -> Path:
+    """Where a parent named in the manifest of `folder` is now."""
     if parent.path.startswith("bundled:"):
         return BUNDLED / parent.path.removeprefix("bundled:")
     return Path(os.path.normpath(folder.resolve() / parent.path))
@@ -297,6 +284,7 @@ class Output:
             ValueError: nothing was staged, or the manifest holds a number that is not finite.
         """
         from efficientvlm.card import model_card
+        from efficientvlm.lineage import known_data
 
         staging = self.staging
         if not _names(staging):
@@ -310,7 +298,7 @@ class Output:
         final = manifest.model_copy(update={"files": files, "created": manifests.now()})
         content = final.dump()
         card = staging / CARD
-        card.write_text(model_card(final, self.path.resolve().name, _known_data(self.path, final)), encoding="utf-8")
+        card.write_text(model_card(final, self.path.resolve().name, known_data(self.path, final)), encoding="utf-8")
         _fsync_file(card)
 
         placed = _names(staging)
@@ -471,93 +459,3 @@ def _alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-@dataclass
-class Node:
-    """A checkpoint in a lineage: its manifest, or the reason it could not be read."""
-
-    role: str
-    path: Path
-    manifest: Manifest | None
-    problem: str | None = None
-    parents: list[Node] = field(default_factory=list)
-
-    def walk(self) -> Iterable[Node]:
-        """This node and all above it."""
-        yield self
-        for parent in self.parents:
-            yield from parent.walk()
-
-
-def lineage(spec: str | Path) -> Node:
-    """A checkpoint with everything it was made from, read from manifests only.
-
-    A parent that is gone or was changed since is a node with a `problem`. Parents of a bundled checkpoint that are not there are left out:
-    a chain may end in one.
-
-    Raises:
-        BadInput: the folder itself has no readable manifest.
-    """
-    folder = resolve(spec)
-    return _node("", folder, manifests.read(folder), None, (sha256(folder / MANIFEST),))
-
-
-def _node(role: str, folder: Path, manifest: Manifest, problem: str | None, above: tuple[str, ...]) -> Node:
-    node = Node(role, folder, manifest, problem)
-    for parent in manifest.ancestors():
-        path = _locate(parent, folder)
-        if not (path / MANIFEST).is_file():
-            if manifest.origin != "bundled":
-                node.parents.append(Node(parent.role, path, None, f"parent not found at {path}"))
-            continue
-        digest = sha256(path / MANIFEST)
-        if digest in above:
-            node.parents.append(Node(parent.role, path, None, f"{path} is its own ancestor"))
-            continue
-        changed = None if digest == parent.sha256 else f"{path} has changed since {folder} was made from it"
-        try:
-            node.parents.append(_node(parent.role, path, manifests.read(path), changed, (*above, digest)))
-        except BadInput as error:
-            node.parents.append(Node(parent.role, path, None, str(error)))
-    return node
-
-
-def verify(spec: str | Path) -> list[str]:
-    """Re-hash every file of a checkpoint and of all its ancestors; the problems found, none if all is well.
-
-    Raises:
-        BadInput: the folder itself has no readable manifest.
-    """
-    problems: list[str] = []
-    seen: set[Path] = set()
-    for node in lineage(spec).walk():
-        if node.problem and node.problem not in problems:
-            problems.append(node.problem)
-        if node.manifest is None or node.path.resolve() in seen:
-            continue
-        seen.add(node.path.resolve())
-        if node.manifest.digest != manifests.digest(manifests.read_json(node.path / MANIFEST)):
-            problems.append(f"{node.path / MANIFEST} has changed since it was written")
-        problems += _changed_files(node.path, node.manifest)
-    return problems
-
-
-def _changed_files(folder: Path, manifest: Manifest) -> list[str]:
-    problems = []
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != record.bytes or sha256(path) != record.sha256:
-            problems.append(f"{path} has changed since it was written")
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(LOADABLE) and path.name not in manifest.files:
-            problems.append(f"{path} is not listed in the manifest")
-    return problems
-
-
-def _known_data(folder: Path, manifest: Manifest) -> list[DataRecord]:
-    """Data of a stage and of the stages before it, each once; what cannot be read any more is left out."""
-    records = [record for node in _node("", folder, manifest, None, ()).walk() if node.manifest for record in node.manifest.data]
-    return list({(record.name, record.split): record for record in records}.values())

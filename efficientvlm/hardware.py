@@ -1,4 +1,4 @@
-"""The device and number format a model runs in when it is only used: eval, bench, predict."""
+"""The device and number format a model runs in."""
 
 from __future__ import annotations
 

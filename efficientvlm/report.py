@@ -187,14 +187,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def captions(summary: dict[str, Any]) -> dict[str, str]:
     """Label → size in a few words, for the picture."""
-    shown = {
-        label: (_count(model["parameters"]["total"]), model["parameters"]["of_reference"]) for label, model in summary["models"].items()
-    }
     reference = summary["reference"]
-    return {
-        label: f"{count} parameters" + (f", {_percent(part)} of the {reference}'s" if label != reference else "")
-        for label, (count, part) in shown.items()
-    }
+    parameters = {label: model["parameters"] for label, model in summary["models"].items()}
+    unit, counted = _scale([part["total"] for part in parameters.values()])
+    beside = {label: f", {_percent(part['of_reference'])} of the {reference}'s" for label, part in parameters.items() if label != reference}
+    return {label: f"{counted(part['total'])} {unit} parameters{beside.get(label, '')}" for label, part in parameters.items()}
 
 
 def _latency(model: dict[str, Any], size: str) -> str:
@@ -212,13 +209,6 @@ def _scale(values: list[int]) -> tuple[str, Callable[[float | None], str]]:
     unit, size = next(((unit, size) for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if max(values) >= size), ("1", 1.0))
     decimals = 3 if max(values) < 10 * size else 2 if max(values) < 100 * size else 1
     return unit, lambda value: NONE if value is None else f"{value / size:.{decimals}f}"
-
-
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{2 if value < 10 * size else 1}f} {unit}"
-    return f"{value:.0f}"
 
 
 def _percent(value: float | None) -> str:

@@ -24,6 +24,7 @@ from efficientvlm.checkpoint import Output, fsync_dir, write_atomic
 from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.progress import Bar, say
 from efficientvlm.stopwatch import TEACHER
@@ -44,20 +45,14 @@ class Optimizer:
         self.base = [group["lr"] for group in self.torch.param_groups]
 
 
-def accelerator(device: str, precision: str) -> Accelerator:
-    """Device, precision and process group for this run (`torchrun` sets the group).
+def accelerator(device: str) -> Accelerator:
+    """Device and process group for this run (`torchrun` sets the group).
 
     Raises:
         BadInput: `device` is not there.
     """
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise BadInput(f"unknown device {device}", "", "use auto, cpu, cuda or mps")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device cuda is not available", "torch sees no CUDA GPU", "use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("device mps is not available", "torch sees no Apple GPU", "use --device cpu")
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(cpu=device == "cpu", mixed_precision={"bf16": "bf16"}.get(precision, "no"), kwargs_handlers=handlers)
+    chosen = pick_device(device)
+    return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
 
 def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: Iterable[str] = ()) -> Optimizer:
@@ -140,9 +135,10 @@ def train(
             factor = rate(step, steps, options)
             for number, batch in enumerate(batches):
                 torch.manual_seed(seed_of(options.seed, step, number, hardware.process_index, "dropout"))
-                with meter.time("student"):
+                with meter.time("student"), autocast(hardware.device, options.precision):
                     losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
-                    check_finite(losses["loss"], step)
+                check_finite(losses["loss"], step)
+                with meter.time("student"):
                     hardware.backward(losses["loss"])
                 with meter.time("optimizer"):
                     update(optimizers, factor, options.clip)

@@ -31,7 +31,7 @@ def run_stage(name: str, control: Control = QUIET, **settings: Any) -> Any:
     """Run a stage from plain settings, as the command line does."""
     from importlib import import_module
 
-    module = {"import": "import_", "eval": "evaluate", "distill": "pretrain"}.get(name, name)
+    module = {"import": "import_", "eval": "evaluate"}.get(name, name)
     return import_module(f"efficientvlm.stages.{module}").run(STAGES[name](**settings), control)
 
 

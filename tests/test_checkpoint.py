@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from efficientvlm import checkpoint
-from efficientvlm.checkpoint import MANIFEST, Output, lineage, require_complete, resolve, verify, write_atomic
+from efficientvlm.checkpoint import MANIFEST, Output, require_complete, resolve, write_atomic
 from efficientvlm.errors import BadInput
+from efficientvlm.lineage import lineage, verify
 from efficientvlm.manifest import Manifest
 
 

@@ -156,6 +156,11 @@ def test_the_summary_is_json(models: Any, evals: Any, bench: Any) -> None:
     assert summary["models"]["final"]["kept"]["decoder"] == {"head": [2, 4], "cross_head": [2, 4], "neuron": [300, 512]}
 
 
+def test_captions_give_sizes_in_one_unit(models: Any) -> None:
+    words = report.captions(report.summarise(models, {}, None))
+    assert words["teacher"] == "2.400 M parameters" and words["final"] == "0.720 M parameters, 30.0 % of the teacher's"
+
+
 def structure(kept: int) -> dict[str, tuple[list[int], int]]:
     return {"vision.0.head": (list(range(kept)), 4), "vision.0.neuron": (list(range(kept * 2)), 8), "fusion.0.cross_head": ([0, 3], 4)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
@@ -40,7 +41,7 @@ class XVLM:
             model, info = XVLMModel.from_pretrained(
                 path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise BadInput(f"cannot load {path}", str(error).splitlines()[0], "check it with `evlm verify`") from error
         problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
         if problems:
@@ -161,16 +162,26 @@ class XVLM:
     def with_decoder(self, model: XVLMModel, layers: int, source: XVLMModel | None = None) -> XVLMModel:
         """`model` for question answering: an answer decoder is added, the pre-training heads dropped (EfficientVLM, VQA).
 
-        The decoder comes from the odd layers of `source`'s decoder, or else from `model`'s own last fusion layers, embeddings and MLM head.
+        The decoder comes from the odd layers of `source`'s decoder, or else from `model`'s own last fusion layers, embeddings and MLM head;
+        there cross-attention keys and values stay fresh where images are wider or narrower than text.
+
+        Raises:
+            BadInput: the layers it would come from are missing or pruned.
         """
+        donor, tower = (model, "fusion") if source is None else (source, "decoder")
+        if not donor.config.layers()[tower] or any(group.startswith(f"{tower}.") for group in donor.config.kept or {}):
+            raise BadInput(f"no answer decoder can be made from these {tower} layers", "there are none, or they are pruned")
         config = model.config.copy(decoder_layers=layers, heads=[])
+        fresh = (
+            ("cross_attention.k.weight", "cross_attention.v.weight") if source is None and config.vision_width != config.text_width else ()
+        )
         new = self.build(config)
         old, state = model.state_dict(), new.state_dict()
         for name in state:
-            if name.startswith(("decoder.", "decoder_head.")):
-                state[name] = _decoder_source(name, layers, model, source)
-            else:
+            if not name.startswith(("decoder.", "decoder_head.")):
                 state[name] = old[name]
+            elif not name.endswith(fresh):
+                state[name] = _decoder_source(name, layers, model, source)
         new.load_state_dict(state)
         return new
 

@@ -202,16 +202,15 @@ class Vision(nn.Module):
         x = self.patch_embedding(self.normalise(pixels)).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding
         x, out, mask = self.pre_norm(x), Encoded(x), None
-        for depth, layer in enumerate(self.layers):
+        for depth in range(len(self.layers) + 1):
             if regions is not None and len(self.layers) - depth == self.config.local_attention_depth:
                 rows, visible = regions
                 mask = torch.cat([visible.bool(), visible.new_ones(x.shape[:2]).bool()])[:, None, None]
                 x = torch.cat([x[rows], x])
             if HIDDEN in keep:
                 out.hidden.append(x)
-            x = layer(x, mask, out.self_attention if SELF_ATTENTION in keep else None)
-        if HIDDEN in keep:
-            out.hidden.append(x)
+            if depth < len(self.layers):
+                x = self.layers[depth](x, mask, out.self_attention if SELF_ATTENTION in keep else None)
         out.states = self.post_norm(x)
         return out
 

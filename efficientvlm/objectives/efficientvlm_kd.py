@@ -78,7 +78,7 @@ def kd_terms(
 
     if pair := both("vision.hidden"):
         last = len(vision.hidden) - 1 if quirks.skip_last_hidden else None
-        terms["image_hidden"] = hidden_mse(*pair, vision.hidden[:last])
+        terms["image_hidden"] = hidden_mse(*_common_rows(*pair, vision.hidden[:last]))
     if pair := both("vision.self_attention"):
         terms["image_attention"] = attention_mse(*pair, vision.attention, vision.heads[HEAD])
     if pair := both("text.hidden"):
@@ -107,6 +107,16 @@ def kd_terms(
         student, teacher = (r["image_feature"] @ r["text_feature"].T / r["temp"] for r in (ours, theirs))
         terms["itc_logits"] = (logit_kl(student, teacher, **logits) + logit_kl(student.T, teacher.T, **logits)) / 2
     return terms
+
+
+def _common_rows(
+    ours: list[Tensor], theirs: list[Tensor], pairs: list[tuple[int, int]]
+) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
+    """Vision states by pair. In a region step only one side of a pair may hold regions already; whole images come last in both."""
+    rows = [min(len(ours[s]), len(theirs[t])) for s, t in pairs]
+    students = [ours[s][-count:] for count, (s, _) in zip(rows, pairs, strict=True)]
+    teachers = [theirs[t][-count:] for count, (_, t) in zip(rows, pairs, strict=True)]
+    return students, teachers, [(i, i) for i in range(len(pairs))]
 
 
 def weighted(terms: dict[str, Tensor], weights: DistillWeights) -> Tensor:

@@ -32,7 +32,7 @@ def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[st
             continue
         layers = list(source.get(tower, []))
         if len(layers) != ours[tower] or layers[-1] >= theirs[tower] or ours[tower] == theirs[tower]:
-            layers = [(i + 1) * theirs[tower] // ours[tower] - 1 for i in range(ours[tower])]
+            layers = [max(0, (i + 1) * theirs[tower] // ours[tower] - 1) for i in range(ours[tower])]
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
             if f"{tower}.0.{kind}" in kept:

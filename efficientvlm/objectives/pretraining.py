@@ -67,19 +67,20 @@ class Pretraining(nn.Module):
             _tap(record, "text", text, slice(count, 2 * count), "mlm")
 
         losses: dict[str, Tensor] = {}
-        if "itc" in self.losses or "itm" in self.losses:
+        itm = "itm" in self.losses and count > 1  # a single pair has no negatives
+        if "itc" in self.losses or itm:
             image_feature, text_feature = model.image_feature(image.states[:count]), model.text_feature(text.states[:count])
             record |= {"image_feature": image_feature, "text_feature": text_feature, "temp": model.temp}
             same = positives(batch)
             if "itc" in self.losses:
                 losses["itc"] = itc_loss(image_feature, text_feature, model.temp, same)
-            if "itm" in self.losses and negatives is None:
+            if itm and negatives is None:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, draw))
                 negatives = draw_negatives(image_feature, text_feature, model.temp, same, generator)
 
         # rows of the one fusion batch: matched pairs, true text + drawn image, drawn text + true image, masked text + its image, boxes
         plan: list[tuple[str, Tensor, Tensor, bool]] = []
-        if "itm" in self.losses:
+        if itm:
             assert negatives is not None
             image_negative, text_negative = negatives
             plan += [("itm_positive", rows, rows, False)]
@@ -112,7 +113,7 @@ class Pretraining(nn.Module):
             elif name == "box":
                 losses["box"], losses["giou"] = box_losses(model.box_head(first[part]).sigmoid(), batch["boxes"], batch["is_whole_image"])
             start = part.stop
-        if "itm" in self.losses:
+        if itm:
             logits = model.itm_head(first[: 3 * count])
             record["itm_logits"] = logits
             losses["itm"] = F.cross_entropy(logits.float(), (torch.arange(3 * count, device=ids.device) < count).long())

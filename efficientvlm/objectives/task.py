@@ -87,7 +87,8 @@ def kd_terms(
         tower, kind = tap.split(".")
         layers, mask = maps[tower], None if quirks.unmasked_padding else masks[tower]
         if kind == "hidden":
-            terms[term] = hidden_mse(ours[tap], theirs[tap], layers.hidden[1:] if tower == "fusion" else layers.hidden, mask)
+            last = -1 if quirks.skip_last_hidden and tower == "vision" else None
+            terms[term] = hidden_mse(ours[tap], theirs[tap], layers.hidden[1 if tower == "fusion" else 0 : last], mask)
         else:
             heads = layers.heads[CROSS_HEAD if kind == "cross_attention" else HEAD]
             terms[term] = attention_mse(ours[tap], theirs[tap], layers.attention, heads, mask)

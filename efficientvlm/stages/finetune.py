@@ -26,7 +26,7 @@ def run(config: Finetune, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        hardware = accelerator(config.device, config.precision)
+        hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
         texts = Texts(student.tokenizer, config.max_tokens)
         student.model.config.answers, student.model.config.rank_top = answer_list(config, sources["train"]), config.rank_top

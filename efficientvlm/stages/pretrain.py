@@ -42,7 +42,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        hardware = accelerator(config.device, config.precision)
+        hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
         texts = Texts(student.tokenizer, config.max_tokens)
         hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)

@@ -61,7 +61,7 @@ def run(config: Prune, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        hardware = accelerator(config.device, config.precision)
+        hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
         texts = Texts(student.tokenizer, config.max_tokens)
         student.model.config.answers, student.model.config.rank_top = answer_list(config, sources["train"]), config.rank_top
@@ -97,7 +97,7 @@ def run(config: Prune, control: Control) -> Manifest:
             if step + 1 == freeze:
                 settle(snap(gates.p_open().detach().cpu(), scope))
 
-        if config.method != "l0" and not output.resumable:
+        if config.method != "l0":  # before a state is restored: a resumed run scores the same weights again
             from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
             if config.method == "taylor":

@@ -46,7 +46,8 @@ def run(config: Prune, control: Control) -> Manifest:
                 "ask for more, or prune again with dense weights kept",
             )
         kept = pruned.family.kept(pruned.model.config)
-        tensors = {name: values[kept[name.removeprefix(PREFIX)]] for name, values in tensors.items()}
+        left = {name: kept[name.removeprefix(PREFIX)] for name in tensors}
+        tensors = {name: tensors[name][indices] for name, indices in left.items() if indices}
     learnt = {name.removeprefix(PREFIX) for name in tensors}
     scope = scope_of(config, pruned.family, pruned.model)
     gates = Gates.from_tensors([unit for unit in scope.anatomy.units if unit.group in learnt], tensors)

@@ -1,0 +1,224 @@
+"""The prune stage: budgets met, structure frozen, gates and dense weights good for another cut, quirks as published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PRUNE, SHAPES, TRAIN, run_stage
+from safetensors.torch import load_file
+
+from efficientvlm import families
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.compression.gates import Gates, attach
+from efficientvlm.compression.snapping import snap
+from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.config import Quirks
+from efficientvlm.errors import BadInput, TargetMissed
+from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.objectives.gated import Gated
+from efficientvlm.stages.common import load
+
+XVLM = families.get("xvlm")
+
+
+def prune(chain: Path, out: Path, **settings: Any) -> Any:
+    run_stage("prune", out=str(out), **{**PRUNE(chain), **TRAIN, **settings})
+    return require_complete(out)
+
+
+def recut(source: Path, out: Path, sparsity: float, **settings: Any) -> Any:
+    common = {"data": SHAPES, "limit": 40, "eval_limit": 2}
+    run_stage("prune", out=str(out), model=str(source), from_gates=str(source), sparsity=sparsity, **{**common, **settings})
+    return require_complete(out)
+
+
+def test_the_output_is_really_small_and_states_its_budget(chain: Path) -> None:
+    manifest, student = require_complete(chain / "pruned"), require_complete(chain / "distilled")
+    budget, sparsity = manifest.extra["budget"]["all"], manifest.accounting["sparsity"]
+    assert budget["target"] == 0.4 and budget["achieved"] == pytest.approx(sparsity["achieved"])
+    smallest = 2 * 16 + 1  # elements of a neuron
+    assert 0 <= sparsity["achieved"] - 0.4 <= smallest / sparsity["initial"]
+    tensors = load_file(chain / "pruned" / "model.safetensors")
+    dense = load_file(chain / "pruned" / "dense.safetensors")
+    removed = sum(t.numel() for t in dense.values()) - sum(t.numel() for t in tensors.values())
+    assert removed == sparsity["initial"] - sparsity["kept"] > 0
+    assert sum(t.numel() for t in tensors.values()) == manifest.accounting["parameters"]["total"]
+    assert manifest.teacher is not None and student.accounting["sparsity"]["achieved"] == 0
+
+
+def test_metrics_show_the_sparsity_on_its_way_to_the_target(chain: Path) -> None:
+    lines = [json.loads(line) for line in (chain / "pruned" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["target_sparsity"] == pytest.approx(0.4)
+    assert all(0 <= line["expected_sparsity"] < 1 for line in lines)
+    assert "lagrangian" in lines[0] and "lagrangian" not in lines[-1]  # the last part of the run trains the final structure
+    assert {"data_ms", "teacher_ms", "student_ms", "optimizer_ms"} <= lines[0].keys() and lines[0]["teacher_ms"] > 0
+
+
+def test_the_structure_is_the_one_snapped_when_the_gates_stopped(chain: Path) -> None:
+    folder = chain / "pruned"
+    model = load(str(folder)).model
+    dense = XVLM.build(model.config.copy(kept=None))
+    scope = Scope.of(Anatomy.of(XVLM, dense), 0.4)
+    keep = snap(Gates.from_tensors(scope.units, load_file(folder / "gates.safetensors")).p_open().detach(), scope)
+    kept = XVLM.kept(model.config)
+    assert [unit.index in kept[unit.group] for unit in scope.units] == keep.tolist()
+
+
+def test_recut_without_training_down_and_back_up(chain: Path, tmp_path: Path) -> None:
+    more = recut(chain / "pruned", tmp_path / "more", 0.7)
+    assert more.accounting["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.01)
+    less = recut(tmp_path / "more", tmp_path / "less", 0.2)
+    assert less.accounting["sparsity"]["achieved"] == pytest.approx(0.2, abs=0.01)
+    again = recut(chain / "pruned", tmp_path / "again", 0.2)
+    files = ("model.safetensors", "config.json", "dense.safetensors", "gates.safetensors")
+    assert [less.files[name].sha256 for name in files] == [again.files[name].sha256 for name in files]
+    assert less.extra["budget"]["all"]["target"] == 0.2
+
+
+def test_recut_equals_the_dense_weights_under_0_1_gates(chain: Path, tmp_path: Path) -> None:
+    recut(chain / "pruned", tmp_path / "cut", 0.5)
+    sliced = load(str(tmp_path / "cut")).model
+    dense = XVLM.build(sliced.config.copy(kept=None)).eval()
+    dense.load_state_dict(load_file(chain / "pruned" / "dense.safetensors"))
+    units, kept = XVLM.units(dense), XVLM.kept(sliced.config)
+    gates = torch.tensor([float(unit.index in kept[unit.group]) for unit in units])
+    batch = XVLM.example_batch(sliced.config, 2, 7)
+    batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), attach(dense, units) as hooks:
+        hooks.set(gates)
+        torch.testing.assert_close(XVLM.forward(dense, batch)["logits"], XVLM.forward(sliced, batch)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_without_dense_weights_only_more_can_go(chain: Path, tmp_path: Path) -> None:
+    manifest = prune(chain, tmp_path / "small", keep_dense=False)
+    assert "dense.safetensors" not in manifest.files
+    with pytest.raises(BadInput, match="is below the") as refused:
+        recut(tmp_path / "small", tmp_path / "less", 0.2)
+    assert refused.value.exit_code == 3 and not (tmp_path / "less").exists()
+    assert recut(tmp_path / "small", tmp_path / "more", 0.6).accounting["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "random"])
+def test_importance_criteria_meet_the_same_budget(method: str, chain: Path, tmp_path: Path) -> None:
+    manifest = prune(chain, tmp_path / method, method=method)
+    assert manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.005)
+    assert "gates.safetensors" not in manifest.files
+    with pytest.raises(BadInput, match="--method l0"):
+        recut(tmp_path / method, tmp_path / "cut", 0.6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "check"),
+    [
+        ({"towers": ["vision"], "sparsity": 0.2}, lambda units: all(u["kept"] == u["of"] for g, u in units.items() if "vision" not in g)),
+        ({"kinds": ["neuron"]}, lambda units: all(u["kept"] == u["of"] for g, u in units.items() if "neuron" not in g)),
+        ({"min_heads": 2, "min_neurons": 5}, lambda units: all(u["kept"] >= (5 if "neuron" in g else 2) for g, u in units.items())),
+        ({"round_to": 8}, lambda units: all(u["kept"] % 8 == 0 for g, u in units.items() if "neuron" in g)),
+    ],
+)
+def test_limits_hold(settings: dict[str, Any], check: Any, chain: Path, tmp_path: Path) -> None:
+    manifest = prune(chain, tmp_path / "out", **settings)
+    assert check(manifest.accounting["units"])
+    assert manifest.accounting["sparsity"]["achieved"] >= settings.get("sparsity", 0.4)
+
+
+def test_separate_budgets(chain: Path, tmp_path: Path) -> None:
+    manifest = prune(chain, tmp_path / "out", tower_sparsity={"vision": 0.6}, sparsity=0.2)
+    by_tower = manifest.accounting["sparsity"]["by_tower"]
+    assert by_tower["vision"]["achieved"] == pytest.approx(0.6, abs=0.02)
+    rest = [part for tower, part in by_tower.items() if tower != "vision"]
+    assert 1 - sum(part["kept"] for part in rest) / sum(part["initial"] for part in rest) == pytest.approx(0.2, abs=0.02)
+    assert set(manifest.extra["budget"]) == {"vision", "text+fusion+decoder"}
+
+
+def test_a_target_that_cannot_be_met_is_refused_before_training(chain: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetMissed, match="cannot be reached") as refused:
+        prune(chain, tmp_path / "out", sparsity=0.9, min_neurons=16)
+    assert refused.value.exit_code == 4 and not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_answers_nothing_is_refused(chain: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="answers no questions"):
+        prune(chain, tmp_path / "out", teacher=str(chain / "init"))
+
+
+class Inner(torch.nn.Module):
+    """An objective that does nothing but hold a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
+        return {"loss": torch.zeros(())}
+
+
+def gated(quirks: Quirks, epoch: int = 4) -> tuple[Gated, Scope]:
+    sizes = {"vision_layers": 2, "text_layers": 3, "fusion_layers": 3, "vision_heads": 2, "text_heads": 2, "local_attention_depth": 1}
+    widths = {"vision_width": 8, "text_width": 8, "vision_intermediate": 6, "text_intermediate": 6, "vocab_size": 16, "image_size": 32}
+    model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
+    scope = Scope.of(Anatomy.of(XVLM, model), 0.5)
+    gates = Gates(scope.units, head_init=0.0)
+    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, warmup_steps=8, epoch=epoch, quirks=quirks), scope
+
+
+def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
+    """The gates that the modules of `group` last saw."""
+    tower, layer, kind = group.split(".")
+    module = {"head": "attention.out", "cross_head": "cross_attention.out", "neuron": "ffn.fc2"}[kind]
+    vector = objective.hooks._vectors[f"{tower}.layers.{layer}.{module}"]
+    return vector if kind == "neuron" else vector.view(2, -1)[:, 0]
+
+
+def test_fusion_gates_are_their_own_unless_the_quirk_is_on() -> None:
+    """Released code: fusion layers read the concatenated text and fusion masks from row 0 (facts of the release)."""
+    clean, scope = gated(Quirks())
+    quirky, _ = gated(Quirks(mask_offsets=True))
+    quirky.gates.load_state_dict(clean.gates.state_dict())
+    clean({}, 0)
+    quirky({}, 0)
+    for group in ("vision.0.head", "text.1.neuron", "fusion.2.cross_head"):
+        assert (group.startswith("fusion")) != torch.equal(applied(clean, scope, group), applied(quirky, scope, group))
+    released = {
+        "fusion.0.head": "text.0.head",
+        "fusion.0.cross_head": "text.1.head",
+        "fusion.1.head": "text.2.head",
+        "fusion.1.cross_head": "fusion.0.head",
+        "fusion.2.head": "fusion.0.cross_head",
+        "fusion.2.cross_head": "fusion.1.head",
+        "fusion.0.neuron": "text.0.neuron",
+        "fusion.2.neuron": "text.2.neuron",
+    }
+    for group, source in released.items():
+        assert torch.equal(applied(quirky, scope, group), applied(clean, scope, source)), group
+
+
+def test_the_target_rises_once_unless_the_quirk_is_on() -> None:
+    clean, _ = gated(Quirks())
+    quirky, _ = gated(Quirks(epoch_step=True), epoch=8)
+    steps = range(0, 24, 4)
+    assert [float(clean.target(step)) for step in steps] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
+    assert [float(quirky.target(step)) for step in steps] == pytest.approx([0, 0.25, 0, 0.25, 0, 0.25])
+
+
+def test_a_frozen_structure_neither_moves_nor_pays() -> None:
+    objective, scope = gated(Quirks())
+    assert "lagrangian" in objective({}, 0)
+    keep = torch.arange(len(scope.units)) % 2 == 0
+    objective.freeze(keep)
+    losses = objective({}, 1)
+    assert set(losses) == {"loss"}
+    assert torch.equal(applied(objective, scope, "vision.0.neuron"), keep[scope_slice(scope, "vision.0.neuron")].float())
+    loose, _ = gated(Quirks(unfrozen_structure=True))
+    loose.freeze(keep)
+    assert "lagrangian" in loose({}, 1)
+
+
+def scope_slice(scope: Scope, group: str) -> slice:
+    places = [at for at, unit in enumerate(scope.units) if unit.group == group]
+    return slice(places[0], places[-1] + 1)

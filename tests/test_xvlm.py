@@ -1,0 +1,437 @@
+"""X-VLM itself: anatomy, passes, decoding, folders, layer choice. Numbers of the published code are in test_parity_xvlm.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from efficientvlm import families
+from efficientvlm.errors import BadInput
+from efficientvlm.families.xvlm import XVLM
+from efficientvlm.families.xvlm_config import XVLMConfig, format_ranges, parse_ranges
+from efficientvlm.families.xvlm_model import Cache
+from efficientvlm.tasks.vqa import accuracy, answer_loss, evaluate, generate, rank, sequence_nll
+
+FAMILY = XVLM()
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+SIZES: dict[str, Any] = dict(
+    image_size=16,
+    patch_size=8,
+    vision_width=16,
+    vision_layers=3,
+    vision_heads=4,
+    vision_intermediate=6,
+    text_width=24,
+    text_layers=2,
+    fusion_layers=2,
+    text_heads=3,
+    text_intermediate=7,
+    vocab_size=30,
+    max_positions=12,
+    embed_dim=8,
+    local_attention_depth=2,
+    dropout=0.0,
+    initializer_range=0.3,
+)
+
+
+def build(**changes: Any) -> Any:
+    """Random weights, biases and norms included."""
+    torch.manual_seed(0)
+    model = FAMILY.build(XVLMConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def questions(model: Any) -> dict[str, Any]:
+    """Five questions of unequal length about two images."""
+    torch.manual_seed(1)
+    mask = (torch.arange(6) < torch.tensor([6, 3, 4, 6, 2])[:, None]).long()
+    return {
+        "pixels": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8),
+        "image_index": torch.tensor([0, 0, 1, 1, 1]),
+        "question_ids": torch.randint(5, 30, (5, 6)) * mask,
+        "question_mask": mask,
+    }
+
+
+KEPT = {
+    "vision.0.head": "0,2",
+    "vision.1.head": "",
+    "fusion.1.cross_head": "1",
+    "text.0.neuron": "",
+    "fusion.0.head": "",
+    "decoder.0.neuron": "2-4",
+}
+
+
+@pytest.mark.parametrize("kept", [None, KEPT])
+def test_every_unit_has_its_sites_and_gate(kept):
+    model = build(decoder_layers=1, kept=kept)
+    tensors, modules = model.state_dict(), dict(model.named_modules())
+    units = FAMILY.units(model)
+    assert len({(unit.group, unit.index) for unit in units}) == len(units)
+    assert {group: len(indices) for group, indices in FAMILY.kept(model.config).items() if indices} == {
+        group: sum(unit.group == group for unit in units) for group in dict.fromkeys(unit.group for unit in units)
+    }
+    taken: dict[tuple[str, int], set[int]] = {}
+    for unit in units:
+        for site in unit.sites:
+            assert 0 <= site.start < site.stop <= tensors[site.tensor].shape[site.dim], unit
+            span = set(range(site.start, site.stop))
+            seen = taken.setdefault((site.tensor, site.dim), set())
+            assert not seen & span, unit
+            seen |= span
+        assert unit.gate.stop <= modules[unit.gate.module].in_features
+        assert any(site.tensor == f"{unit.gate.module}.weight" and site[1:] == (1, *unit.gate[1:]) for site in unit.sites)
+    # and together they are the whole of every prunable tensor
+    assert all(len(span) == tensors[name].shape[dim] for (name, dim), span in taken.items())
+    assert {name for name, _ in taken} == {n for n in tensors if any(p in n for p in (".q.", ".k.", ".v.", ".fc1.", "out.w", "fc2.w"))}
+
+
+def test_units_are_ordered_by_tower_layer_kind_index():
+    units = FAMILY.units(build(decoder_layers=1))
+    places = [(FAMILY.towers.index(u.tower), u.layer, ("head", "cross_head", "neuron").index(u.kind), u.index) for u in units]
+    assert places == sorted(places)
+    assert FAMILY.original_counts(build().config)["fusion.1.cross_head"] == 3
+
+
+def test_names_and_towers_of_parameters():
+    names = build(decoder_layers=1).state_dict()
+    assert {FAMILY.tower_of(name) for name in names} == {"vision", "text", "fusion", "decoder", "heads"}
+    assert FAMILY.tower_of("decoder_head.bias") == "decoder" and FAMILY.tower_of("mlm_head.bias") == "heads"
+    tables = {name for name in names if FAMILY.is_embedding(name)}
+    assert tables == {f"{tower}.embeddings.{kind}.weight" for tower in ("text", "decoder") for kind in ("word", "position", "token_type")}
+
+
+def test_pixels_are_normalised_once():
+    model = build(image_mean=[0.5, 0.25, 0.0], image_std=[0.5, 0.25, 1.0])
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    by_hand = torch.stack([(pixels[:, c] / 255 - m) / s for c, (m, s) in enumerate([(0.5, 0.5), (0.25, 0.25), (0.0, 1.0)])], 1)
+    assert torch.equal(model.vision.normalise(by_hand), by_hand)
+    torch.testing.assert_close(model.encode_image(pixels).states, model.encode_image(by_hand).states, **CLOSE)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_region_states(depth):
+    """Regions come first, whole images after them, untouched by the masks; a region that shows all is its image."""
+    model = build(local_attention_depth=depth)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    visible = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 1, 1]])
+    rows = torch.tensor([0, 0, 1])
+    with torch.no_grad():
+        plain = model.encode_image(pixels, keep=frozenset({"hidden", "self_attention"}))
+        out = model.encode_image(pixels, (rows, visible), keep=frozenset({"hidden", "self_attention"}))
+        assert out.states.shape == (5, 5, 16)
+        torch.testing.assert_close(out.states[3:], plain.states, **CLOSE)
+        torch.testing.assert_close(out.states[1], plain.states[0], **CLOSE)
+        assert [len(hidden) for hidden in out.hidden] == [5 if i >= 3 - depth else 2 for i in range(4)]
+        if depth:
+            assert not torch.allclose(out.states[0], plain.states[0], atol=1e-3)
+            assert float(out.self_attention[-1][0, :, :, 2:].abs().max()) == 0
+        pixels_changed = pixels.clone()
+        pixels_changed[:, :, 8:] = 0  # the lower patches, which region 0 does not see
+        if depth == 3:
+            changed = model.encode_image(pixels_changed, (rows, visible)).states
+            torch.testing.assert_close(changed[0, :2], out.states[0, :2], **CLOSE)
+            assert not torch.allclose(changed[3], out.states[3], atol=1e-3)
+
+
+def test_maps_do_not_change_the_result_and_padding_is_not_seen():
+    model, batch = build(decoder_layers=1), questions(None)
+    batch |= {"answer_ids": torch.randint(5, 30, (6, 3)), "answer_mask": torch.ones(6, 3), "answer_index": torch.tensor([0, 1, 1, 2, 3, 4])}
+    with torch.no_grad():
+        plain = FAMILY.forward(model, batch)
+        full = FAMILY.forward(model, batch, FAMILY.taps)
+        torch.testing.assert_close(full["logits"], plain["logits"], **CLOSE)
+        assert FAMILY.taps <= set(full)
+        for tower, width in (("text", 6), ("fusion", 6), ("decoder", 3)):
+            for maps in full[f"{tower}.self_attention"]:
+                assert maps.shape[2:] == (width, width)
+                torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:3]), **CLOSE)
+        assert float(full["text.self_attention"][0][1, :, :, 3:].max()) == 0
+        assert float(full["decoder.self_attention"][0].triu(1).max()) == 0
+        assert float(full["decoder.cross_attention"][0][1, :, :, 3:].max()) == 0
+        batch["question_ids"] = batch["question_ids"].masked_fill(batch["question_mask"] == 0, 17)
+        torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], plain["logits"], **CLOSE)
+
+
+def test_asking_for_a_tap_that_is_not_there():
+    with pytest.raises(BadInput, match=r"no such tap: text\.cross_attention"):
+        FAMILY.forward(build(), questions(None), {"text.cross_attention"})
+    with pytest.raises(KeyError, match="recorded no 'logits'"):
+        FAMILY.forward(build(), questions(None))["logits"]
+
+
+def test_a_row_of_the_context_is_as_good_as_a_copy():
+    model, batch = build(decoder_layers=1), questions(None)
+    index = batch["image_index"]
+    with torch.no_grad():
+        image = model.encode_image(batch["pixels"]).states
+        text = model.encode_text(batch["question_ids"], batch["question_mask"]).states
+        by_row = model.fuse(text, batch["question_mask"], model.fusion.context(image, rows=index)).states
+        copied = model.fuse(text, batch["question_mask"], model.fusion.context(image[index])).states
+        torch.testing.assert_close(by_row, copied, **CLOSE)
+        repeated = {**batch, "pixels": batch["pixels"][index], "image_index": torch.arange(5)}
+        torch.testing.assert_close(FAMILY.question(model, repeated)[0]["states"], by_row, **CLOSE)
+
+
+@pytest.mark.parametrize("kept", [None, {"decoder.0.head": "", "decoder.1.cross_head": "0"}])
+def test_decoding_with_a_cache_is_decoding_without(kept):
+    model, batch = build(decoder_layers=2, kept=kept), questions(None)
+    ids = torch.randint(5, 30, (5, 6))
+    with torch.no_grad():
+        _, context = FAMILY.question(model, batch)
+        whole = FAMILY.answer(model, context, ids, None)
+        cache = FAMILY.new_cache(model)
+        steps = [FAMILY.answer(model, context, part, None, None, cache) for part in ids.split([1, 2, 1, 2], 1)]
+    assert cache.length == 6
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
+
+
+def brute_force(model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, top: int, twice: bool) -> list[list[int]]:
+    """Every candidate after every question, one by one."""
+    _, context = FAMILY.question(model, batch)
+    ranked = []
+    for row in range(len(batch["question_ids"])):
+        first, score = [], []
+        for answer, seen in zip(ids, mask, strict=True):
+            length = int(seen.sum())
+            logits = model.decode(answer[None, :length], None, type(context)(context.kv, context.mask[row][None], torch.tensor([row])))[0]
+            likelihood = logits[0].log_softmax(-1)
+            steps = [float(likelihood[at, answer[at + 1]]) for at in range(length - 1)]
+            first.append(steps[0])
+            score.append(sum(steps) + (steps[0] if twice else 0))
+        chosen = sorted(range(len(ids)), key=lambda c: -first[c])[:top]
+        ranked.append(sorted(chosen, key=lambda c: -score[c]))
+    return ranked
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("top", [2, 4, 99])
+def test_ranking_against_brute_force(twice, top):
+    model, batch = build(decoder_layers=2), questions(None)
+    ids = torch.tensor([[2, 7, 3, 0], [2, 8, 9, 3], [2, 9, 3, 0], [2, 10, 11, 3], [2, 12, 3, 0], [2, 13, 14, 3]])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        expected = brute_force(model, batch, ids, mask, top, twice)
+    chosen, probabilities = rank(FAMILY, model, batch, (ids, mask), top=top, first_token_twice=twice)
+    assert chosen.tolist() == expected
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5), **CLOSE)
+    assert bool((probabilities.diff(dim=1) <= 0).all())
+
+
+def test_the_first_token_decides_only_when_counted_twice():
+    """Two answers: one has the likelier first token, the other the likelier whole."""
+
+    class Fixed:
+        def question(self, model, batch):
+            return None, None
+
+        def answer(self, model, context, ids, mask, rows=None, cache=None):
+            table = torch.full((5, 5), 1e-6)
+            table[0, 1], table[0, 2] = 0.6, 0.4  # after the start: 1 rather than 2
+            table[1, 3], table[2, 3] = 0.3, 0.5  # the end: likelier after 2
+            return table.log()[ids] - table.sum(-1).log()[ids][..., None]
+
+    ids = torch.tensor([[0, 1, 3], [0, 2, 3]])
+    batch = {"question_ids": torch.zeros(1, 1)}
+    for twice, best in ((False, 1), (True, 0)):
+        likelihood = [0.6 * 0.3 / 0.300004, 0.4 * 0.5 / 0.500004]
+        chosen, probabilities = rank(Fixed(), None, batch, (ids, torch.ones_like(ids)), top=2, first_token_twice=twice)
+        score = [value * (first if twice else 1) for value, first in zip(likelihood, (0.6, 0.4), strict=True)]
+        assert sorted(probabilities[0].tolist()) == pytest.approx(sorted(value / sum(score) for value in score), rel=1e-3)
+        assert chosen[0, 0].item() == max((0, 1), key=lambda c: score[c]), best
+
+
+def test_generation_is_greedy_and_stops_at_the_separator():
+    model, batch = build(decoder_layers=2), questions(None)
+    free = generate(FAMILY, model, batch, cls_id=2, sep_id=-1, max_tokens=6)
+    assert free.shape == (5, 6)
+    with torch.no_grad():
+        _, context = FAMILY.question(model, batch)
+        ids = torch.full((5, 1), 2)
+        for _ in range(6):
+            ids = torch.cat([ids, FAMILY.answer(model, context, ids, None)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(free, ids[:, 1:])
+    stop = int(free[0, 1])
+    stopped = generate(FAMILY, model, batch, cls_id=2, sep_id=stop, max_tokens=6)
+    for row, all_of_it in zip(stopped.tolist(), free.tolist(), strict=True):
+        end = all_of_it.index(stop) if stop in all_of_it else 6
+        assert row[:end] == all_of_it[:end][: len(row)] and set(row[end:]) <= {stop}
+
+
+def test_answer_loss_and_accuracy():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], [[0.0, 3.0], [9.0, 0.0], [0.0, 0.0]]])
+    ids, mask = torch.tensor([[0, 0, 1], [0, 1, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    nll = [math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
+    torch.testing.assert_close(sequence_nll(logits, ids, mask), torch.tensor(nll))
+    loss = answer_loss(logits, ids, mask, torch.tensor([0.3, 1.0]), 4)
+    torch.testing.assert_close(loss, torch.tensor((0.3 * nll[0] + nll[1]) / 4))
+    given = [[("yes", 0.6), ("no", 0.4)], [("red", 1.0)], [("2", 0.7), ("2", 0.7)]]
+    assert accuracy(["no", "blue", "2"], given) == pytest.approx(1.4 / 3)
+    assert accuracy([], []) == 0.0
+    batches = [{"answer_texts": given[:2]}, {"answer_texts": given[2:]}]
+    guesses = iter([["yes", "red"], ["3"]])
+    result = evaluate(lambda batch: next(guesses), batches)
+    assert result == {"accuracy": pytest.approx(1.6 / 3), "questions": 3, "accuracy_yes_no": 0.6, "accuracy_other": 0.5}
+
+
+def test_layers_without_anything_left_still_run_and_save(tmp_path):
+    kept = dict.fromkeys(XVLMConfig(**SIZES, decoder_layers=1).original_counts(), "")
+    model = build(decoder_layers=1, kept=kept)
+    assert FAMILY.units(model) == [] and all(tensor.numel() for tensor in model.state_dict().values())
+    batch = questions(None) | {"answer_ids": torch.ones(5, 2).long(), "answer_mask": torch.ones(5, 2), "answer_index": torch.arange(5)}
+    record = FAMILY.forward(model, batch, FAMILY.taps)
+    assert record["logits"].isfinite().all() and record["vision.self_attention"][0].shape[1] == 0
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(FAMILY.forward(FAMILY.load(tmp_path), batch)["logits"], record["logits"], rtol=0, atol=0)
+    cache = Cache()
+    _, context = FAMILY.question(model, questions(None))
+    for _ in range(2):
+        assert FAMILY.answer(model, context, torch.ones(5, 1).long(), None, None, cache).isfinite().all()
+
+
+@pytest.mark.parametrize("kept", [None, KEPT])
+def test_a_saved_folder_is_the_same_network(tmp_path, kept):
+    model = build(decoder_layers=1, kept=kept, answers=["yes", "no"], layer_source={"vision": [1, 3, 5]})
+    model.save_pretrained(tmp_path)
+    family = families.of_folder(tmp_path)
+    loaded = family.load(tmp_path)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert FAMILY.kept(loaded.config) == FAMILY.kept(model.config) and not loaded.training
+    assert (loaded.config.answers, loaded.config.layer_source, list(loaded.config.heads)) == (
+        ["yes", "no"],
+        {"vision": [1, 3, 5]},
+        list(model.config.heads),
+    )
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil_weights(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: edit(f / "config.json", text_intermediate=9), "mismatched keys"),
+        (lambda f: edit(f / "config.json", vision_layers=4), "missing keys"),
+        (lambda f: edit(f / "config.json", vision_layers=2), "unexpected keys"),
+        (lambda f: edit(f / "config.json", kept={"vision.0.head": "0-1"}), "mismatched keys"),
+        (lambda f: edit(f / "config.json", kept={"audio.0.head": "0-1"}), "unknown groups"),
+        (lambda f: edit(f / "config.json", kept={"vision.0.head": "0-7"}), "not ascending within"),
+        (lambda f: spoil_weights(f / "model.safetensors", lambda t: t.pop("temp")), "1 missing keys, first temp"),
+        (lambda f: spoil_weights(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))), "first extra"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot"),
+    ],
+)
+def test_folders_whose_weights_do_not_fit(tmp_path, spoil, message):
+    build().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        FAMILY.load(tmp_path)
+
+
+def test_folders_of_no_known_family(tmp_path):
+    with pytest.raises(BadInput, match=r"no config\.json"):
+        families.of_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "blap"}')
+    with pytest.raises(BadInput, match="unknown model family 'blap'"):
+        families.of_folder(tmp_path)
+
+
+def test_ranges():
+    for indices in ([], [0], [0, 1, 2, 5], [1, 3, 4], list(range(7))):
+        assert parse_ranges(format_ranges(indices), 7, "g") == indices
+    assert format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    for text in ("x", "3,1", "1,1", "0-9", "-1", 5):
+        with pytest.raises(BadInput, match=r"config\.json"):
+            parse_ranges(text, 7, "g")
+
+
+def test_layer_choice_keeps_structure_regions_and_names():
+    config = XVLMConfig(**SIZES, decoder_layers=2, kept={"vision.2.head": "0", "fusion.1.cross_head": "1-2", "text.0.neuron": ""})
+    layers = {"vision": [0, 2], "text": [1], "fusion": [1], "decoder": [0]}
+    chosen = FAMILY.with_layers(config, layers)
+    assert FAMILY.layer_counts(chosen) == {"vision": 2, "text": 1, "fusion": 1, "decoder": 1}
+    kept = FAMILY.kept(chosen)
+    assert kept["vision.1.head"] == [0] and kept["fusion.0.cross_head"] == [1, 2] and kept["text.0.neuron"] == list(range(7))
+    assert chosen.local_attention_depth == 1  # of layers 1 and 2, the last two, one is left
+    assert chosen.layer_source == layers and config.layer_source is None
+    assert FAMILY.source_name("vision.layers.1.ffn.fc1.bias", layers) == "vision.layers.2.ffn.fc1.bias"
+    assert FAMILY.source_name("vision.layers.0.attention.q.weight", layers) == "vision.layers.0.attention.q.weight"
+    assert FAMILY.source_name("itm_head.0.bias", layers) == "itm_head.0.bias"
+
+
+def test_kept_structure_is_named_by_original_index():
+    config = FAMILY.with_kept(XVLMConfig(**SIZES), {"vision.0.head": [1, 3], "text.1.neuron": list(range(7))})
+    assert config.kept == {"vision.0.head": "1,3"}
+    again = FAMILY.with_kept(config, {"vision.0.neuron": []})
+    assert again.kept == {"vision.0.head": "1,3", "vision.0.neuron": ""}
+    assert FAMILY.with_kept(again, {"vision.0.head": [0, 1, 2, 3], "vision.0.neuron": list(range(6))}).kept is None
+
+
+def test_a_decoder_from_the_fusion_layers():
+    model = build(vision_width=24)
+    tuned = FAMILY.with_decoder(model, 1)
+    old, new = model.state_dict(), tuned.state_dict()
+    for name in new:
+        if name.startswith("decoder.layers.0."):
+            assert torch.equal(new[name], old[name.replace("decoder.layers.0", "fusion.layers.1")]), name
+        elif name.startswith("decoder"):
+            assert torch.equal(new[name], old[name.replace("decoder_head", "mlm_head").replace("decoder.", "text.")]), name
+        else:
+            assert torch.equal(new[name], old[name]), name
+    assert list(tuned.config.heads) == [] and not any("head" in name for name in new if not name.startswith("decoder"))
+    same = FAMILY.with_decoder(model, 2).state_dict()
+    assert all(torch.equal(same[f"decoder.layers.{i}.ffn.fc1.bias"], old[f"fusion.layers.{i}.ffn.fc1.bias"]) for i in range(2))
+
+
+def test_a_decoder_from_fusion_layers_that_look_at_wider_images():
+    """Keys and values read another width there, so they stay fresh (X-VLM does the same)."""
+    model = build()
+    tuned = FAMILY.with_decoder(model, 1)
+    fusion, decoder = (
+        {name.partition(".layers.")[2][2:]: tensor for name, tensor in net.state_dict().items() if name.startswith(start)}
+        for net, start in ((model, "fusion.layers.1."), (tuned, "decoder.layers.0."))
+    )
+    fresh = {name for name in decoder if decoder[name].shape != fusion[name].shape or not torch.equal(decoder[name], fusion[name])}
+    assert fresh == {"cross_attention.k.weight", "cross_attention.v.weight"}
+
+
+def test_a_decoder_from_the_teacher():
+    teacher, student = build(decoder_layers=4), build(vision_layers=1)
+    tuned = FAMILY.with_decoder(student, 2, teacher)
+    theirs, ours = teacher.state_dict(), tuned.state_dict()
+    for name in (n for n in ours if n.startswith("decoder")):
+        source = name.replace("layers.1.", "layers.3.").replace("layers.0.", "layers.1.")
+        assert torch.equal(ours[name], theirs[source]), name
+    assert all(torch.equal(ours[name], tensor) for name, tensor in student.state_dict().items() if name in ours)
+
+
+def test_no_decoder_from_layers_that_are_pruned_or_missing():
+    for model, source in (
+        (build(kept={"fusion.0.head": "0"}), None),
+        (build(fusion_layers=0), None),
+        (build(), build()),
+        (build(), build(decoder_layers=2, kept={"decoder.1.neuron": "0-3"})),
+    ):
+        with pytest.raises(BadInput, match="no answer decoder"):
+            FAMILY.with_decoder(model, 1, source)
