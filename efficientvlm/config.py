@@ -64,7 +64,7 @@ class Quirks(Strict):
     skip_last_hidden: bool = Field(False, description="the last vision hidden state is not distilled")
     unfrozen_structure: bool = Field(False, description="the structure still moves after it was declared final")
     double_sep: bool = Field(False, description="training answers end in two separators")
-    first_token_twice: bool = Field(True, description="closed-list ranking counts the first token twice (as published)")
+    first_token_twice: bool = Field(False, description="closed-list ranking counts the first token twice")
 
 
 class InitConfig(Stage):

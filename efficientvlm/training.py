@@ -56,7 +56,8 @@ def accelerator(device: str) -> Accelerator:
 
 
 def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: Iterable[str] = ()) -> Optimizer:
-    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; tensors named in `new` learn `new_lr_mult` times faster.
+    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; tensors of the
+    model named in `new` learn `new_lr_mult` times faster.
 
     `skip` are name prefixes left out (gates and multipliers have optimizers of their own).
     """
@@ -64,7 +65,7 @@ def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: I
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not name.startswith(left_out):
-            groups.setdefault((parameter.ndim > 1, name.removeprefix("model.") in fresh), []).append(parameter)
+            groups.setdefault((parameter.ndim > 1, name.rpartition("model.")[2] in fresh), []).append(parameter)
     settings = [
         {
             "params": members,

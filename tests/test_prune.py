@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PRUNE, SHAPES, TRAIN, run_stage
+from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 
 from efficientvlm import families
@@ -145,6 +145,16 @@ def test_a_target_that_cannot_be_met_is_refused_before_training(chain: Path, tmp
 def test_a_teacher_that_answers_nothing_is_refused(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="answers no questions"):
         prune(chain, tmp_path / "out", teacher=str(chain / "init"))
+
+
+def test_a_teacher_of_another_width_is_refused(chain: Path, tmp_path: Path) -> None:
+    sizes = {**SIZES, "text_width": 32}
+    run_stage("init", out=str(tmp_path / "wide"), size="tiny", tokenizer=str(chain / "init"), settings=sizes)
+    with pytest.raises(BadInput, match="text_width 16 and 32"):
+        prune(chain, tmp_path / "out", teacher=str(tmp_path / "wide"))
+    with pytest.raises(BadInput, match="has no head for box, itc, itm, mlm"):
+        run_stage("distill", out=str(tmp_path / "out"), model=str(chain / "student"), teacher=str(chain / "teacher"), data=SHAPES)
+    assert not (tmp_path / "out").exists()
 
 
 class Inner(torch.nn.Module):

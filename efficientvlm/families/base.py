@@ -105,6 +105,11 @@ class Family(Protocol):
         """A task batch of the stated size for counting and timing (text tokens are never padding)."""
 
 
+def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
+    """What `wanted` asks of `tower`, in any pass: hidden, self_attention, cross_attention."""
+    return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
+
+
 def check_taps(family: Family, want: Iterable[str]) -> frozenset[str]:
     """`want` as a set, or :class:`BadInput` naming the taps that this family does not have."""
     wanted = frozenset(want)

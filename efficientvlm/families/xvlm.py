@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps, kinds_of
 from efficientvlm.families.xvlm_config import XVLMConfig, format_ranges
 from efficientvlm.families.xvlm_model import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, XVLMModel
 
@@ -102,7 +102,9 @@ class XVLM:
         if config.vision_layers:
             local = sum(old >= config.vision_layers - local for old in layers["vision"])
         sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
-        return config.copy(**sizes, kept=kept or None, local_attention_depth=local, layer_source={k: list(v) for k, v in layers.items()})
+        source = {tower: list(chosen) for tower, chosen in layers.items()}
+        before = {"layer_source": source, "layer_source_of": config.layers()}
+        return config.copy(**sizes, **before, kept=kept or None, local_attention_depth=local)
 
     def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
         tower, _, rest = parameter.partition(".layers.")
@@ -115,7 +117,7 @@ class XVLM:
         """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V]."""
         record, context = self.question(model, batch, want)
         if "answer_ids" in batch:
-            keep = _kinds(check_taps(self, want), "decoder")
+            keep = kinds_of(check_taps(self, want), "decoder")
             context.rows = batch["answer_index"]
             context.mask = None if context.mask is None else context.mask[context.rows]
             record["logits"], out = model.decode(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
@@ -126,12 +128,12 @@ class XVLM:
         """Image and question through vision, text and fusion; the context is what an answer decoder attends to (one row a question)."""
         wanted = check_taps(self, want)
         record = Record()
-        image = model.encode_image(batch["pixels"], keep=_kinds(wanted, "vision"))
-        text = model.encode_text(batch["question_ids"], batch["question_mask"], keep=_kinds(wanted, "text"))
+        image = model.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
+        text = model.encode_text(batch["question_ids"], batch["question_mask"], keep=kinds_of(wanted, "text"))
         context = model.fusion.context(image.states, rows=batch.get("image_index"))
-        fused = model.fuse(text.states, batch["question_mask"], context, keep=_kinds(wanted, "fusion"))
+        fused = model.fuse(text.states, batch["question_mask"], context, keep=kinds_of(wanted, "fusion"))
         for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
-            _tap(record, tower, out, _kinds(wanted, tower))
+            _tap(record, tower, out, kinds_of(wanted, tower))
         record["states"] = fused.states
         answers = model.decoder.context(fused.states, batch["question_mask"]) if model.config.decoder_layers else Context([])
         return record, answers
@@ -211,10 +213,6 @@ def _neuron_sites(module: str, at: int) -> tuple[Site, ...]:
         Site(f"{module}.fc1.bias", 0, at, at + 1),
         Site(f"{module}.fc2.weight", 1, at, at + 1),
     )
-
-
-def _kinds(wanted: frozenset[str], tower: str) -> frozenset[str]:
-    return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
 
 
 def _tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:

@@ -21,7 +21,7 @@ class XVLMConfig(PreTrainedConfig):
     """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
 
     `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
-    `layer_source` maps a tower to the layers of the network this one was shrunk from.
+    `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
     """
 
     model_type = "xvlm"
@@ -56,6 +56,7 @@ class XVLMConfig(PreTrainedConfig):
 
     kept: dict[str, str] | None = None
     layer_source: dict[str, list[int]] | None = None
+    layer_source_of: dict[str, int] | None = None
     answers: list[str] | None = None
     rank_top: int = 128
 

@@ -80,7 +80,7 @@ def kd_terms(
         last = len(vision.hidden) - 1 if quirks.skip_last_hidden else None
         terms["image_hidden"] = hidden_mse(*_common_rows(*pair, vision.hidden[:last]))
     if pair := both("vision.self_attention"):
-        terms["image_attention"] = attention_mse(*pair, vision.attention, vision.heads[HEAD])
+        terms["image_attention"] = attention_mse(*_common_rows(*pair, vision.attention), vision.heads[HEAD])
     if pair := both("text.hidden"):
         terms["text_hidden"] = hidden_mse(*pair, text.hidden, text_mask)
     if pair := both("text.self_attention"):
@@ -112,7 +112,7 @@ def kd_terms(
 def _common_rows(
     ours: list[Tensor], theirs: list[Tensor], pairs: list[tuple[int, int]]
 ) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
-    """Vision states by pair. In a region step only one side of a pair may hold regions already; whole images come last in both."""
+    """Vision tensors by pair. In a region step one side of a pair may not hold regions yet; whole images come last in both."""
     rows = [min(len(ours[s]), len(theirs[t])) for s, t in pairs]
     students = [ours[s][-count:] for count, (s, _) in zip(rows, pairs, strict=True)]
     teachers = [theirs[t][-count:] for count, (_, t) in zip(rows, pairs, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from efficientvlm.compression.layers import layer_map, odd_layers
 from efficientvlm.families.base import CROSS_HEAD, HEAD
 
 
@@ -25,21 +26,24 @@ def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[st
     """
     ours, theirs = family.layer_counts(student_config), family.layer_counts(teacher_config)
     source = getattr(student_config, "layer_source", None) or {}
+    source_of = getattr(student_config, "layer_source_of", None) or {}
     kept, teacher_kept = family.kept(student_config), family.kept(teacher_config)
     maps = {}
     for tower in family.towers:
         if not ours[tower] or not theirs[tower]:
             continue
-        layers = list(source.get(tower, []))
-        if len(layers) != ours[tower] or layers[-1] >= theirs[tower] or ours[tower] == theirs[tower]:
-            layers = [max(0, (i + 1) * theirs[tower] // ours[tower] - 1) for i in range(ours[tower])]
+        if source_of.get(tower) == theirs[tower] and len(source[tower]) == ours[tower]:
+            layers = list(source[tower])
+        else:
+            layers = [max(0, layer) for layer in odd_layers(theirs[tower], ours[tower])]  # a student may be deeper than its teacher
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
             if f"{tower}.0.{kind}" in kept:
                 heads[kind] = [
                     _shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)
                 ]
-        maps[tower] = TowerMap([(0, 0)] + [(i + 1, layer + 1) for i, layer in enumerate(layers)], list(enumerate(layers)), heads)
+        hidden, attention = layer_map(layers)
+        maps[tower] = TowerMap(list(hidden.items()), list(attention.items()), heads)
     return maps
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficientvlm.data.draw import seed_of
-from efficientvlm.families.base import Record, check_taps
+from efficientvlm.families.base import Record, check_taps, kinds_of
 from efficientvlm.families.xvlm_model import Encoded
 
 Negatives = tuple[Tensor, Tensor]
@@ -58,9 +58,9 @@ class Pretraining(nn.Module):
         mlm = "mlm" in self.losses
         regions = (batch["image_index"], batch["image_mask"]) if "image_mask" in batch else None
 
-        image = model.encode_image(batch["pixels"], regions, keep=_kinds(wanted, "vision"))
+        image = model.encode_image(batch["pixels"], regions, keep=kinds_of(wanted, "vision"))
         both = torch.cat([ids, batch["masked_ids"]]) if mlm else ids
-        text = model.encode_text(both, torch.cat([mask, mask]) if mlm else mask, keep=_kinds(wanted, "text"))
+        text = model.encode_text(both, torch.cat([mask, mask]) if mlm else mask, keep=kinds_of(wanted, "text"))
         _tap(record, "vision", image)
         _tap(record, "text", text, slice(0, count))
         if mlm:
@@ -98,7 +98,7 @@ class Pretraining(nn.Module):
             visible = torch.cat([image_mask_rows(batch["image_mask"], p[2], whole=p[3]) for p in plan])
         context = model.fusion.context(image.states, visible, image_rows)
         masks = (torch.cat([mask, mask]) if mlm else mask)[text_rows]
-        fused = model.fuse(text.states[text_rows], masks, context, keep=_kinds(wanted, "fusion"))
+        fused = model.fuse(text.states[text_rows], masks, context, keep=kinds_of(wanted, "fusion"))
 
         start = 0
         first = fused.states[:, 0]
@@ -181,10 +181,6 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     union = a[:, 2:].prod(-1) + b[:, 2:].prod(-1) - overlap
     hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
     return overlap / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
-
-
-def _kinds(wanted: frozenset[str], tower: str) -> frozenset[str]:
-    return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
 
 
 def _tap(record: Record, tower: str, out: Encoded, part: slice = slice(None), run: str = "") -> None:

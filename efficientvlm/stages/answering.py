@@ -106,7 +106,7 @@ class Answerer:
     """Answers as text: `rank` among the closed list in the configuration, or `generate` freely."""
 
     def __init__(
-        self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = True
+        self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = False
     ) -> None:
         self.loaded, self.mode, self.twice = loaded, mode, twice
         config = loaded.model.config

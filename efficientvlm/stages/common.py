@@ -63,6 +63,10 @@ def check_pair(student: Loaded, teacher: Loaded) -> None:
         raise BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
+    ours, theirs = student.model.config, teacher.model.config
+    if widths := [name for name in ("vision_width", "text_width") if getattr(ours, name) != getattr(theirs, name)]:
+        sizes = ", ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in widths)
+        raise BadInput("teacher and student have other widths", sizes, "shrink the student from this teacher: shrinking keeps widths")
     if student.model.config.image_size != teacher.model.config.image_size:
         sizes = f"{teacher.model.config.image_size} and {student.model.config.image_size} px"
         raise BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")

@@ -65,4 +65,4 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
 
 def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
     """How a checkpoint ranks: as asked, else as it was tuned, else as published."""
-    return asked if asked is not None else bool(manifest.config.get("quirks", {}).get("first_token_twice", True))
+    return asked if asked is not None else bool(manifest.config.get("quirks", {}).get("first_token_twice", False))

@@ -50,6 +50,8 @@ def run(config: Pretrain, control: Control) -> Manifest:
         if isinstance(config, Distill):
             teacher = load(config.teacher)
             check_pair(student, teacher)
+            if missing := sorted(set(config.losses) - set(teacher.model.config.heads)):
+                raise BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
             teacher.model.to(hardware.device)
             kd = settings_of(config, "kd", "weights", "quirks", "temperature")
             objective = Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
@@ -58,7 +60,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
         spent = train(
             objective,
             _feed(config, student.model.config, sources["train"], texts, plan),
-            [adamw(objective, config)],
+            [adamw(objective, config, new=student.manifest.extra.get("new", []))],
             steps=steps,
             options=config,
             output=output,

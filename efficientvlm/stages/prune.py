@@ -151,7 +151,7 @@ def run(config: Prune, control: Control) -> Manifest:
 def optimizers(config: Prune, objective: Gated, new: list[str]) -> list[Optimizer]:
     """AdamW on the weights; constant-rate AdamW on log α; the same, ascending, on the multipliers (EfficientVLM)."""
     skip = () if config.quirks.gates_in_main_optimizer else ("gates.", "budget.")
-    main = adamw(objective, config, new=[f"inner.model.{name}" for name in new], skip=skip)
+    main = adamw(objective, config, new=new, skip=skip)
     if config.method != "l0":
         return [main]
     rates: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}

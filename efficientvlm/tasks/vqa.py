@@ -27,7 +27,7 @@ def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def rank(
-    family: Any, model: Any, batch: dict[str, Any], candidates: tuple[Tensor, Tensor], *, top: int, first_token_twice: bool = True
+    family: Any, model: Any, batch: dict[str, Any], candidates: tuple[Tensor, Tensor], *, top: int, first_token_twice: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Closed-list answers: candidate indices [Q, K] and their probabilities among those K, best first (ALBEF / X-VLM).
 

@@ -1,0 +1,169 @@
+"""Publish a finished quickstart: figures as CSV, table in README.md, picture in docs/. Nothing is measured or typed here.
+
+python benchmarks/quickstart.py [runs/quickstart]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from efficientvlm.checkpoint import fingerprint, write_atomic
+from efficientvlm.errors import BadInput, EvlmError
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
+PICTURE = Path("docs/quickstart-structure.png")
+RESULTS = Path("benchmarks/results")
+AGAIN = "run evlm run quickstart again"
+
+
+def publish(run: Path, root: Path = ROOT) -> list[Path]:
+    """Write the CSV, the README block and the picture of the recipe output `run` below `root`; the files written.
+
+    Raises:
+        BadInput: no finished report in `run`, one of other checkpoints than lie there now, or a README without the two markers.
+    """
+    report = run / "report"
+    summary = read_summary(report / "summary.json")
+    texts = [report / "summary.txt", report / "structure.png"]
+    if missing := [path for path in texts if not path.is_file()]:
+        raise BadInput(f"{missing[0]} is not there", "the report is not complete", AGAIN)
+    table = texts[0].read_text("utf-8").rstrip("\n")
+    name = RESULTS / f"quickstart_{slug(summary['speed']['machine']['name'])}.csv"
+    readme = with_block((root / "README.md").read_text("utf-8"), block(table, summary, name))
+    content = {root / name: as_csv(rows(summary)), root / PICTURE: texts[1].read_bytes(), root / "README.md": readme.encode()}
+    for path, data in content.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
+    return list(content)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a report, if it is of the checkpoints that lie there now and holds everything that is published."""
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        made_of = {label: (record["path"], record["sha256"]) for label, record in summary["provenance"]["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} is no summary", "the quickstart has not finished there", "make quickstart, or name its folder") from None
+    for label, (spec, digest) in made_of.items():
+        if fingerprint(spec) != digest:
+            raise BadInput(f"{path} is out of date", f"{label} ({spec}) has changed since", AGAIN)
+    if not summary.get("test") or not summary.get("speed"):
+        raise BadInput(f"{path} is incomplete", "it has no accuracy or no latency", AGAIN)
+    return summary
+
+
+def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record a model; what a model does not have (a decoder, a measured accuracy) is None."""
+    models, speed, provenance = summary["models"], summary["speed"], summary["provenance"]
+    towers = sorted({tower for model in models.values() for tower in model["parameters"]["by_tower"]}, key=_order)
+    records = []
+    for label, model in models.items():
+        parameters = model["parameters"]
+        record: dict[str, Any] = {
+            "model": label,
+            "stage": model["stage"],
+            "parameters": parameters["total"],
+            "parameters_of_reference": parameters["of_reference"],
+            "parameters_without_embeddings": parameters["without_embeddings"],
+            "parameters_embeddings": parameters["embeddings"],
+            **{f"parameters_{tower}": parameters["by_tower"].get(tower) for tower in towers},
+            "macs": model["macs"]["total"],
+            "macs_of_reference": model["macs"]["of_reference"],
+            "image_size": model["macs"]["image_size"],
+            "text_length": model["macs"]["text_length"],
+            "sparsity": model["sparsity"],
+            "accuracy": model["accuracy"],
+            "accuracy_of_reference": model["accuracy_of_reference"],
+            "questions": summary["test"]["questions"] if model["accuracy"] is not None else None,
+        }
+        for size in ("1", "8"):
+            timed = model["latency"].get(size, {})
+            for key in ("median_ms", "p10_ms", "p90_ms", "speedup", "speedup_q1", "speedup_q3"):
+                record[f"batch_{size}_{key}"] = timed.get(key)
+        records.append(
+            {
+                **record,
+                "timed_with_untrained_decoder": model["timed_with_untrained_decoder"],
+                "reference": summary["reference"],
+                "data": f"{summary['test']['data']} {summary['test']['split']}",
+                "device": speed["machine"]["device"],
+                "processor": speed["machine"]["name"],
+                "cpus": speed["machine"]["cpus"],
+                "threads": speed["machine"]["threads"],
+                "precision": speed["precision"],
+                "torch": speed["machine"]["torch"],
+                "efficientvlm": provenance["code"]["version"],
+                "commit": provenance["code"]["commit"],
+                "date": provenance["created"][:10],
+            }
+        )
+    return records
+
+
+def _order(tower: str) -> tuple[int, str]:
+    known = ("vision", "text", "fusion", "decoder", "heads")
+    return (known.index(tower) if tower in known else len(known), tower)
+
+
+def as_csv(records: list[dict[str, Any]]) -> bytes:
+    """UTF-8 CSV with a header; floats with six significant digits, None as an empty cell."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in record.items()})
+    return file.getvalue().encode()
+
+
+def slug(name: str) -> str:
+    """A processor's name for use in a file name: `Intel(R) Xeon(R) CPU @ 2.20GHz` becomes `intel-xeon-cpu-2-20ghz`."""
+    plain = re.sub(r"\((r|tm|c)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def block(table: str, summary: dict[str, Any], name: Path) -> str:
+    """What stands between the markers of the README."""
+    machine, provenance = summary["speed"]["machine"], summary["provenance"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    source = f"Measured on {provenance['created'][:10]}: {machine['name']}, {threads}, torch {machine['torch']}."
+    return "\n".join(
+        [
+            *("```text", table, "```", ""),
+            f"{source} The same figures as CSV: [{name.name}]({name.as_posix()}).",
+            "",
+            f"![Heads and neurons that each model keeps]({PICTURE.as_posix()})",
+        ]
+    )
+
+
+def with_block(readme: str, text: str) -> str:
+    """`readme` with `text` between its markers, each of which must stand there once."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
+        raise BadInput("README.md has no place for the table", f"{BEGIN} and {END} must stand there once, in this order")
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Publish a finished quickstart in the README and in benchmarks/results.")
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="folder of the recipe's stages")
+    try:
+        written = publish(parser.parse_args().run)
+    except EvlmError as error:
+        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
+        return error.exit_code
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
