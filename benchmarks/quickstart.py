@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 PICTURE = Path("docs/quickstart-structure.png")
 RESULTS = Path("benchmarks/results")
+LAYERED, KINDS = ("vision", "text", "fusion", "decoder"), ("head", "cross_head", "neuron")
 AGAIN = "run evlm run quickstart again"
 
 
@@ -63,7 +64,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One record a model; what a model does not have (a decoder, a measured accuracy) is None."""
     models, speed, provenance = summary["models"], summary["speed"], summary["provenance"]
-    towers = sorted({tower for model in models.values() for tower in model["parameters"]["by_tower"]}, key=_order)
+    present = {tower for model in models.values() for tower in model["parameters"]["by_tower"]}
+    towers = [tower for tower in (*LAYERED, "heads") if tower in present]
     records = []
     for label, model in models.items():
         parameters = model["parameters"]
@@ -84,6 +86,10 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             "accuracy_of_reference": model["accuracy_of_reference"],
             "questions": summary["test"]["questions"] if model["accuracy"] is not None else None,
         }
+        for tower in (tower for tower in towers if tower in LAYERED):
+            record[f"{tower}_layers"] = model["layers"].get(tower, 0)
+            for kind in KINDS if tower in ("fusion", "decoder") else ("head", "neuron"):
+                record[f"{tower}_{kind}_kept"], record[f"{tower}_{kind}_of"] = model["kept"].get(tower, {}).get(kind, (None, None))
         for size in ("1", "8"):
             timed = model["latency"].get(size, {})
             for key in ("median_ms", "p10_ms", "p90_ms", "speedup", "speedup_q1", "speedup_q3"):
@@ -106,11 +112,6 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return records
-
-
-def _order(tower: str) -> tuple[int, str]:
-    known = ("vision", "text", "fusion", "decoder", "heads")
-    return (known.index(tower) if tower in known else len(known), tower)
 
 
 def as_csv(records: list[dict[str, Any]]) -> bytes:

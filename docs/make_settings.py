@@ -16,9 +16,9 @@ from efficientvlm import config
 TITLES = {config.Stage: "Output and hardware", config.Data: "Data", config.Train: "Training", config.TaskStage: "Training on a task"}
 HEAD = """# Every setting
 
-Made from `efficientvlm/config.py` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, in a recipe by its name,
-and many have an option of the same name (`--max-steps` for `max_steps`). Values are YAML. The tables name the stages that know a setting;
-a stage may stand in several.
+Made from `efficientvlm/config.py` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, or in a recipe by its
+name, and many have an option of the same name (`--max-steps` for `max_steps`). Values are YAML. Under each title stand the stages that know
+the settings; a stage may stand under several.
 """
 
 
