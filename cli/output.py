@@ -118,7 +118,7 @@ def lineage_tree(root: Node, *, units: bool) -> None:
 def _label(node: Node) -> Any:
     from rich.text import Text
 
-    from efficientvlm.card import number, results
+    from efficientvlm.card import number, results, sizes
     from efficientvlm.checkpoint import shown
 
     label = Text()
@@ -133,27 +133,6 @@ def _label(node: Node) -> Any:
     if node.problem:
         label.append(f"\n{node.problem}", style="red")
     return label
-
-
-def sizes(manifest: Manifest) -> str:
-    """Parameters, multiply-adds and sparsity on one line; what the manifest does not hold is left out."""
-    parameters, macs, sparsity = (manifest.accounting.get(key) or {} for key in ("parameters", "macs", "sparsity"))
-    parts = []
-    if "total" in parameters:
-        parts.append(f"{short(parameters['total'])} parameters")
-    if "total" in macs:
-        parts.append(f"{short(macs['total'])} MACs")
-    if sparsity.get("achieved"):
-        parts.append(f"sparsity {sparsity['achieved']:.3f}")
-    return "  ".join(parts)
-
-
-def short(count: float) -> str:
-    """A count with three digits and a unit: 1.83 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} "[:-1]
 
 
 def _unit_lines(manifest: Manifest) -> list[str]:

@@ -74,6 +74,27 @@ def size_rows(accounting: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def sizes(manifest: Manifest) -> str:
+    """Parameters, multiply-adds and sparsity on one line; what the manifest does not hold is left out."""
+    parameters, macs, sparsity = (manifest.accounting.get(key) or {} for key in ("parameters", "macs", "sparsity"))
+    parts = []
+    if "total" in parameters:
+        parts.append(f"{short(parameters['total'])} parameters")
+    if "total" in macs:
+        parts.append(f"{short(macs['total'])} MACs")
+    if sparsity.get("achieved"):
+        parts.append(f"sparsity {sparsity['achieved']:.3f}")
+    return "  ".join(parts)
+
+
+def short(count: float) -> str:
+    """A count with three digits and a unit: 1.83 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} "[:-1]
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested mappings as dotted names, in order."""
     rows: list[tuple[str, Any]] = []

@@ -24,7 +24,7 @@ class Train(Strict):
     epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="passes over the images")
     max_steps: int | None = Field(None, ge=1, description="stop the whole schedule after so many steps")
     batch_size: int = Field(64, ge=1, description="images a step, over all processes")
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")
     warmup: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="fraction of all steps")
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="none on biases and norms")
@@ -93,8 +93,8 @@ class Pretrain(Stage, Data, Train):
     losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
     region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
     regions_per_image: int = Field(5, ge=1)
-    mask_probability: float = Field(0.25, gt=0, lt=1)
-    max_masks: int = Field(8, ge=1)
+    mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
+    max_masks: int = Field(8, ge=1, description="at most so many of them")
     max_tokens: int = Field(40, ge=4)
 
 
@@ -162,11 +162,11 @@ class Finetune(TaskStage):
 class Gates(Strict):
     """How gates learn (hard concrete)."""
 
-    lr: float = Field(0.01, gt=0)
-    multiplier_lr: float = Field(0.01, gt=0)
-    head_init: float = 10.0
-    neuron_init: float = 0.0
-    init_std: float = Field(0.01, ge=0)
+    lr: float = Field(0.01, gt=0, description="of log α; constant, no schedule")
+    multiplier_lr: float = Field(0.01, gt=0, description="of the Lagrange multipliers, which ascend")
+    head_init: float = Field(10.0, description="mean of log α of heads at the start")
+    neuron_init: float = Field(0.0, description="mean of log α of neurons at the start; 0 starts at 10 % expected sparsity")
+    init_std: float = Field(0.01, ge=0, description="spread of log α at the start")
 
 
 class Prune(TaskStage):
@@ -203,7 +203,7 @@ class Eval(Strict):
     batch_size: int = Field(64, ge=1)
     mode: Literal["rank", "generate"] = "rank"
     answers: str | None = None
-    rank_top: int | None = Field(None, ge=1)
+    rank_top: int | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
     first_token_twice: bool | None = None
     device: Device = "auto"
     precision: Precision = "fp32"

@@ -90,4 +90,6 @@ def renewed(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, LookupError):
+        return "its structure is not that of a file of tensors"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -14,7 +14,7 @@ from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.plan import IndexPlan
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
-from efficientvlm.progress import Bar
+from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
@@ -149,6 +149,9 @@ def evaluate_on(
 ) -> dict[str, Any]:
     """Accuracy of `answer` over `source`, with progress."""
     count = min(len(source), limit or len(source))
+    if not count:
+        say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
+        return {"images": 0}
     answer.loaded.model.eval()
     with Bar(title, count, quiet=quiet) as bar:
         done = 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from efficientvlm import checkpoint, families
+from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
 from efficientvlm.config import Strict
@@ -147,14 +148,9 @@ def image_settings(config: Any) -> dict[str, Any]:
 
 
 def summary(manifest: Manifest) -> str:
-    """Parameters, MACs, achieved sparsity and accuracy in one line."""
-    counts = manifest.accounting
-    parts = [f"{counts['parameters']['total'] / 1e6:.2f} M parameters", f"{counts['macs']['total'] / 1e6:.0f} M MACs"]
-    if counts["sparsity"]["achieved"] > 0:
-        parts.append(f"sparsity {counts['sparsity']['achieved']:.3f}")
-    if "accuracy" in manifest.metrics.get("val", {}):
-        parts.append(f"validation accuracy {manifest.metrics['val']['accuracy']:.4f}")
-    return ", ".join(parts)
+    """Sizes and validation accuracy in one line."""
+    accuracy = manifest.metrics.get("val", {}).get("accuracy")
+    return sizes(manifest) + (f"  validation accuracy {accuracy:.4f}" if accuracy is not None else "")
 
 
 def which(config: Any, split: str) -> dict[str, Any]:

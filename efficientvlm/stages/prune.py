@@ -127,7 +127,9 @@ def run(config: Prune, control: Control) -> Manifest:
             "dense_kept": student.model.config.kept,
         }
         student.model = slice_model(student.family, student.model.cpu(), keep)
-        say(f"prune: achieved {extra['budget']}", quiet=control.quiet)
+        for name, part in extra["budget"].items():
+            values = ", ".join(f"{key} {value:.4f}" for key, value in part.items())
+            say(f"prune: sparsity of {name}: {values}", quiet=control.quiet)
         if config.method == "l0":
             save_tensors(gates.to_tensors(), output.staging / GATES)
         if config.keep_dense:
