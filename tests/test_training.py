@@ -112,7 +112,7 @@ def test_a_finished_stage_is_up_to_date_and_costs_nothing(chain: Path, monkeypat
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("efficientvlm.stages.prune.train", never)
+    monkeypatch.setattr("efficientvlm.stages.tuning.train", never)
     before = (chain / "pruned" / "evlm_manifest.json").read_bytes()
     run_stage("prune", out=str(chain / "pruned"), **PRUNE(chain), **TRAIN)
     assert (chain / "pruned" / "evlm_manifest.json").read_bytes() == before

@@ -1,21 +1,18 @@
-"""Question answering shared by finetune, prune and eval: data, feed, answers, prediction."""
+"""Answers as text and their accuracy: what every stage that evaluates question answering uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from efficientvlm.checkpoint import resolve
-from efficientvlm.config import TaskStage
 from efficientvlm.data.collate import Texts, vqa_batch
-from efficientvlm.data.plan import IndexPlan
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, which
+from efficientvlm.stages.common import Loaded, settings_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
 
@@ -27,44 +24,6 @@ def open_task(config: Any, split: str, image_size: int) -> Any:
     return open_vqa(**which(config, split), **settings_of(config, "columns", "limit"), image_size=image_size)
 
 
-def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
-    """Student and teacher, and the names of the student's tensors that are new.
-
-    A student without an answer decoder gets one: from the teacher's decoder by the layer map, or else from its own fusion layers.
-
-    Raises:
-        BadInput: a teacher that is not tuned for the task or reads other batches.
-    """
-    student = load(config.model)
-    teacher = load(config.teacher) if config.teacher else None
-    if teacher is not None:
-        check_pair(student, teacher)
-        if not teacher.model.config.decoder_layers:
-            raise BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
-    if student.model.config.decoder_layers:
-        return student, teacher, []
-    donor = teacher if config.decoder_init in ("auto", "teacher") else None
-    if donor is None and config.decoder_init == "teacher":
-        raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
-    if donor is None and "mlm" not in student.model.config.heads:
-        raise BadInput(f"{student.path} has no MLM head", "a decoder cannot be started from it", "use a pre-trained model, or a teacher")
-    layers = student.model.config.fusion_layers
-    before = set(student.model.state_dict())
-    student.model = student.family.with_decoder(student.model, layers, donor.model if donor else None)
-    new = [] if donor else sorted(set(student.model.state_dict()) - before)
-    return student, teacher, new
-
-
-def answer_list(config: TaskStage, source: Any) -> list[str]:
-    """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name)."""
-    if config.answers:
-        return read_answers(resolve(config.answers))
-    counts: dict[str, float] = {}
-    for answer, weight in source.answers():
-        counts[answer] = counts.get(answer, 0.0) + weight
-    return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-
-
 def read_answers(path: Path) -> list[str]:
     """One answer a line; :class:`BadInput` if there is none or the file is not UTF-8 text."""
     try:
@@ -74,26 +33,6 @@ def read_answers(path: Path) -> list[str]:
     if not answers:
         raise BadInput(f"{path} holds no answers", "", "write one answer a line")
     return list(dict.fromkeys(answers))
-
-
-def task_feed(config: TaskStage, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
-    """Training batches by step."""
-
-    def feed(step: int) -> list[Batch]:
-        return [
-            vqa_batch(
-                [source[index] for index in plan.batch(step)],
-                texts,
-                seed=config.seed,
-                step=step,
-                augment_kind=config.augment,
-                train=True,
-                double_sep=config.quirks.double_sep,
-                **settings_of(config, "questions_per_image", "max_answer_tokens", "max_tokens"),
-            )
-        ]
-
-    return feed
 
 
 def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task
 from efficientvlm.stages.common import Loaded, load, making, open_output, write
-from efficientvlm.stages.prune import DENSE, GATES, budget_report, save_tensors, scope_of
+from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, scope_of
 
 
 def run(config: Prune, control: Control) -> Manifest:

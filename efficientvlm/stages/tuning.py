@@ -1,0 +1,160 @@
+"""What finetune and prune share: student and teacher, questions, training batches, the finished folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from efficientvlm.checkpoint import Output, resolve
+from efficientvlm.config import TaskStage
+from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts, vqa_batch
+from efficientvlm.data.plan import IndexPlan
+from efficientvlm.errors import BadInput
+from efficientvlm.manifest import Manifest
+from efficientvlm.objectives.task import VQA
+from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
+from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, write
+from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
+
+
+@dataclass
+class Tuning:
+    """One run on a task. `new` names the student's tensors that come from nowhere and learn faster."""
+
+    config: TaskStage
+    student: Loaded
+    teacher: Loaded | None
+    new: list[str]
+    sources: dict[str, Any]
+
+    @classmethod
+    def open(cls, config: TaskStage) -> Tuning:
+        """Load what `config` names; nothing is written.
+
+        Raises:
+            BadInput: checkpoints or data that cannot be used together.
+        """
+        student, teacher, new = load_for_task(config)
+        return cls(
+            config, student, teacher, new, {split: open_task(config, split, student.model.config.image_size) for split in ("train", "val")}
+        )
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Role → what is read, for the output's manifest."""
+        own_val = f"sha256:{self.sources['val'].fingerprint}" if self.config.val else None
+        data = f"sha256:{self.sources['train'].fingerprint}"
+        return {"model": self.config.model, "teacher": self.config.teacher, "data": data, "val": own_val}
+
+    @cached_property
+    def hardware(self) -> Any:
+        return accelerator(self.config.device)
+
+    @cached_property
+    def plan(self) -> IndexPlan:
+        ranks = self.hardware.num_processes, self.hardware.process_index
+        return IndexPlan(len(self.sources["train"]), self.config.batch_size, self.config.seed, *ranks)
+
+    @property
+    def steps(self) -> int:
+        return self.config.max_steps or max(1, round(self.config.epochs * self.plan.batches_per_epoch))
+
+    def objective(self) -> VQA:
+        """Task loss and KD on the student, whose configuration gets its closed list of answers."""
+        torch.manual_seed(self.config.seed)
+        model = self.student.model
+        model.config.answers, model.config.rank_top = answer_list(self.config, self.sources["train"]), self.config.rank_top
+        teacher = self.teacher.model.to(self.hardware.device) if self.teacher else None
+        kd = settings_of(self.config, "kd", "weights", "quirks", "temperature")
+        return VQA(self.student.family, model, teacher, **kd, scale=self.config.scale_by_temperature)
+
+    @cached_property
+    def feed(self) -> Callable[[int], Sequence[Batch]]:
+        return task_feed(self.config, self.sources["train"], Texts(self.student.tokenizer, self.config.max_tokens), self.plan)
+
+    def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
+        """The training loop on this run's batches."""
+        return train(
+            objective,
+            self.feed,
+            optimizers,
+            steps=self.steps,
+            options=self.config,
+            output=output,
+            hardware=self.hardware,
+            title=output.stage,
+            quiet=control.quiet,
+            **hooks,
+        )
+
+    def finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
+        """Validate the student and write it."""
+        answer = Answerer(self.student, twice=self.config.quirks.first_token_twice)
+        val = evaluate_on(answer, self.sources["val"], limit=self.config.eval_limit, title="validate", quiet=control.quiet)
+        student, metrics = self.student, {"train": spent.last, "val": val}
+        common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "metrics": metrics}
+        return write(output, student.family, student.model, student.tokenizer, **common, **fields)
+
+
+def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
+    """Student and teacher, and the names of the student's tensors that are new.
+
+    A student without an answer decoder gets one: from the teacher's decoder by the layer map, or else from its own fusion layers.
+
+    Raises:
+        BadInput: a teacher that is not tuned for the task or reads other batches.
+    """
+    student = load(config.model)
+    teacher = load(config.teacher) if config.teacher else None
+    if teacher is not None:
+        check_pair(student, teacher)
+        if not teacher.model.config.decoder_layers:
+            raise BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
+    if student.model.config.decoder_layers:
+        return student, teacher, []
+    donor = teacher if config.decoder_init in ("auto", "teacher") else None
+    if donor is None and config.decoder_init == "teacher":
+        raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
+    if donor is None and "mlm" not in student.model.config.heads:
+        raise BadInput(f"{student.path} has no MLM head", "a decoder cannot be started from it", "use a pre-trained model, or a teacher")
+    layers = student.model.config.fusion_layers
+    before = set(student.model.state_dict())
+    student.model = student.family.with_decoder(student.model, layers, donor.model if donor else None)
+    new = [] if donor else sorted(set(student.model.state_dict()) - before)
+    return student, teacher, new
+
+
+def answer_list(config: TaskStage, source: Any) -> list[str]:
+    """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name)."""
+    if config.answers:
+        return read_answers(resolve(config.answers))
+    counts: dict[str, float] = {}
+    for answer, weight in source.answers():
+        counts[answer] = counts.get(answer, 0.0) + weight
+    return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def task_feed(config: TaskStage, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
+    """Training batches by step."""
+
+    def feed(step: int) -> list[Batch]:
+        return [
+            vqa_batch(
+                [source[index] for index in plan.batch(step)],
+                texts,
+                seed=config.seed,
+                step=step,
+                augment_kind=config.augment,
+                train=True,
+                double_sep=config.quirks.double_sep,
+                **settings_of(config, "questions_per_image", "max_answer_tokens", "max_tokens"),
+            )
+        ]
+
+    return feed
