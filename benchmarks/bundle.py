@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efficientvlm.card import model_card
-from efficientvlm.checkpoint import BUNDLED, CARD, require_complete, sha256
+from efficientvlm.checkpoint import CARD, require_complete
+from efficientvlm.files import BUNDLED, sha256
 from efficientvlm.lineage import known_data
 from efficientvlm.manifest import MANIFEST, FileRecord, Parent
 

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from efficientvlm.checkpoint import fingerprint, write_atomic
+from efficientvlm.checkpoint import fingerprint
 from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"

@@ -38,7 +38,7 @@ def inspect(
 
 
 def _as_json(node: Node) -> dict[str, Any]:
-    from efficientvlm.checkpoint import shown
+    from efficientvlm.files import shown
 
     return {
         "role": node.role or None,

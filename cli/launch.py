@@ -69,7 +69,8 @@ def preflight(name: str, config: Strict) -> None:
     Raises:
         BadInput: naming the option.
     """
-    from efficientvlm.checkpoint import require_complete, resolve
+    from efficientvlm.checkpoint import require_complete
+    from efficientvlm.files import resolve
 
     values = config.model_dump()
     for key in CHECKPOINTS:

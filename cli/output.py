@@ -119,7 +119,7 @@ def _label(node: Node) -> Any:
     from rich.text import Text
 
     from efficientvlm.card import number, results, sizes
-    from efficientvlm.checkpoint import shown
+    from efficientvlm.files import shown
 
     label = Text()
     if node.role:

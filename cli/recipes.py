@@ -80,7 +80,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from efficientvlm import recipe as recipes
-    from efficientvlm.checkpoint import write_atomic
+    from efficientvlm.files import write_atomic
 
     text = recipes.source(recipe)
     path = target / f"{Path(recipe).stem}.yaml" if target.is_dir() else target

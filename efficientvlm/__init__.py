@@ -26,10 +26,10 @@ def load(path: str) -> Any:
     Raises:
         efficientvlm.errors.BadInput: an unfinished or damaged folder.
     """
-    from efficientvlm import checkpoint, families
+    from efficientvlm import checkpoint, families, files
 
     checkpoint.require_complete(path)
-    folder = checkpoint.resolve(path)
+    folder = files.resolve(path)
     return families.of_folder(folder).load(folder)
 
 

@@ -16,92 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from efficientvlm import files as places
 from efficientvlm import manifest as manifests
+from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
+from efficientvlm.files import fsync_dir, resolve, sha256, shown, write_atomic
+from efficientvlm.lineage import known_data
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
 
-BUNDLED = Path(__file__).resolve().parent / "bundled"
 STATE = "training_state"
 REQUEST = "request.json"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable; does nothing where folders cannot be opened (Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _fsync_file(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: after a crash it has its old content or the new one, never a mixture."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
-
-
-def bundled_names() -> list[str]:
-    """Names usable as `bundled:NAME`."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{MANIFEST}"))
-
-
-def resolve(spec: str | Path) -> Path:
-    """The existing path a user means by `spec`; `bundled:NAME` is a checkpoint inside this package.
-
-    Raises:
-        BadInput: there is no such path or bundled checkpoint.
-    """
-    text = str(spec)
-    kind, found, name = text.partition(":")
-    if found and kind == "bundled":
-        names = bundled_names()
-        if name not in names:
-            raise BadInput(f"there is no bundled checkpoint {name!r}", f"this package has {', '.join(names) or 'none'}")
-        return BUNDLED / name
-    try:
-        path = Path(text).expanduser()
-        exists = bool(text) and path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{text!r} is not a usable path", str(error)) from None
-    if not exists:
-        bundled = ", ".join(f"bundled:{name}" for name in bundled_names())
-        raise BadInput(
-            f"{text!r} does not exist",
-            f"looked in {Path.cwd()}",
-            f"check the path, or use one of {bundled}" if bundled else "check the path",
-        )
-    return path
-
-
-def shown(path: Path) -> str:
-    """How a path is shown to people: `bundled:NAME`, without the working directory in front, or as given."""
-    resolved = path.resolve()
-    if resolved.parent == BUNDLED:
-        return f"bundled:{resolved.name}"
-    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
 
 
 def require_complete(spec: str | Path) -> Manifest:
@@ -160,13 +91,6 @@ def _relative(path: Path, folder: Path) -> str:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:  # another drive on Windows
         return path.resolve().as_posix()
-
-
-def locate(parent: Parent, folder: Path) -> Path:
-    """Where a parent named in the manifest of `folder` is now."""
-    if parent.path.startswith("bundled:"):
-        return BUNDLED / parent.path.removeprefix("bundled:")
-    return Path(os.path.normpath(folder.resolve() / parent.path))
 
 
 def _readable() -> int:
@@ -283,9 +207,6 @@ class Output:
         Raises:
             ValueError: nothing was staged, or the manifest holds a number that is not finite.
         """
-        from efficientvlm.card import model_card
-        from efficientvlm.lineage import known_data
-
         staging = self.staging
         if not _names(staging):
             raise ValueError(f"stage {self.stage} staged no files")
@@ -333,7 +254,7 @@ class Output:
 
     def _refuse_foreign(self) -> None:
         resolved = self.path.resolve()
-        if BUNDLED in (resolved, *resolved.parents):
+        if places.BUNDLED in (resolved, *resolved.parents):
             raise BadInput(f"{self.path} cannot be written", "it belongs to the installed package", "use another --out")
         for role, spec in self.inputs.items():
             given = None if spec.startswith("sha256:") else resolve(spec).resolve()

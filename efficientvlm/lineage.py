@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efficientvlm import manifest as manifests
-from efficientvlm.checkpoint import locate, resolve, sha256
 from efficientvlm.errors import BadInput
+from efficientvlm.files import locate, resolve, sha256
 from efficientvlm.manifest import MANIFEST, DataRecord, Manifest
 
 LOADABLE = (

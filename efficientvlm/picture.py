@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efficientvlm.checkpoint import write_atomic
+from efficientvlm.files import write_atomic
 
 Layer = dict[str, tuple[list[int], int]]
 """Kind → original indices of the units kept, and how many there were."""

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from efficientvlm.checkpoint import Output, fsync_dir, write_atomic
+from efficientvlm.checkpoint import Output
 from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.files import fsync_dir, write_atomic
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.progress import Bar, say

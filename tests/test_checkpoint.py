@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from efficientvlm import checkpoint
-from efficientvlm.checkpoint import MANIFEST, Output, require_complete, resolve, write_atomic
+from efficientvlm import files
+from efficientvlm.checkpoint import MANIFEST, Output, require_complete
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve, write_atomic
 from efficientvlm.lineage import lineage, verify
 from efficientvlm.manifest import Manifest
 
@@ -121,7 +122,7 @@ def test_foreign_and_unusable_folders_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=reason):
             Output.open(tmp_path / out, stage="x", inputs={"model": str(tmp_path / "a")}, config={}, force=True)
     with pytest.raises(BadInput, match="installed package"):
-        Output.open(checkpoint.BUNDLED / "x", stage="x", inputs={}, config={}, force=True)
+        Output.open(files.BUNDLED / "x", stage="x", inputs={}, config={}, force=True)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty")
@@ -324,7 +325,7 @@ def test_a_bundled_checkpoint_ends_a_chain(tmp_path: Path, monkeypatch: pytest.M
     make(tmp_path / "old", origin="random")
     make(bundled / "teacher", inputs={"model": str(tmp_path / "old")}, config={}, origin="bundled")
     shutil.rmtree(tmp_path / "old")
-    monkeypatch.setattr(checkpoint, "BUNDLED", bundled)
+    monkeypatch.setattr(files, "BUNDLED", bundled)
     final = make(tmp_path / "final", inputs={"model": "bundled:teacher"}, config={"model": "bundled:teacher"})
     assert final.parents[0].path == "bundled:teacher"
     assert resolve("bundled:teacher") == bundled / "teacher"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, families
+from efficientvlm import checkpoint, families, files
 from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
@@ -46,7 +46,7 @@ def load(spec: str) -> Loaded:
         BadInput: an unfinished or damaged folder, or a tokenizer that does not fit the model.
     """
     manifest = checkpoint.require_complete(spec)
-    path = checkpoint.resolve(spec)
+    path = files.resolve(spec)
     family = families.of_folder(path)
     model, tokenizer = family.load(path), load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:

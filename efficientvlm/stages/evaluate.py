@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from efficientvlm.checkpoint import fingerprint, resolve
+from efficientvlm.checkpoint import fingerprint
 from efficientvlm.config import Eval
 from efficientvlm.control import Control
 from efficientvlm.data.sources import record
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say

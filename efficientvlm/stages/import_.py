@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete, resolve
+from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import ImportConfig
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm_import import Report, read_published
+from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say
 from efficientvlm.stages.common import making, open_output, write

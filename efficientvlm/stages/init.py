@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete, resolve
+from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import InitConfig
 from efficientvlm.control import Control
 from efficientvlm.data.sources import BUILT_IN, open_pairs, open_vqa, texts
 from efficientvlm.data.tokenizer import load_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
+from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import making, open_output, write
 

@@ -9,13 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm.checkpoint import require_complete, resolve
+from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task
 from efficientvlm.stages.common import Loaded, load, making, open_output, write

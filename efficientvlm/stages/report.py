@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm import families, manifest, report
-from efficientvlm.checkpoint import fingerprint, require_complete, resolve, shown, write_atomic
+from efficientvlm.checkpoint import fingerprint, require_complete
 from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve, shown, write_atomic
 from efficientvlm.picture import Structure, structure_figure
 from efficientvlm.progress import say
 from efficientvlm.stages.results import read_result

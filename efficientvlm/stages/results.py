@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest
-from efficientvlm.checkpoint import write_atomic
 from efficientvlm.config import Strict
 from efficientvlm.errors import BadInput
+from efficientvlm.files import write_atomic
 
 
 @dataclass

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from efficientvlm.checkpoint import Output, resolve
+from efficientvlm.checkpoint import Output
 from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.plan import IndexPlan
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
