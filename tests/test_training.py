@@ -144,3 +144,10 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
     training.cut_metrics(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_several_processes_are_refused_until_they_are_supported(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="several processes"):
+        run_stage("shrink", model=str(chain / "init"), out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

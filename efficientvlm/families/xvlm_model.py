@@ -174,6 +174,13 @@ class Cache:
         self.length = 0
         self.kv: dict[int, KeyValue] = {}
 
+    def select(self, rows: Tensor) -> Cache:
+        """A cache whose row i continues row `rows[i]` of this one."""
+        chosen = Cache()
+        chosen.length = self.length
+        chosen.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+        return chosen
+
     def extend(self, layer: int, new: KeyValue | None) -> KeyValue | None:
         if new is None:
             return None

@@ -12,7 +12,7 @@ from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages.common import Loaded, settings_of, which
+from efficientvlm.stages.common import Loaded, settings_of, texts_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
 
@@ -49,7 +49,7 @@ class Answerer:
     ) -> None:
         self.loaded, self.mode, self.twice = loaded, mode, twice
         config = loaded.model.config
-        self.texts = Texts(loaded.tokenizer)
+        self.texts = texts_of(loaded)
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
         self.device = next(loaded.model.parameters()).device

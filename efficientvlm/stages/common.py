@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
 from efficientvlm.config import Strict
 from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts
 from efficientvlm.data.sources import record
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput, Interrupted
@@ -56,6 +58,11 @@ def load(spec: str) -> Loaded:
     return Loaded(path, family, model, tokenizer, manifest)
 
 
+def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
+    """Texts as token ids for this model: at most `max_tokens`, and no more than it has positions."""
+    return Texts(loaded.tokenizer, min(max_tokens, loaded.model.config.max_positions))
+
+
 def check_pair(student: Loaded, teacher: Loaded) -> None:
     """:class:`BadInput` unless teacher and student read the same batches: family, vocabulary, image size."""
     if student.family.name != teacher.family.name:
@@ -74,7 +81,13 @@ def check_pair(student: Loaded, teacher: Loaded) -> None:
 
 
 def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str | None]) -> Output:
-    """Claim `config.out`; roles without a value are left out."""
+    """Claim `config.out`; roles without a value are left out.
+
+    Raises:
+        BadInput: the output cannot be written, or several processes were started.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("several processes were started", "writing one folder from many is not supported yet", "start a single process")
     given = {role: spec for role, spec in inputs.items() if spec}
     output = Output.open(config.out, stage=stage, inputs=given, config=config.model_dump(), force=control.force, resume=control.resume)
     if output.up_to_date:

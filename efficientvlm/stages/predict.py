@@ -28,7 +28,7 @@ def run(*, model: str, image: str, question: str, mode: str = "rank", device: st
     pixels = open_image(image, loaded.model.config.image_size)
     loaded.model.to(pick_device(device))
     answer = Answerer(loaded, mode=mode, twice=counts_first_token_twice(loaded.manifest, None))
-    words, room = len(answer.texts.ids([question])[0]), min(answer.texts.max_tokens, loaded.model.config.max_positions) - 2
+    words, room = len(answer.texts.ids([question])[0]), answer.texts.max_tokens - 2
     if words > room:
         raise BadInput("the question is too long", f"it has {words} tokens, the model reads {room}", "ask more briefly")
     batch = vqa_batch([VQAItem(image, pixels, [Question(question, [])])], answer.texts, seed=0, step=0, train=False)

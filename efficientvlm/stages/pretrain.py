@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, which, write
+from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, texts_of, which, write
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -44,7 +44,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     with making(output):
         hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
-        texts = Texts(student.tokenizer, config.max_tokens)
+        texts = texts_of(student, config.max_tokens)
         hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
         objective: nn.Module = hard
         if isinstance(config, Distill):
@@ -79,7 +79,7 @@ def _open(config: Pretrain, split: str, student: Loaded) -> Any:
 
 
 def _feed(config: Pretrain, model_config: Any, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
-    masking = settings_of(config, "mask_probability", "max_masks", "max_tokens")
+    masking = settings_of(config, "mask_probability", "max_masks")
     regions = config.region_probability if "box" in config.losses else 0.0
     grid = model_config.image_size // model_config.patch_size
 
@@ -105,9 +105,7 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     batches = 0
     for start in range(0, count - config.batch_size + 1, config.batch_size):
         items = [source[index] for index in range(start, start + config.batch_size)]
-        batch = pair_batch(
-            items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks", "max_tokens")
-        )
+        batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks"))
         losses, record, _ = objective.passes(
             model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start
         )

@@ -20,7 +20,7 @@ from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, write
+from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, texts_of, write
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
@@ -77,7 +77,7 @@ class Tuning:
 
     @cached_property
     def feed(self) -> Callable[[int], Sequence[Batch]]:
-        return task_feed(self.config, self.sources["train"], Texts(self.student.tokenizer, self.config.max_tokens), self.plan)
+        return task_feed(self.config, self.sources["train"], texts_of(self.student, self.config.max_tokens), self.plan)
 
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""
@@ -154,7 +154,7 @@ def task_feed(config: TaskStage, source: Any, texts: Texts, plan: IndexPlan) -> 
                 augment_kind=config.augment,
                 train=True,
                 double_sep=config.quirks.double_sep,
-                **settings_of(config, "questions_per_image", "max_answer_tokens", "max_tokens"),
+                **settings_of(config, "questions_per_image", "max_answer_tokens"),
             )
         ]
 

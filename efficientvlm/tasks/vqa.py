@@ -37,18 +37,17 @@ def rank(
     ids, mask = candidates
     _, context = family.question(model, batch)
     questions, top = len(batch["question_ids"]), min(top, len(ids))
-    start = ids[:1, :1].expand(questions, 1)
-    first = family.answer(model, context, start, None)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
+    start, cache = ids[:1, :1].expand(questions, 1), family.new_cache(model)
+    first = family.answer(model, context, start, None, None, cache)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
     first_score, chosen = first.topk(top, dim=1)
     rows = torch.arange(questions, device=ids.device).repeat_interleave(top)
     picked, seen = ids[chosen.flatten()], mask[chosen.flatten()]
     longest = int(seen.sum(1).max())
     picked, seen = picked[:, :longest], seen[:, :longest]
-    # the last token of a sequence predicts nothing that is scored
-    logits = family.answer(model, context, picked[:, :-1], None, rows)
-    score = -sequence_nll(logits, picked, seen).view(questions, top)
-    if first_token_twice:
-        score = score + first_score
+    score = first_score * (2 if first_token_twice else 1)
+    if longest > 2:  # the start is in the cache, and the last token of a sequence predicts nothing that is scored
+        logits = family.answer(model, context, picked[:, 1:-1], None, rows, cache.select(rows))
+        score = score - sequence_nll(logits, picked[:, 1:], seen[:, 1:]).view(questions, top)
     probabilities, order = score.softmax(1).sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), probabilities
 
