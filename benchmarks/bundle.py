@@ -43,6 +43,7 @@ def bundle(run: Path) -> None:
         (target / MANIFEST).write_bytes(final.dump())
         (target / CARD).write_text(model_card(final, name, known_data(target, final)), encoding="utf-8")
         parent = Parent(role="model", path=f"bundled:{name}", sha256=sha256(target / MANIFEST))
+        (target / WEIGHTS).chmod(0o644)
         size = sum(file.stat().st_size for file in target.iterdir())
         if size > MOST_BYTES:
             raise SystemExit(f"{target} has {size} bytes, more than {MOST_BYTES}")
