@@ -12,6 +12,7 @@ import typer
 
 from efficientvlm.cli import build, folders, measure, recipes, train
 from efficientvlm.errors import EvlmError
+from efficientvlm.interrupt import sigterm_as_interrupt
 
 app = typer.Typer(
     name="evlm",
@@ -63,8 +64,11 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        app(prog_name="evlm")
+        with sigterm_as_interrupt():
+            app(prog_name="evlm")
     except SystemExit as end:
+        if end.code == 130:  # Typer's own answer to Ctrl-C
+            return _fail(130, "interrupted", "", "run the same command again")
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except EvlmError as error:
         return _fail(error.exit_code, error.what, error.why, error.fix)

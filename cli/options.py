@@ -31,7 +31,7 @@ Temperature = Annotated[
 ]
 
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the images.", rich_help_panel=TRAINING)]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="End the whole schedule after so many steps.", rich_help_panel=TRAINING)]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Length in steps, instead of --epochs.", rich_help_panel=TRAINING)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, over all processes.", rich_help_panel=TRAINING)]
 Lr = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)]
 

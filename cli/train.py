@@ -112,10 +112,18 @@ def prune(
     values = locals()
     if from_gates:
         from efficientvlm.checkpoint import require_complete
+        from efficientvlm.errors import BadInput
+        from efficientvlm.files import resolve
 
         earlier = require_complete(from_gates).config
-        values["model"] = model or from_gates
+        if model and resolve(model).resolve() != resolve(from_gates).resolve():
+            raise BadInput("--model and --from-gates differ", "a re-cut starts from the run the gates are of", "leave --model out")
+        values["model"] = from_gates
         values["data"] = data or earlier.get("data")
+        if not data:
+            values |= {
+                name: earlier[name] for name in ("columns", "val", "val_fraction", "limit") if earlier.get(name) and not values.get(name)
+            }
     stage("prune", values)
 
 

@@ -179,7 +179,7 @@ class Output:
     @property
     def resumable(self) -> bool:
         """Whether a training state was saved."""
-        return any(path.name not in (REQUEST, METRICS) for path in self.state_dir.iterdir()) if self.state_dir.is_dir() else False
+        return any(self.state_dir.glob("*/state.json"))
 
     def manifest(self, *, family: str, **fields: Any) -> Manifest:
         """A manifest with stage, parents, teacher, inputs, configuration, seed, code and environment filled in.

@@ -11,7 +11,6 @@ from efficientvlm.errors import BadInput
 
 Device = str
 Precision = Literal["fp32", "bf16"]
-Fraction = Field(ge=0.0, le=1.0, allow_inf_nan=False)
 
 
 class Strict(BaseModel):
@@ -22,7 +21,7 @@ class Train(Strict):
     """How long and how fast; one set of names for every training stage."""
 
     epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="passes over the images")
-    max_steps: int | None = Field(None, ge=1, description="stop the whole schedule after so many steps")
+    max_steps: int | None = Field(None, ge=1, description="length of the schedule in steps, instead of epochs")
     batch_size: int = Field(64, ge=1, description="images a step, over all processes")
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")

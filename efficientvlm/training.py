@@ -121,14 +121,15 @@ def train(
         Interrupted: stopped by a signal after the state was written.
         EvlmError: a loss that is not finite.
     """
+    objective.to(hardware.device)
     spent = restore(output.state_dir, objective, optimizers)
     begun, before = spent.steps, spent.seconds
-    module = hardware.prepare_model(objective.to(hardware.device))
+    module = hardware.prepare_model(objective)
     objective.train()
     cut_metrics(output.metrics, begun)
     if begun:
         say(f"{title}: resuming at step {begun} of {steps}", quiet=quiet)
-    meter = Meter(spent.open_line)
+    meter, note = Meter(spent.open_line), ""
     started = time.monotonic()
     with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet or not hardware.is_main_process) as bar:
         for step in range(begun, steps):
@@ -139,18 +140,17 @@ def train(
                 torch.manual_seed(seed_of(options.seed, step, number, hardware.process_index, "dropout"))
                 with meter.time("student"), autocast(hardware.device, options.precision):
                     losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
-                check_finite(losses["loss"], step)
+                check_finite(losses["loss"], "loss", step)
                 with meter.time("student"):
                     hardware.backward(losses["loss"])
                 with meter.time("optimizer"):
-                    update(optimizers, factor, options.clip)
+                    update(optimizers, factor, options.clip, step)
                 images = len(batch["pixels"]) * hardware.num_processes
                 spent.samples += images
                 meter.add(losses, images, "" if number == 0 else "region_")
             after_step(step)
             done = spent.steps = step + 1
             spent.seconds = before + time.monotonic() - started
-            note = ""
             if done % options.log_every == 0 or done == steps:
                 spent.last, speed = meter.line(describe(step))
                 note = " ".join(f"{name} {value:.3f}" for name, value in spent.last.items()) + f" · {speed['samples_per_s']:.0f} images/s"
@@ -167,6 +167,8 @@ def train(
                 raise Interrupted(
                     f"stopped at step {done} of {steps}", f"a resumable state is in {output.path}", "run the same command again"
                 )
+    if flag.requested:  # while the last state was written
+        raise Interrupted(f"stopped after step {steps} of {steps}", f"a resumable state is in {output.path}", "run the same command again")
     return spent
 
 
@@ -175,6 +177,7 @@ class Meter:
 
     def __init__(self, totals: dict[str, float]) -> None:
         self.totals = totals
+        TEACHER.take()
         self._restart()
 
     def _restart(self) -> None:
@@ -208,21 +211,28 @@ class Meter:
         return means | more, speed
 
 
-def check_finite(loss: Tensor, step: int) -> None:
-    """:class:`EvlmError` if the loss is NaN or infinite."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise EvlmError(f"the loss is {value} at step {step}", "training diverged", "try a smaller --lr; the last saved state is kept")
+def check_finite(value: Tensor, what: str, step: int) -> None:
+    """:class:`EvlmError` if `value` is NaN or infinite."""
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise EvlmError(f"the {what} is {number} at step {step}", "training diverged", "try a smaller --lr, with --force")
 
 
-def update(optimizers: Sequence[Optimizer], factor: float, clip: float | None) -> None:
-    """One step of every optimizer: gradients clipped to norm `clip`, learning rates times `factor` where scheduled."""
+def update(optimizers: Sequence[Optimizer], factor: float, clip: float | None, step: int) -> None:
+    """One step of every optimizer: gradients clipped to norm `clip`, learning rates times `factor` where scheduled.
+
+    Raises:
+        EvlmError: a gradient that is not finite; no weight has changed then.
+    """
     for optimizer in optimizers:
         for group, base in zip(optimizer.torch.param_groups, optimizer.base, strict=True):
             group["lr"] = base * factor if optimizer.scheduled else base
-        if clip and optimizer.clipped:
-            nn.utils.clip_grad_norm_([p for group in optimizer.torch.param_groups for p in group["params"]], clip)
+        limit = clip if clip and optimizer.clipped else math.inf
+        norm = nn.utils.clip_grad_norm_([p for group in optimizer.torch.param_groups for p in group["params"]], limit)
+        check_finite(norm, "gradient norm", step)
+    for optimizer in optimizers:
         optimizer.torch.step()
+    for optimizer in optimizers:
         optimizer.torch.zero_grad(set_to_none=True)
 
 

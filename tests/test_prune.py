@@ -17,11 +17,13 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
-from efficientvlm.config import Quirks
+from efficientvlm.config import Prune, Quirks
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.stages.common import load
+from efficientvlm.stages.prune import optimizers
+from efficientvlm.training import update
 
 XVLM = families.get("xvlm")
 
@@ -227,6 +229,24 @@ def test_a_frozen_structure_neither_moves_nor_pays() -> None:
     loose, _ = gated(Quirks(unfrozen_structure=True))
     loose.freeze(keep)
     assert "lagrangian" in loose({}, 1)
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_gates_and_multipliers_learn_with_optimizers_of_their_own(quirk: bool) -> None:
+    objective, _ = gated(Quirks(gates_in_main_optimizer=quirk))
+    config = Prune(
+        out="x", model="x", data="x", lr=1e-3, quirks={"gates_in_main_optimizer": quirk}, gates={"lr": 0.5, "multiplier_lr": 0.5}
+    )
+    chosen = optimizers(config, objective, [])
+    before = objective.gates.log_alpha.detach().clone()
+    objective({}, 4)["loss"].backward()
+    update(chosen, 1.0, None, 0)
+    line = objective.describe(4)
+    gap = line["expected_sparsity"] - line["target_sparsity"]
+    assert float(objective.budget.lambda1.detach()) * gap > 0.1 * abs(gap)  # ascends: the multiplier takes the sign of the gap
+    objective({}, 4)["loss"].backward()
+    update(chosen, 1.0, None, 1)
+    assert float((objective.gates.log_alpha.detach() - before).abs().max()) > 0.1
 
 
 def scope_slice(scope: Scope, group: str) -> slice:

@@ -139,6 +139,16 @@ def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
     ]
 
 
+def test_an_infinite_gradient_changes_nothing() -> None:
+    layer = torch.nn.Linear(2, 1)
+    before = layer.weight.detach().clone()
+    optimizer = training.adamw(layer, Train(lr=0.1))
+    layer.weight.grad = torch.full_like(layer.weight, float("inf"))
+    with pytest.raises(EvlmError, match="gradient norm is inf at step 3"):
+        training.update([optimizer], 1.0, None, 3)
+    assert torch.equal(layer.weight, before)
+
+
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')

@@ -236,6 +236,12 @@ def test_the_first_token_decides_only_when_counted_twice():
         def question(self, model, batch):
             return None, None
 
+        def new_cache(self, model):
+            return self
+
+        def select(self, rows):
+            return self
+
         def answer(self, model, context, ids, mask, rows=None, cache=None):
             table = torch.full((5, 5), 1e-6)
             table[0, 1], table[0, 2] = 0.6, 0.4  # after the start: 1 rather than 2

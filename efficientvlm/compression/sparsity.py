@@ -31,7 +31,7 @@ def expected_sparsity(
         total: prunable elements, a number or [budgets].
         fixed: those of them that no gate can remove.
     """
-    return 1 - (costs @ p_open + fixed) / total
+    return 1 - ((costs * p_open).sum(-1) + fixed) / total  # no matrix product, which autocast would round to bfloat16
 
 
 def lagrangian(

@@ -17,7 +17,7 @@ def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scal
     if valid is not None:
         student, teacher = student[valid.bool()], teacher[valid.bool()]
     rows = max(1, student.shape[:-1].numel())
-    log_p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    log_p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     divergence = F.kl_div(log_p, q, reduction="sum", log_target=True) / rows
     return divergence * temperature**2 if scale else divergence
 

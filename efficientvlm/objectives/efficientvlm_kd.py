@@ -33,6 +33,8 @@ class Distillation(nn.Module):
         self.want = wanted(weights)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        if not self.kd:
+            return self.hard(batch, step)  # type: ignore[no-any-return]
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
         with torch.no_grad(), TEACHER:

@@ -58,6 +58,10 @@ class Answerer:
         if mode == "rank":
             if not self.answers:
                 raise BadInput(f"{loaded.path} has no list of answers", "", "give --answers FILE, or use generation")
+            first: dict[tuple[int, ...], str] = {}  # "Red" and "red" are one answer to the model
+            for answer, tokens in zip(self.answers, self.texts.ids(self.answers), strict=True):
+                first.setdefault(tuple(tokens), answer)
+            self.answers = list(first.values())
             ids, mask = self.texts.batch(self.answers)
             self.candidates = ids.to(self.device), mask.to(self.device)
 
@@ -79,8 +83,14 @@ class Answerer:
         if self.mode == "rank":
             return [row[0][0] for row in self.scored(batch)]
         texts = self.texts
-        ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.cls, sep_id=texts.sep, max_tokens=10)
+        limit = self.loaded.manifest.config.get("max_answer_tokens", 10)
+        ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.cls, sep_id=texts.sep, max_tokens=limit)
         return [self.loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
+
+    def as_read(self, answer: str) -> str:
+        """An annotated answer as this model could say it: through its tokens and back."""
+        (ids,) = self.texts.ids([answer])
+        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def evaluate_on(
@@ -102,5 +112,5 @@ def evaluate_on(
                 done += len(batch["pixels"])
                 bar.update(done)
 
-        result = evaluate(answer, batches())
+        result = evaluate(answer, batches(), answer.as_read)
     return {"images": count, **result}

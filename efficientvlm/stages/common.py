@@ -72,9 +72,10 @@ def check_pair(student: Loaded, teacher: Loaded) -> None:
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
     ours, theirs = student.model.config, teacher.model.config
-    if widths := [name for name in ("vision_width", "text_width") if getattr(ours, name) != getattr(theirs, name)]:
-        sizes = ", ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in widths)
-        raise BadInput("teacher and student have other widths", sizes, "shrink the student from this teacher: shrinking keeps widths")
+    names = ("vision_width", "text_width", "vision_heads", "text_heads", "patch_size")
+    if differ := [name for name in names if getattr(ours, name) != getattr(theirs, name)]:
+        sizes = ", ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in differ)
+        raise BadInput("teacher and student have other sizes", sizes, "shrink the student from this teacher: shrinking keeps them")
     if student.model.config.image_size != teacher.model.config.image_size:
         sizes = f"{teacher.model.config.image_size} and {student.model.config.image_size} px"
         raise BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
@@ -171,6 +172,12 @@ def which(config: Any, split: str) -> dict[str, Any]:
     if getattr(config, "val", None):
         return {"spec": config.val, "split": "test"} if split == "val" else {"spec": config.data, "split": split, "val_fraction": 0.0}
     return {"spec": config.data, "split": split, "val_fraction": config.val_fraction}
+
+
+def data_inputs(config: Any, sources: dict[str, Any]) -> dict[str, str | None]:
+    """Digests of the training data, and of validation data of its own."""
+    val = f"sha256:{sources['val'].fingerprint}" if config.val else None
+    return {"data": f"sha256:{sources['train'].fingerprint}", "val": val}
 
 
 def settings_of(config: Strict, *names: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     began = time.monotonic()
     with autocast(device, config.precision):
         measured = evaluate_on(answer, source, limit=None, title=f"eval {config.split}", quiet=control.quiet, batch_size=config.batch_size)
-    if not measured["questions"]:
+    if not measured.get("questions"):
         raise BadInput(f"{config.data} has no questions", f"split {config.split} of {source.name}", "use another --split")
     ranked = {"answers": len(answer.answers), "top": min(answer.top, len(answer.answers)), "first_token_twice": twice}
     result: dict[str, Any] = {
@@ -65,5 +65,5 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
 
 
 def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
-    """How a checkpoint ranks: as asked, else as it was tuned, else as published."""
+    """How a checkpoint ranks: as asked, else as it was tuned."""
     return asked if asked is not None else bool(manifest.config.get("quirks", {}).get("first_token_twice", False))

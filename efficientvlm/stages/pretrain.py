@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.stages.common import Loaded, check_pair, load, making, open_output, settings_of, texts_of, which, write
+from efficientvlm.stages.common import Loaded, check_pair, data_inputs, load, making, open_output, settings_of, texts_of, which, write
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -37,7 +37,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     if config.batch_size < 2 and "itm" in config.losses:
         raise BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
     sources = {split: _open(config, split, student) for split in ("train", "val")}
-    inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), "data": f"sha256:{sources['train'].fingerprint}"}
+    inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
         return require_complete(output.path)
@@ -103,8 +103,9 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
     totals: dict[str, float] = {}
     batches = 0
-    for start in range(0, count - config.batch_size + 1, config.batch_size):
-        items = [source[index] for index in range(start, start + config.batch_size)]
+    size = min(config.batch_size, count)
+    for start in range(0, count - size + 1, max(1, size)):
+        items = [source[index] for index in range(start, start + size)]
         batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks"))
         losses, record, _ = objective.passes(
             model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start
@@ -119,6 +120,4 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
         batches += 1
-    return (
-        {"images": batches * config.batch_size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}
-    )
+    return {"images": batches * size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}

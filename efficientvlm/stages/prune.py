@@ -17,7 +17,6 @@ from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
-from efficientvlm.objectives.task import VQA
 from efficientvlm.progress import say
 from efficientvlm.stages import recut
 from efficientvlm.stages.common import making, open_output, settings_of
@@ -59,7 +58,7 @@ def run(config: Prune, control: Control) -> Manifest:
                 settle(snap(gates.p_open().detach().cpu(), scope))
 
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
-            settle(snap_scores(scores(config, tuning, inner, scope), scope))
+            settle(snap_scores(scores(config, tuning, scope), scope))
         hooks: dict[str, Any] = {"after_step": after_step, "describe": objective.describe} if learnt else {}
         spent = tuning.train(objective, optimizers(config, objective, tuning.new), output, control, **hooks)
 
@@ -70,7 +69,7 @@ def run(config: Prune, control: Control) -> Manifest:
         objective.hooks.remove()
         budget = budget_report(scope, keep, gates if learnt else None)
         extra = {"budget": budget, "dense_kept": student.model.config.kept}
-        student.model = slice_model(student.family, student.model.cpu(), keep)
+        student.model = slice_model(student.family, student.model.cpu(), keep).to(tuning.hardware.device)
         for name, part in budget.items():
             values = ", ".join(f"{key} {value:.4f}" for key, value in part.items())
             say(f"prune: sparsity of {name}: {values}", quiet=control.quiet)
@@ -93,7 +92,7 @@ def optimizers(config: Prune, objective: Gated, new: list[str]) -> list[Optimize
     return [main, Optimizer(alpha, scheduled=False, clipped=False), Optimizer(multipliers, scheduled=False, clipped=False)]
 
 
-def scores(config: Prune, tuning: Tuning, inner: VQA, scope: Scope) -> Tensor:
+def scores(config: Prune, tuning: Tuning, scope: Scope) -> Tensor:
     """Importance of every unit of `scope`; Taylor's gradients are of the task loss over the first `calibration_batches` batches."""
     from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
@@ -101,10 +100,11 @@ def scores(config: Prune, tuning: Tuning, inner: VQA, scope: Scope) -> Tensor:
     model = tuning.student.model
     if config.method == "taylor":
         model.eval()
+        task = tuning.objective(distil=False)
         device = next(model.parameters()).device
         for step in range(config.calibration_batches):
             for batch in tuning.feed(step):
-                losses = inner({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
+                losses = task({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
                 (losses["task"] / config.calibration_batches).backward()
     values = importance_scores(config.method, model, scope.units, seed=config.seed)
     model.zero_grad(set_to_none=True)

@@ -47,8 +47,12 @@ def run(config: Prune, control: Control) -> Manifest:
                 "ask for more, or prune again with dense weights kept",
             )
         kept = pruned.family.kept(pruned.model.config)
-        left = {name: kept[name.removeprefix(PREFIX)] for name in tensors}
-        tensors = {name: tensors[name][indices] for name, indices in left.items() if indices}
+        gated = pruned.family.kept(pruned.model.config.copy(kept=pruned.manifest.extra.get("dense_kept")))
+        for name in list(tensors):
+            group = name.removeprefix(PREFIX)
+            rows = [gated[group].index(index) for index in kept[group]]
+            tensors[name] = tensors[name][rows]
+        tensors = {name: rows for name, rows in tensors.items() if len(rows)}
     learnt = {name.removeprefix(PREFIX) for name in tensors}
     scope = scope_of(config, pruned.family, pruned.model)
     gates = Gates.from_tensors([unit for unit in scope.anatomy.units if unit.group in learnt], tensors)

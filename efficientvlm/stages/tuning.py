@@ -20,13 +20,13 @@ from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, check_pair, load, settings_of, texts_of, write
+from efficientvlm.stages.common import Loaded, check_pair, data_inputs, load, settings_of, texts_of, write
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
 @dataclass
 class Tuning:
-    """One run on a task. `new` names the student's tensors that come from nowhere and learn faster."""
+    """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster."""
 
     config: TaskStage
     student: Loaded
@@ -49,9 +49,8 @@ class Tuning:
     @property
     def inputs(self) -> dict[str, str | None]:
         """Role → what is read, for the output's manifest."""
-        own_val = f"sha256:{self.sources['val'].fingerprint}" if self.config.val else None
-        data = f"sha256:{self.sources['train'].fingerprint}"
-        return {"model": self.config.model, "teacher": self.config.teacher, "data": data, "val": own_val}
+        config = self.config
+        return {"model": config.model, "teacher": config.teacher, "answers": config.answers, **data_inputs(config, self.sources)}
 
     @cached_property
     def hardware(self) -> Any:
@@ -66,12 +65,12 @@ class Tuning:
     def steps(self) -> int:
         return self.config.max_steps or max(1, round(self.config.epochs * self.plan.batches_per_epoch))
 
-    def objective(self) -> VQA:
-        """Task loss and KD on the student, whose configuration gets its closed list of answers."""
+    def objective(self, distil: bool = True) -> VQA:
+        """Task loss and, if there is a teacher and `distil`, KD on the student, whose configuration gets its closed list of answers."""
         torch.manual_seed(self.config.seed)
-        model = self.student.model
+        model = self.student.model.to(self.hardware.device)
         model.config.answers, model.config.rank_top = answer_list(self.config, self.sources["train"]), self.config.rank_top
-        teacher = self.teacher.model.to(self.hardware.device) if self.teacher else None
+        teacher = self.teacher.model.to(self.hardware.device) if self.teacher and distil else None
         kd = settings_of(self.config, "kd", "weights", "quirks", "temperature")
         return VQA(self.student.family, model, teacher, **kd, scale=self.config.scale_by_temperature)
 
@@ -125,6 +124,8 @@ def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
     if donor is None and "mlm" not in student.model.config.heads:
         raise BadInput(f"{student.path} has no MLM head", "a decoder cannot be started from it", "use a pre-trained model, or a teacher")
     layers = student.model.config.fusion_layers
+    if donor is not None:
+        layers = min(layers, donor.model.config.decoder_layers)
     before = set(student.model.state_dict())
     student.model = student.family.with_decoder(student.model, layers, donor.model if donor else None)
     new = [] if donor else sorted(set(student.model.state_dict()) - before)

@@ -78,9 +78,11 @@ def accuracy(predicted: Sequence[str], answers: Sequence[Sequence[tuple[str, flo
 
 
 def evaluate(
-    predict: Callable[[dict[str, Any]], list[str]], batches: Iterable[dict[str, Any]], progress: Callable[[int], None] = lambda done: None
+    predict: Callable[[dict[str, Any]], list[str]], batches: Iterable[dict[str, Any]], as_read: Callable[[str], str] = str
 ) -> dict[str, Any]:
     """Accuracy of `predict` over batches of `data.collate.vqa_batch(train=False)`, overall and for each annotated answer's kind.
+
+    Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake.
 
     Returns `accuracy`, `questions`, and the accuracy of the questions whose answer is yes or no and of the others.
     """
@@ -89,7 +91,9 @@ def evaluate(
     for batch in batches:
         guesses += predict(batch)
         answers += batch["answer_texts"]
-        progress(len(guesses))
+    seen = {text: as_read(text) for text in {*guesses, *(text for given in answers for text, _ in given)}}
+    guesses = [seen[text] for text in guesses]
+    answers = [[(seen[text], weight) for text, weight in given] for given in answers]
     closed = [any(text in ("yes", "no") for text, _ in given) for given in answers]
     result: dict[str, Any] = {"accuracy": accuracy(guesses, answers), "questions": len(guesses)}
     for name, wanted in (("yes_no", True), ("other", False)):
