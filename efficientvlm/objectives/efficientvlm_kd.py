@@ -34,7 +34,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         if not self.kd:
-            return self.hard(batch, step)  # type: ignore[no-any-return]
+            return self.hard(batch, step)
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
         with torch.no_grad(), TEACHER:
