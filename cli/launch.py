@@ -84,6 +84,11 @@ def preflight(name: str, config: Strict) -> None:
                 require_complete(value)
     for value in values.get("models", []):
         require_complete(value)
+    for key in ("data", "val"):
+        if value := values.get(key):
+            from efficientvlm.data.sources import check_spec
+
+            check_spec(value)
     for key in PATHS:
         if (value := values.get(key)) and (key, value) != ("tokenizer", "train"):
             resolve(value)

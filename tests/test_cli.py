@@ -228,6 +228,11 @@ def test_a_recut_takes_model_and_data_from_the_run_it_cuts(evlm: Any, chain: Pat
     assert code == 0 and (config["model"], config["data"], config["from_gates"]) == ("small", "easy-vqa", "small")
 
 
+def test_a_dry_run_finds_data_that_is_not_there(evlm: Any, chain: Path) -> None:
+    code, _, err = evlm("finetune", "--model", "small", "--data", "esy-vqa", "--out", "o", "--dry-run")
+    assert code == 3 and "did you mean easy-vqa?" in err
+
+
 def test_json_is_exactly_one_object(evlm: Any, chain: Path, fake_stage: dict[str, Any]) -> None:
     fake_stage["result"] = chain
     for line in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from efficientvlm.data.items import Item, PairItem, Source, VQAItem
@@ -133,6 +134,12 @@ def _check(spec: str, split: str) -> None:
         raise BadInput(f"there is no split {split}", "", f"use {', '.join(SPLITS)}")
     if not spec:
         raise BadInput("no data given", "", f"--data takes {', '.join(BUILT_IN)} or a path")
+
+
+def check_spec(spec: str) -> None:
+    """:class:`BadInput` if `spec` is neither built-in data nor a path that exists; nothing is read."""
+    if spec.partition(":")[0] not in BUILT_IN and not Path(spec).expanduser().exists():
+        raise _unknown(spec)
 
 
 def _unknown(spec: str) -> BadInput:
