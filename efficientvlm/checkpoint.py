@@ -178,7 +178,7 @@ class Output:
 
     @property
     def resumable(self) -> bool:
-        """Whether a training state was saved."""
+        """Whether a training state was saved: a folder whose `state.json`, written last, is there."""
         return any(self.state_dir.glob("*/state.json"))
 
     def manifest(self, *, family: str, **fields: Any) -> Manifest:

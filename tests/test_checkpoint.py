@@ -134,6 +134,8 @@ def test_unfinished_state_is_resumed_refused_or_discarded(tmp_path: Path) -> Non
     assert not first.resumable
     (first.state_dir / "step-5").mkdir()
     (first.state_dir / "step-5" / "model.safetensors").write_text("state")
+    assert not first.resumable, "a state is complete when its state.json is there"
+    (first.state_dir / "step-5" / "state.json").write_text("{}")
     first.metrics.write_text("5\n")
     first.abandon()
     assert first.resumable, "a saved state survives"
