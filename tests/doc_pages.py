@@ -38,7 +38,7 @@ SHORTENED = {
     **dict.fromkeys(("pretrain", "distill", "prune", "finetune"), SHORT_TRAINING),
     "eval": ["--limit", "4"],
     "bench": "--rounds 1 --set warmup_rounds=0".split(),
-    "run": [part for key in ("max_steps=2", "batch_size=2", "limit=8", "eval_limit=2", "rounds=1") for part in ("--set", key)],
+    "run": [part for key in ("max_steps=2", "batch_size=2", "limit=8", "eval_limit=2") for part in ("--set", key)],
 }
 SMALL = ["--set", f"settings={json.dumps(SIZES)}"]  # for init at a named size: first, so that a page may change one of them
 

@@ -103,8 +103,10 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
     totals: dict[str, float] = {}
     batches = 0
+    if not count:
+        return {"images": 0}
     size = min(config.batch_size, count)
-    for start in range(0, count - size + 1, max(1, size)):
+    for start in range(0, count - size + 1, size):
         items = [source[index] for index in range(start, start + size)]
         batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks"))
         losses, record, _ = objective.passes(
@@ -120,4 +122,4 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
         batches += 1
-    return {"images": batches * size, **{name: value / batches for name, value in totals.items()}} if batches else {"images": 0}
+    return {"images": batches * size, **{name: value / batches for name, value in totals.items()}}
