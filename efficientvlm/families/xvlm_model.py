@@ -71,7 +71,7 @@ class Attention(nn.Module):
                 maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
             return self.out(x)
         q = self._split(self.q(x))
-        k, v = kv if rows is None else (kv[0][rows], kv[1][rows])
+        k, v = kv if rows is None else (kv[0].index_select(0, rows), kv[1].index_select(0, rows))
         dropout = self.dropout if self.training else 0.0
         if maps is None:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -98,7 +98,7 @@ class Pretraining(nn.Module):
             visible = torch.cat([image_mask_rows(batch["image_mask"], p[2], whole=p[3]) for p in plan])
         context = model.fusion.context(image.states, visible, image_rows)
         masks = (torch.cat([mask, mask]) if mlm else mask)[text_rows]
-        fused = model.fuse(text.states[text_rows], masks, context, keep=kinds_of(wanted, "fusion"))
+        fused = model.fuse(text.states.index_select(0, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
 
         start = 0
         first = fused.states[:, 0]
