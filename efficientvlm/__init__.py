@@ -39,10 +39,10 @@ def _register() -> None:
 
     from efficientvlm import families
 
-    for name in families.NAMES:
-        family = families.get(name)
-        AutoConfig.register(name, family.config_class, exist_ok=True)
-        AutoModel.register(family.config_class, family.model_class, exist_ok=True)
+    for family in map(families.get, families.NAMES):
+        for config_class, model_class in family.auto_classes:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            AutoModel.register(config_class, model_class, exist_ok=True)
 
 
 class _WhenAutoLoads(importlib.abc.MetaPathFinder):

@@ -21,10 +21,10 @@ from efficientvlm.config import ImportConfig, InitConfig
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
+from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.weights import read_file, read_folder
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
-from efficientvlm.families.xvlm_model import resize_positions
 from efficientvlm.families.xvlm_towers import from_towers
 from efficientvlm.stages import import_, init
 from efficientvlm.stages.common import load

@@ -152,7 +152,7 @@ def test_a_teacher_that_answers_nothing_is_refused(chain: Path, tmp_path: Path) 
 def test_a_teacher_of_another_width_is_refused(chain: Path, tmp_path: Path) -> None:
     sizes = {**SIZES, "text_width": 32}
     run_stage("init", out=str(tmp_path / "wide"), size="tiny", tokenizer=str(chain / "init"), settings=sizes)
-    with pytest.raises(BadInput, match="text_width 16 and 32"):
+    with pytest.raises(BadInput, match="text width 32 and 16"):
         prune(chain, tmp_path / "out", teacher=str(tmp_path / "wide"))
     with pytest.raises(BadInput, match="has no head for box, itc, itm, mlm"):
         run_stage("distill", out=str(tmp_path / "out"), model=str(chain / "student"), teacher=str(chain / "teacher"), data=SHAPES)

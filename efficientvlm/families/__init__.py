@@ -32,4 +32,8 @@ def of_folder(path: Path) -> Any:
         raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"cannot read {file}", str(error)) from None
-    return get(name)
+    for family in map(get, NAMES):
+        if name in family.model_types:
+            return family
+    known = ", ".join(kind for family in map(get, NAMES) for kind in family.model_types)
+    raise BadInput(f"{path} holds a model of type {name!r}", f"this package opens {known}")

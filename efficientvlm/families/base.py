@@ -6,7 +6,8 @@ gate multiplies it. Shrinking, gates, accounting, surgery and reports are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from efficientvlm.errors import BadInput
@@ -58,18 +59,56 @@ class Record(dict[str, Any]):
         raise KeyError(f"the forward pass recorded no {key!r}; it has {sorted(self)}")
 
 
+class Sizes(NamedTuple):
+    """What batches must fit, and what a teacher and its student must share.
+
+    `widths` and `heads` are by tower; heads count what a layer had before anything was removed.
+    """
+
+    image_size: int
+    patch_size: int
+    max_positions: int
+    vocab_size: int
+    widths: dict[str, int]
+    heads: dict[str, int]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
 class Family(Protocol):
     """One file a family implements this; nothing else in the toolkit branches on the family."""
 
     name: str
+    model_types: tuple[str, ...]
+    """Every `model_type` of a `config.json` that this family opens."""
+    auto_classes: tuple[tuple[type, type], ...]
+    """(configuration, model) classes of ours that transformers' Auto classes should know."""
     towers: tuple[str, ...]
     taps: frozenset[str]
+    vqa_terms: Mapping[str, str]
+    """Distillation term of `config.TaskWeights` → tap it compares, for question answering; empty where there is none."""
 
     def build(self, config: Any) -> Any:
         """A model with fresh weights of the (possibly sliced) shapes in `config`."""
 
-    def load(self, path: Any) -> Any:
-        """The model in checkpoint folder `path`, in float32, evaluation mode."""
+    def read_config(self, path: Path) -> Any:
+        """The configuration of checkpoint folder `path`; no weights are read.
+
+        Every configuration has the attributes `kept`, `layer_source`, `layer_source_of` (see `structure.py`; None where nothing was
+        removed), `answers` (closed list, or None) and `rank_top`, and is written with them.
+        """
+
+    def load(self, path: Path) -> Any:
+        """The model in checkpoint folder `path`, in float32, evaluation mode; :class:`BadInput` if it does not open."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write `config.json` and safetensors weights; with stock class names where transformers' own classes can open them."""
+
+    def sizes(self, config: Any) -> Sizes:
+        """Sizes of the network, read from its configuration."""
+
+    def tasks(self, config: Any) -> frozenset[str]:
+        """What a network of this configuration does as it is: `vqa`, `pretraining`, `retrieval`, `captioning`, ..."""
 
     def tower_of(self, parameter: str) -> str:
         """The tower a state-dict name is counted under (a member of `towers`, or `heads`)."""
@@ -100,6 +139,29 @@ class Family(Protocol):
 
     def forward(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """Run a task batch; the record holds `logits`-like outputs and every tap in `want`."""
+
+    def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
+        """`model` made able to answer questions, and the names of its tensors that are new.
+
+        Args:
+            teacher: a model that answers questions, or None.
+            decoder_init: `auto`, `teacher` or `fusion`, where a new answer decoder comes from.
+
+        Raises:
+            BadInput: there is nothing to make an answer decoder from.
+        """
+
+    def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
+        """Images and questions of a `vqa_batch`; the context is what :meth:`answer` attends to, one row a question.
+
+        Token ids start with the tokenizer's [CLS] whatever the family; one that starts questions or answers otherwise exchanges it here.
+        """
+
+    def answer(self, model: Any, context: Any, ids: Any, mask: Any | None, rows: Any | None = None, cache: Any | None = None) -> Any:
+        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
+
+    def new_cache(self, model: Any) -> Any:
+        """An empty key/value cache for :meth:`answer`, with `select(rows)` and `length`."""
 
     def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         """A task batch of the stated size for counting and timing (text tokens are never padding)."""

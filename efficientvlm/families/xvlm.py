@@ -2,33 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps, kinds_of
-from efficientvlm.families.xvlm_config import XVLMConfig, format_ranges
-from efficientvlm.families.xvlm_model import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, XVLMModel
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.structure import kept_of_layers, kept_ranges
+from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_model import XVLMModel
 
 MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
 
 
 class XVLM:
     name = "xvlm"
-    config_class, model_class = XVLMConfig, XVLMModel
+    model_types: tuple[str, ...] = ("xvlm",)
+    auto_classes: tuple[tuple[type, type], ...] = ((XVLMConfig, XVLMModel),)
     towers: tuple[str, ...] = ("vision", "text", "fusion", "decoder")
     taps = frozenset(
         {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
         | {f"{tower}.{CROSS_ATTENTION}" for tower in ("fusion", "decoder")}
     )
 
+    vqa_terms: Mapping[str, str] = {
+        "text_hidden": "text.hidden",
+        "text_attention": "text.self_attention",
+        "image_hidden": "vision.hidden",
+        "image_attention": "vision.self_attention",
+        "fusion_hidden": "fusion.hidden",
+        "fusion_attention": "fusion.self_attention",
+        "cross_attention": "fusion.cross_attention",
+        "decoder_hidden": "decoder.hidden",
+        "decoder_attention": "decoder.self_attention",
+        "decoder_cross_attention": "decoder.cross_attention",
+    }
+
     def build(self, config: XVLMConfig) -> XVLMModel:
         return XVLMModel(config)
+
+    def read_config(self, path: Path) -> XVLMConfig:
+        try:
+            config: XVLMConfig = XVLMConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+            raise BadInput(f"cannot read {path / 'config.json'}", str(error).splitlines()[0], "check it with `evlm verify`") from error
+        return config
+
+    def save(self, model: XVLMModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def sizes(self, config: XVLMConfig) -> Sizes:
+        by_tower = {tower: "vision" if tower == "vision" else "text" for tower in self.towers}
+        return Sizes(
+            config.image_size,
+            config.patch_size,
+            config.max_positions,
+            config.vocab_size,
+            {tower: getattr(config, f"{kind}_width") for tower, kind in by_tower.items()},
+            {tower: getattr(config, f"{kind}_heads") for tower, kind in by_tower.items()},
+            tuple(config.image_mean),
+            tuple(config.image_std),
+        )
+
+    def tasks(self, config: XVLMConfig) -> frozenset[str]:
+        return frozenset({"vqa"} if config.decoder_layers else {"pretraining"} if config.heads else ())
 
     def load(self, path: Path) -> XVLMModel:
         """Float32 model of a checkpoint folder, evaluation mode.
@@ -36,8 +79,8 @@ class XVLM:
         Raises:
             BadInput: weights that are missing, surplus or of another shape than `config.json` says, or not readable.
         """
+        config = self.read_config(path)
         try:
-            config = XVLMConfig.from_pretrained(path, local_files_only=True)
             model, info = XVLMModel.from_pretrained(
                 path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -81,30 +124,19 @@ class XVLM:
         return config.kept_indices()
 
     def with_kept(self, config: XVLMConfig, kept: dict[str, list[int]]) -> XVLMConfig:
-        counts = config.original_counts()
-        merged = {**config.kept_indices(), **kept}
-        return config.copy(
-            kept={group: format_ranges(indices) for group, indices in merged.items() if len(indices) < counts[group]} or None
-        )
+        return config.copy(kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
 
     def layer_counts(self, config: XVLMConfig) -> dict[str, int]:
         return config.layers()
 
     def with_layers(self, config: XVLMConfig, layers: dict[str, list[int]]) -> XVLMConfig:
-        kept = {
-            f"{tower}.{new}.{kind}": ranges
-            for tower, chosen in layers.items()
-            for new, old in enumerate(chosen)
-            for kind in MODULE
-            if (ranges := (config.kept or {}).get(f"{tower}.{old}.{kind}")) is not None
-        }
         local = config.local_attention_depth
         if config.vision_layers:
             local = sum(old >= config.vision_layers - local for old in layers["vision"])
         sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
         source = {tower: list(chosen) for tower, chosen in layers.items()}
         before = {"layer_source": source, "layer_source_of": config.layers()}
-        return config.copy(**sizes, **before, kept=kept or None, local_attention_depth=local)
+        return config.copy(**sizes, **before, kept=kept_of_layers(config.kept, layers), local_attention_depth=local)
 
     def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
         tower, _, rest = parameter.partition(".layers.")
@@ -121,7 +153,7 @@ class XVLM:
             context.rows = batch["answer_index"]
             context.mask = None if context.mask is None else context.mask[context.rows]
             record["logits"], out = model.decode(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
-            _tap(record, "decoder", out, keep)
+            tap(record, "decoder", out, keep)
         return record
 
     def question(self, model: XVLMModel, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
@@ -133,7 +165,7 @@ class XVLM:
         context = model.fusion.context(image.states, rows=batch.get("image_index"))
         fused = model.fuse(text.states, batch["question_mask"], context, keep=kinds_of(wanted, "fusion"))
         for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
-            _tap(record, tower, out, kinds_of(wanted, tower))
+            tap(record, tower, out, kinds_of(wanted, tower))
         record["states"] = fused.states
         answers = model.decoder.context(fused.states, batch["question_mask"]) if model.config.decoder_layers else Context([])
         return record, answers
@@ -160,6 +192,22 @@ class XVLM:
             ones = torch.ones(batch_size, 1, dtype=torch.long, device=device)
             batch |= {"answer_ids": ones, "answer_mask": ones, "answer_index": rows}
         return batch
+
+    def for_vqa(self, model: XVLMModel, teacher: XVLMModel | None, decoder_init: str) -> tuple[XVLMModel, list[str]]:
+        if model.config.decoder_layers:
+            return model, []
+        donor = teacher if decoder_init in ("auto", "teacher") else None
+        if donor is None and decoder_init == "teacher":
+            raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
+        if donor is None and "mlm" not in model.config.heads:
+            why = "it has neither an answer decoder nor an MLM head to start one from"
+            raise BadInput("this model cannot answer questions", why, "use a pre-trained model, or give a --teacher")
+        layers = model.config.fusion_layers
+        if donor is not None:
+            layers = min(layers, donor.config.decoder_layers)
+        before = set(model.state_dict())
+        tuned = self.with_decoder(model, layers, donor)
+        return tuned, [] if donor is not None else sorted(set(tuned.state_dict()) - before)
 
     def with_decoder(self, model: XVLMModel, layers: int, source: XVLMModel | None = None) -> XVLMModel:
         """`model` for question answering: an answer decoder is added, the pre-training heads dropped (EfficientVLM, VQA).
@@ -213,8 +261,3 @@ def _neuron_sites(module: str, at: int) -> tuple[Site, ...]:
         Site(f"{module}.fc1.bias", 0, at, at + 1),
         Site(f"{module}.fc2.weight", 1, at, at + 1),
     )
-
-
-def _tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:
-    for kind in keep:
-        record[f"{tower}.{kind}"] = getattr(out, kind)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.structure import kept_indices
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
@@ -88,13 +89,7 @@ class XVLMConfig(PreTrainedConfig):
         Raises:
             BadInput: `kept` names a group or index that the sizes do not have.
         """
-        counts = self.original_counts()
-        named = self.kept or {}
-        if unknown := sorted(set(named) - set(counts)):
-            raise BadInput("config.json: kept structure names unknown groups", ", ".join(unknown[:5]))
-        return {
-            group: parse_ranges(named[group], count, group) if group in named else list(range(count)) for group, count in counts.items()
-        }
+        return kept_indices(self.original_counts(), self.kept)
 
     def copy(self, **changes: Any) -> XVLMConfig:
         """This configuration with some fields changed."""
@@ -140,28 +135,3 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
     if config.local_attention_depth > config.vision_layers:
         raise BadInput(f"local_attention_depth is {config.local_attention_depth}", f"there are {config.vision_layers} vision layers")
     return config
-
-
-def parse_ranges(text: str, count: int, group: str) -> list[int]:
-    """`"0-3,7"` as ascending indices below `count`; :class:`BadInput` if it is anything else."""
-    indices: list[int] = []
-    try:
-        for part in filter(None, text.split(",")):
-            first, _, last = part.partition("-")
-            indices.extend(range(int(first), int(last or first) + 1))
-    except (ValueError, AttributeError):
-        raise BadInput(f"config.json: kept.{group} is not a list of ranges", repr(text)[:80], "write it as 0-3,7") from None
-    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < count):
-        raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
-    return indices
-
-
-def format_ranges(indices: list[int]) -> str:
-    """Ascending indices as `"0-3,7"`."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

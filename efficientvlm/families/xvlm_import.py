@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.weights import AGAIN, read_file, renewed
 from efficientvlm.families.xvlm_config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
-from efficientvlm.families.xvlm_model import XVLMModel, resize_positions
+from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import first_fusion_layer, published_name
 
 HEAD_WIDTH = 64

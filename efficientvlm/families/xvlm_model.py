@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -14,36 +12,22 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.blocks import (
+    CROSS_ATTENTION,
+    HIDDEN,
+    SELF_ATTENTION,
+    Bias,
+    Cache,
+    Context,
+    Encoded,
+    KeyValue,
+    attend,
+    no_maps,
+    normalise,
+)
 from efficientvlm.families.xvlm_config import XVLMConfig
 
 logging.disable_progress_bar()
-
-HIDDEN, SELF_ATTENTION, CROSS_ATTENTION = "hidden", "self_attention", "cross_attention"
-KeyValue = tuple[Tensor, Tensor]
-
-
-@dataclass
-class Encoded:
-    """States of one pass and what was asked to be kept.
-
-    `hidden[i]` is the input of layer i (the last is the output), [B, T, W]; maps are softmax probabilities before dropout, [B, H, T, S].
-    """
-
-    states: Tensor
-    hidden: list[Tensor] = field(default_factory=list)
-    self_attention: list[Tensor] = field(default_factory=list)
-    cross_attention: list[Tensor] = field(default_factory=list)
-
-
-class Bias(nn.Module):
-    """What is left of an output projection whose inputs are all gone."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand_as(x)
 
 
 class Attention(nn.Module):
@@ -67,22 +51,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`x` [B, T, W] attends to `kv`; `rows` [B] picks the entry of `kv` for each row; `mask` is True where attention may go."""
         if kv is None:
-            if maps is not None:
-                maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
+            no_maps(x, mask, maps)
             return self.out(x)
         q = self._split(self.q(x))
         k, v = kv if rows is None else (kv[0].index_select(0, rows), kv[1].index_select(0, rows))
         dropout = self.dropout if self.training else 0.0
-        if maps is None:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        else:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            probabilities = scores.softmax(-1)
-            maps.append(probabilities)
-            context = F.dropout(probabilities, dropout) @ v
-        return self.out(context.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, mask, dropout, maps).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
@@ -158,39 +132,6 @@ class TextLayer(nn.Module):
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
-@dataclass
-class Context:
-    """Keys and values of what a tower cross-attends to, projected once; `rows` [B] maps each query row to an entry of it."""
-
-    kv: list[KeyValue | None]
-    mask: Tensor | None = None
-    rows: Tensor | None = None
-
-
-class Cache:
-    """Keys and values of the answer tokens decoded so far, layer by layer."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.kv: dict[int, KeyValue] = {}
-
-    def select(self, rows: Tensor) -> Cache:
-        """A cache whose row i continues row `rows[i]` of this one."""
-        chosen = Cache()
-        chosen.length = self.length
-        chosen.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
-        return chosen
-
-    def extend(self, layer: int, new: KeyValue | None) -> KeyValue | None:
-        if new is None:
-            return None
-        if layer in self.kv:
-            old = self.kv[layer]
-            new = (torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2))
-        self.kv[layer] = new
-        return new
-
-
 class Vision(nn.Module):
     def __init__(self, config: XVLMConfig, kept: dict[str, list[int]]) -> None:
         super().__init__()
@@ -206,7 +147,8 @@ class Vision(nn.Module):
         self.post_norm = nn.LayerNorm(width, config.vision_eps)
 
     def forward(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None, keep: frozenset[str]) -> Encoded:
-        x = self.patch_embedding(self.normalise(pixels)).flatten(2).transpose(1, 2)
+        pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.class_embedding.dtype)
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding
         x, out, mask = self.pre_norm(x), Encoded(x), None
         for depth in range(len(self.layers) + 1):
@@ -220,14 +162,6 @@ class Vision(nn.Module):
                 x = self.layers[depth](x, mask, out.self_attention if SELF_ATTENTION in keep else None)
         out.states = self.post_norm(x)
         return out
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to normalised floats; floats are taken as normalised already."""
-        if pixels.dtype != torch.uint8:
-            return pixels
-        mean = pixels.new_tensor(self.config.image_mean, dtype=torch.float32)[:, None, None]
-        std = pixels.new_tensor(self.config.image_std, dtype=torch.float32)[:, None, None]
-        return ((pixels.float() / 255 - mean) / std).to(self.class_embedding.dtype)
 
 
 class Embeddings(nn.Module):
@@ -289,14 +223,6 @@ class LanguageHead(nn.Module):
 
     def forward(self, states: Tensor, embeddings: Embeddings) -> Tensor:
         return F.linear(self.norm(F.gelu(self.transform(states))), embeddings.word.weight, self.bias)
-
-
-def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Position embedding [1 + old², W] for `grid` x `grid` patches (bicubic, as X-VLM does for fine-tuning); the CLS row stays."""
-    old = math.isqrt(len(table) - 1)
-    patches = table[1:].unflatten(0, (old, old)).permute(2, 0, 1)[None]
-    resized = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)[0]
-    return torch.cat([table[:1], resized.flatten(1).T])
 
 
 def mlp_head(width: int, outputs: int) -> nn.Sequential:

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import BertConfig, CLIPConfig, CLIPVisionConfig
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.weights import read_folder
 from efficientvlm.families.xvlm_config import CLIP_MEAN, CLIP_STD, XVLMConfig, check_sizes, checked_settings
-from efficientvlm.families.xvlm_model import XVLMModel, resize_positions
+from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
 
 FREE = (

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from efficientvlm.data.draw import seed_of
 from efficientvlm.families.base import Record, check_taps, kinds_of
-from efficientvlm.families.xvlm_model import Encoded
+from efficientvlm.families.blocks import Encoded
 
 Negatives = tuple[Tensor, Tensor]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,19 +14,6 @@ from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_k
 from efficientvlm.objectives.mapping import TowerMap, tower_maps
 from efficientvlm.stopwatch import TEACHER
 from efficientvlm.tasks.vqa import answer_loss
-
-TERMS = {
-    "text_hidden": "text.hidden",
-    "text_attention": "text.self_attention",
-    "image_hidden": "vision.hidden",
-    "image_attention": "vision.self_attention",
-    "fusion_hidden": "fusion.hidden",
-    "fusion_attention": "fusion.self_attention",
-    "cross_attention": "fusion.cross_attention",
-    "decoder_hidden": "decoder.hidden",
-    "decoder_attention": "decoder.self_attention",
-    "decoder_cross_attention": "decoder.cross_attention",
-}
 
 
 class VQA(nn.Module):
@@ -51,7 +39,7 @@ class VQA(nn.Module):
         self.temperature = temperature
         self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None and kd > 0 else ()
         self.maps = tower_maps(family, model.config, teacher.config) if teacher is not None else {}
-        self.want = frozenset(tap for term, tap in TERMS.items() if getattr(weights, term)) if self._teacher else frozenset()
+        self.want = frozenset(tap for term, tap in family.vqa_terms.items() if getattr(weights, term)) if self._teacher else frozenset()
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         ours = self.family.forward(self.model, batch, self.want)
@@ -61,12 +49,13 @@ class VQA(nn.Module):
             return {"loss": task, "task": task}
         with torch.no_grad(), TEACHER:
             theirs = self.family.forward(self._teacher[0], batch, self.want)
-        terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
+        terms = kd_terms(self.family.vqa_terms, ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         kd = sum((getattr(self.weights, name) * term for name, term in terms.items()), torch.zeros(()))
         return {"loss": (1 - self.kd) * task + self.kd * kd, "task": task, "kd": kd}
 
 
 def kd_terms(
+    taps: Mapping[str, str],
     ours: Record,
     theirs: Record,
     maps: dict[str, TowerMap],
@@ -75,13 +64,13 @@ def kd_terms(
     temperature: float = 1.0,
     scale: bool = False,
 ) -> dict[str, Tensor]:
-    """Every term of `TaskWeights` that the records hold, unweighted (EfficientVLM, VQA objective).
+    """Every term of `TaskWeights` in `taps` (term → tap) that the records hold, unweighted (EfficientVLM, VQA objective).
 
     The fusion hidden terms leave out index 0, which is the last text state and counted there. Padding is left out unless the quirk is on.
     """
     masks = {"vision": None, "text": batch["question_mask"], "fusion": batch["question_mask"], "decoder": batch["answer_mask"]}
     terms: dict[str, Tensor] = {}
-    for term, tap in TERMS.items():
+    for term, tap in taps.items():
         if tap not in ours:
             continue
         tower, kind = tap.split(".")

@@ -53,7 +53,7 @@ class Answerer:
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
         self.device = next(loaded.model.parameters()).device
-        if not config.decoder_layers:
+        if "vqa" not in loaded.tasks:
             raise BadInput(f"{loaded.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
         if mode == "rank":
             if not self.answers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from efficientvlm.stages.evaluate import counts_first_token_twice
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.tasks.vqa import rank
 
-TIMED = (
+RANKED = (
     "image and question tensors to the answer ranked first in the closed list; random pixels and tokens, candidates tokenised beforehand"
 )
+FORWARD = "one image and one text a sample, as tensors, to the outputs of the forward pass; random pixels and tokens"
 
 
 def run(config: Bench, control: Control) -> dict[str, Any]:
@@ -47,10 +49,12 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
             say(f"bench: {file.path} is up to date: these are its earlier timings, --force measures again", quiet=control.quiet)
             return file.finished
         models = [load(spec) for spec in config.models]
-        trained = [bool(loaded.model.config.decoder_layers) for loaded in models]
+        trained = ["vqa" in loaded.tasks for loaded in models]
+        answering = any(trained)
         answers = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), None)
         labels = unique(config.models)
-        calls = {label: call(loaded, answers, config, device) for label, loaded in zip(labels, models, strict=True)}
+        timed = partial(ranking, answers=answers) if answering else forward
+        calls = {label: timed(loaded, config=config, device=device) for label, loaded in zip(labels, models, strict=True)}
         total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
         with Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
             rows = bench.latency(
@@ -66,14 +70,14 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
             "model": label,
             "sha256": inputs[f"models.{number}"],
             "parameters_timed": count_parameters(loaded.family, loaded.model)["total"],
-            "image_size": loaded.model.config.image_size,
+            "image_size": loaded.sizes.image_size,
             "answers": len(loaded.model.config.answers or answers or []),
-            "trained": trained[number],
+            "trained": trained[number] or not answering,
         }
         for number, (label, loaded) in enumerate(zip(labels, models, strict=True))
     ]
     result: dict[str, Any] = {
-        "timed": TIMED,
+        "timed": RANKED if answering else FORWARD,
         "machine": machine,
         "precision": config.precision,
         "text_length": config.text_length,
@@ -90,28 +94,49 @@ def unique(names: list[str]) -> list[str]:
     return [name if name not in names[:at] else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
 
 
-def call(loaded: Loaded, answers: list[str] | None, config: Bench, device: torch.device) -> Callable[[int], object]:
+def forward(loaded: Loaded, config: Bench, device: torch.device) -> Callable[[int], object]:
+    """A function of the batch size that runs the forward pass on prepared random inputs."""
+    check_length(loaded, config.text_length)
+    family, model = loaded.family, loaded.model.to(device).eval()
+    draw = torch.Generator().manual_seed(config.seed)
+    batches = {size: family.example_batch(model.config, size, config.text_length, device) for size in config.batch_sizes}
+    for batch in batches.values():
+        batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
+
+    def run(size: int) -> object:
+        with autocast(device, config.precision):
+            return family.forward(model, batches[size])
+
+    return run
+
+
+def check_length(loaded: Loaded, length: int) -> None:
+    if length > loaded.sizes.max_positions:
+        why = f"{loaded.path} reads {loaded.sizes.max_positions} tokens"
+        raise BadInput(f"questions of {length} tokens are too long", why, "use a smaller --text-length")
+
+
+def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str] | None) -> Callable[[int], object]:
     """A function of the batch size that ranks `loaded`'s own answers, or else `answers`, for prepared random inputs.
 
     A model without answer decoder gets one, in memory: `loaded.model` is replaced.
     """
-    if not loaded.model.config.decoder_layers:
-        if "mlm" not in loaded.model.config.heads:
-            why = "it has neither an answer decoder nor an MLM head to build one from"
-            raise BadInput(f"{loaded.path} cannot be timed", why, "finetune it with --task vqa first")
-        loaded.model = loaded.family.with_decoder(loaded.model, loaded.model.config.fusion_layers)
+    try:
+        loaded.model, _ = loaded.family.for_vqa(loaded.model, None, "auto")
+    except BadInput as error:
+        raise BadInput(
+            f"{loaded.path} cannot be timed beside the others", error.why or error.what, "finetune it with --task vqa first"
+        ) from None
     family, model = loaded.family, loaded.model.to(device).eval()
     candidates = model.config.answers or answers
     if not candidates:
         raise BadInput(
             "there is no list of answers to rank", "no model is tuned for the task", "give also --model of a finetuned checkpoint"
         )
-    if config.text_length > model.config.max_positions:
-        why = f"{loaded.path} reads {model.config.max_positions} tokens"
-        raise BadInput(f"questions of {config.text_length} tokens are too long", why, "use a smaller --text-length")
+    check_length(loaded, config.text_length)
     texts = Texts(loaded.tokenizer)
     ids, mask = (tensor.to(device) for tensor in texts.batch(candidates))
-    batches = {size: example(model.config, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
+    batches = {size: example(loaded.sizes.image_size, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
     twice = counts_first_token_twice(loaded.manifest, None)
 
     def answer(size: int) -> object:
@@ -121,14 +146,14 @@ def call(loaded: Loaded, answers: list[str] | None, config: Bench, device: torch
     return answer
 
 
-def example(config: Any, texts: Texts, size: int, length: int, seed: int, device: torch.device) -> dict[str, Any]:
+def example(image_size: int, texts: Texts, size: int, length: int, seed: int, device: torch.device) -> dict[str, Any]:
     """`size` random images with one question of `length` tokens each, none of them padding."""
     draw = torch.Generator().manual_seed(seed)
     special = {texts.cls, texts.sep, texts.pad}
     words = torch.tensor([token for token in range(len(texts.tokenizer)) if token not in special])
     questions = words[torch.randint(len(words), (size, length), generator=draw)]
     questions[:, 0], questions[:, -1] = texts.cls, texts.sep
-    pixels = torch.randint(256, (size, 3, config.image_size, config.image_size), generator=draw, dtype=torch.uint8)
+    pixels = torch.randint(256, (size, 3, image_size, image_size), generator=draw, dtype=torch.uint8)
     return {
         "pixels": pixels.to(device),
         "image_index": torch.arange(size, device=device),

@@ -22,6 +22,7 @@ from efficientvlm.data.collate import Texts
 from efficientvlm.data.sources import record
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.families.base import Sizes
 from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.progress import say
@@ -40,6 +41,17 @@ class Loaded:
     tokenizer: Any
     manifest: Manifest
 
+    @property
+    def sizes(self) -> Sizes:
+        sizes: Sizes = self.family.sizes(self.model.config)
+        return sizes
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
+        tasks: frozenset[str] = self.family.tasks(self.model.config)
+        return tasks
+
 
 def load(spec: str) -> Loaded:
     """The checkpoint `spec` names, checked against its manifest.
@@ -51,16 +63,17 @@ def load(spec: str) -> Loaded:
     path = files.resolve(spec)
     family = families.of_folder(path)
     model, tokenizer = family.load(path), load_tokenizer(path)
-    if len(tokenizer) > model.config.vocab_size:
+    sizes = family.sizes(model.config)
+    if len(tokenizer) > sizes.vocab_size:
         raise BadInput(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {model.config.vocab_size}", "use its own tokenizer"
+            f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {sizes.vocab_size}", "use its own tokenizer"
         )
     return Loaded(path, family, model, tokenizer, manifest)
 
 
 def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
     """Texts as token ids for this model: at most `max_tokens`, and no more than it has positions."""
-    return Texts(loaded.tokenizer, min(max_tokens, loaded.model.config.max_positions))
+    return Texts(loaded.tokenizer, min(max_tokens, loaded.sizes.max_positions))
 
 
 def check_pair(student: Loaded, teacher: Loaded) -> None:
@@ -71,13 +84,22 @@ def check_pair(student: Loaded, teacher: Loaded) -> None:
         raise BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
-    ours, theirs = student.model.config, teacher.model.config
-    names = ("vision_width", "text_width", "vision_heads", "text_heads", "patch_size")
-    if differ := [name for name in names if getattr(ours, name) != getattr(theirs, name)]:
-        sizes = ", ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in differ)
-        raise BadInput("teacher and student have other sizes", sizes, "shrink the student from this teacher: shrinking keeps them")
-    if student.model.config.image_size != teacher.model.config.image_size:
-        sizes = f"{teacher.model.config.image_size} and {student.model.config.image_size} px"
+    check_sizes(student.sizes, teacher.sizes)
+
+
+def check_sizes(ours: Sizes, theirs: Sizes) -> None:
+    """:class:`BadInput` unless student and teacher have towers of the same width and heads, and read the same images."""
+    parts = {
+        **{f"{tower} width": (theirs.widths[tower], width) for tower, width in ours.widths.items()},
+        **{f"{tower} heads": (theirs.heads[tower], heads) for tower, heads in ours.heads.items()},
+        "patch size": (theirs.patch_size, ours.patch_size),
+    }
+    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in parts.items() if teacher != student]:
+        raise BadInput(
+            "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
+        )
+    if ours.image_size != theirs.image_size:
+        sizes = f"{theirs.image_size} and {ours.image_size} px"
         raise BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
 
 
@@ -126,9 +148,11 @@ def write(
 ) -> Manifest:
     """Stage model, tokenizer and image settings, and commit the folder with its accounting."""
     model = model.to("cpu", torch.float32).eval()
-    model.save_pretrained(output.staging)
+    family.save(model, output.staging)
     save_tokenizer(tokenizer, output.staging)
-    (output.staging / "preprocessor_config.json").write_text(json.dumps(image_settings(model.config), indent=2) + "\n", encoding="utf-8")
+    (output.staging / "preprocessor_config.json").write_text(
+        json.dumps(image_settings(family.sizes(model.config)), indent=2) + "\n", encoding="utf-8"
+    )
     spent = spent or Spent()
     manifest = output.manifest(
         family=family.name,
@@ -142,9 +166,9 @@ def write(
     return done
 
 
-def image_settings(config: Any) -> dict[str, Any]:
+def image_settings(sizes: Sizes) -> dict[str, Any]:
     """`preprocessor_config.json` of a square, bicubically resized, normalised image, as CLIP's processor reads it."""
-    size = {"height": config.image_size, "width": config.image_size}
+    size = {"height": sizes.image_size, "width": sizes.image_size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -156,8 +180,8 @@ def image_settings(config: Any) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
+        "image_mean": list(sizes.image_mean),
+        "image_std": list(sizes.image_std),
     }
 
 

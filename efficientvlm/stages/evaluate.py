@@ -30,7 +30,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
         BadInput: a checkpoint without answer decoder, no list of answers to rank, no questions, an `out` of another measurement.
     """
     loaded = load(config.model)
-    source = open_task(config, config.split, loaded.model.config.image_size)
+    source = open_task(config, config.split, loaded.sizes.image_size)
     inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
     if config.answers:
         inputs["answers"] = fingerprint(config.answers)

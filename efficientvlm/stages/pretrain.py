@@ -29,6 +29,11 @@ def run(config: Pretrain, control: Control) -> Manifest:
     """Train `config.model` on image-text pairs; a :class:`Distill` configuration adds the teacher."""
     stage = "distill" if isinstance(config, Distill) else "pretrain"
     student = load(config.model)
+    if "pretraining" not in student.tasks:
+        does = ", ".join(sorted(student.tasks)) or "nothing by itself"
+        raise BadInput(
+            f"{student.path} cannot be pre-trained", f"it is a {student.family.name} model for {does}", "use an X-VLM before its task"
+        )
     missing = sorted(set(config.losses) - set(student.model.config.heads))
     if missing:
         raise BadInput(
@@ -59,7 +64,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
         steps = config.max_steps or max(1, round(config.epochs * plan.batches_per_epoch))
         spent = train(
             objective,
-            _feed(config, student.model.config, sources["train"], texts, plan),
+            _feed(config, student, sources["train"], texts, plan),
             [adamw(objective, config, new=student.manifest.extra.get("new", []))],
             steps=steps,
             options=config,
@@ -75,13 +80,13 @@ def run(config: Pretrain, control: Control) -> Manifest:
 
 
 def _open(config: Pretrain, split: str, student: Loaded) -> Any:
-    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit"), image_size=student.model.config.image_size)
+    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit"), image_size=student.sizes.image_size)
 
 
-def _feed(config: Pretrain, model_config: Any, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
+def _feed(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
     masking = settings_of(config, "mask_probability", "max_masks")
     regions = config.region_probability if "box" in config.losses else 0.0
-    grid = model_config.image_size // model_config.patch_size
+    grid = student.sizes.image_size // student.sizes.patch_size
 
     def feed(step: int) -> list[Batch]:
         items = [source[index] for index in plan.batch(step)]

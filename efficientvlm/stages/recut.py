@@ -16,6 +16,7 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.families.structure import kept_indices
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task
@@ -47,7 +48,7 @@ def run(config: Prune, control: Control) -> Manifest:
                 "ask for more, or prune again with dense weights kept",
             )
         kept = pruned.family.kept(pruned.model.config)
-        gated = pruned.family.kept(pruned.model.config.copy(kept=pruned.manifest.extra.get("dense_kept")))
+        gated = pruned.family.kept(dense_config(pruned))
         for name in list(tensors):
             group = name.removeprefix(PREFIX)
             rows = [gated[group].index(index) for index in kept[group]]
@@ -64,7 +65,7 @@ def run(config: Prune, control: Control) -> Manifest:
     probabilities = torch.stack([by_unit[unit.group, unit.index] for unit in scope.units]).detach()
     keep = snap(probabilities, scope)
 
-    source = open_task(config, "val", pruned.model.config.image_size)
+    source = open_task(config, "val", pruned.sizes.image_size)
     output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
     if output.up_to_date:
         return require_complete(output.path)
@@ -89,10 +90,15 @@ def run(config: Prune, control: Control) -> Manifest:
         )
 
 
+def dense_config(pruned: Loaded) -> Any:
+    """The configuration the gates were learnt on: what was kept before this prune."""
+    family, config = pruned.family, pruned.model.config
+    return family.with_kept(config, kept_indices(family.original_counts(config), pruned.manifest.extra.get("dense_kept")))
+
+
 def dense_model(pruned: Loaded) -> Any:
     """The network as it was at the end of the gate phase, before slicing."""
-    config = pruned.model.config.copy(kept=pruned.manifest.extra.get("dense_kept"))
-    model = pruned.family.build(config).eval()
+    model = pruned.family.build(dense_config(pruned)).eval()
     try:
         model.load_state_dict(read_tensors(pruned, DENSE))
     except RuntimeError as error:

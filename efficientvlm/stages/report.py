@@ -63,6 +63,6 @@ def claim(out: Path) -> Path:
 def structure_of(folder: Path) -> Structure:
     """Which heads and neurons a checkpoint kept, from its configuration alone."""
     family = families.of_folder(folder)
-    config = family.config_class.from_pretrained(folder, local_files_only=True)
+    config = family.read_config(folder)
     counts = family.original_counts(config)
     return {group: (indices, counts[group]) for group, indices in family.kept(config).items()}

@@ -42,9 +42,7 @@ class Tuning:
             BadInput: checkpoints or data that cannot be used together.
         """
         student, teacher, new = load_for_task(config)
-        return cls(
-            config, student, teacher, new, {split: open_task(config, split, student.model.config.image_size) for split in ("train", "val")}
-        )
+        return cls(config, student, teacher, new, {split: open_task(config, split, student.sizes.image_size) for split in ("train", "val")})
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -114,21 +112,9 @@ def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
     teacher = load(config.teacher) if config.teacher else None
     if teacher is not None:
         check_pair(student, teacher)
-        if not teacher.model.config.decoder_layers:
+        if "vqa" not in teacher.tasks:
             raise BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
-    if student.model.config.decoder_layers:
-        return student, teacher, []
-    donor = teacher if config.decoder_init in ("auto", "teacher") else None
-    if donor is None and config.decoder_init == "teacher":
-        raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
-    if donor is None and "mlm" not in student.model.config.heads:
-        raise BadInput(f"{student.path} has no MLM head", "a decoder cannot be started from it", "use a pre-trained model, or a teacher")
-    layers = student.model.config.fusion_layers
-    if donor is not None:
-        layers = min(layers, donor.model.config.decoder_layers)
-    before = set(student.model.state_dict())
-    student.model = student.family.with_decoder(student.model, layers, donor.model if donor else None)
-    new = [] if donor else sorted(set(student.model.state_dict()) - before)
+    student.model, new = student.family.for_vqa(student.model, teacher.model if teacher else None, config.decoder_init)
     return student, teacher, new
 
 

@@ -1,0 +1,117 @@
+"""Parts that every family builds its networks from: attention of any head count, key/value caches, what a pass keeps for distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from efficientvlm.families.base import Record
+
+HIDDEN, SELF_ATTENTION, CROSS_ATTENTION = "hidden", "self_attention", "cross_attention"
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Encoded:
+    """States of one pass and what was asked to be kept.
+
+    `hidden[i]` is the input of layer i (the last is the output), [B, T, W]; maps are softmax probabilities before dropout, [B, H, T, S].
+    """
+
+    states: Tensor
+    hidden: list[Tensor] = field(default_factory=list)
+    self_attention: list[Tensor] = field(default_factory=list)
+    cross_attention: list[Tensor] = field(default_factory=list)
+
+
+class Bias(nn.Module):
+    """What is left of an output projection whose inputs are all gone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, maps: list[Tensor] | None = None) -> Tensor:
+    """Attention of queries [B, H, T, D] to keys and values [B, H, S, D], any H: [B, H, T, D].
+
+    `mask` is True where attention may go. With `maps` the softmax is explicit and the probabilities before dropout are appended to it.
+    """
+    if maps is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(-1)
+    maps.append(probabilities)
+    return F.dropout(probabilities, dropout) @ v
+
+
+def no_maps(x: Tensor, mask: Tensor | None, maps: list[Tensor] | None) -> None:
+    """Append the map [B, 0, T, S] of an attention without heads, if maps are kept."""
+    if maps is not None:
+        maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
+
+
+@dataclass
+class Context:
+    """Keys and values of what a tower cross-attends to, projected once; `rows` [B] maps each query row to an entry of it."""
+
+    kv: list[KeyValue | None]
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class Cache:
+    """Keys and values of the answer tokens decoded so far, layer by layer."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.kv: dict[int, KeyValue] = {}
+
+    def select(self, rows: Tensor) -> Cache:
+        """A cache whose row i continues row `rows[i]` of this one."""
+        chosen = Cache()
+        chosen.length = self.length
+        chosen.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+        return chosen
+
+    def extend(self, layer: int, new: KeyValue | None) -> KeyValue | None:
+        if new is None:
+            return None
+        if layer in self.kv:
+            old = self.kv[layer]
+            new = (torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2))
+        self.kv[layer] = new
+        return new
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """uint8 [B, 3, H, W] to normalised floats of `dtype`; floats are taken as normalised already."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    centre = pixels.new_tensor(mean, dtype=torch.float32)[:, None, None]
+    spread = pixels.new_tensor(std, dtype=torch.float32)[:, None, None]
+    return ((pixels.float() / 255 - centre) / spread).to(dtype)
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """Position embedding [1 + old², W] for `grid` x `grid` patches (bicubic, as X-VLM does for fine-tuning); the CLS row stays."""
+    old = math.isqrt(len(table) - 1)
+    patches = table[1:].unflatten(0, (old, old)).permute(2, 0, 1)[None]
+    resized = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)[0]
+    return torch.cat([table[:1], resized.flatten(1).T])
+
+
+def tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:
+    """Put what `out` kept into `record` as `tower.kind`."""
+    for kind in keep:
+        record[f"{tower}.{kind}"] = getattr(out, kind)
