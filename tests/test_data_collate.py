@@ -93,7 +93,7 @@ def test_pair_batch(texts: Texts) -> None:
 def test_masking(texts: Texts) -> None:
     captions = ["a red circle left of a small blue triangle on a pale yellow background and a teal diamond"] * 400
     ids, mask = texts.batch(captions)
-    masked, positions, labels = mask_tokens(ids, mask, texts.tokenizer, np.random.default_rng(0), 0.25, 3)
+    masked, positions, labels = mask_tokens(ids, mask, texts.tokenizer, [np.random.default_rng(0)] * len(ids), 0.25, 3)
     hidden = labels != -100
     assert (hidden.sum(1) == 3).all() and positions.shape == labels.shape == (400, 3)
     assert torch.equal(ids.gather(1, positions)[hidden], labels[hidden])
@@ -120,7 +120,7 @@ def test_words_are_hidden_whole_and_the_budget_is_kept() -> None:
         word += not token.startswith("##")
         words.append(word)
     for seed in range(50):
-        _, positions, labels = mask_tokens(ids, mask, tokenizer, np.random.default_rng(seed), 0.5, 6)
+        _, positions, labels = mask_tokens(ids, mask, tokenizer, [np.random.default_rng(seed)] * len(ids), 0.5, 6)
         hidden = positions[0][labels[0] != -100].tolist()
         touched = {words[place] for place in hidden}
         assert [place for place in range(len(tokens)) if words[place] in touched] == hidden

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from efficientvlm.data import images
-from efficientvlm.data.files import weighted_answers
+from efficientvlm.data.cells import weighted_answers
 from efficientvlm.data.images import open_image
 from efficientvlm.data.items import PairItem, VQAItem
 from efficientvlm.data.sources import Source, open_pairs, open_vqa, record, texts
@@ -170,8 +170,9 @@ def test_pairs_with_captions_and_regions(tmp_path: Path) -> None:
 
 
 def test_image_id_groups_rows(tmp_path: Path) -> None:
-    paths = pictures(tmp_path, 2)
-    rows = [{"image": paths[0], "image_id": 7, "caption": "a"}, {"image": paths[1], "image_id": 7, "caption": "b"}]
+    first, copy = pictures(tmp_path, 2)
+    (tmp_path / copy).write_bytes((tmp_path / first).read_bytes())
+    rows = [{"image": first, "image_id": 7, "caption": "a"}, {"image": copy, "image_id": 7, "caption": "b"}]
     source = open_pairs(jsonl(tmp_path / "p.jsonl", rows), "test")
     assert len(source) == 1 and source[0].id == "7" and source[0].captions == ["a", "b"]
 
@@ -356,5 +357,6 @@ def test_built_in_data_opens_by_name() -> None:
     assert len(shapes) == 7 and isinstance(shapes[6], PairItem) and shapes[0].image.shape == (16, 16, 3)
     easy = open_vqa("easy-vqa", "val", limit=2)
     assert isinstance(easy[1], VQAItem) and easy[1].image.shape == (64, 64, 3)
-    assert record(easy, "val") == {"name": "easy-vqa", "split": "val", "count": 2, "fingerprint": easy.fingerprint, "licence": "MIT"}
+    said = {"name": "easy-vqa", "split": "val", "count": 2, "fingerprint": easy.fingerprint, "licence": "MIT", "skipped": 0}
+    assert record(easy, "val") == said
     assert {"rectangle", "teal", "what color is the shape?"} <= set(texts(open_vqa("shapes:difficulty=2,size=300", "train")))

@@ -102,6 +102,14 @@ def test_a_useless_tokenizer_is_refused(tmp_path: Path, files: dict[str, str], w
         load_tokenizer(tmp_path)
 
 
+def test_only_wordpiece_will_do_where_bert_is_asked_for(tmp_path: Path) -> None:
+    save_tokenizer(train_wordpiece(SENTENCES, 80), tmp_path)
+    assert load_tokenizer(tmp_path, bert=True).cls_token_id == 2
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', encoding="utf-8")
+    with pytest.raises(BadInput, match="its model is BPE, WordPiece"):
+        load_tokenizer(tmp_path, bert=True)
+
+
 def test_training_needs_text_and_room() -> None:
     with pytest.raises(BadInput, match="no text"):
         train_wordpiece([], 100)

@@ -13,6 +13,7 @@ from torch import Tensor
 from efficientvlm.data.draw import generator, seed_of
 from efficientvlm.data.items import PairItem, Pixels, VQAItem
 from efficientvlm.data.masking import mask_tokens
+from efficientvlm.data.tokenizer import ends_of
 from efficientvlm.data.transforms import Augment, augment, names_a_side
 
 Batch = dict[str, Any]
@@ -22,17 +23,25 @@ TOUCH = 1e-4  # of a patch: less is rounding, not overlap
 
 
 class Texts:
-    """Strings to padded token ids `[CLS] ... [SEP]`, each distinct string tokenised once.
+    """Strings to padded token ids, each distinct string tokenised once.
 
-    `tokenizer` is a `transformers.PreTrainedTokenizerFast` with cls, sep, pad and mask tokens.
+    A text begins with `cls` and ends with `sep`: BERT's [CLS] and [SEP], or the tokens that another tokenizer puts there; `cls` is None
+    where it puts nothing in front.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int = 40) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self.cls: int = tokenizer.cls_token_id
-        self.sep: int = tokenizer.sep_token_id
+        self.cls, self.sep = ends_of(tokenizer)
+        self._head = [] if self.cls is None else [self.cls]
         self.pad: int = tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
+
+    @property
+    def start(self) -> int:
+        """The token in front of a text, from which a decoder goes on."""
+        if self.cls is None:
+            raise ValueError("this tokenizer puts nothing in front of a text")
+        return self.cls
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each string, without special tokens, not truncated."""
@@ -47,13 +56,13 @@ class Texts:
         return [known[text] for text in texts]
 
     def batch(self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False) -> tuple[Tensor, Tensor]:
-        """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing `[SEP]` always kept.
+        """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing token always kept.
 
         `double_sep` closes every text with two separators (a quirk of the published release).
         """
         tail = [self.sep] * (1 + double_sep)
-        room = (max_tokens or self.max_tokens) - 1 - len(tail)
-        rows = [[self.cls, *ids[:room], *tail] for ids in self.ids(texts)]
+        room = (max_tokens or self.max_tokens) - len(self._head) - len(tail)
+        rows = [[*self._head, *ids[:room], *tail] for ids in self.ids(texts)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = int(lengths.max(initial=0))
         mask = np.arange(width) < lengths[:, None]
@@ -87,7 +96,8 @@ def pair_batch(
         images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=False).image)
         captions.append(caption)
     batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
-    return batch | _masked_texts(captions, texts, max_tokens, generator(seed, step, items[0].id, "mask"), mask_probability, max_masks)
+    draws = [generator(seed, step, item.id, "mask") for item in items]
+    return batch | _masked_texts(captions, texts, max_tokens, draws, mask_probability, max_masks)
 
 
 def region_batch(
@@ -153,7 +163,8 @@ def region_batch(
         "is_whole_image": torch.tensor(whole, dtype=torch.int64),
         "image_ids": _keys(owners),
     }
-    return batch | _masked_texts(phrases, texts, max_tokens, generator(seed, step, items[0].id, "mask"), mask_probability, max_masks)
+    draws = [generator(seed, step, owner, "region mask") for owner in owners]
+    return batch | _masked_texts(phrases, texts, max_tokens, draws, mask_probability, max_masks)
 
 
 def patches_of(boxes: NDArray[np.float32], grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -190,11 +201,12 @@ def vqa_batch(
     Returns:
         pixels uint8 `[I, 3, H, W]`; image_index `[Q]` (question → image); question_ids, question_mask `[Q, L]`; answer_ids, answer_mask
         `[A, La]`; answer_index `[A]` (answer → question); answer_weights float32 `[A]`; question_texts and answer_texts (by question, the
-        accepted answers with weights), plain lists; item_ids (by image).
+        accepted answers with weights), plain lists; annotators (by question, 0 where not known); item_ids (by image).
     """
     images: list[Pixels] = []
     questions: list[str] = []
     answers: list[list[tuple[str, float]]] = []
+    annotators: list[int] = []
     image_index: list[int] = []
     for row, item in enumerate(items):
         rng = generator(seed, step, item.id, "vqa")
@@ -205,6 +217,7 @@ def vqa_batch(
         images.append(augment(augment_kind, item.image, rng, flip_ok=not sided, task=True).image)
         questions.extend(question.text for question in chosen)
         answers.extend(question.answers for question in chosen)
+        annotators.extend(question.annotators for question in chosen)
         image_index.extend([row] * len(chosen))
     flat = [(index, answer, weight) for index, accepted in enumerate(answers) for answer, weight in accepted]
     question_ids, question_mask = texts.batch(questions, max_tokens)
@@ -220,6 +233,7 @@ def vqa_batch(
         "answer_weights": torch.tensor([weight for _, _, weight in flat], dtype=torch.float32),
         "question_texts": questions,
         "answer_texts": answers,
+        "annotators": annotators,
         "item_ids": [item.id for item in items],
     }
 
@@ -234,10 +248,10 @@ def _keys(names: Sequence[str]) -> Tensor:
 
 
 def _masked_texts(
-    captions: list[str], texts: Texts, max_tokens: int | None, rng: np.random.Generator, probability: float, max_masks: int
+    captions: list[str], texts: Texts, max_tokens: int | None, draws: list[np.random.Generator], probability: float, max_masks: int
 ) -> Batch:
     text_ids, text_mask = texts.batch(captions, max_tokens)
-    masked, positions, labels = mask_tokens(text_ids, text_mask, texts.tokenizer, rng, probability, max_masks)
+    masked, positions, labels = mask_tokens(text_ids, text_mask, texts.tokenizer, draws, probability, max_masks)
     return {
         "text_ids": text_ids,
         "text_mask": text_mask,

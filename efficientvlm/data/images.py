@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ from efficientvlm.data.items import Pixels
 from efficientvlm.errors import BadInput
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold, here an error: such a file is a mistake or an attack
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # no EPS: Pillow hands that to another program
+warnings.filterwarnings("ignore", module="PIL")  # of what cannot be read an error says so, once and with its place
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(source: str | Path | bytes, size: int | None = None, where: str = "") -> Pixels:
@@ -29,15 +32,19 @@ def open_sized(source: str | Path | bytes, size: int | None = None, where: str =
     file = "" if isinstance(source, bytes) else str(source)
     where = where or f"image {file}".rstrip()
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(where, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", "scale it down")
+                raise BadInput(where, f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", "scale it down")
             picture = to_rgb(ImageOps.exif_transpose(image))
             return resized(picture, size), picture.size
+    except BadInput:
+        raise
     except FileNotFoundError:
         raise BadInput(where, f"there is no file {file}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = f"it cannot be read as a picture ({str(error).split(' <')[0]})"
+    except Image.DecompressionBombError:
+        raise BadInput(where, f"it has more than {MAX_PIXELS:,} pixels", "scale it down") from None
+    except Exception as error:  # noqa: BLE001  on damaged bytes Pillow raises whatever its decoders stumble over
+        reason = f"it cannot be read as a picture ({str(error).split(' <')[0] or type(error).__name__})"
         raise BadInput(where, f"{file}: {reason}" if file else reason, "replace or remove it") from None
 
 

@@ -36,10 +36,11 @@ class PairItem:
 
 @dataclass(slots=True)
 class Question:
-    """A question and its accepted answers with weights, which usually sum to 1."""
+    """A question and its accepted answers with weights, which usually sum to 1; `annotators` have given them (0: not known)."""
 
     text: str
     answers: list[tuple[str, float]]
+    annotators: int = 0
 
 
 @dataclass(slots=True)

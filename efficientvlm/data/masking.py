@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ IGNORED = -100
 
 
 def mask_tokens(
-    ids: Tensor, mask: Tensor, tokenizer: Any, rng: np.random.Generator, probability: float = 0.25, max_masks: int = 8
+    ids: Tensor, mask: Tensor, tokenizer: Any, draws: Sequence[np.random.Generator], probability: float = 0.25, max_masks: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hide `probability` of each row's tokens, at least one and at most `max_masks`; never a special token or padding.
 
@@ -26,6 +27,7 @@ def mask_tokens(
 
     Args:
         ids, mask: int64 `[B, L]`.
+        draws: the generator of each row.
 
     Returns:
         masked ids `[B, L]`; positions `[B, M]` (0 where padded); labels `[B, M]` (-100 where padded), M the most of any row, at least 1.
@@ -33,7 +35,7 @@ def mask_tokens(
     special, continues, ordinary = _vocabulary(tokenizer)
     rows, valid = ids.numpy(), mask.numpy().astype(bool)
     hideable = valid & ~special[rows]
-    chosen = [_choose(hideable[row], continues[rows[row]], rng, probability, max_masks) for row in range(len(rows))]
+    chosen = [_choose(hideable[row], continues[rows[row]], draws[row], probability, max_masks) for row in range(len(rows))]
     width = max(1, max(map(len, chosen), default=1))
     positions = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
@@ -43,8 +45,10 @@ def mask_tokens(
         labels[row, : len(places)] = rows[row, places]
     which, slot = np.nonzero(labels != IGNORED)
     where = positions[which, slot]
-    dice = rng.random(len(which))
-    other = ordinary[rng.integers(len(ordinary), size=len(which))]
+    dice = np.concatenate([np.empty(0), *(draws[row].random(len(places)) for row, places in enumerate(chosen))])
+    other = ordinary[
+        np.concatenate([np.empty(0, np.int64), *(draws[row].integers(len(ordinary), size=len(chosen[row])) for row in range(len(rows)))])
+    ]
     replaced = np.where(dice < MASKED, tokenizer.mask_token_id, np.where(dice < MASKED + RANDOM, other, rows[which, where]))
     masked[which, where] = replaced
     return torch.from_numpy(masked), torch.from_numpy(positions), torch.from_numpy(labels)

@@ -1,11 +1,10 @@
-"""Opens data by name: `easy-vqa`, `shapes[:key=value,...]`, or a path to the user's own."""
+"""Opens data by name: `easy-vqa`, `shapes[:key=value,...]`, a path to the user's own, `hub:...`, `stream:...`."""
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from efficientvlm.data.items import Item, PairItem, Source, VQAItem
@@ -13,6 +12,7 @@ from efficientvlm.errors import BadInput
 
 SPLITS = ("train", "val", "test")
 BUILT_IN = ("easy-vqa", "shapes")
+HUB, STREAM = "hub:", "stream:"
 
 
 def open_vqa(
@@ -24,14 +24,20 @@ def open_vqa(
     limit: int | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    max_bad: int | None = None,
+    shuffle_buffer: int = 1000,
 ) -> Source[VQAItem]:
     """Images with their questions.
 
     Args:
-        spec: `easy-vqa`, `shapes[:key=value,...]`, or a JSONL or parquet file or a folder.
+        spec: `easy-vqa`, `shapes[:key=value,...]`, a file, a pattern of shards or a folder, `hub:NAME`, or `stream:` before any of these
+            but the built-in ones; a stream is for training only.
         split: train, val or test; without a validation file of its own, val is `val_fraction` of the training images, always the same ones.
         columns: role → column of the user's own data.
         limit: at most so many images, drawn with `seed` where the order of the data may mean something.
+        seed: of that draw, and of the order of a stream.
+        max_bad: samples that may be skipped because they cannot be used; by default 1 in 100, of a stream 100.
+        shuffle_buffer: samples that a stream draws from at random.
         image_size: side of the square images; by default 64 for the built-in data, the images' own size otherwise.
 
     Raises:
@@ -46,11 +52,14 @@ def open_vqa(
         from efficientvlm.data.shapes import Shapes
 
         return _first(Shapes(VQAItem, split, image_size=image_size, spec=spec), limit)
-    if not os.path.exists(spec):
-        raise _unknown(spec)
+    own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
+    if spec.startswith(STREAM):
+        from efficientvlm.data.stream import Stream
+
+        return Stream(VQAItem, spec, shuffle_buffer=shuffle_buffer, **own)
     from efficientvlm.data.files import FileVQA
 
-    return FileVQA(spec, split, columns=columns, val_fraction=val_fraction, limit=limit, seed=seed, image_size=image_size)
+    return FileVQA(spec, split, val_fraction=val_fraction, **own)
 
 
 def open_pairs(
@@ -62,6 +71,8 @@ def open_pairs(
     limit: int | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    max_bad: int | None = None,
+    shuffle_buffer: int = 1000,
 ) -> Source[PairItem]:
     """Images with captions and, where the data has them, described regions; arguments as in :func:`open_vqa`.
 
@@ -75,11 +86,14 @@ def open_pairs(
         from efficientvlm.data.shapes import Shapes
 
         return _first(Shapes(PairItem, split, image_size=image_size, spec=spec), limit)
-    if not os.path.exists(spec):
-        raise _unknown(spec)
+    own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
+    if spec.startswith(STREAM):
+        from efficientvlm.data.stream import Stream
+
+        return Stream(PairItem, spec, shuffle_buffer=shuffle_buffer, **own)
     from efficientvlm.data.files import FilePairs
 
-    return FilePairs(spec, split, columns=columns, val_fraction=val_fraction, limit=limit, seed=seed, image_size=image_size)
+    return FilePairs(spec, split, val_fraction=val_fraction, **own)
 
 
 class Subset(Source[Item]):
@@ -120,9 +134,42 @@ def texts(source: Source[Any]) -> Iterator[str]:
     return source.texts()
 
 
+def usable(source: Source[Item], indices: Sequence[int]) -> list[Item]:
+    """The samples of `indices`, without those that cannot be read: for measuring, where none may stand for another."""
+    own: Any = getattr(source, "usable", None)
+    return own(indices) if own else [source[index] for index in indices]
+
+
+def open_texts(spec: str, *, columns: Mapping[str, str] | None = None) -> Source[Any]:
+    """Data whose texts a tokenizer is trained on: pairs or, where the data has no captions, questions.
+
+    Raises:
+        BadInput: it can be opened as neither; what is wrong with the form that fits better.
+    """
+    if spec == "easy-vqa" or "question" in (columns or {}):
+        return open_vqa(spec, "train", columns=columns)
+    try:
+        return open_pairs(spec, "train", columns=columns)
+    except BadInput as as_pairs:
+        if "no column for" not in as_pairs.what or spec.partition(":")[0] in BUILT_IN:
+            raise
+        try:
+            return open_vqa(spec, "train", columns=columns)
+        except BadInput as as_questions:
+            raise (as_pairs if "no column for" in as_questions.what else as_questions) from None
+
+
 def record(source: Source[Any], split: str) -> dict[str, Any]:
-    """What the manifest says about a source: name, split, count of images, fingerprint, licence."""
-    return {"name": source.name, "split": split, "count": len(source), "fingerprint": source.fingerprint, "licence": source.licence}
+    """What the manifest says about a source: name, split, count of images, fingerprint, licence, samples skipped."""
+    skips: Any = getattr(source, "skips", None)
+    return {
+        "name": source.name,
+        "split": split,
+        "count": len(source),
+        "fingerprint": source.fingerprint,
+        "licence": source.licence,
+        "skipped": skips.count if skips else 0,
+    }
 
 
 def _first(source: Source[Item], limit: int | None) -> Source[Item]:
@@ -134,15 +181,28 @@ def _check(spec: str, split: str) -> None:
         raise BadInput(f"there is no split {split}", "", f"use {', '.join(SPLITS)}")
     if not spec:
         raise BadInput("no data given", "", f"--data takes {', '.join(BUILT_IN)} or a path")
+    if spec.startswith(STREAM) and split != "train":
+        raise BadInput(f"data {spec} is a stream", f"it has no {split} split", "measure on a file or folder")
+    check_spec(spec)
 
 
 def check_spec(spec: str) -> None:
-    """:class:`BadInput` if `spec` is neither built-in data nor a path that exists; nothing is read."""
-    if spec.partition(":")[0] not in BUILT_IN and not Path(spec).expanduser().exists():
-        raise _unknown(spec)
+    """:class:`BadInput` if `spec` is neither built-in data, of the hub, nor a path or pattern that exists; nothing is read."""
+    from efficientvlm.data.forms import PATTERN, exists, paths_of
+
+    plain = spec.removeprefix(STREAM)
+    if plain.startswith(HUB) or (plain.partition(":")[0] in BUILT_IN and plain == spec) or (plain != spec and "://" in plain):
+        return
+    if not exists(plain):
+        if PATTERN.search(plain):
+            paths_of(plain)  # says which file is missing
+        raise _unknown(plain)
 
 
 def _unknown(spec: str) -> BadInput:
     near = difflib.get_close_matches(spec.partition(":")[0], BUILT_IN, n=1, cutoff=0.5)
-    known = "built-in are easy-vqa and shapes[:key=value,...]; own data is a .jsonl or .parquet file or a folder"
-    return BadInput(f"no data called {spec}", f"there is no such file or folder{f'; did you mean {near[0]}?' if near else ''}", known)
+    known = "built-in are easy-vqa and shapes[:key=value,...]; own data is a file (.jsonl, .csv, .parquet, .tar), a folder, or hub:NAME"
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec):
+        hint = f"; data of the hub is given as hub:{spec}"
+    return BadInput(f"no data called {spec}", f"there is no such file or folder{hint}", known)

@@ -1,24 +1,20 @@
-"""Rows of a user's own data: JSONL, parquet, or a folder that Hugging Face `datasets` saved.
-
-Text is at hand; images are read when asked for.
-"""
+"""Rows of a user's own data, and the tables that Hugging Face `datasets` reads. Text is at hand; images are read when asked for."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import hashlib
-import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from efficientvlm.errors import BadInput
 
-SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+LONG = 1000  # a longer string is not kept in memory: an image in base64, most likely
 
 
 class Table(Protocol):
@@ -45,124 +41,27 @@ class Table(Protocol):
         """sha256 (hex) of the files the rows come from, not of pictures they point to."""
 
 
-def open_table(spec: str, split: str) -> tuple[Table, bool]:
-    """The rows of one split, and whether the caller must still hold out its validation part.
-
-    A single file or `save_to_disk` folder serves train and val together and, whole, as test. A folder with one file (or several parquet
-    shards) a split, or a saved `DatasetDict`, is used as it is split; without a validation split that is held out from train.
-
-    Raises:
-        BadInput: not there, of an unknown form, or without the split.
-    """
-    path = Path(spec)
-    if path.is_file():
-        return _open_files([path]), split != "test"
-    if (path / "dataset_dict.json").is_file():
-        found: dict[str, list[Path]] = {name.name: [name] for name in sorted(path.iterdir()) if (name / "state.json").is_file()}
-    elif (path / "state.json").is_file():
-        return SavedTable(path), split != "test"
-    else:
-        found = _split_files(path)
-    names = {role: name for role, known in SPLIT_NAMES.items() for name in found if name in known}
-    if split in names:
-        chosen, hold_out = split, split == "train" and "val" not in names
-    elif split == "val" and "train" in names:
-        chosen, hold_out = "train", True
-    else:
-        have = f"it has {', '.join(found)}" if found else f"it holds no {', '.join(SUFFIXES)} file and nothing that datasets saved"
-        raise BadInput(f"data {spec} has no split {split}", have, "name the files train.jsonl, val.jsonl, test.jsonl (or .parquet)")
-    files = found[names[chosen]]
-    return (SavedTable(files[0]) if files[0].is_dir() else _open_files(files)), hold_out
-
-
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a folder (or of its subfolder `data`) by split; the name of a shard goes on after a `-`."""
-    for place in (folder, folder / "data"):
-        found: dict[str, list[Path]] = {}
-        for path in sorted(place.iterdir()) if place.is_dir() else []:
-            if path.suffix in SUFFIXES and path.is_file():
-                found.setdefault(path.stem.partition("-")[0], []).append(path)
-        if found:
-            return found
-    return {}
-
-
-def _open_files(paths: list[Path]) -> Table:
-    kinds = {path.suffix for path in paths}
-    if kinds == {".parquet"}:
-        return ParquetTable(paths)
-    if len(paths) == 1 and kinds <= {".jsonl", ".ndjson"}:
-        return JsonlTable(paths[0])
-    listed = ", ".join(path.name for path in paths)
-    raise BadInput(
-        f"data {paths[0].parent}", f"cannot use {listed} as one split", f"give one {', '.join(SUFFIXES[:2])} file or parquet files"
-    )
-
-
-class JsonlTable:
-    """One JSON object a line; an image is a path relative to the file, or base64. Lines are read again when an inline image is needed."""
+class MemoryTable:
+    """Rows that are small enough to be held: column → values, all of one length."""
 
     licence = "unknown"
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.base = path, path.parent
-        self._offsets: list[int] = []
-        self._lines: list[int] = []
-        self._values: dict[str, list[Any]] = {}
-        digest = hashlib.sha256()
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                if line.strip():
-                    self._add(line, offset, number)
-                offset += len(line)
-        self.digest = digest.hexdigest()
-        for values in self._values.values():
-            values.extend([None] * (len(self) - len(values)))
-        self.columns = list(self._values)
-
-    def _add(self, line: bytes, offset: int, number: int) -> None:
-        row = len(self._offsets)
-        for name, value in self._parse(line, number).items():
-            if (isinstance(value, str) and len(value) > LONG) or isinstance(value, dict):
-                value = INLINE
-            values = self._values.setdefault(name, [])
-            values.extend([None] * (row - len(values)))
-            values.append(value)
-        self._offsets.append(offset)
-        self._lines.append(number)
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            parsed = json.loads(line)
-        except ValueError as error:
-            raise BadInput(f"{self.path} line {number}", f"it is not JSON ({error})", "write one JSON object a line") from None
-        if not isinstance(parsed, dict):
-            raise BadInput(f"{self.path} line {number}", "it is not a JSON object", "write one JSON object a line")
-        return parsed
+    def __init__(self, values: dict[str, list[Any]], base: Path, where: Callable[[int], str], digest: str) -> None:
+        self.columns, self.base, self.digest = list(values), base, digest
+        self._values, self._where = values, where
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(next(iter(self._values.values()), ()))
 
     def column(self, name: str) -> list[Any]:
-        return [self._reread(row)[name] if value is INLINE else value for row, value in enumerate(self._values[name])]
+        return self._values[name]
 
     def image(self, row: int, name: str) -> bytes | Path:
         value = self._values[name][row]
-        return encoded(self._reread(row)[name] if value is INLINE else value, self.base, self.where(row))
+        return value if isinstance(value, Path) else encoded(value, self.base, self.where(row))
 
     def where(self, row: int) -> str:
-        return f"{self.path} line {self._lines[row]}"
-
-    def _reread(self, row: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[row])
-            return self._parse(file.readline(), self._lines[row])
-
-
-LONG = 1000  # a longer string is not kept in memory: an image in base64, most likely
-INLINE = object()
+        return self._where(row)
 
 
 class SavedTable:
@@ -174,8 +73,8 @@ class SavedTable:
         self.path = self.base = path
         try:
             self._keep(load_from_disk(str(path)))
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"data {path}", f"datasets cannot open it ({error})") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"data {path}", f"datasets cannot open it ({one_line(error)})") from None
 
     def _keep(self, data: Any) -> None:
         from datasets import Image
@@ -191,7 +90,10 @@ class SavedTable:
         return len(self._data)
 
     def column(self, name: str) -> list[Any]:
-        values: list[Any] = self._data.select_columns([name]).to_dict()[name]
+        try:
+            values: list[Any] = self._data.select_columns([name]).to_dict()[name]
+        except UnicodeDecodeError:
+            raise BadInput(f"data {self.path}", f"its column {name} is not UTF-8 text", "write it again") from None
         return values
 
     def image(self, row: int, name: str) -> bytes | Path:
@@ -206,11 +108,7 @@ class SavedTable:
 
     @cached_property
     def digest(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return digest_of(self._files)
 
 
 class ParquetTable(SavedTable):
@@ -225,8 +123,8 @@ class ParquetTable(SavedTable):
         try:
             datasets.disable_progress_bars()
             self._keep(datasets.Dataset.from_parquet([str(path) for path in paths]))
-        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise BadInput(f"data {self.path}", f"it cannot be read as parquet ({str(error.__cause__ or error).splitlines()[0]})") from None
+        except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise BadInput(f"data {self.path}", f"it cannot be read as parquet ({one_line(error.__cause__ or error)})") from None
         finally:
             if shown:
                 datasets.enable_progress_bars()
@@ -250,7 +148,7 @@ def encoded(value: Any, base: Path, where: str) -> bytes | Path:
         raise BadInput(where, f"it has no image ({value!r})" if not isinstance(value, str) else "its image is empty", "remove the row")
     if not value.startswith("data:") and len(value) <= LONG:
         path = Path(os.path.join(base, value))
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     try:
         data = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
@@ -261,3 +159,17 @@ def encoded(value: Any, base: Path, where: str) -> bytes | Path:
     if len(value) > LONG or value.startswith("data:"):
         raise BadInput(where, "its image is no base64 of a picture", "store a path relative to the file, or base64 of a PNG or JPEG")
     raise BadInput(where, f"there is no image {value} in {base}", "image paths are relative to the folder of the data file")
+
+
+def digest_of(paths: list[Path]) -> str:
+    """sha256 (hex) over the sha256 of each file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""BERT-style tokenizers: trained on the data at hand, or loaded from a folder and checked."""
+"""Tokenizers: BERT-style ones trained on the data at hand; those and byte-pair or unigram ones loaded from a folder and checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efficientvlm.errors import BadInput
 
@@ -53,26 +53,40 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return _wrap(tokenizer)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer in folder `path` (`tokenizer.json`, or `vocab.txt` of an older BERT).
+def with_special(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[str]) -> PreTrainedTokenizerFast:
+    """`tokenizer` with special `tokens` behind its vocabulary; those it has already stay where they are."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    return tokenizer
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, bert: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer in folder `path`: `tokenizer.json`, or `vocab.txt` of an older BERT, or `vocab.json` and `merges.txt` of an older CLIP.
+
+    Args:
+        bert: whether only WordPiece with BERT's special tokens will do.
 
     Raises:
-        BadInput: no tokenizer there, an empty vocabulary, a missing special token, or no WordPiece vocabulary.
+        BadInput: no tokenizer there, a damaged one, an empty vocabulary, a missing special token, another kind than `bert` asks for.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     folder = Path(path)
     ready, plain = folder / "tokenizer.json", folder / "vocab.txt"
-    fix = "give the folder of a BERT-style tokenizer, or --tokenizer train"
+    fix = "give the folder of a tokenizer, or --tokenizer train"
     if ready.is_file():
         text = ready.read_text(encoding="utf-8")
-        _require_wordpiece(ready, text, fix)
+        if (kind := _kind(ready, text, fix)) != "WordPiece":
+            return _load_stock(folder, kind, fix, bert)
         tokenizer = Tokenizer.from_str(text)
     elif plain.is_file():
         tokens = plain.read_text(encoding="utf-8").splitlines()
         tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=_lowercase(folder))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _load_stock(folder, "BPE", fix, bert)
     else:
         raise BadInput(f"no tokenizer in {folder}", "it has neither tokenizer.json nor vocab.txt", fix)
     vocab = tokenizer.get_vocab()
@@ -102,15 +116,52 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _require_wordpiece(path: Path, text: str, fix: str) -> None:
-    """`tokenizers` raises a bare Exception on a damaged file, so what matters is looked at first."""
+def ends_of(tokenizer: Any) -> tuple[int | None, int]:
+    """Ids of the tokens that begin (None: nothing does) and end a text, as the tokenizer itself puts them around one.
+
+    Raises:
+        BadInput: it puts something else around a text, or has no token for padding.
+    """
+    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    before = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
+    begin, end = full[:before], full[before + len(plain) :]
+    if len(begin) > 1 or len(end) != 1 or tokenizer.pad_token_id is None:
+        why = f"it puts {len(begin)} tokens before a text and {len(end)} behind it, and its padding is {tokenizer.pad_token!r}"
+        raise BadInput("this tokenizer cannot be used", why, "texts need one token at the end, at most one in front, and one for padding")
+    return (begin[0] if begin else None), end[0]
+
+
+def _load_stock(folder: Path, kind: str, fix: str, bert: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer that is no WordPiece, as transformers' own class for it."""
+    if bert:
+        raise BadInput(f"tokenizer in {folder}", f"its model is {kind}, WordPiece with BERT's special tokens is needed", fix)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        size = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    except Exception as error:  # noqa: BLE001  what tokenizers raises on a damaged file is just that
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"cannot read the {kind} tokenizer in {folder}", why[:200], fix) from None
+    if not size:
+        raise BadInput(f"the {kind} tokenizer in {folder}", "its vocabulary is empty", fix)
+    ends_of(tokenizer)
+    return tokenizer
+
+
+def _kind(path: Path, text: str, fix: str) -> str:
+    """Which model a `tokenizer.json` holds. `tokenizers` raises a bare Exception on a damaged file, so what matters is looked at first."""
     try:
         model = json.loads(text)["model"]
-        kind, vocab = model.get("type", "WordPiece" if "max_input_chars_per_word" in model else "another one"), model["vocab"]
+        kind = model.get("type", "WordPiece" if "max_input_chars_per_word" in model else "BPE" if "merges" in model else "")
+        known = isinstance(kind, str) and isinstance(model["vocab"], dict | list)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"tokenizer {path}", "it is damaged, or no file of the tokenizers library", fix) from None
-    if kind != "WordPiece" or not isinstance(vocab, dict):
-        raise BadInput(f"tokenizer {path}", f"its model is {kind}, X-VLM needs WordPiece", fix)
+        known = False
+    if not known or (kind == "WordPiece" and not isinstance(model["vocab"], dict)):
+        raise BadInput(f"tokenizer {path}", "it is damaged, or no file of the tokenizers library", fix)
+    return str(kind)
 
 
 def _lowercase(folder: Path) -> bool:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficientvlm.tasks.vqa_answers import normalised
 
-def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int) -> Tensor:
+ANNOTATORS = 10  # a question with so many answers is one of VQAv2's kind
+
+
+def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:
     """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
 
     `logits` [A, L, V] predict `ids` [A, L] shifted by one; `mask` [A, L] leaves padding out; `weights` [A].
@@ -71,6 +75,17 @@ def generate(family: Any, model: Any, batch: dict[str, Any], *, cls_id: int, sep
     return torch.cat(answers, 1)
 
 
+def soft_accuracy(guess: str, given: Sequence[tuple[str, float]], annotators: int) -> float:
+    """VQAv2's accuracy of one answer: min(1, n / 3), averaged over all ways to leave one annotator out.
+
+    `given` holds distinct answers with weights that sum to the same whole; n of the `annotators` left gave `guess`.
+    """
+    whole = sum(weight for _, weight in given)
+    same = round(annotators * sum(weight for text, weight in given if text == guess) / whole) if whole else 0
+    without_a_same, without_another = min(1.0, (same - 1) / 3), min(1.0, same / 3)
+    return (same * without_a_same + (annotators - same) * without_another) / annotators
+
+
 def accuracy(predicted: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]) -> float:
     """Mean weight of the predicted answer among the annotated ones, at most 1: exact match where there is one answer."""
     hits = [min(1.0, sum(weight for text, weight in given if text == guess)) for guess, given in zip(predicted, answers, strict=True)]
@@ -82,22 +97,35 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of `predict` over batches of `data.collate.vqa_batch(train=False)`, overall and for each annotated answer's kind.
 
-    Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake.
+    Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake. A question with ten
+    annotators is measured as VQAv2 does, with its normalisation of answers; any other by the weight of the answer given.
 
-    Returns `accuracy`, `questions`, and the accuracy of the questions whose answer is yes or no and of the others.
+    Returns `accuracy`, `questions`, the accuracy of the questions whose answer is yes or no and of the others, and `soft_questions`, those
+    with ten annotators, if there are any.
     """
     guesses: list[str] = []
     answers: list[list[tuple[str, float]]] = []
+    annotators: list[int] = []
     for batch in batches:
         guesses += predict(batch)
         answers += batch["answer_texts"]
+        annotators += batch.get("annotators") or [0] * len(batch["answer_texts"])
     seen = {text: as_read(text) for text in {*guesses, *(text for given in answers for text, _ in given)}}
-    guesses = [seen[text] for text in guesses]
-    answers = [[(seen[text], weight) for text, weight in given] for given in answers]
-    closed = [any(text in ("yes", "no") for text, _ in given) for given in answers]
-    result: dict[str, Any] = {"accuracy": accuracy(guesses, answers), "questions": len(guesses)}
+    official = {text: as_read(normalised(text)) for text in seen} if ANNOTATORS in annotators else {}
+    hits, closed = [], []
+    for guess, given, count in zip(guesses, answers, annotators, strict=True):
+        disagree = count == ANNOTATORS and len(given) > 1  # with one answer only, the published evaluation compares it as it is
+        form = official if disagree else seen
+        given = [(form[text], weight) for text, weight in given]
+        closed.append(any(text in ("yes", "no") for text, _ in given))
+        hits.append(soft_accuracy(form[guess], given, count) if count == ANNOTATORS else accuracy([form[guess]], [given]))
+    result: dict[str, Any] = {"accuracy": mean(hits), "questions": len(guesses)}
     for name, wanted in (("yes_no", True), ("other", False)):
-        rows = [i for i, kind in enumerate(closed) if kind is wanted]
-        if rows:
-            result[f"accuracy_{name}"] = accuracy([guesses[i] for i in rows], [answers[i] for i in rows])
-    return result
+        if any(kind is wanted for kind in closed):
+            result[f"accuracy_{name}"] = mean([hit for hit, kind in zip(hits, closed, strict=True) if kind is wanted])
+    soft = annotators.count(ANNOTATORS)
+    return result | ({"soft_questions": soft} if soft else {})
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,93 @@
+"""Samples that cannot be used: skipped and counted up to a limit, then the run stops and says why."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from efficientvlm.errors import BadInput
+
+SHARE = 100  # by default one sample in so many may be bad
+OF_A_STREAM = 100  # by default, where the number of samples is not known
+REMEMBERED = 10_000
+SHOWN = 5
+
+
+class Skips:
+    """The bad samples of one source, each counted once however often it is met.
+
+    Args:
+        limit: samples that may be skipped; None: 1 in 100, of a stream 100.
+    """
+
+    def __init__(self, name: str, limit: int | None = None) -> None:
+        self.name, self.limit = name, limit
+        self.count = 0
+        self.allowed = limit  # None until the number of samples is known
+        self.reasons: dict[str, str] = {}
+        self._first: BadInput | None = None
+        self._file: Path | None = None
+        self._lock = threading.Lock()
+
+    def add(self, error: BadInput, samples: int = 1) -> None:
+        """Count the sample that `error` names; `samples` where one cause costs several.
+
+        Raises:
+            BadInput: one more than may be skipped.
+        """
+        with self._lock:
+            if error.what in self.reasons:
+                return
+            self._first = self._first or error
+            self.count += samples
+            if len(self.reasons) < REMEMBERED:
+                self.reasons[error.what] = error.why
+            self._check(error)
+            self._write({error.what: error.why})
+
+    def settle(self, samples: int | None) -> None:
+        """Now that a source of `samples` (None: unknown) is open: hold what was found against the limit."""
+        if self.limit is None:
+            self.allowed = OF_A_STREAM if samples is None else samples // SHARE
+        self._check(self._first)
+
+    def keep_in(self, path: Path) -> None:
+        """Write what is skipped to `path`, a JSON line each, and take up what an interrupted run wrote there."""
+        with self._lock:
+            earlier = path.read_text("utf-8").splitlines() if path.is_file() else []
+            known: dict[str, str] = {}
+            for line in earlier:
+                try:
+                    entry = json.loads(line)
+                    known[str(entry["sample"])] = str(entry["reason"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut short by a crash; the sample will be met again
+            new = {what: why for what, why in self.reasons.items() if what not in known}
+            self.count += len(known.keys() - self.reasons.keys())
+            self.reasons = known | new
+            self._file = path
+            self._write(new)
+
+    def lines(self) -> list[str]:
+        """The first reasons and how many more there are, for people."""
+        shown = [f"{what}: {why}" for what, why in list(self.reasons.items())[:SHOWN]]
+        return shown + ([f"and {self.count - len(shown)} more"] if self.count > len(shown) else [])
+
+    def _check(self, error: BadInput | None) -> None:
+        if self.allowed is None or self.count <= self.allowed or error is None:
+            return
+        if self.allowed == 0:
+            more = f" ({self.count - 1} more cannot be used)" if self.count > 1 else ""
+            raise BadInput(error.what, error.why + more, error.fix)
+        raise BadInput(
+            f"{self.count} samples of data {self.name} cannot be used",
+            f"{self.allowed} may be skipped\n  " + "\n  ".join(self.lines()),
+            "mend or remove them, or allow more with --set max_bad=N; an interrupted run then goes on",
+        )
+
+    def _write(self, reasons: dict[str, str]) -> None:
+        if self._file is None or not reasons:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"sample": what, "reason": why}) + "\n" for what, why in reasons.items()))

@@ -1,0 +1,223 @@
+"""Data that is read from one end to the other: `stream:hub:owner/name`, `stream:FILES` (paths, patterns or addresses).
+
+Indices only grow. The sample at an index depends on the data and the seed alone, so a resumed run reads what an uninterrupted one would
+have: it goes through the stream up to its position again, without decoding pictures, which takes time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from efficientvlm.data import hub
+from efficientvlm.data.cells import captions_of, places_of, question_of, regions_of
+from efficientvlm.data.draw import generator
+from efficientvlm.data.files import PAIR_REQUIRED, PAIR_ROLES, VQA_REQUIRED, VQA_ROLES, find_columns
+from efficientvlm.data.forms import braces, paths_of
+from efficientvlm.data.images import open_sized
+from efficientvlm.data.items import PairItem, Question, VQAItem
+from efficientvlm.data.skips import Skips
+from efficientvlm.data.stream_rows import Raw, read_file
+from efficientvlm.data.tables import encoded, one_line
+from efficientvlm.errors import BadInput
+
+PREFIX = "stream:"
+LOOKED_AT = 20  # rows, for the names of the columns
+TEXTS = 100_000  # rows a tokenizer is trained on
+ATTEMPTS = 100
+
+T = TypeVar("T", VQAItem, PairItem)
+
+
+class Stream(Generic[T]):
+    """The training part of a stream, endlessly: after its last row it begins again, in another order.
+
+    Every row is a sample of its own. `len` counts the samples passed so far.
+    """
+
+    endless = True
+    licence = "unknown"
+
+    def __init__(
+        self,
+        kind: type[T],
+        spec: str,
+        *,
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        image_size: int | None = None,
+        max_bad: int | None = None,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        self.kind: type[T] = kind
+        self.name, self.size, self.seed, self.limit, self.buffer_size = spec, image_size, seed, limit, shuffle_buffer
+        self._what = spec.removeprefix(PREFIX)
+        self.skips = Skips(spec, max_bad)
+        self.skips.settle(None)
+        first = list(itertools.islice(self._pass(0), LOOKED_AT))
+        if not first:
+            raise BadInput(f"data {spec}", "it has no rows")
+        have = list(dict.fromkeys(name for raw in first for name in raw.values))
+        roles, required = (VQA_ROLES, VQA_REQUIRED) if issubclass(kind, VQAItem) else (PAIR_ROLES, PAIR_REQUIRED)
+        if broken := next((raw.problem for raw in first if raw.problem is not None), None):
+            if not have:
+                raise broken
+        self.columns = find_columns(have, roles, required, columns or {}, spec)
+        self._lock = threading.Lock()
+        self._rewind()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names and sizes of local files, of anything else over the name: a stream's content is not read in advance."""
+        parts = [self.name]
+        if not self._what.startswith(hub.PREFIX):
+            parts += [f"{Path(file).name} {Path(file).stat().st_size}" for file in self._files() if "://" not in file]
+        return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()
+
+    def __len__(self) -> int:
+        return self._position
+
+    def __getitem__(self, index: int) -> T:
+        """The sample at `index`; a smaller index than the last one reads the stream anew."""
+        with self._lock:
+            if index < self._position:
+                self._rewind()
+            while self._position <= index:
+                raw = self._next()
+            others = self._buffer
+            try:
+                return self._sample(raw)
+            except BadInput as error:
+                self.skips.add(error)
+            for attempt in range(ATTEMPTS):
+                raw = others[int(generator(self.seed, "instead", index, attempt).integers(len(others)))]
+                try:
+                    return self._sample(raw)
+                except BadInput as error:
+                    self.skips.add(error)
+        raise BadInput(f"data {self.name}", f"of {ATTEMPTS} samples drawn none could be read", "mend the data")
+
+    def texts(self) -> Iterator[str]:
+        """Every string of the first 100,000 rows."""
+        for raw in itertools.islice(self._pass(0), TEXTS):
+            try:
+                values = self._values(raw)
+                if issubclass(self.kind, VQAItem):
+                    asked: Question = question_of(values, raw.where, self.columns)
+                    yield from (asked.text, *(answer for answer, _ in asked.answers))
+                else:
+                    yield from captions_of(values, raw.where, self.columns)
+                    for place in places_of(values, raw.where):
+                        yield from (region.phrase for region in regions_of(place, None, raw.where))
+            except BadInput as error:
+                self.skips.add(error)
+
+    def answers(self) -> Iterator[tuple[str, float]]:
+        """A stream cannot be read in advance.
+
+        Raises:
+            BadInput: always; it takes a file of answers.
+        """
+        raise BadInput(f"data {self.name}", "the answers of a stream are not known in advance", "give --answers FILE")
+
+    def _rewind(self) -> None:
+        self._position = 0
+        self._rows = itertools.chain.from_iterable(self._pass(epoch) for epoch in itertools.count())
+        self._random = generator(self.seed, "stream")
+        self._buffer: list[Raw] = list(itertools.islice(self._rows, self.buffer_size))
+
+    def _next(self) -> Raw:
+        """A row of the buffer, which the next row of the stream replaces."""
+        place = int(self._random.integers(len(self._buffer)))
+        raw, self._buffer[place] = self._buffer[place], next(self._rows)
+        self._position += 1
+        return raw
+
+    def _pass(self, epoch: int) -> Iterator[Raw]:
+        """All rows once; files in an order of this epoch, and as they stand in the first one."""
+        rows = self._from_hub() if self._what.startswith(hub.PREFIX) else self._from_files(epoch)
+        count = 0
+        for raw in itertools.islice(rows, self.limit):
+            count += 1
+            yield raw
+        if not count:
+            raise BadInput(f"data {self.name}", "it has no rows")
+
+    def _files(self) -> list[str]:
+        found: list[str] = []
+        for part in self._what.split() if "://" in self._what else [self._what]:
+            found += list(braces(part)) if "://" in part else [str(path) for path in paths_of(part)]
+        return found
+
+    def _from_files(self, epoch: int) -> Iterator[Raw]:
+        files = self._files()
+        for place in generator(self.seed, "files", epoch).permutation(len(files)) if epoch else range(len(files)):
+            yield from read_file(files[int(place)])
+
+    def _from_hub(self) -> Iterator[Raw]:
+        from datasets import Image
+
+        data = hub.load(self._what, "train", streaming=True)
+        for name, feature in (data.features or {}).items():
+            if isinstance(feature, Image):
+                data = data.cast_column(name, Image(decode=False))
+        rows = iter(data)
+        for number in itertools.count():
+            where = f"{self._what} row {number}"
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # noqa: BLE001  the library, its file systems and its network raise what they like
+                raise BadInput(where, f"the stream broke off ({one_line(error)})", "run the same command again; it resumes") from None
+            yield Raw(values, Path(), where)
+
+    def _values(self, raw: Raw) -> dict[str, Any]:
+        if raw.problem is not None:
+            raise raw.problem
+        return {role: raw.values.get(name) for role, name in self.columns.items()}
+
+    def _sample(self, raw: Raw) -> T:
+        """The sample in a row.
+
+        Raises:
+            BadInput: it cannot be used; names the row.
+        """
+        values, where = self._values(raw), raw.where
+        content: Any = (
+            question_of(values, where, self.columns)
+            if issubclass(self.kind, VQAItem)
+            else (captions_of(values, where, self.columns), places_of(values, where))
+        )
+        image = encoded(values["image"], raw.base, where)
+        pixels, size = open_sized(image, self.size, where)
+        key = values.get("image_id")
+        if key is None:
+            key = hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(values["image"])
+        if issubclass(self.kind, VQAItem):
+            return VQAItem(str(key), pixels, [content])
+        captions, places = content
+        regions = [region for place in places for region in regions_of(place, size, where)]
+        return PairItem(str(key), pixels, captions, regions)
+
+
+def check_settings(config: Any) -> None:
+    """What a stage that trains on a stream must be told, because the stream cannot.
+
+    Raises:
+        BadInput: naming everything that is missing.
+    """
+    missing = [option for option, given in (("--max-steps N", config.max_steps), ("--val DATA", config.val)) if not given]
+    if hasattr(config, "answers") and not config.answers:
+        missing.append("--answers FILE")
+    if missing:
+        raise BadInput(
+            f"data {config.data} is a stream",
+            "it has no length, no held-out part and no list of answers" if len(missing) > 1 else "that is not known of it",
+            f"give {', '.join(missing)}",
+        )

@@ -1,0 +1,133 @@
+"""The rows of one file, from its beginning to its end: JSON lines, CSV, parquet or tar, on disk or at an address."""
+
+from __future__ import annotations
+
+import contextlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from efficientvlm.data.tables import one_line
+from efficientvlm.data.tar import LARGEST_TEXT, PICTURES, Header, text_columns
+from efficientvlm.data.text_tables import csv_rows, json_row, opened
+from efficientvlm.errors import BadInput
+
+LARGEST_PICTURE = 200_000_000
+ROWS_AT_A_TIME = 64
+
+
+@dataclass(slots=True)
+class Raw:
+    """A row as it was read: values by column, or the problem that kept it from being read; image paths are relative to `base`."""
+
+    values: dict[str, Any]
+    base: Path
+    where: str
+    problem: BadInput | None = None
+
+
+def read_file(name: str) -> Iterator[Raw]:
+    """Rows of a file or address, by its ending.
+
+    Raises:
+        BadInput: unreachable, of an unknown kind, or damaged beyond a row.
+    """
+    kind = "".join(Path(name.partition("?")[0]).suffixes[-2:])
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    reader = next((known for ending, known in readers.items() if kind.endswith(ending)), None)
+    if reader is None and (".tar" in kind or kind.endswith(".tgz")):
+        reader = _tar
+    if reader is None:
+        raise BadInput(f"data {name}", "such a file cannot be streamed", f"use {', '.join(readers)} or .tar")
+    base = Path() if "://" in name else Path(name).parent
+    with _open(name) as file:
+        yield from reader(file, name, base)
+
+
+@contextlib.contextmanager
+def _open(name: str) -> Iterator[IO[bytes]]:
+    if "://" not in name:
+        with opened(Path(name)) as file:
+            yield file
+        return
+    import fsspec
+
+    try:
+        remote = fsspec.open(name, "rb").open()
+    except Exception as error:  # noqa: BLE001  every file system has errors of its own
+        raise BadInput(f"data {name} cannot be opened", f"{type(error).__name__}: {one_line(error)}", "check the address") from None
+    with remote as file:
+        yield file
+
+
+def _jsonl(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield _raw(json_row(line, f"{name} line {number}"), base, f"{name} line {number}")
+
+
+def _csv(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
+    for _, number, row in csv_rows(file, name):
+        yield _raw(row, base, f"{name} line {number}")
+
+
+def _raw(row: dict[str, Any] | BadInput, base: Path, where: str) -> Raw:
+    return Raw({}, base, where, row) if isinstance(row, BadInput) else Raw(row, base, where)
+
+
+def _parquet(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_A_TIME):
+            for values in batch.to_pylist():
+                yield Raw(values, base, f"{name} row {number}")
+                number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadInput(f"data {name}", f"it cannot be read as parquet after row {number} ({one_line(error)})", "mend the file") from None
+
+
+def _tar(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
+    """Samples of a shard, compressed or not. A damaged one ends in a row that says so: the rest of it is lost."""
+    key: str | None = None
+    values: dict[str, Any] = {}
+    texts: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
+            for member in archive:
+                folder, _, tail = member.name.rpartition("/")
+                stem, _, ending = tail.partition(".")
+                if not member.isreg() or not stem or not ending:
+                    continue
+                here = f"{folder}/{stem}"
+                if key is not None and here != key:
+                    yield _sample(values, texts, base, f"{name} sample {key.lstrip('/')}")
+                    values, texts = {}, {}
+                key, ending = here, f".{ending.lower()}"
+                wanted = "image" if ending in PICTURES else ending if ending in (".txt", ".json") else None
+                if wanted is None or member.size > (LARGEST_PICTURE if wanted == "image" else LARGEST_TEXT):
+                    continue
+                stored = archive.extractfile(member)
+                content = stored.read() if stored else b""
+                if len(content) < member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if wanted == "image":
+                    values.setdefault("image", content)
+                else:
+                    texts[ending] = content
+            if key is not None:
+                yield _sample(values, texts, base, f"{name} sample {key.lstrip('/')}")
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        where = f"shard {name}"
+        yield Raw({}, base, where, BadInput(where, f"it is damaged after sample {(key or 'none').lstrip('/')} ({one_line(error)})"))
+
+
+def _sample(values: dict[str, Any], texts: dict[str, bytes], base: Path, where: str) -> Raw:
+    try:
+        return Raw({**text_columns(texts, where), **values}, base, where)
+    except BadInput as problem:
+        return Raw({}, base, where, problem)
