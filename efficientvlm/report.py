@@ -67,6 +67,11 @@ def summarise(
     return {**summary, "targets": targets(summary)}
 
 
+def test_of(result: dict[str, Any]) -> str:
+    """What two evaluations must share to be compared, as one text."""
+    return str(_test(result))
+
+
 def _test(result: dict[str, Any]) -> dict[str, Any]:
     data = result["data"]
     ranking = {key: result.get(key) for key in ("mode", "answers", "first_token_twice")}
@@ -157,14 +162,14 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
     reference = summary["reference"]
     towers = list(dict.fromkeys(tower for model in models.values() for tower in model["layers"]))
-    unit, counted = _scale([m["parameters"]["total"] for m in models.values()])
+    unit, counted = scale([m["parameters"]["total"] for m in models.values()])
     add(f"parameters ({unit})", every(lambda m: counted(m["parameters"]["total"])))
     add(f"  of the {reference}'s", every(lambda m: _percent(m["parameters"]["of_reference"])))
     for tower in towers:
         add(f"  {tower}", every(lambda m, t=tower: counted(m["parameters"]["by_tower"].get(t))))
     add("  projections and heads", every(lambda m: counted(m["parameters"]["by_tower"].get(OTHER))))
     add("  embeddings (counted in the towers)", every(lambda m: counted(m["parameters"]["embeddings"])), last=True)
-    unit, multiplied = _scale([m["macs"]["total"] for m in models.values()])
+    unit, multiplied = scale([m["macs"]["total"] for m in models.values()])
     add(f"multiply-adds ({unit})", every(lambda m: multiplied(m["macs"]["total"])))
     add(f"  of the {reference}'s", every(lambda m: _percent(m["macs"]["of_reference"])))
     add("sparsity of prunable weights", every(lambda m: _percent(m["sparsity"]) if m["sparsity"] else NONE), last=True)
@@ -189,7 +194,7 @@ def captions(summary: dict[str, Any]) -> dict[str, str]:
     """Label → size in a few words, for the picture."""
     reference = summary["reference"]
     parameters = {label: model["parameters"] for label, model in summary["models"].items()}
-    unit, counted = _scale([part["total"] for part in parameters.values()])
+    unit, counted = scale([part["total"] for part in parameters.values()])
     beside = {label: f", {_percent(part['of_reference'])} of the {reference}'s" for label, part in parameters.items() if label != reference}
     return {label: f"{counted(part['total'])} {unit} parameters{beside.get(label, '')}" for label, part in parameters.items()}
 
@@ -204,7 +209,7 @@ def _kept(pair: list[int] | None) -> str:
     return f"{pair[0]:,}/{pair[1]:,}" if pair else NONE
 
 
-def _scale(values: list[int]) -> tuple[str, Callable[[float | None], str]]:
+def scale(values: list[int]) -> tuple[str, Callable[[float | None], str]]:
     """One unit for a whole block of the table, and how a count is written in it."""
     unit, size = next(((unit, size) for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if max(values) >= size), ("1", 1.0))
     decimals = 3 if max(values) < 10 * size else 2 if max(values) < 100 * size else 1
@@ -231,16 +236,21 @@ def plain(table: Table, width: int = WIDTH) -> str:
 
 def text(summary: dict[str, Any]) -> str:
     """The table, how its figures were measured, and the targets."""
+    return "\n".join([plain(summary_table(summary)), "", *notes(summary), "", *target_lines(summary["targets"])]).rstrip()
+
+
+def notes(summary: dict[str, Any]) -> list[str]:
+    """How the figures of a summary were measured, a line each."""
     macs = summary["models"][summary["reference"]]["macs"]
-    notes = [f"multiply-adds: one image of {macs['image_size']} px, a question of {macs['text_length']} tokens"]
+    found = [f"multiply-adds: one image of {macs['image_size']} px, a question of {macs['text_length']} tokens"]
     if test := summary["test"]:
-        notes.append(f"accuracy: {_named(test)}")
+        found.append(f"accuracy: {_named(test)}")
     if speed := summary["speed"]:
         machine = speed["machine"]
-        notes.append(
+        found.append(
             f"latency: image and question of {speed['text_length']} tokens to the ranked answer, median; {speed['precision']}, "
             f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['name']}"
         )
     if any(model["timed_with_untrained_decoder"] for model in summary["models"].values()):
-        notes.append("* not trained for the task: timed with an answer decoder that was added for the timing alone")
-    return "\n".join([plain(summary_table(summary)), "", *notes, "", *target_lines(summary["targets"])]).rstrip()
+        found.append("* not trained for the task: timed with an answer decoder that was added for the timing alone")
+    return found

@@ -6,21 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import families, manifest, report
+from efficientvlm import manifest, report
 from efficientvlm.checkpoint import fingerprint, require_complete
 from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve, shown, write_atomic
-from efficientvlm.picture import Structure, structure_figure
+from efficientvlm.page.story import Measurement, Story, unique
+from efficientvlm.picture import structure_figure
 from efficientvlm.progress import say
+from efficientvlm.stages import page as pages
 from efficientvlm.stages.results import read_result
 
-SUMMARY, TABLE, PICTURE = "summary.json", "summary.txt", "structure.png"
+SUMMARY, TABLE, PICTURE, PAGE = "summary.json", "summary.txt", "structure.png", "report.html"
 
 
 def run(config: Report, control: Control) -> dict[str, Any]:
-    """Write `summary.json`, `summary.txt` and `structure.png` into the folder `config.out`; `text` of the result is the table.
+    """Write `summary.json`, `summary.txt`, `structure.png` and `report.html` into `config.out`; `text` of the result is the table.
 
     Only manifests, results and the structure in `config.json` are read, so the report is simply made anew every time.
 
@@ -31,7 +33,7 @@ def run(config: Report, control: Control) -> dict[str, Any]:
     evals = {label: read_result(Path(path).expanduser(), "eval") for label, path in config.evals.items()}
     bench = read_result(Path(config.bench).expanduser(), "bench") if config.bench else None
     summary = report.summarise(models, evals, bench)
-    structures = {label: structure_of(resolve(spec)) for label, spec in config.models.items()}
+    structures = {label: pages.structure_of(resolve(spec)) for label, spec in config.models.items()}
     out = claim(Path(config.out).expanduser())
     text = report.text(summary)
     provenance = {
@@ -41,28 +43,32 @@ def run(config: Report, control: Control) -> dict[str, Any]:
     }
     result = {"stage": "report", **summary, "provenance": provenance}
     structure_figure(structures, out / PICTURE, report.captions(summary))
+    pages.write(out / PAGE, tell_recipe(config, summary))
     write_atomic(out / TABLE, (text + "\n").encode())
     write_atomic(out / SUMMARY, (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    files = {name: str(out / name) for name in (SUMMARY, TABLE, PICTURE)}
+    files = {name: str(out / name) for name in (SUMMARY, TABLE, PICTURE, PAGE)}
     say(f"report: wrote {', '.join(files.values())}", quiet=control.quiet)
     return {**result, "files": files, "text": text}
+
+
+def tell_recipe(config: Report, summary: dict[str, Any]) -> Story:
+    """The page of a recipe: the models it names with their ancestors, and the figures of its table."""
+    folders = [resolve(spec) for spec in config.models.values()]
+    labels = {folder.resolve(): label for folder, label in zip(folders, config.models, strict=True)}
+    chapters, problems = pages.tell(folders, labels)
+    results = [Path(path).expanduser() for path in (*config.evals.values(), *([config.bench] if config.bench else []))]
+    measurements = [Measurement(path.name, manifest.read_json(path)) for path in dict.fromkeys(results)]
+    out = Path(config.out).expanduser().resolve()
+    return Story(out.parent.name, shown(out.parent), manifest.now(), chapters, summary, measurements, unique(problems), hashed=False)
 
 
 def claim(out: Path) -> Path:
     """The folder, made if need be; :class:`BadInput` if it is a file or holds what no report wrote."""
     try:
-        foreign = sorted({path.name for path in out.iterdir()} - {SUMMARY, TABLE, PICTURE}) if out.exists() else []
+        foreign = sorted({path.name for path in out.iterdir()} - {SUMMARY, TABLE, PICTURE, PAGE}) if out.exists() else []
         if foreign:
             raise BadInput(f"{out} holds other files", ", ".join(foreign[:3]), "use another --out")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{out} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
     return out
-
-
-def structure_of(folder: Path) -> Structure:
-    """Which heads and neurons a checkpoint kept, from its configuration alone."""
-    family = families.of_folder(folder)
-    config = family.read_config(folder)
-    counts = family.original_counts(config)
-    return {group: (indices, counts[group]) for group, indices in family.kept(config).items()}
