@@ -12,6 +12,7 @@ from efficientvlm.cli.launch import pairs, stage
 
 def init(
     out: o.Out = None,
+    family: Annotated[str | None, typer.Option("--family", help="xvlm or blip.")] = None,
     size: Annotated[str | None, typer.Option("--size", help="tiny, small or base: random weights.")] = None,
     vision_from: Annotated[str | None, typer.Option("--vision-from", help="Folder of a CLIP vision model.", metavar="DIR")] = None,
     text_from: Annotated[str | None, typer.Option("--text-from", help="Folder of a BERT model.", metavar="DIR")] = None,
@@ -30,12 +31,14 @@ def init(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Make a new X-VLM, at random or from CLIP and BERT folders."""
+    """Make a new model at random, or an X-VLM from CLIP and BERT folders."""
     stage("init", locals())
 
 
 def import_(
-    model: Annotated[str | None, typer.Option("--model", help="Published .th, .pth or .safetensors file.", metavar="FILE")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Published file, or folder or hub id of a CLIP, SigLIP or BLIP.", metavar="FILE|DIR|NAME")
+    ] = None,
     out: o.Out = None,
     tokenizer: o.Tokenizer = None,
     layout: Annotated[str | None, typer.Option("--layout", help="auto, pretrain, retrieval or vqa.")] = None,
@@ -49,7 +52,7 @@ def import_(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Read a published X-VLM or EfficientVLM file."""
+    """Read a published X-VLM or EfficientVLM file, or a Hugging Face folder of CLIP, SigLIP or BLIP."""
     stage("import", locals())
 
 

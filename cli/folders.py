@@ -1,4 +1,4 @@
-"""Commands that read checkpoint folders and load no model: inspect, verify."""
+"""Commands that read checkpoint folders and load no model: inspect, verify, report."""
 
 from __future__ import annotations
 
@@ -63,3 +63,22 @@ def verify(folder: Folder, json: o.Json = False) -> None:
         raise BadInput(f"{folder} is not as it was made", "\n  " + "\n  ".join(problems), fix)
     print(f"all files of {count} checkpoint{'s' * (count > 1)} are as they were written")
     print(folder)
+
+
+def report(
+    folder: Annotated[str, typer.Argument(help="Checkpoint folder, bundled:NAME, or a recipe's output folder.", metavar="DIR")],
+    out: Annotated[str | None, typer.Option("--out", help="HTML file; report-NAME.html by default.", metavar="FILE")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file as well.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Write one HTML page: figures, curves, kept heads and neurons, lineage, licences, and what is wrong."""
+    from efficientvlm.stages import page
+
+    result = page.run(folder, out, hashes=verify, force=force)
+    if json:
+        output.emit(result)
+        return
+    for problem in result["problems"]:
+        print(f"problem: {problem}")
+    print(result["path"])

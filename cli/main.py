@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from typing import Annotated
 
 import typer
 
-from efficientvlm.cli import build, folders, measure, recipes, train
+from efficientvlm import ranks
+from efficientvlm.cli import build, folders, measure, plan, recipes, train
+from efficientvlm.config import STAGES
 from efficientvlm.errors import EvlmError
 from efficientvlm.interrupt import sigterm_as_interrupt
 
@@ -27,9 +31,9 @@ app = typer.Typer(
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Make a model": {"init": build.init, "import": build.import_, "shrink": build.shrink},
     "Train": {"pretrain": train.pretrain, "distill": train.distill, "prune": train.prune, "finetune": train.finetune},
-    "Use and measure": {"eval": measure.evaluate, "bench": measure.bench, "predict": measure.predict},
-    "Look into folders": {"inspect": folders.inspect, "verify": folders.verify},
-    "Whole chains": {"run": recipes.run},
+    "Use and measure": {"eval": measure.evaluate, "bench": measure.bench, "predict": measure.predict, "export": measure.export},
+    "Look into folders": {"inspect": folders.inspect, "verify": folders.verify, "report": folders.report},
+    "Whole chains": {"plan": plan.plan, "run": recipes.run},
 }
 for panel, commands in PANELS.items():
     for name, function in commands.items():
@@ -54,12 +58,28 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
-    code = _run()
+    code = _run() if ranks.launched() == 1 else _run_with_others()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
     sys.exit(code)
+
+
+def _run_with_others() -> int:
+    """Run as one of several processes, of which the main one speaks; another one speaks up only if the main one does not."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of parameters that happen to be used in the first step
+    ours = nullcontext() if ranks.is_main() else redirect_stderr(io.StringIO())
+    with ours as said, nullcontext() if ranks.is_main() else redirect_stdout(io.StringIO()):
+        try:
+            ranks.start()
+            shared = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES)
+            code = _run() if shared or ranks.is_main() else 0
+        except EvlmError as error:
+            code = _fail(error.exit_code, error.what, error.why, error.fix)
+    if ranks.end(code) and said:
+        sys.stderr.write(said.getvalue())
+    return code
 
 
 def _run() -> int:

@@ -1,4 +1,4 @@
-"""Commands that use a model: eval, bench, predict."""
+"""Commands that use a model: eval, bench, predict, export."""
 
 from __future__ import annotations
 
@@ -61,6 +61,35 @@ def bench(
     values = {**locals(), "models": model, "batch_sizes": batch_size}
     del values["model"], values["batch_size"]
     stage("bench", values)
+
+
+def export(
+    model: o.Model = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="onnx: graphs; padded: zeros in the original shapes; hf: transformers' own classes.",
+            metavar="FORM",
+        ),
+    ] = None,
+    out: o.Out = None,
+    int8: Annotated[bool | None, typer.Option("--int8", help="ONNX with int8 weights; what they cost and gain is measured.")] = None,
+    data: o.DataSpec = None,
+    split: Annotated[str | None, typer.Option("--split", help="What accuracy is measured on: val or test.")] = None,
+    column: o.Columns = None,
+    limit: o.Limit = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Timed rounds; 0 times nothing.")] = None,
+    seed: o.Seed = None,
+    assignments: o.Set = None,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = True,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write a checkpoint as ONNX graphs or for stock transformers, compared with torch."""
+    stage("export", locals())
 
 
 def predict(

@@ -13,7 +13,12 @@ Models = Annotated[list[str] | None, typer.Option("--model", help="Checkpoint fo
 Out = Annotated[str | None, typer.Option("--out", help="Folder to write.", metavar="DIR")]
 OutFile = Annotated[str | None, typer.Option("--out", help="JSON file for the result.", metavar="FILE")]
 DataSpec = Annotated[
-    str | None, typer.Option("--data", help="easy-vqa, shapes[:key=value,...], or a JSONL, parquet or datasets folder.", metavar="DATA")
+    str | None,
+    typer.Option(
+        "--data",
+        help="easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one.",
+        metavar="DATA",
+    ),
 ]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="Where a role is found, e.g. question=text. Repeatable.", metavar="ROLE=NAME")
@@ -43,7 +48,7 @@ Set = Annotated[
     typer.Option("--set", help="Any setting by its name, e.g. weights.text_hidden=0.5.", metavar="KEY=VALUE", rich_help_panel=RUN),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check settings and paths, print the settings as JSON, do nothing.", rich_help_panel=RUN)
+    bool, typer.Option("--dry-run", help="Print settings and plan as JSON, and all that is wrong; do nothing.", rich_help_panel=RUN)
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start it anew.", rich_help_panel=RUN)]
 Force = Annotated[bool, typer.Option("--force", help="Replace a finished output.", rich_help_panel=RUN)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from efficientvlm.cli import options as o
-from efficientvlm.cli import output
+from efficientvlm.cli import output, plan
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 
@@ -34,20 +34,18 @@ def run(
 ) -> None:
     """Run every stage of a recipe; finished stages are passed over, an interrupted one is resumed."""
     from efficientvlm import recipe as recipes
+    from efficientvlm.planning.checks import preflight
 
     loaded = recipes.load_recipe(recipe)
     steps = recipes.validate(loaded, assignments or [], out=out)
+    control = Control(force=force, resume=resume, quiet=quiet or json, json=json)
     if dry_run:
-        output.emit(
-            {
-                "recipe": loaded.name,
-                "stages": [{"name": s.name, "stage": s.stage, "config": s.config.model_dump(mode="json")} for s in steps],
-            }
-        )
+        plan.dry_run(f"recipe {loaded.name}", steps, control, recipe=True)
         return
+    preflight(steps).raise_all(f"recipe {loaded.name}")
     from efficientvlm.stages import run as running
 
-    result = running.run_recipe(steps, Control(force=force, resume=resume, quiet=quiet or json, json=json))
+    result = running.run_recipe(steps, control)
     output.run_result(result, recipes.folder(loaded, out), as_json=json)
 
 

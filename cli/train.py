@@ -107,9 +107,11 @@ def prune(
 ) -> None:
     """Remove attention heads and neurons while the task is learnt; the result is really smaller.
 
-    With --from-gates, --model and --data default to those of that run.
+    With --from-gates, --model and --data default to those of that run. With --task none nothing is learnt and no data is needed.
     """
     values = locals()
+    if not (data or from_gates or task == "none" or any(text.startswith(("data=", "task=")) for text in assignments or [])):
+        raise typer.BadParameter("it is needed and was not given", param_hint="--data")
     if from_gates:
         from efficientvlm.checkpoint import require_complete
         from efficientvlm.errors import BadInput

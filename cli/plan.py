@@ -1,0 +1,173 @@
+"""plan: what a recipe would make and cost, before anything is trained. Also what `--dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from efficientvlm.cli import options as o
+from efficientvlm.cli import output
+from efficientvlm.control import Control
+
+if TYPE_CHECKING:
+    from efficientvlm.planning.parts import Forecast
+    from efficientvlm.planning.plan import Plan
+    from efficientvlm.recipe import Step
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see evlm recipes ls), or a YAML file.", metavar="RECIPE")],
+    out: Annotated[str | None, typer.Option("--out", help="Folder that holds the folders of all stages.", metavar="DIR")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="stage.key=value for one stage, key=value for the defaults. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    measure: Annotated[
+        int, typer.Option("--measure", help="Time so many training steps of every stage; 0 says nothing of time.", min=0)
+    ] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the files of all checkpoints that are read, and the data.")] = False,
+    resume: o.Resume = True,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show sizes, memory, steps and disk of every stage of a recipe, and all that is wrong with it; nothing is trained or written."""
+    from efficientvlm import recipe as recipes
+
+    loaded = recipes.load_recipe(recipe)
+    steps = recipes.validate(loaded, assignments or [], out=out)
+    control = Control(force=force, resume=resume, quiet=quiet or json, json=json)
+    made = _made(steps, control, measure=measure, verify=verify)
+    if json:
+        output.emit(_recipe_object(loaded.name, steps, made))
+        raise typer.Exit(made.problems.exit_code)
+    _tables(made, f"recipe {loaded.name}", output.console())
+    made.problems.raise_all(f"recipe {loaded.name}")
+
+
+def dry_run(name: str, steps: Sequence[Step], control: Control, *, recipe: bool) -> None:
+    """Print settings and plan as one JSON object, and for people the tables of the plan to standard error.
+
+    Raises:
+        BadInput, TargetMissed: whatever is wrong, all of it; with `--json` it is in the object, and the exit code tells.
+    """
+    from rich.console import Console
+
+    made = _made(steps, control)
+    if not control.json:
+        made.problems.raise_all(name)
+    if recipe:
+        output.emit(_recipe_object(name.removeprefix("recipe "), steps, made))
+    else:
+        (step,), (stage,) = steps, made.stages
+        rest = {key: value for key, value in made.totals().items() if key != "memory"}
+        output.emit({"stage": step.stage, "config": step.config.model_dump(mode="json"), "plan": {**stage.as_dict(), **rest}})
+    if not control.quiet:
+        terminal = Console(stderr=True).is_terminal
+        _tables(made, name, Console(stderr=True, highlight=False, width=None if terminal else 200))
+    if control.json:
+        raise typer.Exit(made.problems.exit_code)
+
+
+def _made(steps: Sequence[Step], control: Control, **options: Any) -> Plan:
+    from efficientvlm.planning.plan import plan as planned
+
+    return planned(steps, control, **options)
+
+
+def _recipe_object(name: str, steps: Sequence[Step], made: Plan) -> dict[str, Any]:
+    stages = [
+        {"name": step.name, "stage": step.stage, "config": step.config.model_dump(mode="json"), "plan": stage.as_dict()}
+        for step, stage in zip(steps, made.stages, strict=True)
+    ]
+    return {"recipe": name, "stages": stages, "plan": made.totals()}
+
+
+def _tables(made: Plan, title: str, console: Any) -> None:
+    """Stages with their cost, then parameters and multiply-adds by tower, then what has to be said in words."""
+    _print(console, title, [_row(stage) for stage in made.stages])
+    for key, heading in (("parameters", "parameters"), ("macs", "multiply-adds of one image and one question")):
+        if rows := [row for stage in made.stages if (row := _towers(stage, key))]:
+            _print(console, f"\n{heading}", rows)
+    for line in _lines(made):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _row(stage: Forecast) -> dict[str, str]:
+    from efficientvlm.planning.costs import size
+
+    schedule, memory, disk = stage.schedule or {}, stage.memory or {}, stage.disk or {}
+    return {
+        "stage": stage.name,
+        "runs": stage.stage,
+        "status": stage.status,
+        "structure": (stage.structure or "").partition(":")[0],
+        "sparsity": f"{stage.after['sparsity']:.4f}" if stage.after else "",
+        "images": f"{schedule['images']:,}" if schedule.get("images") is not None else "",
+        "epochs": f"{schedule['epochs']:g}" if schedule.get("epochs") else "",
+        "steps": f"{schedule['steps']:,}" if "steps" in schedule else "",
+        "saves": str(schedule.get("saves", "")),
+        "memory": size(memory["total"]) if memory else "",
+        "written": size(disk["output"]) if disk else "",
+        "at its fullest": size(disk["peak"]) if disk else "",
+        "time": _duration(stage.time["seconds"]) if stage.time else "",
+    }
+
+
+def _towers(stage: Forecast, key: str) -> dict[str, str]:
+    from efficientvlm.card import short
+
+    before, after = (side[key] if side else None for side in (stage.before, stage.after))
+    if after is None or stage.status == "cannot run":
+        return {}
+    towers = dict.fromkeys([*(before or after)["by_tower"], *after["by_tower"]])
+
+    def change(old: int | None, new: int) -> str:
+        return short(new) if old in (None, new) else f"{short(old or 0)} → {short(new)}"
+
+    cells = {tower: change(before and before["by_tower"].get(tower, 0), after["by_tower"].get(tower, 0)) for tower in towers}
+    return {"stage": stage.name, **cells, "in all": change(before and before["total"], after["total"])}
+
+
+def _lines(made: Plan) -> Iterator[str]:
+    from efficientvlm.planning.costs import size
+
+    yield ""
+    for stage in made.stages:
+        remarks = [part for part in (stage.structure or "").split(": ", 1)[1:]] + stage.notes
+        for remark in remarks:
+            yield f"{stage.name}: {remark}"
+    measured = any(stage.time for stage in made.stages)
+    most = max((stage.memory["total"] for stage in made.stages if stage.memory), default=0)
+    yield f"memory: {size(most)} at most, {'with' if measured else 'without'} activations"
+    for disk in made.disks:
+        peak, left, free = (size(disk[key]) for key in ("peak", "left", "free"))
+        yield f"disk: {peak} at the fullest, {left} in the end; {free} are free in {disk['folder']}"
+    if made.seconds is not None:
+        yield f"time: {_duration(made.seconds)} of training, from measured steps; validation, eval and bench come on top"
+    elif any(stage.run for stage in made.stages):
+        yield "time: not measured; evlm plan --measure 3 runs three steps of every stage"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _print(console: Any, title: str, rows: list[dict[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
+    names.sort(key=lambda name: name == "in all")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        words = name in ("stage", "runs", "status", "structure")
+        table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row.get(name, "")) for name in names))
+    console.print(Text(title, style="bold"))
+    console.print(table)

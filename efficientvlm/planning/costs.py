@@ -1,0 +1,106 @@
+"""Bytes a stage needs, in memory and on disk, by formulas from the number of elements (ours). Activations are measured, never estimated."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from efficientvlm.errors import BadInput
+
+FLOAT = 4  # weights, gradients and optimizer states are float32, with bf16 autocast too
+MOMENTS = 2  # of AdamW
+
+
+def elements(model: Any) -> int:
+    """Elements of the weights file: every tensor of the state dict, tied ones once."""
+    tensors = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensors.values())
+
+
+def trainable(model: Any) -> int:
+    """Elements of the parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def memory(model: Any, teacher: Any = None, *, gates: int = 0, training: bool = False, processes: int = 1) -> dict[str, int]:
+    """Bytes of one process by purpose, without activations.
+
+    Training adds a gradient and AdamW's two moments an element, and with several processes the buckets in which gradients are exchanged. A
+    gate has its value, gradient and moments too.
+    """
+    parts = {"weights": FLOAT * elements(model)}
+    if training:
+        learnt = trainable(model)
+        parts |= {"gradients": FLOAT * learnt, "optimizer": MOMENTS * FLOAT * learnt}
+        if gates:
+            parts["gates"] = (2 + MOMENTS) * FLOAT * gates
+        if processes > 1:
+            parts["exchange"] = FLOAT * learnt
+    if teacher is not None:
+        parts["teacher"] = FLOAT * elements(teacher)
+    return {**parts, "total": sum(parts.values())}
+
+
+def disk(output: Any, *, trained: Any = None, gates: int = 0, dense: bool = False, recut: bool = False) -> dict[str, int]:
+    """Bytes of the finished folder and, while the stage runs, at its fullest.
+
+    Args:
+        output: the model that is written.
+        trained: the model that is trained, if one is: its state (weights and two moments) is on disk, twice while a new one replaces it.
+        gates, dense: gates, and whether the uncut weights are written beside the output.
+        recut: the uncut weights are copied from another run, not kept in a state first.
+    """
+    uncut = FLOAT * elements(trained) if dense and trained is not None else 0
+    folder = FLOAT * (elements(output) + gates) + uncut
+    if trained is None or recut:
+        return {"output": folder, "state": 0, "peak": folder}
+    state = FLOAT * (elements(trained) + MOMENTS * trainable(trained) + (1 + MOMENTS) * gates)
+    return {"output": folder, "state": state, "peak": max(2 * state, state + folder) + uncut}
+
+
+class Disks:
+    """What stages in order need on the filesystems they write to."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, int] = {}
+        self.peak: dict[int, int] = {}
+        self.free: dict[int, tuple[str, int]] = {}
+
+    def add(self, out: str, output: int, peak: int) -> None:
+        """Book a stage that writes `output` bytes into `out`, and `peak` at its fullest.
+
+        Raises:
+            BadInput: more than is free, with what earlier stages leave there.
+        """
+        folder = _existing(out)
+        device = os.stat(folder).st_dev
+        before = self.written.get(device, 0)
+        self.written[device] = before + output
+        self.peak[device] = max(self.peak.get(device, 0), before + peak)
+        place, free = self.free.setdefault(device, (str(folder), shutil.disk_usage(folder).free))
+        if before + peak > free:
+            earlier = f", {size(before)} of them for earlier stages" if before else ""
+            why = f"{size(before + peak)} are needed at the fullest{earlier}; {size(free)} are free in {place}"
+            raise BadInput(f"{out} has too little space", why, "free some, or use another --out")
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        return [
+            {"folder": folder, "peak": self.peak[device], "left": self.written[device], "free": free}
+            for device, (folder, free) in self.free.items()
+        ]
+
+
+def _existing(out: str) -> Path:
+    """`out`, or the nearest folder above it that is there."""
+    path = Path(out).expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def size(count: float) -> str:
+    """A number of bytes with a unit: 1.27 GiB."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,292 @@
+"""What each stage would make of the shapes it reads, and what it would cost. One function a stage; the checks are the stages' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientvlm.checkpoint import fingerprint
+from efficientvlm.compression.anatomy import Groups
+from efficientvlm.compression.layers import resolve_layers, shrink_model
+from efficientvlm.compression.surgery import slice_model
+from efficientvlm.config import Distill
+from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
+from efficientvlm.hardware import pick_device
+from efficientvlm.planning import costs
+from efficientvlm.planning.chain import Blocked, Chain, on_meta
+from efficientvlm.planning.checks import importable, path_problems, place
+from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
+from efficientvlm.recipe import Step
+from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, recut, tuning
+from efficientvlm.stages.answering import Answerer, open_task, read_answers
+from efficientvlm.stages.common import shapes
+from efficientvlm.stages.cutting import DENSE, GATES, scope_of
+
+
+def forecast(chain: Chain, step: Step) -> Forecast:
+    """Plan `step` after all before it; its problems go to `chain.problems`."""
+    config: Any = step.config
+    found = Forecast(step.name, step.stage, getattr(config, "out", None))
+    problems = chain.problems
+    before = len(problems.found)
+    for error in path_problems(step, set(chain.made)):
+        problems.add(step.name, error)
+    with problems.of(step.name):
+        pick_device(getattr(config, "device", "auto"))
+    with problems.of(step.name):
+        try:
+            STAGES[step.stage](chain, step, found)
+        except Blocked as blocked:
+            found.notes.append(str(blocked))
+    if found.out and place(found.out) not in chain.made:
+        chain.stale.add(place(found.out))
+        chain.made[place(found.out)] = None
+    if len(problems.found) > before and found.status != "up to date":
+        found.status = "cannot run"
+    return found
+
+
+def plan_init(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    init.check(config)
+    source = init.text_source(config)
+    key = ("tokenizer", config.family, config.tokenizer, config.data, config.columns, config.vocab_size)
+    tokenizer = chain.source(lambda: init.tokenizer_of(config, source), *key)
+    family, values = init.blueprint(config, tokenizer.get_vocab())
+    inputs = {"vision_from": config.vision_from, "text_from": config.text_from}
+    if source is None:
+        inputs["tokenizer"] = config.tokenizer
+    model = shapes(family, values)
+    status = chain.status(step, inputs, {"data": digest(chain, source)} if source is not None else {})
+    found.structure, found.memory = "exact", costs.memory(model)
+    finish(chain, step, found, made(Path(config.out), family, model, tokenizer), status)
+
+
+def plan_import(chain: Chain, step: Step, found: Forecast) -> None:
+    from efficientvlm import families
+
+    config: Any = step.config
+    importable(config.model)
+    if import_folder.is_folder(config.model):
+        path = import_folder.fetch(config.model, weights=False)
+        family, model, tokenizer = import_folder.read(config, path, weights=False)
+        found.structure, found.memory = "exact", costs.memory(model)
+        status = chain.status(step, import_folder.inputs(config, path), {})
+        return finish(chain, step, found, made(Path(config.out), family, model, tokenizer), status)
+    tokenizer, values, _, report = import_.read(config, weights=False)
+    model = shapes(families.get("xvlm"), values)
+    found.structure, found.memory = "exact", costs.memory(model)
+    found.notes.append(f"{report.layout} layout, {report.mapped} tensors; values are not looked at before the import")
+    status = chain.status(step, {"model": config.model, "tokenizer": config.tokenizer}, {})
+    finish(chain, step, found, made(Path(config.out), families.get("xvlm"), model, tokenizer), status)
+
+
+def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    teacher = chain.open(config.model, step.name)
+    found.before = summary(chain, teacher)
+    layers = resolve_layers(teacher.family.layer_counts(teacher.model.config), config.layers)
+    with on_meta():
+        model = shrink_model(teacher.family, teacher.model, layers)
+    found.structure, found.memory = "exact", costs.memory(model, teacher.model)
+    found.notes += [f"{tower} keeps layers {', '.join(map(str, kept)) or 'none'}" for tower, kept in layers.items() if kept]
+    finish(chain, step, found, replace(teacher, model=model), chain.status(step, {"model": config.model}, {}))
+
+
+def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    student = chain.open(config.model, step.name)
+    found.before = summary(chain, student)
+    for problem in pretrain.student_problems(config, student):
+        chain.problems.add(step.name, problem)
+    teacher = None
+    if isinstance(config, Distill):
+        teacher = chain.open(config.teacher, step.name)
+        for problem in pretrain.teacher_problems(config, student, teacher):
+            chain.problems.add(step.name, problem)
+    sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, student), student)
+    inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
+    training(chain, step, found, Run(config, student, teacher, sources, student.manifest.extra.get("new", [])), inputs)
+
+
+def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    run = tuned(chain, step, found)
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": config.answers}
+    training(chain, step, found, run, inputs)
+
+
+def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
+    """Student with its answer decoder, teacher and questions of a stage on a task."""
+    config: Any = step.config
+    student, teacher = chain.open(config.model, step.name), None
+    found.before = summary(chain, student)
+    if config.teacher:
+        teacher = chain.open(config.teacher, step.name)
+        for problem in tuning.teacher_problems(student, teacher):
+            chain.problems.add(step.name, problem)
+    sources = splits(chain, step, "questions", lambda split: open_task(config, split, student.sizes.image_size), student)
+    able = teacher is not None and "vqa" in teacher.tasks and teacher.family.name == student.family.name
+    taught = teacher.model if teacher and able else None
+    with on_meta():
+        student.model, new = student.family.for_vqa(student.model, taught, config.decoder_init)
+        student.model = student.family.build(student.model.config)  # its own, so that the input keeps its answers
+    added = costs.elements(student.model) - found.before["parameters"]["total"]
+    if added > 0:
+        found.notes.append(f"an answer decoder is added: {added:+,} parameters in all")
+    key = ("answers", config.answers, config.min_answer_count, config.data, config.columns, config.limit, config.val, config.val_fraction)
+    student.model.config.answers = chain.source(lambda: tuning.answer_list(config, sources["train"]), *key)
+    return Run(config, student, teacher, sources, new)
+
+
+def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    if config.from_gates:
+        return plan_recut(chain, step, found)
+    if config.task == "none":
+        return plan_untrained(chain, step, found)
+    if config.method != "l0" and find_spec("torch_pruning") is None:
+        chain.problems.add(step.name, BadInput("the package torch-pruning is not installed", "", "pip install torch-pruning"))
+    run = tuned(chain, step, found)
+    student = run.student
+    scope = scope_of(config, student.family, student.model)
+    found.structure = "uniform cut: the real structure is learnt"
+    keep = uniform_cut(scope)
+    with on_meta():
+        model = slice_model(student.family, student.model, keep)
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": config.answers}
+    gates = len(scope.units) if config.method == "l0" else 0
+    training(chain, step, found, run, inputs, result=replace(student, model=model), gates=gates, dense=config.keep_dense)
+    chain.dense[place(config.out)] = student.model
+
+
+def plan_untrained(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    loaded = chain.open(config.model, step.name)
+    found.before = summary(chain, loaded)
+    found.structure, found.memory = "uniform cut: the real structure follows from the weights", costs.memory(loaded.model)
+    keep = uniform_cut(scope_of(config, loaded.family, loaded.model))
+    with on_meta():
+        model = slice_model(loaded.family, loaded.model, keep)
+    finish(chain, step, found, replace(loaded, model=model), chain.status(step, {"model": config.model}, {}))
+
+
+def uniform_cut(scope: Any) -> torch.Tensor:
+    """bool [units]: a structure that meets the budgets of `scope` and keeps about the same part of every layer (ours)."""
+    from efficientvlm.compression.snapping import snap
+
+    values = torch.ones(len(scope.anatomy.units), dtype=torch.float64, device="cpu")
+    active = torch.from_numpy(scope.active)
+    for target in scope.targets:
+        chosen = torch.from_numpy(scope.active & scope._of(target))
+        most = scope.anatomy.removed_elements(chosen, target.towers)
+        values[chosen] = 1 - min(1.0, target.need / most) if most else 1.0
+    places = [(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in Groups(scope.units).sizes]
+    tilt = torch.cat(places) if places else values[active]  # snapping then takes from all layers in turns, not from one to the end
+    return snap(values[active] + 1e-6 * (0.5 - tilt), scope)
+
+
+def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    pruned = chain.open(config.from_gates, step.name)
+    found.before = summary(chain, pruned)
+    inputs = {"model": config.from_gates}
+    val = chain.source(
+        lambda: open_task(config, "val", pruned.sizes.image_size),
+        "questions",
+        "recut",
+        config.data,
+        config.val,
+        config.val_fraction,
+        config.limit,
+    )
+    if place(config.from_gates) in chain.stale:
+        source = chain.dense[place(config.from_gates)]
+        scope = scope_of(config, pruned.family, source)
+        keep, found.structure, dense = uniform_cut(scope), "uniform cut: the gates are not learnt yet", True
+    else:
+        tensors = recut.read_tensors(pruned, GATES)
+        dense = (pruned.path / DENSE).is_file()
+        source = shapes(pruned.family, recut.dense_config(pruned)) if dense else pruned.model
+        scope, keep = recut.choose(config, replace(pruned, model=source), tensors, dense=dense)
+        found.structure = "exact"
+    with on_meta():
+        model = slice_model(pruned.family, source, keep)
+    model.config.answers = pruned.model.config.answers
+    found.memory = costs.memory(source)
+    status = chain.status(step, inputs, {"data": digest(chain, val)})
+    finish(chain, step, found, replace(pruned, model=model), status, trained=source, gates=len(scope.units), dense=dense, recut=True)
+
+
+def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    loaded = chain.open(config.model, step.name)
+    found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
+    answers = read_answers(resolve(config.answers)) if config.answers else None
+    with chain.problems.of(step.name):
+        Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+    key = (config.data, config.columns, config.val_fraction, config.limit)
+    source = chain.source(
+        lambda: open_task(config, config.split, loaded.sizes.image_size), "eval", config.split, loaded.sizes.image_size, *key
+    )
+    found.schedule = {"images": len(source), "batch_size": config.batch_size}
+    inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
+    if config.answers:
+        inputs["answers"] = fingerprint(config.answers)
+    measured(chain, step, found, inputs)
+
+
+def plan_bench(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    models = [chain.open(spec, step.name) for spec in config.models]
+    found.memory = {"weights": sum(costs.FLOAT * costs.elements(loaded.model) for loaded in models)}
+    found.memory["total"] = found.memory["weights"]
+    answering = any("vqa" in loaded.tasks for loaded in models)
+    for loaded in models:
+        with chain.problems.of(step.name):
+            bench.check_length(loaded, config.text_length)
+            if answering:
+                with on_meta():
+                    bench.make_answering(loaded)
+    if answering and not any(loaded.model.config.answers for loaded in models):
+        raise BadInput(
+            "there is no list of answers to rank", "no model is tuned for the task", "give also --model of a finetuned checkpoint"
+        )
+    found.schedule = {"models": len(models), "rounds": config.rounds + config.warmup_rounds, "batch_sizes": config.batch_sizes}
+    inputs = {f"models.{number}": known(chain, spec) for number, spec in enumerate(config.models)}
+    measured(chain, step, found, {**inputs, "machine": ""})
+
+
+def plan_report(chain: Chain, step: Step, found: Forecast) -> None:
+    if find_spec("matplotlib") is None:
+        raise BadInput("the package matplotlib is not installed", "", "pip install matplotlib")
+    found.status = "new"
+
+
+def plan_export(chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    loaded = chain.open(config.model, step.name)
+    found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
+    export.check(config)
+    found.status = chain.status(step, {"model": config.model}, {"data": ""} if config.data else {})
+
+
+STAGES: dict[str, Callable[[Chain, Step, Forecast], None]] = {
+    "init": plan_init,
+    "import": plan_import,
+    "pretrain": plan_pretrain,
+    "distill": plan_pretrain,
+    "shrink": plan_shrink,
+    "prune": plan_prune,
+    "finetune": plan_finetune,
+    "eval": plan_eval,
+    "bench": plan_bench,
+    "export": plan_export,
+    "report": plan_report,
+}

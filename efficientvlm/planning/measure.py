@@ -1,0 +1,100 @@
+"""A few real training steps on random weights of the right shapes, so that a plan can say how long a stage takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.config import Prune, TaskStage
+from efficientvlm.data.draw import seed_of
+from efficientvlm.data.plan import plan_for
+from efficientvlm.hardware import autocast, pick_device, synchronise
+from efficientvlm.planning.parts import Run
+from efficientvlm.stages import pretrain, prune
+from efficientvlm.stages.common import Loaded, texts_of
+from efficientvlm.stages.cutting import scope_of
+from efficientvlm.stages.tuning import Tuning
+from efficientvlm.training import Batch, Optimizer, adamw, update
+
+
+def measure(run: Run, steps: int, *, total: int) -> dict[str, Any]:
+    """Time `steps` training steps after one that warms up, on the data of the stage, and extrapolate to its `total` steps.
+
+    Returns:
+        `seconds_per_step` (median, reading the data included) and `seconds` for all; `activations`: bytes that the largest batch of the
+        first step holds for its backward pass, beside weights; `steps`, `device`, `threads`. Validation and writing are not in it.
+    """
+    device = pick_device(run.config.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.config.seed)
+        objective, optimizers, feed = ready(run, device)
+        objective.to(device).train()
+        seconds, activations = [], 0
+        for step in range(steps + 1):
+            began = time.perf_counter()
+            for number, batch in enumerate(feed(step)):
+                torch.manual_seed(seed_of(run.config.seed, step, number, 0, "dropout"))
+                moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+                with held(objective) as bytes_held, autocast(device, run.config.precision):
+                    loss = objective(moved, step)["loss"]
+                activations = max(activations, sum(bytes_held.values()))
+                loss.backward()
+                update(optimizers, 1e-6, run.config.clip, step)
+            synchronise(device)
+            seconds.append(time.perf_counter() - began)
+    each = median(seconds[1:])
+    return {
+        "seconds_per_step": round(each, 4),
+        "seconds": round(each * total, 1),
+        "activations": activations,
+        "steps": steps,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def ready(run: Run, device: torch.device) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
+    """Objective, optimizers and batches as the stage has them, on random weights."""
+    config = run.config
+    student, teacher = filled(run.student, device), filled(run.teacher, device) if run.teacher else None
+    if not isinstance(config, TaskStage):
+        _, objective = pretrain.objectives(config, student, teacher)
+        plan = plan_for(run.sources["train"], config.batch_size, config.seed)
+        feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)
+        return objective, [adamw(objective, config, new=run.new)], feed
+    tuning = Tuning(config, student, teacher, run.new, run.sources)
+    if not isinstance(config, Prune):
+        inner = tuning.objective()
+        return inner, [adamw(inner, config, new=run.new)], tuning.feed
+    gated = prune.gated(config, tuning, scope_of(config, student.family, student.model))
+    if config.method != "l0":
+        gated.freeze(torch.ones_like(gated.keep))
+    return gated, prune.optimizers(config, gated, run.new), tuning.feed
+
+
+def filled(loaded: Loaded, device: torch.device) -> Loaded:
+    """The shapes of `loaded` with random weights."""
+    return replace(loaded, model=loaded.family.build(loaded.model.config).to(device))
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes by storage of what the block keeps for its backward pass, the module's own tensors left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found

@@ -1,0 +1,160 @@
+"""What every forecast is made of: sizes, data and schedule, cost, and what is at the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efficientvlm import ranks
+from efficientvlm.checkpoint import fingerprint
+from efficientvlm.data.plan import plan_for
+from efficientvlm.data.sources import BUILT_IN
+from efficientvlm.planning import costs
+from efficientvlm.planning.chain import PLANNED, Chain
+from efficientvlm.planning.checks import place
+from efficientvlm.recipe import Step
+from efficientvlm.stages.common import Loaded
+
+ENDLESS = 1 << 60  # batches an epoch of a stream
+
+
+@dataclass
+class Forecast:
+    """What is known about one stage; parts that do not apply stay None."""
+
+    name: str
+    stage: str
+    out: str | None
+    status: str = "not planned"
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+    structure: str | None = None
+    schedule: dict[str, Any] | None = None
+    memory: dict[str, int] | None = None
+    disk: dict[str, int] | None = None
+    time: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    run: Run | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "run"}
+
+
+@dataclass
+class Run:
+    """A training stage ready to be measured: its shapes, its data, and how it trains."""
+
+    config: Any
+    student: Loaded
+    teacher: Loaded | None
+    sources: dict[str, Any]
+    new: list[str]
+
+
+def finish(chain: Chain, step: Step, found: Forecast, loaded: Loaded, status: str, **sizes: Any) -> None:
+    """Book what the stage writes."""
+    found.status = status
+    read = [place(spec) for name in ("model", "from_gates") if (spec := getattr(step.config, name, None))]
+    if status != "up to date" and (found.structure != "exact" or chain.assumed.intersection(read)):
+        chain.assumed.add(place(found.out))
+        if found.structure == "exact":
+            found.structure = "uniform cut: that of its input, which is assumed"
+    chain.write(step, status, loaded)
+    written = chain.open(str(found.out), step.name)
+    found.after = summary(chain, written)
+    if status == "up to date":
+        found.structure = "as it is there"
+        return
+    found.disk = costs.disk(loaded.model, **sizes)
+    with chain.problems.of(step.name):
+        chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])
+
+
+def summary(chain: Chain, loaded: Loaded) -> dict[str, Any]:
+    """Parameters, MACs and sparsity of a model, JSON-ready."""
+    counted = chain.account(loaded)
+    return {"parameters": counted["parameters"], "macs": counted["macs"], "sparsity": counted["sparsity"]["achieved"]}
+
+
+def digest(chain: Chain, source: Any) -> str:
+    """`sha256:HEX` of a source where it is known at once, or everything is to be hashed; else nothing."""
+    built_in = source.name.partition(":")[0] == BUILT_IN[1]
+    return f"sha256:{source.fingerprint}" if built_in or chain.verify else ""
+
+
+def digests(chain: Chain, config: Any, sources: dict[str, Any]) -> dict[str, str]:
+    """Those of training data, and of validation data of its own."""
+    return {"data": digest(chain, sources["train"]), **({"val": digest(chain, sources["val"])} if config.val else {})}
+
+
+def schedule(config: Any, source: Any) -> dict[str, Any]:
+    """Steps, images and save points.
+
+    Raises:
+        BadInput: no images, or a batch that the processes cannot share equally.
+    """
+    world = ranks.launched()
+    plan = plan_for(source, config.batch_size, config.seed, world, 0)
+    per_epoch = plan.batches_per_epoch
+    steps = config.max_steps or max(1, round(config.epochs * per_epoch))
+    endless = per_epoch >= ENDLESS
+    batch = config.batch_size if endless else min(config.batch_size, len(source))
+    return {
+        "images": None if endless else len(source),
+        "batch_size": config.batch_size,
+        "processes": world,
+        "steps_per_epoch": None if endless else per_epoch,
+        "steps": steps,
+        "epochs": None if endless else round(steps / per_epoch, 4),
+        "images_seen": steps * batch,
+        "save_every": config.save_every,
+        "saves": -(-steps // config.save_every),
+    }
+
+
+def made(path: Path, family: Any, model: Any, tokenizer: Any) -> Loaded:
+    """A checkpoint that begins a chain; its manifest follows when it is booked."""
+    return Loaded(path, family, model, tokenizer, None)  # type: ignore[arg-type]
+
+
+def splits(chain: Chain, step: Step, kind: str, opened: Callable[[str], Any], student: Loaded) -> dict[str, Any]:
+    """Training and validation data; the same data are opened once for all stages."""
+    config: Any = step.config
+    names = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed")
+    settings = [getattr(config, name, None) for name in names]
+    return {
+        split: chain.source(lambda split=split: opened(split), kind, split, student.sizes.image_size, *settings)
+        for split in ("train", "val")
+    }
+
+
+def training(
+    chain: Chain, step: Step, found: Forecast, run: Run, inputs: dict[str, str | None], *, result: Loaded | None = None, **sizes: Any
+) -> None:
+    """What all stages that train cost; `result` is what is written, by default the student as it is trained."""
+    student, teacher = run.student, run.teacher
+    if teacher is not None:
+        found.teacher = {"path": str(teacher.path), **summary(chain, teacher)}
+    found.structure = found.structure or "exact"
+    gates = sizes.get("gates", 0)
+    found.schedule = schedule(run.config, run.sources["train"])
+    processes = found.schedule["processes"]
+    taught = teacher.model if teacher else None
+    found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes)
+    status = chain.status(step, inputs, digests(chain, run.config, run.sources))
+    found.run = None if status == "up to date" else run
+    finish(chain, step, found, result or student, status, trained=student.model, **sizes)
+
+
+def known(chain: Chain, spec: str) -> str:
+    """Digest of a checkpoint, or that of what is not written yet."""
+    return fingerprint(PLANNED if place(spec) in chain.stale else spec)
+
+
+def measured(chain: Chain, step: Step, found: Forecast, inputs: dict[str, str]) -> None:
+    """Look at the result file; inputs without a digest are taken to be what they were."""
+    given = {role: value for role, value in inputs.items() if value}
+    found.status = chain.result_status(step, given, [role for role in inputs if role not in given])
