@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from efficientvlm.errors import BadInput
 
-NAMES = ("xvlm",)
+AUTO = "transformers.models.auto.modeling_auto"
+NAMES = ("xvlm", "clip", "blip")
 
 
 @cache
 def get(name: str) -> Any:
-    """The family called `name`; :class:`BadInput` lists the known ones."""
+    """The family called `name`, known to transformers' Auto classes once those are loaded; :class:`BadInput` lists the known names."""
+    family = _import(name)
+    if AUTO in sys.modules:
+        register(family)
+    return family
+
+
+def register(family: Any) -> None:
+    """Make the classes of `family` known to transformers' Auto classes."""
+    from transformers import AutoConfig, AutoModel
+
+    for config_class, model_class in family.auto_classes:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+
+
+def _import(name: str) -> Any:
     if name == "xvlm":
         from efficientvlm.families.xvlm import XVLM
 
         return XVLM()
+    if name == "clip":
+        from efficientvlm.families.clip import CLIP
+
+        return CLIP()
+    if name == "blip":
+        from efficientvlm.families.blip import BLIP
+
+        return BLIP()
     raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(NAMES)}")
 
 
@@ -29,6 +55,9 @@ def of_folder(path: Path) -> Any:
         config = json.loads(file.read_text("utf-8"))
         name = config["model_type"]
     except FileNotFoundError:
+        if (path / "onnx.json").is_file():
+            why = "they can be asked, evaluated and timed, not changed"
+            raise BadInput(f"{path} holds ONNX graphs", why, "give the checkpoint they were exported from") from None
         raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"cannot read {file}", str(error)) from None

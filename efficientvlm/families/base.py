@@ -6,7 +6,7 @@ gate multiplies it. Shrinking, gates, accounting, surgery and reports are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -75,6 +75,21 @@ class Sizes(NamedTuple):
     image_std: tuple[float, ...]
 
 
+class Graph(NamedTuple):
+    """A part of a network that runs by itself, for export.
+
+    `module` takes a mapping of input names to tensors and returns a tuple of tensors, called `outputs`. `example` makes inputs for given
+    sizes of the dynamic `axes` (input or output → dimension → axis name); `sizes` are those to export with, first, and those to check with.
+    """
+
+    name: str
+    module: Any
+    axes: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+    sizes: tuple[dict[str, int], ...]
+    example: Callable[[Mapping[str, int]], dict[str, Any]]
+
+
 class Family(Protocol):
     """One file a family implements this; nothing else in the toolkit branches on the family."""
 
@@ -85,8 +100,20 @@ class Family(Protocol):
     """(configuration, model) classes of ours that transformers' Auto classes should know."""
     towers: tuple[str, ...]
     taps: frozenset[str]
+    stock: bool
+    """Whether transformers has classes for these networks; if so, `stock_config` and `stock_inputs` are there."""
     vqa_terms: Mapping[str, str]
     """Distillation term of `config.TaskWeights` → tap it compares, for question answering; empty where there is none."""
+
+    extra_tokens: tuple[str, ...]
+    """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> Any:
+        """Configuration of a new network of `size` (tiny, small, base) with the settings in `changes`; only families that `init` makes.
+
+        `vocab` maps tokens to ids, or is just their number where nothing is going to be read. :class:`BadInput` for an unknown setting or
+        sizes that do not fit together.
+        """
 
     def build(self, config: Any) -> Any:
         """A model with fresh weights of the (possibly sliced) shapes in `config`."""
@@ -162,6 +189,23 @@ class Family(Protocol):
 
     def new_cache(self, model: Any) -> Any:
         """An empty key/value cache for :meth:`answer`, with `select(rows)` and `length`."""
+
+    def graphs(self, model: Any) -> list[Graph]:
+        """The few graphs that `model`'s task needs, in the order in which they run; `exported.py` runs them again.
+
+        Raises:
+            BadInput: nothing is made of a network of this kind.
+        """
+
+    def stock_config(self, config: Any, neurons: Mapping[str, int]) -> Any:
+        """`config` without `kept`: every layer of a tower has all its heads and `neurons[tower]` neurons.
+
+        Raises:
+            BadInput: transformers' configuration cannot say that.
+        """
+
+    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the stock class's forward pass for a batch as :meth:`example_batch` makes it."""
 
     def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         """A task batch of the stated size for counting and timing (text tokens are never padding)."""

@@ -42,6 +42,8 @@ def parse_ranges(text: str, count: int, group: str) -> list[int]:
     try:
         for part in filter(None, text.split(",")):
             first, _, last = part.partition("-")
+            if int(last or first) >= count:  # before it is counted out
+                raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
             indices.extend(range(int(first), int(last or first) + 1))
     except (ValueError, AttributeError):
         raise BadInput(f"config.json: kept.{group} is not a list of ranges", repr(text)[:80], "write it as 0-3,7") from None

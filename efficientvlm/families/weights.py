@@ -12,7 +12,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,8 +35,11 @@ DAMAGED = (
 AGAIN = "fetch it again"
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, *, values: bool = True) -> dict[str, Any]:
     """Contents of a `.safetensors` file, or of a PyTorch file of tensors and plain values.
+
+    Args:
+        values: False gives tensors on the meta device: their shapes are read, their values are not.
 
     Raises:
         BadInput: not there, damaged, cut short, or with objects of other classes in it.
@@ -45,12 +48,12 @@ def read_file(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not a file", "", "give the .th, .pth or .safetensors file itself")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        if is_zipfile(path):  # torch.load does not look at the checksums
+            return load_file(path) if values else _shapes(path)
+        if values and is_zipfile(path):  # torch.load does not look at the checksums
             with ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise BadInput(f"{path} is damaged", f"the checksum of {broken} is wrong", AGAIN)
-        content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  the one place that reads published pickles
+        content = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)  # noqa: TID251  the one place that reads published pickles
     except (SafetensorError, BadZipFile) as error:
         raise BadInput(f"{path} is damaged or cut short", _first_line(error), AGAIN) from None
     except OSError as error:
@@ -63,6 +66,16 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise BadInput(f"{path} holds no weights", f"it is a {type(content).__name__}", "give a file of named tensors")
     return dict(content)
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        floats = {name: part.get_dtype().startswith(("F", "BF")) for name, part in parts.items()}
+        return {
+            name: torch.empty(part.get_shape(), dtype=torch.float32 if floats[name] else torch.int64, device="meta")
+            for name, part in parts.items()
+        }
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.graphs import vqa_graphs
+from efficientvlm.families.loading import CHECK, UNUSABLE
 from efficientvlm.families.structure import kept_of_layers, kept_ranges
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel
 
 MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
@@ -31,6 +32,7 @@ class XVLM:
         | {f"{tower}.{CROSS_ATTENTION}" for tower in ("fusion", "decoder")}
     )
 
+    stock = False
     vqa_terms: Mapping[str, str] = {
         "text_hidden": "text.hidden",
         "text_attention": "text.self_attention",
@@ -44,14 +46,20 @@ class XVLM:
         "decoder_cross_attention": "decoder.cross_attention",
     }
 
+    extra_tokens: tuple[str, ...] = ()
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> XVLMConfig:
+        number = vocab if isinstance(vocab, int) else len(vocab)
+        return check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **checked_settings(changes)}))
+
     def build(self, config: XVLMConfig) -> XVLMModel:
         return XVLMModel(config)
 
     def read_config(self, path: Path) -> XVLMConfig:
         try:
             config: XVLMConfig = XVLMConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise BadInput(f"cannot read {path / 'config.json'}", str(error).splitlines()[0], "check it with `evlm verify`") from error
+        except UNUSABLE as error:
+            raise BadInput(f"cannot read {path / 'config.json'}", " ".join(str(error).split())[:200], CHECK) from error
         return config
 
     def save(self, model: XVLMModel, folder: Path) -> None:
@@ -179,6 +187,18 @@ class XVLM:
 
     def new_cache(self, model: XVLMModel) -> Cache:
         return Cache()
+
+    def graphs(self, model: XVLMModel) -> list[Graph]:
+        if not model.config.decoder_layers:
+            why = "it has no answer decoder, and nothing else of an X-VLM is exported"
+            raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
+        return vqa_graphs(self, model)
+
+    def stock_config(self, config: XVLMConfig, neurons: Mapping[str, int]) -> NoReturn:
+        raise BadInput("transformers has no X-VLM", "", "use --format onnx or padded")
+
+    def stock_inputs(self, batch: dict[str, Any]) -> NoReturn:
+        self.stock_config(XVLMConfig(), {})
 
     def example_batch(self, config: XVLMConfig, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         rows = torch.arange(batch_size, device=device)

@@ -17,6 +17,34 @@ from efficientvlm.families.structure import kept_indices
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        **dict.fromkeys(("vision_width", "text_width"), 128),
+        **dict.fromkeys(("vision_heads", "text_heads"), 4),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
+        "vision_layers": 4,
+        "text_layers": 2,
+        "fusion_layers": 2,
+        "local_attention_depth": 2,
+        "embed_dim": 64,
+        "max_positions": 64,
+        "initializer_range": 0.06,
+        "dropout": 0.0,
+    },
+    "small": {
+        "image_size": 160,
+        **dict.fromkeys(("vision_width", "text_width"), 384),
+        **dict.fromkeys(("vision_heads", "text_heads"), 6),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
+        "text_layers": 3,
+        "fusion_layers": 3,
+        "max_positions": 128,
+    },
+    "base": {},
+}
+
 
 class XVLMConfig(PreTrainedConfig):
     """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).

@@ -48,7 +48,7 @@ class Report:
 
 
 def read_published(
-    path: Path, layout: str = "auto", settings: Mapping[str, Any] | None = None
+    path: Path, layout: str = "auto", settings: Mapping[str, Any] | None = None, *, values: bool = True
 ) -> tuple[XVLMConfig, dict[str, Tensor], Report]:
     """Configuration and complete float32 state of a published X-VLM file with a CLIP ViT, and what became of its entries.
 
@@ -58,6 +58,7 @@ def read_published(
     Args:
         path: `.safetensors`, or a PyTorch file of {'model': tensors, ...} or of the bare tensors.
         layout: pretrain, retrieval or vqa to insist on it; `auto` takes what is there.
+        values: False leaves the values in the file: the state is on the meta device.
 
     Raises:
         BadInput: a file that is damaged, holds objects, has a Swin tower or another unsupported layout, an entry of unknown meaning or
@@ -65,7 +66,7 @@ def read_published(
     """
     given = checked_settings(settings or {}, FREE, "follows from the file")
     report = Report()
-    tensors = _entries(path, report)
+    tensors = _entries(path, report, values)
     report.layout = _layout(path, tensors, layout)
     state = _translate(path, tensors, report)
     config = _config_of(path, state, given, report)
@@ -77,9 +78,9 @@ def read_published(
     return config, state, report
 
 
-def _entries(path: Path, report: Report) -> dict[str, Tensor]:
+def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
     """The tensors of a file by their published names, prefixes of wrappers removed and old LayerNorm names renewed."""
-    content = read_file(path)
+    content = read_file(path, values=values)
     if isinstance(content.get("model"), Mapping):
         for name in content:
             if name != "model":
@@ -132,7 +133,7 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
             unknown.append(name)
         elif ours in state:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix")
-        elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        elif not tensor.is_floating_point() or not (tensor.is_meta or bool(tensor.isfinite().all())):
             raise BadInput(f"{path} is damaged", f"{name} is not all finite floats", AGAIN)
         else:
             state[ours] = tensor.detach().to(torch.float32).contiguous()
@@ -156,7 +157,7 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     twin = f"{tower}cls.predictions.bias" if kind == "bias" else next((twin for twin in twins if twin in tensors), twins[0])
     if twin not in tensors:
         raise BadInput(f"{path} is incomplete", f"{name} is there, but not {twin}", AGAIN)
-    if not torch.equal(tensors[name], tensors[twin]):
+    if not tensors[name].is_meta and not torch.equal(tensors[name], tensors[twin]):
         raise BadInput(f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor")
     return "second copy of a tied tensor, found equal"
 

@@ -149,7 +149,7 @@ class Vision(nn.Module):
     def forward(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None, keep: frozenset[str]) -> Encoded:
         pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.class_embedding.dtype)
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1) + self.position_embedding
         x, out, mask = self.pre_norm(x), Encoded(x), None
         for depth in range(len(self.layers) + 1):
             if regions is not None and len(self.layers) - depth == self.config.local_attention_depth:

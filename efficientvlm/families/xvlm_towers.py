@@ -41,12 +41,7 @@ def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str
         BadInput: a folder of another architecture or activation, damaged or incomplete weights, more layers than there are, another
             vocabulary, a setting that the towers decide.
     """
-    given = checked_settings(settings or {}, FREE, "follows from the towers")
-    clip, bert = _clip_config(vision), _bert_config(text)
-    if bert.vocab_size != vocab_size:
-        why = f"BERT in {text} embeds {bert.vocab_size}, and its embeddings mean nothing for other tokens"
-        raise BadInput(f"the tokenizer has {vocab_size} tokens", why, f"use BERT's own: --tokenizer {text}")
-    config = _config(vision, clip, bert, given)
+    config, clip, bert = towers_config(vision, text, vocab_size, settings)
     chosen = _chosen(vision, clip.num_hidden_layers, config.vision_layers)
     stack = _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
     state = _vision_state(vision, chosen) | _text_state(text, stack, config)
@@ -55,6 +50,23 @@ def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str
         state["vision.position_embedding"] = resize_positions(table, config.image_size // config.patch_size)
     model = XVLMModel(config).eval()
     return model, _fill(model, state, vision, text)
+
+
+def towers_config(vision: Path, text: Path, vocab_size: int, settings: Mapping[str, Any] | None = None) -> tuple[XVLMConfig, Any, Any]:
+    """Configuration of what :func:`from_towers` makes, and those of CLIP's vision tower and of BERT; no weights are read.
+
+    Raises:
+        BadInput: as :func:`from_towers`, but for the weights.
+    """
+    given = checked_settings(settings or {}, FREE, "follows from the towers")
+    clip, bert = _clip_config(vision), _bert_config(text)
+    if bert.vocab_size != vocab_size:
+        why = f"BERT in {text} embeds {bert.vocab_size}, and its embeddings mean nothing for other tokens"
+        raise BadInput(f"the tokenizer has {vocab_size} tokens", why, f"use BERT's own: --tokenizer {text}")
+    config = _config(vision, clip, bert, given)
+    _chosen(vision, clip.num_hidden_layers, config.vision_layers)
+    _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
+    return config, clip, bert
 
 
 def _config(vision: Path, clip: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:

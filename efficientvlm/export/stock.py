@@ -1,0 +1,135 @@
+"""Checkpoints in the shapes of transformers' own classes: zeros where units were removed, or really smaller where a class can say it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientvlm.card import short
+from efficientvlm.compression.accounting import count_macs, count_parameters
+from efficientvlm.compression.surgery import pad_model
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import NEURON, Family
+from efficientvlm.families.blocks import normalise
+from efficientvlm.families.loading import open_model
+
+INSTEAD = "use --format onnx, which keeps every saving, or --format padded, which fills the gaps with zeros"
+TEXT_LENGTH = 12
+
+
+def padded(family: Family, model: Any) -> Any:
+    """The network of the original shapes that computes what `model` does; zeros stand for what was removed."""
+    return pad_model(family, model).eval()
+
+
+def uniform(family: Family, model: Any, name: str) -> Any:
+    """The same tensors under a configuration that says nothing about single layers.
+
+    Raises:
+        BadInput: naming the first head, neuron count or depth that transformers' configurations cannot express.
+    """
+    config = model.config
+    if not family.stock:
+        raise no_class(name, family)
+    made = family.build(family.stock_config(config, _neurons(family, config, name)))
+    made.load_state_dict(model.state_dict(), strict=True)
+    return made.eval()
+
+
+def _neurons(family: Family, config: Any, name: str) -> dict[str, int]:
+    """Neurons of a layer of each tower, the same in all its layers."""
+    kept, counts = family.kept(config), family.original_counts(config)
+    found: dict[str, tuple[int, int]] = {}
+    for group, indices in kept.items():
+        tower, layer, kind = group.split(".")
+        what = f"{tower} layer {layer}"
+        if kind != NEURON:
+            if len(indices) < counts[group]:
+                raise _obstacle(
+                    name, f"{what} has {len(indices)} of {counts[group]} {kind.replace('_', '-')}s, and their width is fixed there"
+                )
+            continue
+        count, first = found.setdefault(tower, (len(indices), int(layer)))
+        if len(indices) != count:
+            raise _obstacle(
+                name, f"{what} has {len(indices)} neurons and layer {first} has {count}, where one number stands for all layers"
+            )
+        if not indices:
+            raise _obstacle(name, f"{what} has no neurons left")
+    return {tower: count for tower, (count, _) in found.items()}
+
+
+def _obstacle(name: str, why: str) -> BadInput:
+    return BadInput(f"{name} does not fit transformers' own classes", why, INSTEAD)
+
+
+def no_class(name: str, family: Family) -> BadInput:
+    """What to say where transformers has no class for this network at all."""
+    return _obstacle(name, f"transformers has no class for this {family.name} network")
+
+
+def class_of(folder: Path, family: Family) -> str | None:
+    """The transformers class that `config.json` in `folder` names; None if it is one of ours."""
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    ours = {config_class.model_type for config_class, _ in family.auto_classes}  # type: ignore[attr-defined]
+    return None if values["model_type"] in ours else str(values["architectures"][0])
+
+
+@torch.no_grad()
+def difference(family: Family, model: Any, folder: Path, stock_class: str | None) -> float:
+    """Largest absolute difference between `model` and what opens from `folder`, relative to the outputs' scale (at least 1).
+
+    With a `stock_class` transformers' own class opens it and runs its own forward pass.
+    """
+    batch = _random_batch(family, model)
+    if stock_class is None:
+        return _largest([family.forward(model, batch)["logits"]], [family.forward(family.load(folder), batch)["logits"]])
+    import transformers
+
+    kind = getattr(transformers, stock_class)
+    opened = open_model(kind, folder, kind.config_class.from_pretrained(folder, local_files_only=True))
+    inputs = family.stock_inputs(batch)
+    return _largest(_tensors(model(**inputs)), _tensors(opened(**inputs)))
+
+
+def _random_batch(family: Family, model: Any) -> dict[str, Any]:
+    """An example batch of three with random normalised pixels and tokens."""
+    sizes = family.sizes(model.config)
+    draw = torch.Generator().manual_seed(0)
+    batch = family.example_batch(model.config, 3, min(TEXT_LENGTH, sizes.max_positions))
+    for name, value in batch.items():
+        if name.endswith("_ids") and value.dim() == 2:
+            batch[name] = torch.randint(sizes.vocab_size, value.shape, generator=draw)
+        elif value.dim() == 4:
+            pixels = torch.randint(256, value.shape, generator=draw, dtype=torch.uint8)
+            batch[name] = normalise(pixels, sizes.image_mean, sizes.image_std, torch.float32)
+    return batch
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [value for value in output.to_tuple() if isinstance(value, Tensor)]
+
+
+def _largest(wanted: list[Tensor], got: list[Tensor]) -> float:
+    pairs = list(zip(wanted, got, strict=True))
+    return max(float((a - b).abs().nan_to_num(nan=float("inf")).max()) / max(1.0, float(a.abs().max())) for a, b in pairs)
+
+
+def cost(family: Family, before: Any, after: Any) -> dict[str, dict[str, int]]:
+    """Parameters and multiply-adds of the checkpoint and of the exported network."""
+    parameters = {name: count_parameters(family, model)["total"] for name, model in (("before", before), ("after", after))}
+    macs = {name: count_macs(family, model, text_length=TEXT_LENGTH)["total"] for name, model in (("before", before), ("after", after))}
+    return {"parameters": parameters, "macs": macs}
+
+
+def sentence(cost: dict[str, dict[str, int]]) -> str:
+    """What the form costs, for people."""
+    parts = []
+    for name, pair in cost.items():
+        more = pair["after"] / pair["before"] - 1 if pair["before"] else 0.0
+        parts.append(f"{short(pair['before'])} → {short(pair['after'])} {name} ({more:+.0%})")
+    return "export: " + ", ".join(parts)

@@ -1,0 +1,309 @@
+"""The BLIP family: question answering, captioning, matching; anatomy, layer choice, taps, loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.blip_config import (
+    BLIP_MEAN,
+    BLIP_STD,
+    KINDS,
+    BlipAnswerConfig,
+    BlipRetrievalConfig,
+    SlicedBlipConfig,
+    check_sizes,
+)
+from efficientvlm.families.blip_fresh import DECODE, ENCODE, fresh_config
+from efficientvlm.families.blip_graphs import blip_graphs
+from efficientvlm.families.blip_model import MODELS, context, decode, read, see, starting, text_model
+from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
+from efficientvlm.families.structure import kept_of_layers, kept_ranges
+
+LAYERS = {"vision": "vision_model.encoder.layers.", "text": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
+TASKS = {"BlipForQuestionAnswering": "vqa", "BlipForConditionalGeneration": "captioning", "BlipForImageTextRetrieval": "retrieval"}
+FEATURES = "features"
+
+
+class BLIP:
+    """Batches are those of `data.collate`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
+
+    Texts that are decoded start with the configuration's `decoder_start`, those read with an image with its `question_start_id`, whatever
+    their first token was.
+    """
+
+    name = "blip"
+    stock = True
+    model_types: tuple[str, ...] = ("blip", *(kind.model_type for kind in KINDS))
+    auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
+    towers: tuple[str, ...] = ("vision", "text", "decoder")
+    taps = frozenset(
+        {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
+        | {f"{tower}.{CROSS_ATTENTION}" for tower in ("text", "decoder")}
+        | {f"{tower}.{FEATURES}" for tower in ("vision", "text")}
+    )
+
+    vqa_terms: Mapping[str, str] = {
+        "text_hidden": "text.hidden",
+        "text_attention": "text.self_attention",
+        "image_hidden": "vision.hidden",
+        "image_attention": "vision.self_attention",
+        "cross_attention": "text.cross_attention",
+        "decoder_hidden": "decoder.hidden",
+        "decoder_attention": "decoder.self_attention",
+        "decoder_cross_attention": "decoder.cross_attention",
+    }
+
+    extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
+        return fresh_config(size, changes, vocab)
+
+    def build(self, config: SlicedBlipConfig) -> Any:
+        return MODELS[type(config)](config)
+
+    def read_config(self, path: Path) -> SlicedBlipConfig:
+        """Of a folder of ours or of transformers; which of the three networks it is, `architectures` says there.
+
+        Raises:
+            BadInput: another network than these three, or sizes that do not fit together.
+        """
+        file = path / "config.json"
+        values = read_json(file)
+        named = next(iter(values.get("architectures") or []), None)
+        kind = next((kind for kind in KINDS if values.get("model_type") == kind.model_type or named == kind.stock), None)
+        if kind is None:
+            raise BadInput(f"{file}: architectures is {named}", f"opened are {', '.join(kind.stock for kind in KINDS)}")
+        values |= image_statistics(path, values, (BLIP_MEAN, BLIP_STD))
+        return check_sizes(open_config(kind, values, file), str(file))
+
+    def load(self, path: Path) -> Any:
+        config = self.read_config(path)
+        return open_model(MODELS[type(config)], path, config)
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+        if model.config.is_stock:
+            file = folder / "config.json"
+            values = read_json(file) | {"model_type": "blip", "architectures": [model.config.stock]}
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def sizes(self, config: SlicedBlipConfig) -> Sizes:
+        vision, text = config.vision_config, config.text_config
+        parts = {"vision": vision, "text": text, "decoder": text}
+        return Sizes(
+            vision.image_size,
+            vision.patch_size,
+            text.max_position_embeddings,
+            text.vocab_size,
+            {tower: part.hidden_size for tower, part in parts.items()},
+            {tower: part.num_attention_heads for tower, part in parts.items()},
+            tuple(config.image_mean),
+            tuple(config.image_std),
+        )
+
+    def tasks(self, config: SlicedBlipConfig) -> frozenset[str]:
+        return frozenset({TASKS[config.stock]})
+
+    def tower_of(self, parameter: str) -> str:
+        first = parameter.partition(".")[0]
+        return {"vision_model": "vision", "text_encoder": "text", "text_decoder": "decoder"}.get(first, "heads")
+
+    def is_embedding(self, parameter: str) -> bool:
+        table = parameter.rpartition(".embeddings.")[2]
+        return table.startswith(("word_embeddings.", "position_embeddings.")) or table == "position_embedding"
+
+    def units(self, model: Any) -> list[Unit]:
+        config = model.config
+        units: list[Unit] = []
+        for group, indices in config.kept_indices().items():
+            tower, number, kind = group.split(".")
+            part = config.vision_config if tower == "vision" else config.text_config
+            width = 1 if kind == NEURON else part.hidden_size // part.num_attention_heads
+            sites = _vision_sites if tower == "vision" else _text_sites
+            for position, index in enumerate(indices):
+                unit_sites = sites(f"{LAYERS[tower]}{number}", kind, position * width, (position + 1) * width, len(indices) * width)
+                last = unit_sites[-1]
+                gate = GatePoint(last.tensor.removesuffix(".weight"), last.start, last.stop)
+                units.append(Unit(tower, int(number), kind, index, unit_sites, gate))
+        return units
+
+    def original_counts(self, config: SlicedBlipConfig) -> dict[str, int]:
+        return config.original_counts()
+
+    def kept(self, config: SlicedBlipConfig) -> dict[str, list[int]]:
+        return config.kept_indices()
+
+    def with_kept(self, config: SlicedBlipConfig, kept: dict[str, list[int]]) -> SlicedBlipConfig:
+        return config.copy(kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
+
+    def layer_counts(self, config: SlicedBlipConfig) -> dict[str, int]:
+        return config.layers()
+
+    def with_layers(self, config: SlicedBlipConfig, layers: dict[str, list[int]]) -> SlicedBlipConfig:
+        if empty := [tower for tower in config.towers if not layers[tower]]:
+            raise BadInput(f"no {empty[0]} layers", "a BLIP needs at least one in every tower", "ask for 1 or more")
+        changed = config.copy(
+            kept=kept_of_layers(config.kept, layers),
+            layer_source={tower: list(chosen) for tower, chosen in layers.items()},
+            layer_source_of=config.layers(),
+        )
+        depth = {tower: len(chosen) for tower, chosen in layers.items()}
+        changed.vision_config.num_hidden_layers = depth["vision"]
+        changed.text_config.num_hidden_layers = depth["text" if "text" in config.towers else "decoder"]
+        both = isinstance(config, BlipAnswerConfig)
+        changed.decoder_layers = depth["decoder"] if both and depth["decoder"] != depth["text"] else None
+        return changed
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        for tower, start in LAYERS.items():
+            if parameter.startswith(start):
+                number, _, tail = parameter.removeprefix(start).partition(".")
+                return f"{start}{layers[tower][int(number)]}.{tail}"
+        return parameter
+
+    def forward(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
+
+        The taps `vision.features` and `text.features` of a matching network are unit vectors [I, E] and [B, E]; for them texts are read
+        once more, without the image.
+        """
+        wanted = self._check(model, want)
+        if "text" not in model.config.towers:
+            return self._caption(model, batch, wanted)
+        if "decoder" not in model.config.towers:
+            return self._match(model, batch, wanted)
+        record, answers = self.question(model, batch, wanted)
+        if "answer_ids" in batch:
+            rows = batch["answer_index"]
+            keep = kinds_of(wanted, "decoder")
+            seen = Context(answers.kv, None if answers.mask is None else answers.mask[rows], rows)
+            record["logits"], out = decode(model, batch["answer_ids"], batch["answer_mask"], seen, keep)
+            tap(record, "decoder", out, keep)
+        return record
+
+    def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
+        self._require_answers(model.config)
+        wanted = self._check(model, want)
+        record, states = self._read_with_image(model, batch, batch["question_ids"], batch["question_mask"], wanted)
+        return record, context(model.text_decoder.bert, states, batch["question_mask"])
+
+    def answer(
+        self, model: Any, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        seen = context.mask if rows is None or context.mask is None else context.mask[rows]
+        return decode(model, ids, mask, Context(context.kv, seen, rows), cache=cache)[0]
+
+    def new_cache(self, model: Any) -> Cache:
+        return Cache()
+
+    def graphs(self, model: Any) -> list[Graph]:
+        return blip_graphs(self, model)
+
+    def stock_config(self, config: SlicedBlipConfig, neurons: Mapping[str, int]) -> SlicedBlipConfig:
+        chosen, texts = config.copy(kept=None), {tower: count for tower, count in neurons.items() if tower != "vision"}
+        if len(set(texts.values())) > 1:
+            why = f"neurons a layer are {', '.join(f'{count} in {tower}' for tower, count in texts.items())}: one number stands for both"
+            raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
+        chosen.vision_config.intermediate_size = neurons.get("vision", chosen.vision_config.intermediate_size)
+        chosen.text_config.intermediate_size = next(iter(texts.values()), chosen.text_config.intermediate_size)
+        if not chosen.is_stock:
+            depth = ", ".join(f"{count} in {tower}" for tower, count in config.layers().items() if count)
+            why = f"layers are {depth}, or the towers differ in width: it has one depth for all texts, and one width"
+            raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx")
+        return chosen
+
+    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Captioning and matching take the same; a network that answers is given its questions as answers too."""
+        if "text_ids" in batch:
+            return {"pixel_values": batch["pixels"], "input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
+        ids, mask = batch["question_ids"], batch["question_mask"]
+        return {"pixel_values": batch["pixels"], "input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
+        self._require_answers(model.config)
+        return model, []
+
+    def example_batch(self, config: SlicedBlipConfig, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        side = config.vision_config.image_size
+        ones = torch.ones(batch_size, text_length, dtype=torch.long, device=device)
+        rows = torch.arange(batch_size, device=device)
+        batch: dict[str, Any] = {"pixels": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8, device=device), "image_index": rows}
+        if not isinstance(config, BlipAnswerConfig):
+            return batch | {"text_ids": ones, "text_mask": ones}
+        answer = {"answer_ids": ones[:, :1], "answer_mask": ones[:, :1], "answer_index": rows}
+        return batch | {"question_ids": ones, "question_mask": ones, **answer}
+
+    def _read_with_image(
+        self, model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, wanted: frozenset[str]
+    ) -> tuple[Record, Tensor]:
+        """Record of vision and text, with text `states` [B, L, W] after cross-attention."""
+        image = see(model, batch["pixels"], kinds_of(wanted, "vision"))
+        seen = context(model.text_encoder, image.states, rows=batch.get("image_index"))
+        started = starting(ids, model.config.question_start_id)
+        text = read(model.text_encoder, started, mask.bool()[:, None, None], seen, kinds_of(wanted, "text"))
+        record = Record(states=text.states, image_states=image.states)
+        for tower, out in (("vision", image), ("text", text)):
+            tap(record, tower, out, kinds_of(wanted, tower) - {FEATURES})
+        return record, text.states
+
+    def _match(self, model: Any, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        record, states = self._read_with_image(model, batch, ids, mask, wanted)
+        record["logits"] = model.itm_head(states[:, 0])
+        if f"vision.{FEATURES}" in wanted:
+            record[f"vision.{FEATURES}"] = F.normalize(model.vision_proj(record["image_states"][:, 0]), dim=-1)
+        if f"text.{FEATURES}" in wanted:
+            alone = read(model.text_encoder, ids, mask.bool()[:, None, None], None, frozenset())
+            record[f"text.{FEATURES}"] = F.normalize(model.text_proj(alone.states[:, 0]), dim=-1)
+        return record
+
+    def _caption(self, model: Any, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        record = Record()
+        image = see(model, batch["pixels"], kinds_of(wanted, "vision"))
+        seen = context(text_model(model, "decoder"), image.states, rows=batch.get("image_index"))
+        record["logits"], out = decode(model, batch["text_ids"], batch["text_mask"], seen, kinds_of(wanted, "decoder"))
+        for tower, encoded in (("vision", image), ("decoder", out)):
+            tap(record, tower, encoded, kinds_of(wanted, tower))
+        return record
+
+    def _check(self, model: Any, want: Iterable[str]) -> frozenset[str]:
+        wanted = check_taps(self, want)
+        config = model.config
+        absent = sorted(name for name in wanted if name.partition(".")[0] not in config.towers)
+        if not isinstance(config, BlipRetrievalConfig):
+            absent += sorted(name for name in wanted if name.endswith(FEATURES))
+        if absent:
+            raise BadInput(f"no such tap here: {', '.join(absent)}", f"{config.stock} has the towers {', '.join(config.towers)}")
+        return wanted
+
+    def _require_answers(self, config: SlicedBlipConfig) -> None:
+        if not isinstance(config, BlipAnswerConfig):
+            raise BadInput("this model cannot answer questions", f"it is a {config.stock}", "use a BlipForQuestionAnswering")
+
+
+def _vision_sites(layer: str, kind: str, start: int, stop: int, width: int) -> tuple[Site, ...]:
+    if kind == HEAD:  # qkv has the rows of all queries, then of all keys, then of all values
+        fused = ((part * width + start, part * width + stop) for part in range(3))
+        rows = [Site(f"{layer}.self_attn.qkv.{what}", 0, a, b) for a, b in fused for what in ("weight", "bias")]
+        return (*rows, Site(f"{layer}.self_attn.projection.weight", 1, start, stop))
+    rows = [Site(f"{layer}.mlp.fc1.{what}", 0, start, stop) for what in ("weight", "bias")]
+    return (*rows, Site(f"{layer}.mlp.fc2.weight", 1, start, stop))
+
+
+def _text_sites(layer: str, kind: str, start: int, stop: int, width: int) -> tuple[Site, ...]:
+    if kind == NEURON:
+        rows = [Site(f"{layer}.intermediate.dense.{what}", 0, start, stop) for what in ("weight", "bias")]
+        return (*rows, Site(f"{layer}.output.dense.weight", 1, start, stop))
+    module = f"{layer}.{'crossattention' if kind == CROSS_HEAD else 'attention'}"
+    rows = [Site(f"{module}.self.{part}.{what}", 0, start, stop) for part in ("query", "key", "value") for what in ("weight", "bias")]
+    return (*rows, Site(f"{module}.output.dense.weight", 1, start, stop))

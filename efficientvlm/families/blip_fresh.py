@@ -1,0 +1,123 @@
+"""New question-answering BLIPs of named sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from efficientvlm.config import Strict, parse
+from efficientvlm.families.blip_config import BLIP_MEAN, BLIP_STD, BlipAnswerConfig, check_sizes
+
+DECODE, ENCODE = "[DEC]", "[ENC]"
+
+Size = Annotated[int, Field(ge=1)]
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Sizes(Strict):
+    """What can be set; the defaults are BLIP-base as published (12 heads, not transformers' 8; norms of vision with 1e-6)."""
+
+    image_size: Size = 384
+    patch_size: Size = 16
+    image_mean: Colours = list(BLIP_MEAN)
+    image_std: Colours = list(BLIP_STD)
+    vision_width: Size = 768
+    vision_layers: Size = 12
+    vision_heads: Size = 12
+    vision_intermediate: Size = 3072
+    vision_eps: Real = 1e-6
+    text_width: Size = 768
+    text_layers: Size = 12
+    decoder_layers: Size | None = Field(None, description="those of the text tower by default")
+    text_heads: Size = 12
+    text_intermediate: Size = 3072
+    text_eps: Real = 1e-12
+    vocab_size: Size = 30524
+    max_positions: Size = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    embed_dim: Size = 256
+    initializer_range: Real = 0.02
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        **dict.fromkeys(("vision_width", "text_width"), 128),
+        **dict.fromkeys(("vision_heads", "text_heads"), 4),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
+        "vision_layers": 4,
+        "text_layers": 2,
+        "embed_dim": 64,
+        "max_positions": 64,
+        "initializer_range": 0.06,
+        "dropout": 0.0,
+    },
+    "small": {
+        "image_size": 160,
+        **dict.fromkeys(("vision_width", "text_width"), 384),
+        **dict.fromkeys(("vision_heads", "text_heads"), 6),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
+        "vision_layers": 12,
+        "text_layers": 6,
+        "max_positions": 128,
+    },
+    "base": {},
+}
+
+
+def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> BlipAnswerConfig:
+    """Configuration of a new question-answering BLIP, which reads questions after [ENC] and writes answers after [DEC] (BLIP).
+
+    Args:
+        size: tiny, small or base.
+        changes: fields of :class:`Sizes` that a user set.
+        vocab: token → id with [DEC] and [ENC] in it; or just a number of tokens, where nothing will be read.
+
+    Raises:
+        BadInput: an unknown field, a wrong value, or sizes that do not fit together.
+    """
+    number = vocab if isinstance(vocab, int) else len(vocab)
+    ids: Mapping[str, int] = {} if isinstance(vocab, int) else vocab
+    given = parse(Sizes, {**SIZES[size], "vocab_size": number, **changes}, "settings")
+    vision = {
+        "hidden_size": given.vision_width,
+        "num_hidden_layers": given.vision_layers,
+        "num_attention_heads": given.vision_heads,
+        "intermediate_size": given.vision_intermediate,
+        "layer_norm_eps": given.vision_eps,
+        "image_size": given.image_size,
+        "patch_size": given.patch_size,
+        "initializer_range": given.initializer_range,
+    }
+    text = {
+        "hidden_size": given.text_width,
+        "num_hidden_layers": given.text_layers,
+        "num_attention_heads": given.text_heads,
+        "intermediate_size": given.text_intermediate,
+        "layer_norm_eps": given.text_eps,
+        "vocab_size": given.vocab_size,
+        "max_position_embeddings": given.max_positions,
+        "hidden_dropout_prob": given.dropout,
+        "attention_probs_dropout_prob": given.dropout,
+        "initializer_range": given.initializer_range,
+        "bos_token_id": ids.get(DECODE, number - 2),
+        "sep_token_id": ids.get("[SEP]", 0),
+        "eos_token_id": ids.get("[SEP]", 0),
+        "pad_token_id": ids.get("[PAD]", 0),
+    }
+    config = BlipAnswerConfig(
+        vision_config=vision,
+        text_config=text,
+        image_text_hidden_size=given.embed_dim,
+        initializer_range=given.initializer_range,
+        image_mean=given.image_mean,
+        image_std=given.image_std,
+        decoder_layers=given.decoder_layers if given.decoder_layers != given.text_layers else None,
+        question_start_id=ids.get(ENCODE, number - 1),
+    )
+    check_sizes(config, "settings")
+    return config

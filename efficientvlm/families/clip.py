@@ -1,0 +1,268 @@
+"""CLIP and SigLIP: two towers, compared by their features. Anatomy, layer choice, taps, folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.errors import BadInput
+from efficientvlm.families import register
+from efficientvlm.families.base import HEAD, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
+from efficientvlm.families.clip_model import (
+    LEGACY_END,
+    TOWERS,
+    Sliced,
+    SlicedCLIPConfig,
+    SlicedCLIPModel,
+    SlicedSiglipConfig,
+    SlicedSiglipModel,
+)
+from efficientvlm.families.graphs import Part
+from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
+from efficientvlm.families.structure import kept_of_layers, kept_ranges
+
+MODELS: dict[type, type] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}
+CONFIGS: dict[str, Any] = {name: kind for kind in MODELS for name in (kind.stock[0], kind.model_type)}  # type: ignore[attr-defined]
+IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
+PAIR_SIZES = ({"images": 2, "texts": 3}, {"images": 1, "texts": 1}, {"images": 8, "texts": 2})
+TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 2}, {"texts": 8, "tokens": 7})
+LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.*)")
+
+
+class CLIP:
+    name = "clip"
+    model_types: tuple[str, ...] = tuple(CONFIGS)
+    auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
+    towers: tuple[str, ...] = TOWERS
+    taps = frozenset(f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION))
+    vqa_terms: Mapping[str, str] = {}
+    stock = True
+    extra_tokens: tuple[str, ...] = ()
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> NoReturn:
+        raise BadInput("no CLIP or SigLIP is made at random", "nothing here trains one from scratch", "import one: evlm import --model DIR")
+
+    def build(self, config: Any) -> Any:
+        return MODELS[type(config)](config)
+
+    def read_config(self, path: Path) -> Any:
+        """Stock configurations too; `image_mean` and `image_std` are then those of the folder's image processor."""
+        file = path / "config.json"
+        values = read_json(file)
+        kind = CONFIGS.get(str(values.get("model_type")))
+        if kind is None:
+            raise BadInput(f"{path} holds a model of type {values.get('model_type')!r}", f"this family opens {', '.join(CONFIGS)}")
+        config = open_config(kind, {**values, **image_statistics(path, values, kind.statistics)}, file)
+        for name in TOWERS:
+            if not config.tower(name).num_attention_heads:
+                raise BadInput(f"cannot read {file}", f"its {name} tower had no heads to begin with")
+        for size in ("image_size", "patch_size"):
+            if not isinstance(getattr(config.vision_config, size), int):
+                raise BadInput(f"{file}: {size} is not one number", "only square images and patches are supported")
+        if not getattr(config.vision_config, "vision_use_head", True):
+            raise BadInput(f"{file}: vision_use_head is false", "without its pooling head a SigLIP cannot compare images with texts")
+        return config
+
+    def load(self, path: Path) -> Any:
+        """Float32 model of a checkpoint folder or of a stock one, evaluation mode; :class:`BadInput` if weights and sizes do not fit."""
+        config = self.read_config(path)
+        return open_model(MODELS[type(config)], path, config)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """With the names of transformers' own class while nothing is removed."""
+        model.save_pretrained(folder)
+        if model.config.kept is None:
+            file = folder / "config.json"
+            kind, architecture = model.config.stock
+            values = json.loads(file.read_text("utf-8")) | {"model_type": kind, "architectures": [architecture]}
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def sizes(self, config: Any) -> Sizes:
+        vision, text = config.vision_config, config.text_config
+        return Sizes(
+            vision.image_size,
+            vision.patch_size,
+            text.max_position_embeddings,
+            text.vocab_size,
+            {name: config.tower(name).hidden_size for name in TOWERS},
+            {name: config.tower(name).num_attention_heads for name in TOWERS},
+            tuple(config.image_mean),
+            tuple(config.image_std),
+        )
+
+    def tasks(self, config: Any) -> frozenset[str]:
+        return frozenset({"retrieval"})
+
+    def tower_of(self, parameter: str) -> str:
+        first = parameter.partition(".")[0].removesuffix("_model")
+        return first if first in TOWERS else "heads"
+
+    def is_embedding(self, parameter: str) -> bool:
+        return parameter.endswith(("token_embedding.weight", "position_embedding.weight"))
+
+    def units(self, model: Any) -> list[Unit]:
+        units: list[Unit] = []
+        for group, indices in model.config.kept_indices().items():
+            tower, number, kind = group.split(".")
+            part = model.config.tower(tower)
+            width = part.hidden_size // part.num_attention_heads if kind == HEAD else 1
+            module = f"{tower}_model.encoder.layers.{number}.{'self_attn' if kind == HEAD else 'mlp'}"
+            ins, out = (("q_proj", "k_proj", "v_proj"), "out_proj") if kind == HEAD else (("fc1",), "fc2")
+            for position, index in enumerate(indices):
+                start, stop = position * width, (position + 1) * width
+                rows = tuple(Site(f"{module}.{name}.{what}", 0, start, stop) for name in ins for what in ("weight", "bias"))
+                sites = (*rows, Site(f"{module}.{out}.weight", 1, start, stop))
+                units.append(Unit(tower, int(number), kind, index, sites, GatePoint(f"{module}.{out}", start, stop)))
+        return units
+
+    def original_counts(self, config: Any) -> dict[str, int]:
+        counts: dict[str, int] = config.original_counts()
+        return counts
+
+    def kept(self, config: Any) -> dict[str, list[int]]:
+        kept: dict[str, list[int]] = config.kept_indices()
+        return kept
+
+    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
+        return copied(config, kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
+
+    def layer_counts(self, config: Any) -> dict[str, int]:
+        layers: dict[str, int] = config.layers()
+        return layers
+
+    def with_layers(self, config: Any, layers: dict[str, list[int]]) -> Any:
+        source = {tower: list(chosen) for tower, chosen in layers.items()}
+        chosen = copied(config, kept=kept_of_layers(config.kept, layers), layer_source=source, layer_source_of=config.layers())
+        for tower, numbers in layers.items():
+            chosen.tower(tower).num_hidden_layers = len(numbers)
+        return chosen
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        found = LAYER.fullmatch(parameter)
+        if not found:
+            return parameter
+        tower, number, rest = found.groups()
+        return f"{tower}_model.encoder.layers.{layers[tower][int(number)]}.{rest}"
+
+    def forward(self, model: Sliced, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """Images and texts: `image_features` [I, E] and `text_features` [T, E], unit vectors, and their `logits` [I, T]."""
+        wanted = check_taps(self, want)
+        record = Record()
+        image = model.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        ids, text = model.encode_text(batch["text_ids"], batch["text_mask"], kinds_of(wanted, "text"))
+        for tower, out in (("vision", image), ("text", text)):
+            tap(record, tower, out, kinds_of(wanted, tower))
+        record["image_features"] = model.image_feature(image.states)
+        record["text_features"] = model.text_feature(text.states, ids)
+        record["logits"] = model.similarity(record["image_features"], record["text_features"])
+        return record
+
+    def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        size, end = config.vision_config.image_size, config.text_config.eos_token_id
+        ids = torch.full((batch_size, text_length), 0 if end else 1, device=device)
+        ids[:, -1] = config.text_config.vocab_size - 1 if end == LEGACY_END else end
+        return {
+            "pixels": torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device),
+            "text_ids": ids,
+            "text_mask": torch.ones_like(ids),
+        }
+
+    def graphs(self, model: Any) -> list[Graph]:
+        """`image` and `text`, each to its features, and `similarity`."""
+        sizes = self.sizes(model.config)
+
+        def images(axes: Mapping[str, int]) -> dict[str, Tensor]:
+            draw = torch.Generator().manual_seed(0)
+            return {"pixels": torch.randn(axes["images"], 3, sizes.image_size, sizes.image_size, generator=draw)}
+
+        def texts(axes: Mapping[str, int]) -> dict[str, Tensor]:
+            batch = self.example_batch(model.config, axes["texts"], axes["tokens"])
+            return {"text_ids": batch["text_ids"], "text_mask": batch["text_mask"]}
+
+        def features(axes: Mapping[str, int]) -> dict[str, Tensor]:
+            one = self.forward(model, self.example_batch(model.config, 1, 2))
+            return {f"{kind}_features": one[f"{kind}_features"].expand(axes[f"{kind}s"], -1) for kind in ("image", "text")}
+
+        by_text = {name: {0: "texts", 1: "tokens"} for name in ("text_ids", "text_mask")}
+        by_pair = {"image_features": {0: "images"}, "text_features": {0: "texts"}}
+        lengths = (*TEXT_SIZES, {"texts": 2, "tokens": sizes.max_positions})
+        return [
+            Graph("image", ImageGraph(model), {"pixels": {0: "images"}}, ("image_features",), IMAGE_SIZES, images),
+            Graph("text", TextGraph(model), by_text, ("text_features",), lengths, texts),
+            Graph("similarity", Part(model, _similarity), by_pair, ("logits",), PAIR_SIZES, features),
+        ]
+
+    def stock_config(self, config: Any, neurons: Mapping[str, int]) -> Any:
+        """Depth and one number of neurons a tower are fields of transformers' configurations; SigLIP's pooling head shares vision's."""
+        chosen = copied(config, kept=None)
+        for tower, count in neurons.items():
+            before = config.tower(tower).intermediate_size
+            if tower == "vision" and count != before and isinstance(config, SlicedSiglipConfig):
+                why = f"vision layers have {count} neurons and the pooling head {before}, where one number stands for both"
+                raise BadInput("this SigLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
+            chosen.tower(tower).intermediate_size = count
+        return chosen
+
+    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": batch["pixels"], "input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
+
+    def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> NoReturn:
+        raise BadInput(
+            "CLIP and SigLIP cannot answer questions",
+            "they compare images with texts and decode nothing",
+            "use X-VLM or BLIP for --task vqa",
+        )
+
+    def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> NoReturn:
+        self.for_vqa(model, None, "auto")
+
+    def answer(
+        self, model: Any, context: Any, ids: Tensor, mask: Tensor | None, rows: Any | None = None, cache: Any | None = None
+    ) -> NoReturn:
+        self.for_vqa(model, None, "auto")
+
+    def new_cache(self, model: Any) -> Cache:
+        return Cache()
+
+
+class ImageGraph(nn.Module):
+    """pixels → image_features [I, E], unit vectors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+        return (self.model.image_feature(self.model.encode_image(inputs["pixels"]).states),)
+
+
+class TextGraph(nn.Module):
+    """text_ids, text_mask → text_features [T, E], unit vectors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+        ids, out = self.model.encode_text(inputs["text_ids"], inputs["text_mask"])
+        return (self.model.text_feature(out.states, ids),)
+
+
+def _similarity(model: Sliced, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+    return (model.similarity(inputs["image_features"], inputs["text_features"]),)
+
+
+def copied(config: Any, **changes: Any) -> Any:
+    """A configuration of its own with some fields changed."""
+    values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "transformers_version")}
+    return type(config).from_dict({**values, **changes})
+
+
+register(CLIP())  # importing transformers' classes loads its Auto classes, while this module was not there yet

@@ -1,0 +1,166 @@
+"""The graphs of decoders for export, whatever the family.
+
+A decoder goes on from keys and values of what it attends to, projected once and picked by row, and from those of its own earlier tokens, so
+that ranking many answers repeats neither. Written against :class:`blocks.Context` and :class:`blocks.Cache`, which every family's `answer`
+uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.families.base import Family, Graph
+from efficientvlm.families.blocks import Cache, Context, KeyValue
+
+Tensors = Mapping[str, Tensor]
+Axes = Mapping[str, int]
+QUESTION_SIZES = (
+    {"images": 2, "questions": 3, "tokens": 5},
+    {"images": 1, "questions": 1, "tokens": 1},
+    {"images": 1, "questions": 4, "tokens": 3},
+    {"images": 8, "questions": 8, "tokens": 7},
+)
+STEP_SIZES = (
+    {"sequences": 7, "length": 2, "past": 4},
+    {"sequences": 1, "length": 1, "past": 0},
+    {"sequences": 5, "length": 3, "past": 0},
+    {"sequences": 16, "length": 1, "past": 1},
+)
+
+
+class Part(nn.Module):
+    """A function of `model` as a module, for graphs that need no more than one."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Any, Tensors], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, inputs: Tensors) -> tuple[Tensor, ...]:
+        return self.function(self.model, inputs)
+
+
+class Step(nn.Module):
+    """Keys and values of what is attended to and of the tokens so far, more tokens → next-token logits, keys and values of all tokens."""
+
+    def __init__(self, family: Family, model: nn.Module, layers: int, past: list[int], ids: str) -> None:
+        super().__init__()
+        self.family, self.model, self.layers, self.past, self.ids = family, model, layers, past, ids
+
+    def forward(self, inputs: Tensors) -> tuple[Tensor, ...]:
+        mask = inputs["question_mask"].bool()[:, None, None] if "question_mask" in inputs else None
+        context = Context(pairs(inputs, self.layers), mask)
+        cache: Cache = self.family.new_cache(self.model)
+        cache.kv = {layer: kv for layer, kv in enumerate(pairs(inputs, self.layers, "past_")) if kv is not None}
+        cache.length = inputs[f"past_key_{self.past[0]}"].shape[2] if self.past else inputs["past"].shape[0]
+        logits = self.family.answer(self.model, context, inputs[self.ids], None, inputs["rows"], cache)
+        return (logits, *(tensor for layer in self.past for tensor in cache.kv[layer]))
+
+
+def pairs(tensors: Tensors, layers: int, prefix: str = "") -> list[KeyValue | None]:
+    """Keys and values called `{prefix}key_{layer}` and `{prefix}value_{layer}`; None for a layer without."""
+    has = [f"{prefix}key_{layer}" in tensors for layer in range(layers)]
+    return [(tensors[f"{prefix}key_{i}"], tensors[f"{prefix}value_{i}"]) if there else None for i, there in enumerate(has)]
+
+
+def names(layers: list[int], prefix: str = "") -> tuple[str, ...]:
+    return tuple(f"{prefix}{kind}_{layer}" for layer in layers for kind in ("key", "value"))
+
+
+def present(kv: list[KeyValue | None]) -> list[int]:
+    """Layers that have keys and values."""
+    return [layer for layer, tensors in enumerate(kv) if tensors is not None]
+
+
+def flat(kv: list[KeyValue | None]) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensors in kv if tensors is not None for tensor in tensors)
+
+
+@torch.no_grad()
+def vqa_graphs(family: Family, model: Any) -> list[Graph]:
+    """`question` and `answer` of a model that answers questions.
+
+    `question` gives the text `states` and the keys and values of every decoder layer that has cross-attention heads.
+    """
+    sizes = family.sizes(model.config)
+
+    def example(axes: Axes) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        count, tokens = axes["questions"], axes["tokens"]
+        return {
+            "pixels": torch.randn(axes["images"], 3, sizes.image_size, sizes.image_size, generator=draw),
+            "question_ids": torch.randint(sizes.vocab_size, (count, tokens), generator=draw),
+            "question_mask": padded(count, tokens, draw),
+            "image_index": torch.randint(axes["images"], (count,), generator=draw),
+        }
+
+    def question(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        record, context = family.question(model, dict(inputs))
+        return (record["states"], *flat(context.kv))
+
+    _, context = family.question(model, example(QUESTION_SIZES[0]))
+    by_question = {"questions": 0, "tokens": 1}
+    axes = {
+        "pixels": {0: "images"},
+        **{name: {at: axis for axis, at in by_question.items()} for name in ("question_ids", "question_mask")},
+        "image_index": {0: "questions"},
+    }
+    outputs = ("states", *names(present(context.kv)))
+    return [
+        Graph("question", Part(model, question), axes, outputs, QUESTION_SIZES, example),
+        step_graph(family, model, "answer", context.kv, {0: "questions", 2: "tokens"}, "answer_ids"),
+    ]
+
+
+@torch.no_grad()
+def step_graph(family: Family, model: Any, name: str, kv: list[KeyValue | None], axes: dict[int, str], ids: str) -> Graph:
+    """One decoding step, run by `family.answer`.
+
+    A layer without cross-attention heads has no `key_i` and `value_i`, one without heads no `past_key_i`. If no layer has heads, `past`
+    [tokens so far] says by its length alone where the new tokens stand.
+
+    Args:
+        kv: keys and values of an example, whose sizes other than those of `axes` (dimension → name) are fixed. An axis `tokens` brings a
+            `question_mask`.
+        ids: name of the input with the new tokens.
+    """
+    cache = family.new_cache(model)
+    rows = next((tensors[0].shape[0] for tensors in kv if tensors is not None), 1)
+    shapes = {layer: tensors[0].shape for layer, tensors in enumerate(kv) if tensors is not None}
+    family.answer(model, Context(kv), torch.zeros(rows, 1, dtype=torch.long), None, None, cache)
+    cached = {layer: tensors[0].shape for layer, tensors in sorted(cache.kv.items())}
+    vocabulary, owner, asks = family.sizes(model.config).vocab_size, axes[0], "tokens" in axes.values()
+    attended = ({owner: 3, "tokens": 5}, {owner: 1, "tokens": 1}, {owner: 2, "tokens": 6}, {owner: 8, "tokens": 3})
+    sizes = tuple({**{axis: part[axis] for axis in axes.values()}, **step} for part, step in zip(attended, STEP_SIZES, strict=True))
+
+    def example(given: Axes) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        inputs: dict[str, Tensor] = {}
+        for layer, shape in shapes.items():
+            wanted = [given[axes[dim]] if dim in axes else size for dim, size in enumerate(shape)]
+            inputs |= {key: torch.randn(wanted, generator=draw) for key in names([layer])}
+        if asks:
+            inputs["question_mask"] = padded(given[owner], given["tokens"], draw)
+        inputs["rows"] = torch.randint(given[owner], (given["sequences"],), generator=draw)
+        inputs[ids] = torch.randint(vocabulary, (given["sequences"], given["length"]), generator=draw)
+        for layer, (_, heads, _, width) in cached.items():
+            before = (given["sequences"], heads, given["past"], width)
+            inputs |= {key: torch.randn(before, generator=draw) for key in names([layer], "past_")}
+        return inputs if cached else {**inputs, "past": torch.arange(given["past"])}
+
+    dynamic: dict[str, dict[int, str]] = {key: axes for key in names(list(shapes))}
+    dynamic |= {"question_mask": {0: owner, 1: "tokens"}} if asks else {}
+    dynamic |= {"rows": {0: "sequences"}, ids: {0: "sequences", 1: "length"}}
+    dynamic |= {key: {0: "sequences", 2: "past"} for key in names(list(cached), "past_")} if cached else {"past": {0: "past"}}
+    module = Step(family, model, max(len(kv), *(layer + 1 for layer in cached), 0), list(cached), ids)
+    return Graph(name, module, dynamic, ("logits", *names(list(cached), "present_")), sizes, example)
+
+
+def padded(rows: int, tokens: int, draw: torch.Generator) -> Tensor:
+    """A mask [rows, tokens] whose rows end in padding of different length; the first has none."""
+    lengths = torch.randint(1, tokens + 1, (rows, 1), generator=draw)
+    lengths[0] = tokens
+    return (torch.arange(tokens) < lengths).long()

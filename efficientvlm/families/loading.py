@@ -1,0 +1,80 @@
+"""Folders of weights and configuration, opened strictly: what does not fit is an error, never a fresh random tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from efficientvlm import manifest
+from efficientvlm.errors import BadInput
+
+CHECK = "check it with `evlm verify`"
+UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; :class:`BadInput` if there is none."""
+    values = manifest.read_json(file)
+    if not isinstance(values, dict):
+        raise BadInput(f"cannot read {file}", "it is not a JSON object", CHECK)
+    return values
+
+
+def open_config(kind: Any, values: Mapping[str, Any], file: Path) -> Any:
+    """Configuration of class `kind` from the content of `file`, whatever `model_type` that names; :class:`BadInput` if it does not fit."""
+    try:
+        return kind.from_dict({name: value for name, value in values.items() if name != "model_type"})
+    except UNUSABLE as error:
+        raise BadInput(f"cannot read {file}", " ".join(str(error).split())[:200], CHECK) from None
+
+
+def open_model(kind: Any, path: Path, config: Any) -> Any:
+    """Float32 model of class `kind` with the weights in folder `path`, evaluation mode.
+
+    Raises:
+        BadInput: weights that are missing, surplus or of another shape than `config` says, or not readable.
+    """
+    try:
+        model, info = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
+        )
+    except (*UNUSABLE, SafetensorError) as error:
+        raise BadInput(f"cannot load {path}", (str(error).splitlines() or [type(error).__name__])[0], CHECK) from error
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+    if problems:
+        summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
+        raise BadInput(f"{path}: weights do not fit config.json", summary, CHECK)
+    return model.eval()
+
+
+def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any]) -> dict[str, Any]:
+    """`image_mean` and `image_std` where the configuration `values` lacks them: from the folder's image processor, or else `default`."""
+    if "image_mean" in values and "image_std" in values:
+        return {}
+    settings = image_processor(folder) or {}
+    return {name: list(settings.get(name) or value) for name, value in zip(("image_mean", "image_std"), default, strict=True)}
+
+
+def image_processor(folder: Path) -> dict[str, Any] | None:
+    """Settings of the image processor in a folder, of its own file or inside `processor_config.json`; None where there are none.
+
+    Raises:
+        BadInput: a file that is no JSON object.
+    """
+    if (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").is_file():
+        settings = read_json(folder / "processor_config.json").get("image_processor")
+        return settings if isinstance(settings, dict) else None
+    return None

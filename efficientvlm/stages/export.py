@@ -1,0 +1,208 @@
+"""export: a checkpoint as ONNX graphs, or as a folder that transformers opens without this package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from efficientvlm import ranks
+from efficientvlm.checkpoint import Output, require_complete
+from efficientvlm.config import Export
+from efficientvlm.control import Control
+from efficientvlm.data.sources import record
+from efficientvlm.data.tokenizer import save_tokenizer
+from efficientvlm.errors import BadInput, TargetMissed
+from efficientvlm.export import onnx_files, stock
+from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, open_session
+from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.progress import say
+from efficientvlm.stages.answering import open_task, tuned_with
+from efficientvlm.stages.common import Loaded, load, making, open_output, summary, write
+from efficientvlm.stages.image_settings import write_settings
+from efficientvlm.stages.measuring import measure, table
+from efficientvlm.training import Spent
+
+TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+PADDED_TOLERANCE = 1e-5
+
+
+def run(config: Export, control: Control) -> Manifest:
+    """Write `config.model` in another form and compare it with torch before anything is kept.
+
+    Raises:
+        BadInput: options that do not belong together, a package that is missing, an ONNX folder as input, data of another task, a network
+            that transformers' own classes cannot express.
+        TargetMissed: the written form computes something else than the checkpoint.
+    """
+    check(config)
+    loaded = load(config.model)
+    source = _data(config, loaded)
+    inputs = {"model": config.model, "data": f"sha256:{source.fingerprint}" if source else None}
+    output = open_output(config, "export", control, inputs)
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        if config.format == "onnx":
+            return _onnx(config, control, loaded, output, source)
+        return _transformers(config, control, loaded, output)
+
+
+def check(config: Export) -> None:
+    """:class:`BadInput` for options that do not belong together, or a package that is missing."""
+    if ranks.launched() > 1:
+        raise BadInput("several processes were started", "an export is the work of one", "start a single process")
+    if config.format == "onnx":
+        onnx_files.require_packages()
+    elif config.int8 or config.data:
+        option = "--int8" if config.int8 else "--data"
+        raise BadInput(f"{option} does not go with --format {config.format}", "only ONNX graphs are quantised and measured", "leave it out")
+
+
+def _data(config: Export, loaded: Loaded) -> Any:
+    """What accuracy is measured on, if anything."""
+    if not config.data:
+        return None
+    if "vqa" not in loaded.tasks:
+        raise BadInput(f"{config.model} answers no questions", "accuracy is measured of question answering only", "leave --data out")
+    source = open_task(config, config.split, loaded.sizes.image_size)
+    if not len(source):
+        raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
+    return source
+
+
+def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, source: Any) -> Manifest:
+    began = time.monotonic()
+    description = _description(config, loaded)
+    variants: dict[str, tuple[Loaded, int]] = {"torch_fp32": (loaded, _bytes(loaded.path, ".safetensors"))}
+    with TemporaryDirectory(prefix="evlm-export-") as temporary:
+        fp32 = Path(temporary) if config.int8 else output.staging
+        description = _graphs(config, control, loaded, description, fp32)
+        variants["onnx_fp32"] = _opened(loaded, description, fp32)
+        if config.int8:
+            description = _quantised(control, loaded, description, fp32, output.staging)
+            variants["onnx_int8"] = _opened(loaded, description, output.staging)
+        measured = measure(config, variants, source, control)
+    differences = {name: graph.difference for name, graph in description.graphs.items()}
+    split = {"split": config.split, "images": len(source)} if source else "not measured"
+    description.measured = {**measured, "accuracy_of": split}
+    (output.staging / ONNX).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(loaded.tokenizer, output.staging)
+    write_settings(loaded.image_processor, loaded.sizes, output.staging)
+    say(table(measured), quiet=control.quiet)
+    manifest = output.manifest(
+        family=loaded.family.name,
+        accounting=loaded.manifest.accounting,
+        data=[DataRecord(**record(source, config.split))] if source else [],
+        cost=Cost(seconds=round(time.monotonic() - began, 3), peak_memory_bytes=peak_memory_bytes()),
+        metrics={**measured, "difference": differences},
+        extra={**_carried(loaded), "format": "onnx", "precision": description.precision, "accuracy_of": split},
+    )
+    done = output.commit(manifest)
+    say(f"export: wrote {output.path} · {summary(done)}", quiet=control.quiet)
+    return done
+
+
+def _description(config: Export, loaded: Loaded) -> Description:
+    tokenizer = loaded.tokenizer
+    return Description(
+        family=loaded.family.name,
+        tasks=sorted(loaded.tasks),
+        precision="fp32",
+        opset=0,
+        tolerance=config.tolerance,
+        graphs={},
+        sizes=loaded.sizes._asdict(),
+        answers=loaded.model.config.answers,
+        rank_top=loaded.model.config.rank_top,
+        first_token_twice=bool(tuned_with(loaded.manifest, "quirks", {}).get("first_token_twice", False)),
+        max_answer_tokens=tuned_with(loaded.manifest, "max_answer_tokens", 10),
+        start_token=tokenizer.cls_token_id if "vqa" in loaded.tasks else None,
+        end_token=tokenizer.sep_token_id if "vqa" in loaded.tasks else None,
+    )
+
+
+def _graphs(config: Export, control: Control, loaded: Loaded, description: Description, folder: Path) -> Description:
+    """Every graph of the family in `folder`, compared with torch."""
+    files, opset = {}, 0
+    for graph in loaded.family.graphs(loaded.model):
+        path = folder / f"{graph.name}.onnx"
+        opset = onnx_files.write(graph, path)
+        session = open_session(path)
+        off = onnx_files.difference(graph, session)
+        sizes = f"{len(graph.sizes)} sizes of {', '.join(graph.sizes[0])}"
+        say(f"export: {path.name} differs from torch by {off:.1e} at most, over {sizes}", quiet=control.quiet)
+        if not off <= config.tolerance:
+            why = f"outputs of {path.name} are off by {off:.2e}, {config.tolerance:.1e} is allowed"
+            raise TargetMissed("the ONNX graph does not compute what the checkpoint does", why, "nothing was written")
+        inputs, outputs = ({port.name: _port(port) for port in ports} for ports in (session.get_inputs(), session.get_outputs()))
+        files[graph.name] = GraphFile(file=path.name, inputs=inputs, outputs=outputs, difference=off)
+    return description.model_copy(update={"graphs": files, "opset": opset})
+
+
+def _port(port: Any) -> Port:
+    return Port(type=TYPES[port.type], shape=list(port.shape))
+
+
+def _quantised(control: Control, loaded: Loaded, description: Description, source: Path, target: Path) -> Description:
+    """int8 copies of the graphs in `source`; how far they are from torch is told, not limited: accuracy is what counts."""
+    files = {}
+    for graph in loaded.family.graphs(loaded.model):
+        file = description.graphs[graph.name]
+        onnx_files.quantise(source / file.file, target / file.file)
+        off = onnx_files.difference(graph, open_session(target / file.file))
+        say(f"export: {file.file} in int8 differs from torch by {off:.1e} at most", quiet=control.quiet)
+        files[graph.name] = file.model_copy(update={"difference": off})
+    return description.model_copy(update={"graphs": files, "precision": "int8"})
+
+
+def _opened(loaded: Loaded, description: Description, folder: Path) -> tuple[Loaded, int]:
+    """The graphs in `folder` as a checkpoint in memory, and their bytes."""
+    sessions = {name: open_session(folder / graph.file) for name, graph in description.graphs.items()}
+    variant = Loaded(loaded.path, Exported(), ExportedModel(description, sessions), loaded.tokenizer, loaded.manifest)
+    return variant, _bytes(folder, ".onnx", ".onnx.data")
+
+
+def _bytes(folder: Path, *endings: str) -> int:
+    aside = ("gates.safetensors", "dense.safetensors")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(endings) and path.name not in aside)
+
+
+def _carried(loaded: Loaded) -> dict[str, Any]:
+    """How the model was tuned, which decides how it is asked; the settings of the export do not say it."""
+    names = ("task", "quirks", "max_answer_tokens")
+    return {name: value for name in names if (value := tuned_with(loaded.manifest, name, None)) is not None}
+
+
+def _transformers(config: Export, control: Control, loaded: Loaded, output: Output) -> Manifest:
+    began = time.monotonic()
+    family, model = loaded.family, loaded.model
+    made = stock.padded(family, model) if config.format == "padded" else stock.uniform(family, model, config.model)
+    family.save(made, output.staging)
+    name = stock.class_of(output.staging, family)
+    if config.format == "hf" and name is None:
+        raise stock.no_class(config.model, family)
+    off = stock.difference(family, model, output.staging, name)
+    opens = f"transformers' {name}" if name else "this package only: transformers has no such class"
+    say(f"export: opens with {opens}; differs from the checkpoint by {off:.1e} at most", quiet=control.quiet)
+    if not off <= PADDED_TOLERANCE:
+        why = f"outputs are off by {off:.2e}, {PADDED_TOLERANCE:.1e} is allowed"
+        raise TargetMissed("the exported folder does not compute what the checkpoint does", why, "nothing was written")
+    cost = stock.cost(family, model, made)
+    sizes = {"before": _bytes(loaded.path, ".safetensors"), "after": _bytes(output.staging, ".safetensors")}
+    say(stock.sentence({**cost, "bytes": sizes}), quiet=control.quiet)
+    shutil.rmtree(output.staging)
+    return write(
+        output,
+        family,
+        made,
+        loaded.tokenizer,
+        control=control,
+        image_processor=loaded.image_processor,
+        spent=Spent(seconds=time.monotonic() - began),
+        metrics={"difference": off, "cost": {**cost, "bytes": sizes}},
+        extra={**_carried(loaded), "format": config.format, "stock_class": name},
+    )

@@ -1,0 +1,66 @@
+"""What an exported form gains and loses: accuracy, latency in turns, bytes of the checkpoint and of its ONNX graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from efficientvlm import bench
+from efficientvlm.card import number
+from efficientvlm.config import Bench, Export
+from efficientvlm.control import Control
+from efficientvlm.progress import Bar
+from efficientvlm.stages.answering import Answerer, evaluate_on
+from efficientvlm.stages.bench import forward, ranking
+from efficientvlm.stages.common import Loaded
+from efficientvlm.stages.evaluate import counts_first_token_twice
+
+WARMUP = 3
+
+
+def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any, control: Control) -> dict[str, Any]:
+    """Bytes of every variant (label → checkpoint, bytes), accuracy on `source` if there is one, median latency unless `rounds` is 0.
+
+    The variants take turns; a speed-up is that over the first variant in the same round.
+    """
+    measured: dict[str, Any] = {label: {"bytes": size} for label, (_, size) in variants.items()}
+    for label, (loaded, _) in variants.items() if source else ():
+        answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
+        title = f"{label}, {config.split}"
+        result = evaluate_on(answer, source, limit=None, title=title, quiet=control.quiet, batch_size=config.batch_size)
+        measured[label]["accuracy"] = result["accuracy"]
+    for row in latency(config, {label: loaded for label, (loaded, _) in variants.items()}, control) if config.rounds else ():
+        measured[row["model"]][f"batch_{row['batch']}"] = {"median_ms": row["median_ms"], "speedup": row["speedup"]}
+    return measured
+
+
+def latency(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
+    """Records of :func:`bench.latency`: from image and question to the ranked answer, or the forward pass where nothing is ranked."""
+    device = torch.device("cpu")
+    settings = Bench(
+        models=list(variants), batch_sizes=config.batch_sizes, text_length=config.text_length, rounds=config.rounds, seed=config.seed
+    )
+    ranks = all("vqa" in loaded.tasks and loaded.model.config.answers for loaded in variants.values())
+    calls = {
+        label: ranking(loaded, settings, device, None) if ranks else forward(loaded, settings, device) for label, loaded in variants.items()
+    }
+    with Bar("latency", len(config.batch_sizes) * (config.rounds + WARMUP), quiet=control.quiet) as bar, torch.inference_mode():
+        return bench.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The measurements as text, a line a variant."""
+    batches = [key for key in next(iter(measured.values())) if key.startswith("batch_")]
+    head = ["", "MB", "accuracy", *(f"{key.replace('_', ' ')} (ms)" for key in batches), *("speed-up" for _ in batches)]
+    rows = [head]
+    for label, values in measured.items():
+        accuracy = f"{values['accuracy']:.4f}" if "accuracy" in values else "not measured"
+        times = [number(values[key]["median_ms"]) for key in batches]
+        gains = [f"{values[key]['speedup']:.2f}×" for key in batches]
+        rows.append([label.replace("_", " "), f"{values['bytes'] / 1e6:.2f}", accuracy, *times, *gains])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )

@@ -1,0 +1,393 @@
+"""Exports compute what the checkpoint does, keep every saving, and open where this package is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from compression_cases import FAMILIES, build, tiny_blip, tiny_clip, tiny_siglip
+from conftest import QUIET, SHAPES, run_stage
+from PIL import Image
+
+import efficientvlm
+from efficientvlm import lineage
+from efficientvlm.checkpoint import Output
+from efficientvlm.compression.surgery import slice_model
+from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.tokenizer import train_wordpiece
+from efficientvlm.errors import BadInput, TargetMissed
+from efficientvlm.export import onnx_files, stock
+from efficientvlm.families.base import NEURON
+from efficientvlm.families.blip import BLIP
+from efficientvlm.families.blip_config import BlipAnswerConfig
+from efficientvlm.families.clip import CLIP
+from efficientvlm.families.exported import ONNX, open_session
+from efficientvlm.manifest import Manifest
+from efficientvlm.stages import predict
+from efficientvlm.stages.answering import Answerer, evaluation_batches
+from efficientvlm.stages.common import Loaded, load, write
+
+FAST: dict[str, Any] = {"rounds": 1, "batch_sizes": [1], "data": SHAPES, "limit": 4, "format": "onnx"}
+
+
+@pytest.fixture(scope="session")
+def exported(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned model of the chain as ONNX graphs."""
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    run_stage("export", model=str(chain / "pruned"), out=str(out), **FAST)
+    return out
+
+
+def batch_of(model: Path, images: int) -> dict[str, Any]:
+    loaded = load(str(model))
+    source = open_vqa(SHAPES, "test", limit=images, image_size=loaded.sizes.image_size)
+    return next(iter(evaluation_batches(source, Answerer(loaded).texts, images)))
+
+
+def test_the_folder_says_what_it_holds(chain: Path, exported: Path) -> None:
+    description = json.loads((exported / ONNX).read_text())
+    question, answer = (description["graphs"][name] for name in ("question", "answer"))
+    assert question["inputs"]["pixels"] == {"type": "float32", "shape": ["images", 3, 64, 64]}
+    assert question["inputs"]["question_ids"]["shape"] == ["questions", "tokens"]
+    assert answer["inputs"]["rows"]["shape"] == ["sequences"] and answer["inputs"]["answer_ids"]["shape"] == ["sequences", "length"]
+    assert max(question["difference"], answer["difference"]) <= description["tolerance"]
+    assert description["answers"] and description["precision"] == "fp32" and description["opset"] >= 18
+    manifest = Manifest.model_validate_json((exported / "evlm_manifest.json").read_bytes())
+    parent = load(str(chain / "pruned")).manifest
+    assert manifest.stage == "export" and manifest.parents[0].path.endswith("pruned") and manifest.accounting == parent.accounting
+    assert manifest.metrics["onnx_fp32"]["accuracy"] == manifest.metrics["torch_fp32"]["accuracy"]
+    assert manifest.extra["accuracy_of"] == {"split": "test", "images": 4} and manifest.data[0].split == "test"
+    assert manifest.metrics["onnx_fp32"]["batch_1"]["median_ms"] > 0
+    assert lineage.verify(exported) == [] and not list(exported.parent.glob(".*"))
+    assert {"tokenizer.json", "preprocessor_config.json", "question.onnx", "answer.onnx", "README.md"} <= {
+        p.name for p in exported.iterdir()
+    }
+
+
+def test_every_saving_is_in_the_graphs(chain: Path, exported: Path) -> None:
+    """No weight of a graph has the width of an unpruned layer where layers were pruned."""
+    model = load(str(chain / "pruned")).model
+    shapes = {tuple(tensor.dims) for name in ("question", "answer") for tensor in onnx.load(exported / f"{name}.onnx").graph.initializer}
+    kept = {len(indices) for group, indices in model.config.kept_indices().items() if group.endswith(NEURON)}
+    width = model.config.vision_width
+    full = model.config.vision_intermediate
+    assert full not in kept and not {(width, full), (full, width)} & shapes
+    assert all({(width, count), (count, width)} & shapes for count in kept if count > 1)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_answers_and_probabilities_are_those_of_torch(chain: Path, exported: Path, images: int) -> None:
+    batch = batch_of(chain / "pruned", images)
+    ours, graphs = load(str(chain / "pruned")), load(str(exported), exported=True)
+    for mine, theirs in zip(Answerer(ours).scored(batch), Answerer(graphs).scored(batch), strict=True):
+        assert [p for _, p in mine] == pytest.approx([p for _, p in theirs], abs=1e-5)
+        assert dict(mine) == pytest.approx(dict(theirs), abs=1e-5)
+    assert Answerer(ours, mode="generate")(batch) == Answerer(graphs, mode="generate")(batch)
+
+
+def test_it_is_evaluated_timed_and_asked_like_a_checkpoint(chain: Path, exported: Path, tmp_path: Path) -> None:
+    pruned, graphs = str(chain / "pruned"), str(exported)
+    ours, theirs = (run_stage("eval", model=model, data=SHAPES, limit=6, device="cpu") for model in (pruned, graphs))
+    assert ours["metrics"] == theirs["metrics"]
+    result = run_stage("bench", models=[pruned, graphs], batch_sizes=[2], rounds=1, warmup_rounds=0, device="cpu")
+    assert [model["form"] for model in result["models"]] == ["torch", "onnx fp32"]
+    assert len({model["parameters_timed"] for model in result["models"]}) == 1
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "a.png")
+    asked = [predict.run(model=model, image=str(tmp_path / "a.png"), question="what color is it?") for model in (pruned, graphs)]
+    assert asked[0]["answers"][0]["probability"] == pytest.approx(asked[1]["answers"][0]["probability"], abs=1e-5)
+
+
+ALONE = """
+import json, sys
+import numpy as np, onnxruntime
+folder, tensors = sys.argv[1], np.load(sys.argv[2])
+graphs = json.load(open(folder + "/onnx.json"))["graphs"]
+for name, graph in graphs.items():
+    session = onnxruntime.InferenceSession(folder + "/" + graph["file"], providers=["CPUExecutionProvider"])
+    given = session.run(None, {key: tensors[name + "." + key] for key in graph["inputs"]})
+    for key, value in zip(graph["outputs"], given, strict=True):
+        np.testing.assert_allclose(value, tensors[name + "." + key], rtol=1e-4, atol=1e-4)
+assert not {"torch", "transformers", "efficientvlm"} & set(sys.modules)
+print(len(graphs), "graphs")
+"""
+
+
+def test_onnxruntime_alone_computes_the_same(chain: Path, exported: Path, tmp_path: Path) -> None:
+    ours, tensors = load(str(chain / "pruned")), {}
+    for graph in ours.family.graphs(ours.model):
+        inputs = graph.example({axis: 3 + at for at, axis in enumerate(graph.sizes[0])})
+        with torch.no_grad():
+            outputs = dict(zip(graph.outputs, graph.module(inputs), strict=True))
+        tensors |= {f"{graph.name}.{name}": tensor.numpy() for name, tensor in {**inputs, **outputs}.items()}
+    np.savez(tmp_path / "tensors.npz", **tensors)
+    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "tensors.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "2 graphs\n", done.stderr
+
+
+@pytest.fixture
+def copied(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are not exported again but copied."""
+
+    def write(graph: Any, path: Path) -> int:
+        shutil.copyfile(exported / path.name, path)
+        return 20
+
+    monkeypatch.setattr(onnx_files, "write", write)
+
+
+def test_int8_is_measured_beside_fp32(chain: Path, tmp_path: Path, copied: None) -> None:
+    manifest = run_stage("export", model=str(chain / "pruned"), out=str(tmp_path / "int8"), int8=True, split="val", **FAST)
+    variants = {name: manifest.metrics[name] for name in ("torch_fp32", "onnx_fp32", "onnx_int8")}
+    assert all(0 <= values["accuracy"] <= 1 and values["bytes"] and values["batch_1"]["median_ms"] > 0 for values in variants.values())
+    assert manifest.extra["accuracy_of"]["split"] == "val" and manifest.metrics["difference"]["question"] > 1e-5
+    assert json.loads((tmp_path / "int8" / ONNX).read_text())["precision"] == "int8"
+    operations = {node.op_type for node in onnx.load(tmp_path / "int8" / "question.onnx").graph.node}
+    assert "MatMulInteger" in operations and not list(tmp_path.glob("*/*fp32*"))
+    scored = Answerer(load(str(tmp_path / "int8"), exported=True)).scored(batch_of(chain / "pruned", 2))
+    assert all(sum(p for _, p in row) == pytest.approx(1, abs=1e-4) for row in scored)
+
+
+def test_without_data_accuracy_is_said_to_be_unmeasured(chain: Path, tmp_path: Path, copied: None, capsys: Any) -> None:
+    from efficientvlm.control import Control
+
+    settings = {**FAST, "data": None, "rounds": 0}
+    manifest = run_stage("export", Control(), model=str(chain / "pruned"), out=str(tmp_path / "o"), **settings)
+    assert manifest.extra["accuracy_of"] == "not measured" and "accuracy" not in manifest.metrics["onnx_fp32"]
+    assert "not measured" in capsys.readouterr().err
+    same = run_stage("export", Control(), model=str(chain / "pruned"), out=str(tmp_path / "o"), **settings)
+    assert same == manifest and "up to date" in capsys.readouterr().err
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(chain: Path, tmp_path: Path, copied: None) -> None:
+    with pytest.raises(TargetMissed, match="does not compute"):
+        run_stage("export", model=str(chain / "pruned"), out=str(tmp_path / "o"), **FAST, tolerance=1e-12)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_refused(chain: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, out = str(chain / "pruned"), str(tmp_path / "o")
+    for settings, words in (
+        ({"model": pruned, "format": "padded", "int8": True}, "only ONNX"),
+        ({"model": pruned, "format": "hf", "data": SHAPES}, "only ONNX"),
+        ({"model": pruned, "format": "hf"}, "no class for this xvlm"),
+        ({"model": str(exported), "format": "padded"}, "holds ONNX graphs"),
+        ({"model": str(chain / "init"), "format": "onnx"}, "not tuned for a task"),
+        ({"model": str(chain / "init"), "format": "onnx", "data": SHAPES}, "answers no questions"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            run_stage("export", out=out, **settings)
+    Output.open(tmp_path / "half", stage="prune", inputs={}, config={})
+    with pytest.raises(BadInput, match="not finished"):
+        run_stage("export", model=str(tmp_path / "half"), out=out, format="padded")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BadInput, match="onnxruntime") as caught:
+        run_stage("export", model=pruned, out=out, format="onnx")
+    assert "pip install" in caught.value.fix
+    with pytest.raises(BadInput, match="not installed"):
+        load(str(exported), exported=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(BadInput, match="not empty"):
+        run_stage("export", model=pruned, out=str(tmp_path / "mine"), format="padded")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "mine"]
+
+
+def test_graphs_are_not_trained_or_changed(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds ONNX graphs"):
+        run_stage("shrink", model=str(exported), out=str(tmp_path / "o"))
+    with pytest.raises(BadInput, match="holds ONNX graphs"):
+        efficientvlm.load(str(exported))
+    with pytest.raises(BadInput, match="does not run in bf16"):
+        run_stage("eval", model=str(exported), data=SHAPES, precision="bf16", device="cpu")
+    graphs = load(str(exported), exported=True)
+    with pytest.raises(BadInput, match="do not run on cuda"):
+        graphs.model.to(torch.device("cuda"))
+    with pytest.raises(BadInput, match="nothing for distillation"):
+        graphs.family.question(graphs.model, {}, ["vision.hidden"])
+
+
+def test_damaged_graphs_are_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "o")
+    content = (tmp_path / "o" / "question.onnx").read_bytes()
+    (tmp_path / "o" / "question.onnx").write_bytes(b"\xff" * len(content))
+    with pytest.raises(BadInput, match=r"question\.onnx"):
+        load(str(tmp_path / "o"), exported=True)
+    (tmp_path / "o" / "question.onnx").write_bytes(content)
+    text = (tmp_path / "o" / ONNX).read_text()
+    (tmp_path / "o" / ONNX).write_text(text.replace('"precision": "fp32"', '"precision": "fp64"'))
+    with pytest.raises(BadInput, match="precision"):
+        load(str(tmp_path / "o"), exported=True)
+
+
+def test_a_padded_xvlm_opens_with_this_package(chain: Path, tmp_path: Path) -> None:
+    manifest = run_stage("export", model=str(chain / "pruned"), out=str(tmp_path / "o"), format="padded")
+    cost = manifest.metrics["cost"]
+    assert all(cost[name]["after"] > cost[name]["before"] for name in ("parameters", "macs", "bytes"))
+    assert manifest.extra["stock_class"] is None and manifest.accounting["sparsity"]["achieved"] == 0
+    batch = batch_of(chain / "pruned", 2)
+    before, after = (load(str(path)) for path in (chain / "pruned", tmp_path / "o"))
+    assert after.model.config.kept is None
+    for mine, theirs in zip(Answerer(before).scored(batch), Answerer(after).scored(batch), strict=True):
+        assert dict(mine) == pytest.approx(dict(theirs), abs=1e-5)
+
+
+def small(family: Any, config: Any) -> Any:
+    """A network with random weights and biases."""
+    torch.manual_seed(0)
+    model = family.build(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def cut(family: Any, model: Any, **keep: int) -> Any:
+    """`model` with the first so many neurons of every layer of a tower; `head=n` for all heads."""
+    units = family.units(model)
+    kept = [unit.index < keep.get(unit.tower if unit.kind == NEURON else "head", 10**6) for unit in units]
+    return slice_model(family, model, torch.tensor(kept))
+
+
+def checkpoint(path: Path, family: Any, model: Any) -> Path:
+    tokenizer = train_wordpiece(["red blue green"], model.config.text_config.vocab_size)
+    output = Output.open(path, stage="import", inputs={}, config={})
+    write(output, family, model, tokenizer, control=QUIET, origin="random")
+    return path
+
+
+def equal_towers(kind: Any) -> Any:
+    config = tiny_blip(kind)
+    config.vision_config.hidden_size = config.text_config.hidden_size
+    config.vision_config.num_attention_heads = 3
+    return type(config).from_dict(config.to_dict())
+
+
+OPENED = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file
+for folder, name, forward in json.loads(sys.argv[1]):
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    tensors = load_file(forward)
+    inputs = {key[3:]: value for key, value in tensors.items() if key.startswith("in.")}
+    with torch.no_grad():
+        given = [value for value in model.eval()(**inputs).to_tuple() if isinstance(value, torch.Tensor)]
+    for number, value in enumerate(given):
+        torch.testing.assert_close(value, tensors[f"out.{number}"], rtol=1e-5, atol=1e-5)
+    print(name, len(given) > 0, sum(parameter.numel() for parameter in model.parameters()))
+assert "efficientvlm" not in sys.modules
+"""
+
+
+def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> None:
+    """Without this package, in a process of its own: padded whatever was cut, `hf` where neurons were cut evenly."""
+    from safetensors.torch import save_file
+
+    jobs, sizes = [], {}
+    for name, family, config in (("CLIPModel", CLIP(), tiny_clip()), ("BlipForQuestionAnswering", BLIP(), equal_towers(BlipAnswerConfig))):
+        model = small(family, config)
+        for form, made in (("padded", cut(family, model, vision=3, head=1)), ("hf", cut(family, model, vision=3, text=4, decoder=4))):
+            source = checkpoint(tmp_path / f"{name}-{form}-cut", family, made)
+            out = tmp_path / f"{name}-{form}"
+            manifest = run_stage("export", model=str(source), out=str(out), format=form)
+            assert manifest.extra["stock_class"] == name and manifest.metrics["difference"] <= 1e-5
+            inputs = family.stock_inputs(stock._random_batch(family, made))
+            with torch.no_grad():
+                outputs = stock._tensors(made(**inputs))
+            tensors = {f"in.{key}": value for key, value in inputs.items()} | {f"out.{n}": value for n, value in enumerate(outputs)}
+            save_file(
+                {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+                tmp_path / f"{out.name}.safetensors",
+            )
+            jobs.append([str(out), name, str(tmp_path / f"{out.name}.safetensors")])
+            sizes[out.name] = sum(parameter.numel() for parameter in (model if form == "padded" else made).parameters())
+    done = subprocess.run([sys.executable, "-c", OPENED, json.dumps(jobs)], capture_output=True, text=True, cwd=tmp_path)
+    wanted = [f"{name} True {sizes[Path(out).name]}" for out, name, _ in jobs]
+    assert done.stdout.splitlines() == wanted, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "keep", "words"),
+    [
+        (CLIP(), tiny_clip(), {"head": 1}, "vision layer 0 has 1 of 4 heads"),
+        (CLIP(), tiny_siglip(), {"vision": 4}, "pooling head"),
+        (CLIP(), tiny_clip(), {"text": 0}, "text layer 0 has no neurons left"),
+        (BLIP(), equal_towers(BlipAnswerConfig), {"text": 4}, "one number stands for both"),
+        (BLIP(), tiny_blip(BlipAnswerConfig), {}, "differ in width"),
+    ],
+    ids=["heads", "siglip", "empty", "blip neurons", "blip widths"],
+)
+def test_what_stock_classes_cannot_say_is_named(family: Any, config: Any, keep: dict[str, int], words: str) -> None:
+    with pytest.raises(BadInput, match=words) as caught:
+        stock.uniform(family, cut(family, small(family, config), **keep), "model")
+    assert "--format onnx" in caught.value.fix
+
+
+def test_uneven_layers_are_named() -> None:
+    family = CLIP()
+    model = small(family, tiny_clip())
+    keep = [unit.kind != NEURON or unit.layer == 0 or unit.index < 2 for unit in family.units(model)]
+    with pytest.raises(BadInput, match="vision layer 1 has 2 neurons and layer 0 has 6"):
+        stock.uniform(family, slice_model(family, model, torch.tensor(keep)), "model")
+
+
+def test_an_axis_that_the_code_turns_into_a_number_is_found(tmp_path: Path) -> None:
+    family, model, _ = build("clip")
+    graph = next(graph for graph in family.graphs(model) if graph.name == "similarity")
+
+    class Fixed(torch.nn.Module):
+        def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+            return (inputs["image_features"] * len(inputs["image_features"]) @ inputs["text_features"].T,)
+
+    with pytest.raises(ValueError, match="axis images of image_features is not dynamic"):
+        onnx_files.write(graph._replace(module=Fixed()), tmp_path / "graph.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "nothing left"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])
+def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_path: Path) -> None:
+    family, model, _ = build(name)
+    units = family.units(model)
+    sliced = slice_model(family, model, torch.rand(len(units), generator=torch.Generator().manual_seed(1)) < share)
+    for graph in family.graphs(sliced):
+        onnx_files.write(graph, tmp_path / f"{graph.name}.onnx")
+        session = open_session(tmp_path / f"{graph.name}.onnx")
+        assert onnx_files.difference(graph, session) < 1e-5
+        assert {port.name for port in session.get_inputs()} == set(graph.axes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "blip-caption", "blip-retrieval"])
+def test_other_tasks_are_timed_and_forwarded(name: str, tmp_path: Path) -> None:
+    family, config = FAMILIES[name]
+    source = checkpoint(tmp_path / "model", family, small(family, config))
+    run_stage("export", model=str(source), out=str(tmp_path / "onnx"), format="onnx", int8=True, rounds=1, text_length=4)
+    result = run_stage("bench", models=[str(source), str(tmp_path / "onnx")], batch_sizes=[2], text_length=4, rounds=1, warmup_rounds=0)
+    assert [model["form"] for model in result["models"]] == ["torch", "onnx int8"]
+    loaded: Loaded = load(str(tmp_path / "onnx"), exported=True)
+    record = loaded.family.forward(loaded.model, loaded.family.example_batch(loaded.model.config, 2, 4))
+    assert record["logits"].shape[0] == 2 and bool(record["logits"].isfinite().all())
+
+
+@pytest.mark.slow
+def test_large_weights_lie_beside_their_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "SINGLE_FILE", -1)
+    family, model, _ = build("clip")
+    graph = family.graphs(model)[0]
+    (tmp_path / "int8").mkdir()
+    onnx_files.write(graph, tmp_path / "image.onnx")
+    onnx_files.quantise(tmp_path / "image.onnx", tmp_path / "int8" / "image.onnx")
+    assert (tmp_path / "image.onnx.data").is_file() and (tmp_path / "int8" / "image.onnx.data").is_file()
+    assert onnx_files.difference(graph, open_session(tmp_path / "image.onnx")) < 1e-5
+    assert 0 < onnx_files.difference(graph, open_session(tmp_path / "int8" / "image.onnx")) < 0.5
