@@ -17,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-AUTO = "transformers.models.auto.modeling_auto"
+AUTO = "transformers.models.auto.configuration_auto"
 
 
 def load(path: str) -> Any:
@@ -33,20 +33,27 @@ def load(path: str) -> Any:
     return families.of_folder(folder).load(folder)
 
 
-def _register() -> None:
-    """Make our families known to transformers' Auto classes."""
-    from transformers import AutoConfig, AutoModel
+def _register_on_first_use(module: Any) -> None:
+    """Have `AutoConfig` register our families when it is asked for its first configuration.
 
-    from efficientvlm import families
+    Not earlier: it is loaded in the middle of what the families import.
+    """
+    auto = module.AutoConfig
+    original = auto.__dict__["from_pretrained"]
 
-    for family in map(families.get, families.NAMES):
-        for config_class, model_class in family.auto_classes:
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-            AutoModel.register(config_class, model_class, exist_ok=True)
+    def from_pretrained(_: type, *args: Any, **options: Any) -> Any:
+        from efficientvlm import families
+
+        auto.from_pretrained = original
+        for name in families.NAMES:
+            families.register(families.get(name))
+        return auto.from_pretrained(*args, **options)
+
+    auto.from_pretrained = classmethod(from_pretrained)
 
 
 class _WhenAutoLoads(importlib.abc.MetaPathFinder):
-    """Registers the families right after transformers loads its Auto classes, so that importing this package costs nothing."""
+    """Waits for transformers to load `AutoConfig`, so that importing this package costs nothing."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         if name != AUTO:
@@ -58,13 +65,13 @@ class _WhenAutoLoads(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                _register()
+                _register_on_first_use(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if AUTO in sys.modules:
-    _register()
+    _register_on_first_use(sys.modules[AUTO])
 else:
     sys.meta_path.insert(0, _WhenAutoLoads())

@@ -13,7 +13,7 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
     import yaml
 
     config = manifest.config
-    task = config.get("task")
+    task = config.get("task") or manifest.extra.get("task")
     header: dict[str, Any] = {
         "library_name": "efficientvlm",
         "license": "other",
@@ -42,6 +42,8 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
     ]
     lines += _table("Size", ("measure", "value"), size_rows(manifest.accounting))
     lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in results(manifest.metrics)])
+    if manifest.stage == "import" and manifest.extra.get("source"):
+        lines += [f"Imported from `{manifest.extra['source']}`, licence: {manifest.extra.get('licence') or 'not stated'}.", ""]
     rows = [(record.name, record.split, f"{record.count:,}", record.licence) for record in data]
     lines += _table("Data and licences", ("data", "split", "images", "licence"), rows)
     lines += [

@@ -2,16 +2,17 @@
 
 While a stage runs its folder holds `training_state/request.json`, which says what is being made and marks the folder as ours. Finished
 files are gathered in a sibling folder and renamed in; the manifest comes last. At every instant the folder is therefore the old checkpoint,
-an unfinished one that the same command completes, or the new checkpoint.
+an unfinished one that the same command completes, or the new checkpoint. `training_state/lock` keeps a second writer out.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from efficientvlm import files as places
 from efficientvlm import manifest as manifests
 from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
-from efficientvlm.files import fsync_dir, resolve, sha256, shown, write_atomic
+from efficientvlm.files import fsync_dir, out_of_space, resolve, sha256, shown, write_atomic
 from efficientvlm.lineage import known_data
+from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
 
 STATE = "training_state"
 REQUEST = "request.json"
+LOCK = "lock"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
 
@@ -106,7 +109,10 @@ def _names(folder: Path) -> list[str]:
 
 @dataclass
 class Output:
-    """The folder one stage writes. Made by :meth:`open`, finished by :meth:`commit`, given up by :meth:`abandon`."""
+    """The folder one stage writes. Made by :meth:`open`, finished by :meth:`commit`, given up by :meth:`abandon`.
+
+    `mine` is False in the other processes of a distributed run: they know the folder, and write nothing into it.
+    """
 
     path: Path
     stage: str
@@ -116,6 +122,10 @@ class Output:
     up_to_date: bool = False
     replaces: list[str] = field(default_factory=list)
     beside: bool = False
+    mine: bool = True
+
+    def __post_init__(self) -> None:
+        self._lock = Lock(self.state_dir / LOCK)
 
     @classmethod
     def open(
@@ -132,31 +142,29 @@ class Output:
             resume: False discards an unfinished state.
 
         Raises:
-            BadInput: the folder is not ours, is an input, is finished or unfinished with other inputs or configuration, or cannot be made.
+            BadInput: the folder is not ours, is an input, is finished or unfinished with other inputs or configuration, is being written
+                by another process, or cannot be made.
         """
         out = Path(path).expanduser()
         output = cls(out, stage, dict(inputs), {role: fingerprint(spec) for role, spec in inputs.items()}, config)
         output._refuse_foreign()
-        request = output._read_request(lenient=force or not resume)
-        if (out / MANIFEST).exists():
-            request = output._meet_finished(force, request)
+        output._look(force, resume)
         if output.up_to_date:
             return output
-        _remove_dead_staging(out)
-        if request:
-            output.replaces, output.beside = request["replaces"], request["beside"]
-            differences = output._differences(request)
-            if not resume or (differences and force):
-                request = None
-            elif differences:
-                raise BadInput(
-                    f"{out} holds an unfinished stage of other settings",
-                    "; ".join(differences[:5]),
-                    "use --force to drop it, or another --out",
-                )
-        if not request:
-            output._discard()
-            output._claim()
+        try:
+            output._lock.take()
+            request = output._look(force, resume)  # again: another process may have finished meanwhile
+            if not output.up_to_date:
+                output._remove_litter()
+                output._begin(request, force, resume)
+        except OSError as error:
+            output._unlock()
+            if out_of_space(error):
+                raise BadInput(f"{out} cannot be written", "the disk is full", "free some space, or use another --out") from None
+            raise BadInput(f"{out} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        except BaseException:
+            output._unlock()
+            raise
         return output
 
     @property
@@ -172,6 +180,7 @@ class Output:
     @property
     def staging(self) -> Path:
         """Sibling folder in which the stage writes its final files; made on first use."""
+        assert self.mine
         path = _staging_of(self.path, os.getpid())
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -236,12 +245,15 @@ class Output:
         for folder in {(self.path / name).parent for name in placed}:
             fsync_dir(folder)
         write_atomic(self.path / MANIFEST, content)
-        shutil.rmtree(self.state_dir)
         shutil.rmtree(staging)
+        shutil.rmtree(self.state_dir)
+        self._lock.release()
         return Manifest.model_validate_json(content)
 
     def abandon(self) -> None:
         """Give up: remove the staged files, and every trace of the stage if no training state was saved."""
+        if not self.mine:
+            return
         shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
         if not self.path.is_dir() or self.up_to_date:
             return
@@ -249,8 +261,56 @@ class Output:
         if not self.resumable and ((self.path / MANIFEST).exists() or not others):
             self.metrics.unlink(missing_ok=True)
             shutil.rmtree(self.state_dir, ignore_errors=True)
-        if not any(self.path.iterdir()):
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """Let others write the folder; remove it where nothing was in it but the lock."""
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            self.state_dir.rmdir()
+        with contextlib.suppress(OSError):
             self.path.rmdir()
+
+    def _look(self, force: bool, resume: bool) -> dict[str, Any] | None:
+        """The unfinished stage that is in the folder, if any; sets `up_to_date`."""
+        request = self._read_request(lenient=force or not resume)
+        return self._meet_finished(force, request) if (self.path / MANIFEST).exists() else request
+
+    def _begin(self, request: dict[str, Any] | None, force: bool, resume: bool) -> None:
+        """Go on with what `request` describes, or claim the folder anew."""
+        if request:
+            self.replaces, self.beside = request["replaces"], request["beside"]
+            differences = self._differences(request)
+            if not resume or (differences and force):
+                request = None
+            elif differences:
+                why = "; ".join(differences[:5])
+                raise BadInput(f"{self.path} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
+        if not request:
+            self._discard()
+            self._claim()
+
+    def _remove_litter(self) -> None:
+        """Remove what a killed process left behind: its staged files and its half-written temporary ones."""
+        resolved = self.path.resolve()
+        for path in resolved.parent.glob(f".{resolved.name}.staging-*"):
+            number = path.name.rpartition("-")[2]
+            if number.isdigit() and int(number) != os.getpid() and (self._lock.held or not _alive(int(number))):
+                shutil.rmtree(path, ignore_errors=True)
+        if self._lock.held:
+            for path in resolved.glob(".*.tmp-*"):
+                path.unlink(missing_ok=True)
+
+    def _remove_state(self) -> None:
+        """Remove the state of a stage that was killed right after it had finished; not that of one that is at work."""
+        if not self._lock.held and self.state_dir.is_dir():
+            try:
+                self._lock.take()
+            except (BadInput, OSError):
+                return
+        self._remove_litter()
+        shutil.rmtree(self.state_dir, ignore_errors=True)
+        self._lock.release()
 
     def _refuse_foreign(self) -> None:
         resolved = self.path.resolve()
@@ -279,7 +339,8 @@ class Output:
             return [f"stage: {other['stage']} there, {self.stage} now"]
         roles = sorted({*mine["inputs"], *other["inputs"]})
         changed = [f"input {role} differs" for role in roles if mine["inputs"].get(role) != other["inputs"].get(role)]
-        for name in sorted({*mine["config"], *other["config"]} - {"out", *roles}):
+        same = {"out", "max_bad", *roles}  # max_bad decides whether a run stops, not what comes out
+        for name in sorted({*mine["config"], *other["config"]} - same):
             before, wanted = other["config"].get(name), mine["config"].get(name)
             if before != wanted:
                 changed.append(f"{name}: {_brief(before)} there, {_brief(wanted)} now")
@@ -321,8 +382,8 @@ class Output:
                 raise BadInput(
                     f"{self.path} holds a finished checkpoint of other settings", why, "use --force to replace it, or another --out"
                 )
-            if request is None or not self._differences(request):  # left over by a crash right after the manifest was written
-                shutil.rmtree(self.state_dir, ignore_errors=True)
+            if request is None or not self._differences(request):
+                self._remove_state()
             self.up_to_date = True
             return None
         self.replaces = sorted(old.files) if old else []
@@ -330,26 +391,64 @@ class Output:
         return request if request and request["beside"] else None
 
     def _claim(self) -> None:
-        try:
-            self.state_dir.mkdir(parents=True, exist_ok=True)
-            content = {**self._key(), "replaces": self.replaces, "beside": self.beside}
-            write_atomic(self.state_dir / REQUEST, (json.dumps(content, indent=2) + "\n").encode())
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            raise BadInput(f"{self.path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        content = {**self._key(), "replaces": self.replaces, "beside": self.beside}
+        write_atomic(self.state_dir / REQUEST, (json.dumps(content, indent=2) + "\n").encode())
 
     def _discard(self) -> None:
         shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
         if self.metrics.exists():
             self.metrics.unlink()
         for path in self.state_dir.iterdir() if self.state_dir.is_dir() else ():
-            if path.name == REQUEST:
+            if path.name in (REQUEST, LOCK):
                 continue  # replaced by the next claim, so that the folder never stops being ours
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+class _Seen(Output):
+    """An output that is only looked at."""
+
+    def _remove_state(self) -> None:
+        return
+
+
+def examine(
+    path: str | Path,
+    *,
+    stage: str,
+    inputs: dict[str, str],
+    config: dict[str, Any],
+    force: bool = False,
+    resume: bool = True,
+    unread: Collection[str] = (),
+) -> str:
+    """What :meth:`Output.open` would find: `new`, `up to date`, `resumes` or `replaces`. Nothing is written or removed.
+
+    Args:
+        unread: roles taken to be what they were when the folder was made, where hashing them would take long.
+
+    Raises:
+        BadInput: as :meth:`Output.open`.
+    """
+    out = Path(path).expanduser()
+    given = {role: spec for role, spec in inputs.items() if role not in unread}
+    output = _Seen(out, stage, given, {role: fingerprint(spec) for role, spec in given.items()}, config)
+    output._refuse_foreign()
+    request = output._read_request(lenient=force or not resume)
+    finished = (out / MANIFEST).exists()
+    before = manifests.read(out).inputs if finished and not force else request["inputs"] if request else {}
+    output.digests |= {role: before[role] for role in unread if role in before}
+    request = output._look(force, resume)
+    if output.up_to_date:
+        return "up to date"
+    differences = output._differences(request) if request and resume else []
+    if differences and not force:
+        why = "; ".join(differences[:5])
+        raise BadInput(f"{out} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
+    return "resumes" if request and resume and not differences else "replaces" if finished else "new"
 
 
 def _brief(value: Any) -> str:
@@ -360,14 +459,6 @@ def _brief(value: Any) -> str:
 def _staging_of(out: Path, pid: int) -> Path:
     resolved = out.resolve()
     return resolved.parent / f".{resolved.name}.staging-{pid}"
-
-
-def _remove_dead_staging(out: Path) -> None:
-    resolved = out.resolve()
-    for path in resolved.parent.glob(f".{resolved.name}.staging-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from efficientvlm.errors import BadInput
 
@@ -29,6 +29,7 @@ class Train(Strict):
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="none on biases and norms")
     new_lr_mult: float = Field(2.0, gt=0, allow_inf_nan=False, description="learning-rate factor of newly initialised tensors")
     clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="global gradient norm")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="over several processes: a copy of everything in each, or spread over them")
     augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
     log_every: int = Field(20, ge=1, description="steps a metrics line")
     save_every: int = Field(200, ge=1, description="steps a resumable state")
@@ -38,11 +39,15 @@ class Train(Strict):
 class Data(Strict):
     """Where samples come from."""
 
-    data: str = Field(description="easy-vqa, shapes[:key=value,...], or a JSONL, parquet or datasets folder")
+    data: str = Field(
+        description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
     val: str | None = Field(None, description="validation data; by default a held-out part of the training images")
     val_fraction: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False)
     limit: int | None = Field(None, ge=1, description="use only so many images")
+    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100")
+    shuffle_buffer: int = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
 
 
 class Stage(Strict):
@@ -67,6 +72,7 @@ class Quirks(Strict):
 
 
 class InitConfig(Stage):
+    family: Literal["xvlm", "blip"] = "xvlm"
     size: Literal["tiny", "small", "base"] | None = Field(None, description="random weights of a named size")
     vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP vision model")
     text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")
@@ -75,14 +81,14 @@ class InitConfig(Stage):
     columns: dict[str, str] = Field(default_factory=dict)
     vocab_size: int = Field(8192, ge=16)
     image_size: int | None = Field(None, ge=8)
-    settings: dict[str, Any] = Field(default_factory=dict, description="any X-VLM configuration field")
+    settings: dict[str, Any] = Field(default_factory=dict, description="any size of the family: image_size, vision_layers, text_heads, ...")
 
 
 class ImportConfig(Stage):
-    model: str = Field(description="published .th / .pth / .safetensors file")
+    model: str = Field(description="published .th / .pth / .safetensors file, or folder or hub id (owner/name) of a CLIP, SigLIP or BLIP")
     layout: Literal["auto", "pretrain", "retrieval", "vqa"] = "auto"
-    tokenizer: str = Field(description="folder of the tokenizer")
-    settings: dict[str, Any] = Field(default_factory=dict, description="what the file does not say, e.g. text_heads")
+    tokenizer: str | None = Field(None, description="folder of the tokenizer; by default the one in the folder `model`")
+    settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
 
 
 class Pretrain(Stage, Data, Train):
@@ -150,6 +156,7 @@ class TaskStage(Stage, Data, Train):
     max_tokens: int = Field(40, ge=4)
     max_answer_tokens: int = Field(10, ge=3)
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
+    min_answer_count: int = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
     rank_top: int = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
 
@@ -169,6 +176,8 @@ class Gates(Strict):
 
 
 class Prune(TaskStage):
+    data: str = Field("", description="as elsewhere; needed unless task is none")
+    task: Literal["vqa", "none"] = Field("vqa", description="none: cut by the weights alone, without training")  # type: ignore[assignment]
     sparsity: float = Field(0.4, ge=0, lt=1, allow_inf_nan=False, description="part of the prunable weights to remove")
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
@@ -184,6 +193,29 @@ class Prune(TaskStage):
     keep_dense: bool = True
     calibration_batches: int = Field(8, ge=1, description="batches of the Taylor criterion")
 
+    @field_validator("task")
+    @classmethod
+    def _trained_on_something(cls, task: str, info: ValidationInfo) -> str:
+        if task != "none" and info.data.get("data") == "":
+            raise ValueError(f"{task} is learnt from data, which was not given")
+        if task == "none" and info.data.get("teacher"):
+            raise ValueError("nothing is trained, so that a teacher has no use")
+        return task
+
+    @field_validator("method")
+    @classmethod
+    def _scored_without_data(cls, method: str, info: ValidationInfo) -> str:
+        if info.data.get("task") == "none" and method not in ("magnitude", "random"):
+            raise ValueError(f"{method} needs a task; without one use magnitude or random")
+        return method
+
+    @field_validator("from_gates")
+    @classmethod
+    def _learnt_on_a_task(cls, from_gates: str | None, info: ValidationInfo) -> str | None:
+        if from_gates and info.data.get("task") == "none":
+            raise ValueError("gates were learnt on a task; leave task out")
+        return from_gates
+
 
 class Shrink(Stage):
     model: str
@@ -197,6 +229,7 @@ class Eval(Strict):
     split: Literal["train", "val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)
     limit: int | None = Field(None, ge=1)
+    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
     task: Literal["vqa"] = "vqa"
     out: str | None = Field(None, description="JSON file for the result")
     batch_size: int = Field(64, ge=1)
@@ -222,6 +255,25 @@ class Bench(Strict):
     seed: int = 0
 
 
+class Export(Strict):
+    model: str
+    out: str
+    format: Literal["onnx", "padded", "hf"] = Field(description="ONNX graphs; zeros in the original shapes; transformers' classes, smaller")
+    int8: bool = Field(False, description="ONNX with int8 weights: dynamic quantisation of the matrix products")
+    tolerance: float = Field(1e-4, gt=0, le=0.1, description="how far ONNX outputs may be from torch, relative to the largest if above 1")
+    data: str | None = Field(None, description="data that accuracy is measured on, before and after")
+    columns: dict[str, str] = Field(default_factory=dict)
+    split: Literal["val", "test"] = "test"
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    limit: int | None = Field(None, ge=1, description="use only so many images")
+    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
+    batch_size: int = Field(64, ge=1, description="images at a time for accuracy")
+    batch_sizes: list[int] = Field([1, 8], min_length=1, description="batches that are timed")
+    rounds: int = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")
+    text_length: int = Field(12, ge=3, description="tokens a question that is timed")
+    seed: int = Field(0, ge=0)
+
+
 class Report(Strict):
     """The table and picture that end a recipe; refers to folders and results of its earlier stages."""
 
@@ -241,6 +293,7 @@ STAGES: dict[str, type[Strict]] = {
     "finetune": Finetune,
     "eval": Eval,
     "bench": Bench,
+    "export": Export,
     "report": Report,
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from efficientvlm.errors import BadInput
@@ -43,6 +45,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def out_of_space(error: BaseException) -> bool:
+    """Whether a write failed because the disk, the user's share of it, or the largest file allowed is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"os error {number})" in str(error) for number in numbers)  # the safetensors writer has an error of its own
+
+
 def bundled_names() -> list[str]:
     """Names usable as `bundled:NAME`."""
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{MANIFEST}"))
@@ -74,6 +84,11 @@ def resolve(spec: str | Path) -> Path:
             f"check the path, or use one of {bundled}" if bundled else "check the path",
         )
     return path
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` reads as `owner/name` of the Hugging Face hub, and no such path exists."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec) is not None and not Path(spec).exists()
 
 
 def shown(path: Path) -> str:

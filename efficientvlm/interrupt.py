@@ -1,4 +1,8 @@
-"""A polite stop: the first Ctrl-C or SIGTERM sets a flag that the training loop polls, the second one ends the process at once."""
+"""A polite stop: the first Ctrl-C or SIGTERM sets a flag that the training loop polls, the second one ends the process at once.
+
+Under `torchrun` only the first one counts: it passes on each signal that the terminal has already sent to every process, and after half a
+minute ends what still runs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from efficientvlm.ranks import launched
+
 
 class StopFlag:
     """Whether a stop was asked for."""
@@ -16,7 +22,7 @@ class StopFlag:
         self.requested = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and launched() == 1:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -38,12 +44,24 @@ def stop_flag() -> Iterator[StopFlag]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does."""
+    """Let SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does; of several processes each is interrupted once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGTERM,) if launched() == 1 else (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_interrupted = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    if launched() == 1 or not _interrupted:
+        _interrupted = True
+        raise KeyboardInterrupt

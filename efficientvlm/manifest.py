@@ -50,6 +50,7 @@ class DataRecord(Record):
     count: Count = Field(description="images read")
     fingerprint: str = Field(description="hex digest of what the source would give")
     licence: str
+    skipped: Count = Field(0, description="samples that could not be used")
 
 
 class FileRecord(Record):

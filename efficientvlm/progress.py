@@ -9,14 +9,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from efficientvlm import ranks
+
 LINE_EVERY = 10.0
 
 
 class Bar:
-    """One task of `total` units; silent when `quiet`."""
+    """One task of `total` units; silent when `quiet`, and in all processes of a run but the main one."""
 
     def __init__(self, title: str, total: int, *, start: int = 0, quiet: bool = False) -> None:
-        self.title, self.total, self.start, self.quiet = title, total, start, quiet
+        self.title, self.total, self.start, self.quiet = title, total, start, quiet or not ranks.is_main()
         self.console = Console(stderr=True)
         self.live: Progress | None = None
         self.began = self.printed = time.monotonic()
@@ -55,6 +57,6 @@ class Bar:
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """One line of news on stderr."""
-    if not quiet:
+    """One line of news on stderr, from the main process."""
+    if not quiet and ranks.is_main():
         print(text, file=sys.stderr, flush=True)

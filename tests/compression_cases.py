@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from toy_family import ToyConfig, ToyFamily
 
+from efficientvlm.families.blip import BLIP
+from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
+from efficientvlm.families.clip import CLIP
+from efficientvlm.families.clip_model import SlicedCLIPConfig, SlicedSiglipConfig
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
 
@@ -34,7 +38,41 @@ def tiny_xvlm() -> XVLMConfig:
     )
 
 
-FAMILIES: dict[str, tuple[Any, Any]] = {"toy": (ToyFamily(), ToyConfig()), "xvlm": (XVLM(), tiny_xvlm())}
+VISION: dict[str, Any] = dict(
+    hidden_size=16, intermediate_size=6, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8, initializer_factor=3.0
+)
+TEXT: dict[str, Any] = dict(
+    hidden_size=24, intermediate_size=7, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=12, vocab_size=20,
+    bos_token_id=3, eos_token_id=1, pad_token_id=0, initializer_factor=3.0,
+)  # fmt: skip
+
+
+def tiny_clip(**changes: Any) -> SlicedCLIPConfig:
+    text, vision = {**TEXT, "projection_dim": 8}, {**VISION, "projection_dim": 8}
+    return SlicedCLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=3.0, **changes)
+
+
+def tiny_siglip(**changes: Any) -> SlicedSiglipConfig:
+    text, vision = ({k: v for k, v in part.items() if k != "initializer_factor"} for part in (TEXT, VISION))
+    return SlicedSiglipConfig(text_config=text | {"projection_size": 16}, vision_config=vision, **changes)
+
+
+def tiny_blip(kind: Any, **changes: Any) -> Any:
+    """Towers of different width, as transformers' own class cannot have them where it answers questions."""
+    vision = {k: v for k, v in VISION.items() if k != "initializer_factor"} | {"initializer_range": 0.3}
+    text = {k: v for k, v in TEXT.items() if k != "initializer_factor"} | {"initializer_range": 0.3, "sep_token_id": 2}
+    return kind(vision_config=vision, text_config=text, image_text_hidden_size=8, **changes)
+
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "toy": (ToyFamily(), ToyConfig()),
+    "xvlm": (XVLM(), tiny_xvlm()),
+    "clip": (CLIP(), tiny_clip()),
+    "siglip": (CLIP(), tiny_siglip()),
+    "blip-qa": (BLIP(), tiny_blip(BlipAnswerConfig)),
+    "blip-caption": (BLIP(), tiny_blip(BlipCaptionConfig)),
+    "blip-retrieval": (BLIP(), tiny_blip(BlipRetrievalConfig)),
+}
 
 
 def build(name: str) -> tuple[Any, Any, dict[str, Any]]:

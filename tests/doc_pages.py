@@ -38,6 +38,7 @@ SHORTENED = {
     **dict.fromkeys(("pretrain", "distill", "prune", "finetune"), SHORT_TRAINING),
     "eval": ["--limit", "4"],
     "bench": "--rounds 1 --set warmup_rounds=0".split(),
+    "export": "--rounds 1 --limit 4".split(),
     "run": [part for key in ("max_steps=2", "batch_size=2", "limit=8", "eval_limit=2") for part in ("--set", key)],
 }
 SMALL = ["--set", f"settings={json.dumps(SIZES)}"]  # for init at a named size: first, so that a page may change one of them
@@ -90,7 +91,10 @@ def run_block(block: Block, world: Path) -> None:
 
 
 def run(command: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, with substitutes and shortened; `make` only says what it would do."""
+    """Exit code, standard output and standard error of a command, with substitutes and shortened; `make` only says what it would do.
+
+    Of `torchrun` the options are checked, and what it starts is run once.
+    """
     program, *words = shlex.split(command)
     if command == ". .venv/bin/activate":
         return 0, "", ""
@@ -105,6 +109,12 @@ def run(command: str) -> tuple[int, str, str]:
         return int(not (ROOT / words[0]).is_file()), "", f"there is no {words[0]}"
     if program == "evlm":
         return evlm(shortened(words))
+    if program == "torchrun":  # what it starts, in one process
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words)
+        assert launch.no_python, "evlm is a program"
+        return run(shlex.join([launch.training_script, *launch.training_script_args]))
     return 127, "", f"{program} is no command the documentation may use"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from efficientvlm import files
+from efficientvlm import files, lock
 from efficientvlm.checkpoint import MANIFEST, Output, require_complete
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve, write_atomic
@@ -38,6 +39,14 @@ def tree(path: Path) -> dict[str, str]:
 
 def litter(parent: Path) -> list[str]:
     return sorted(path.name for path in parent.rglob(".*"))
+
+
+def killed(output: Output) -> Output:
+    """What the kernel does when a process dies: its locks are free, the lock file stays."""
+    if output._lock._file:
+        output._lock._file.close()
+        output._lock._file = None
+    return output
 
 
 class Crash(BaseException):
@@ -145,17 +154,19 @@ def test_unfinished_state_is_resumed_refused_or_discarded(tmp_path: Path) -> Non
         Output.open(out, stage="prune", inputs={}, config={"lr": 2})
     again = Output.open(out, stage="prune", inputs={}, config={"lr": 1})
     assert again.resumable and again.metrics.read_text() == "5\n"
+    killed(again)
     other = Output.open(out, stage="prune", inputs={}, config={"lr": 2}, force=True)
     assert not other.resumable and not other.metrics.exists()
     (other.state_dir / "s.json").write_text("{}")
-    assert not Output.open(out, stage="prune", inputs={}, config={"lr": 2}, resume=False).resumable
+    killed(other)
+    assert not killed(Output.open(out, stage="prune", inputs={}, config={"lr": 2}, resume=False)).resumable
     Output.open(out, stage="prune", inputs={}, config={"lr": 2}).abandon()
     assert not out.exists()
 
 
 def test_a_damaged_request_is_an_error_and_can_be_dropped(tmp_path: Path) -> None:
     out = tmp_path / "a"
-    output = Output.open(out, stage="prune", inputs={}, config={})
+    output = killed(Output.open(out, stage="prune", inputs={}, config={}))
     (output.state_dir / "state.json").write_text("x")
     for content in (
         b"\xff\xfe",
@@ -203,6 +214,7 @@ def test_a_crash_at_any_point_of_the_commit(tmp_path: Path, monkeypatch: pytest.
                 crashed = False
             except Crash:
                 crashed = True
+        killed(output)
         for staging in out.parent.glob(".*.staging-*"):  # what the next process finds has another process's number
             staging.rename(staging.with_name(f".a.staging-{2**22 + 1}"))
 
@@ -367,12 +379,61 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkey
     assert path.read_bytes() == b"new"
 
 
-def test_staging_of_a_dead_process_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
-    dead, living = tmp_path / f".a.staging-{2**22 + 1}", tmp_path / f".a.staging-{os.getppid()}"
-    dead.mkdir()
-    living.mkdir()
-    Output.open(tmp_path / "a", stage="x", inputs={}, config={})
-    assert not dead.exists() and living.exists()
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+    """Whoever holds the lock is the only writer; without locks, the staging folder of a process that lives is left alone."""
+    dead, living, other = (tmp_path / name for name in (f".a.staging-{2**22 + 1}", f".a.staging-{os.getppid()}", ".b.staging-1"))
+    for folder in (dead, living, other, tmp_path / "a" / "training_state"):
+        folder.mkdir(parents=True)
+    (tmp_path / "a" / ".evlm_manifest.json.tmp-77").touch()
+    if not locks:
+        monkeypatch.setattr(lock, "fcntl", None)
+    make(tmp_path / "a")
+    assert (dead.exists(), living.exists(), other.exists()) == (False, not locks, True)
+    assert (tmp_path / "a" / ".evlm_manifest.json.tmp-77").exists() != locks
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
+    first = Output.open(tmp_path / "a", stage="x", inputs={}, config={})
+    before = tree(tmp_path)
+    for options in ({}, {"force": True}, {"resume": False}):
+        with pytest.raises(BadInput, match=f"being written: by process {os.getpid()} on ") as error:
+            Output.open(tmp_path / "a", stage="x", inputs={}, config={}, **options)
+        assert "--out" in error.value.fix
+    assert tree(tmp_path) == before
+    (first.staging / "config.json").touch()
+    first.commit(first.manifest(family="xvlm"))
+    assert Output.open(tmp_path / "a", stage="x", inputs={}, config={}).up_to_date and litter(tmp_path) == []
+
+
+def test_the_old_checkpoint_is_up_to_date_while_another_process_replaces_it(tmp_path: Path) -> None:
+    make(tmp_path / "a", config={})
+    new = Output.open(tmp_path / "a", stage="init", inputs={}, config={}, force=True)
+    assert Output.open(tmp_path / "a", stage="init", inputs={}, config={}).up_to_date
+    assert (new.state_dir / "request.json").is_file(), "the state of the process at work is left alone"
+    new.abandon()
+    assert not new.state_dir.exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        Output.open(tmp_path / "a", stage="x", inputs={}, config={})
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "a" / "training_state" / "lock").is_file()
+    make(tmp_path / "a", stage="x", config={})
+    assert litter(tmp_path) == []
+
+
+def test_a_full_disk_is_told_while_the_folder_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="the disk is full"):
+        patch.setattr(os, "fsync", full)
+        Output.open(tmp_path / "a", stage="x", inputs={}, config={})
+    make(tmp_path / "a")
 
 
 def test_the_card_names_sizes_results_and_every_licence_of_the_chain(tmp_path: Path) -> None:

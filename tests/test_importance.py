@@ -14,7 +14,8 @@ from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 
-FIRST = {"head": "q", "cross_head": "q", "neuron": "fc1"}
+FIRST = (".q.weight", ".q_proj.weight", ".query.weight", ".fc1.weight", ".intermediate.dense.weight")
+FUSED = ("vision.0.head", "vision.1.head")
 
 
 class Traced(nn.Module):
@@ -39,7 +40,10 @@ def traced_sites(graph, root, channels):
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
-@pytest.mark.parametrize("name, skip", [("xvlm", ()), ("toy", ("text.0.head", "text.1.head"))])
+@pytest.mark.parametrize(
+    "name, skip",
+    [("xvlm", ()), ("toy", ("text.0.head", "text.1.head")), ("clip", ()), ("siglip", ()), ("blip-qa", FUSED), ("blip-caption", FUSED)],
+)
 def test_dependency_graph_confirms_our_sites(name, skip):
     """All groups but fused and shared projections, which Torch-Pruning does not trace."""
     family, model, batch = build(name)
@@ -53,11 +57,11 @@ def test_dependency_graph_confirms_our_sites(name, skip):
             module, _, what = tensor.rpartition(".")
             if what == "weight":
                 ours.setdefault((model.get_submodule(module), dim), set()).update(range(start, stop))
-        root = next(site for site in unit.sites if site.tensor.endswith(f".{FIRST[unit.kind]}.weight"))
+        root = next(site for site in unit.sites if site.tensor.endswith(FIRST))
         found = traced_sites(graph, model.get_submodule(root.tensor.rpartition(".")[0]), list(range(root.start, root.stop)))
         assert ours == found, unit
         checked += 1
-    assert checked >= 50
+    assert checked >= 38
 
 
 @pytest.mark.parametrize("name", ["toy", "xvlm"])

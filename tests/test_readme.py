@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from clip_folder import byte_pairs, write_clip
 from doc_pages import FENCE, ROOT, blocks, commands, evlm, inline_code, run, run_block, script, write_file
 from pydantic import BaseModel
 from test_import import published
@@ -38,6 +39,7 @@ def published_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = BertConfig(**size, vocab_size=len(tokenizer), max_position_embeddings=20)
     BertModel(text, add_pooling_layer=False).save_pretrained(root / "bert-base-uncased")
     save_tokenizer(tokenizer, root / "bert-base-uncased")
+    write_clip(root / "clip-vit-base-patch32", byte_pairs())
     swin = {"vision_encoder.layers.0.blocks.0.norm1.weight": torch.ones(2)}
     for name, state in (("x-vlm-clip.th", published(vocab=len(tokenizer))), ("x-vlm-swin.th", swin)):
         torch.save({"model": state}, root / name)  # noqa: TID251  what the published code does
@@ -50,6 +52,7 @@ def world(tmp_path: Path, chain: Path, published_models: Path, monkeypatch: pyte
     for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "EVLM_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     shutil.copytree(published_models, tmp_path, dirs_exist_ok=True)
     shutil.copytree(chain / "init", tmp_path / "bundled" / "pretrained")
     shutil.copytree(chain / "init", tmp_path / "bundled" / "init")  # where the teacher looks for its parent
@@ -133,7 +136,7 @@ def known_settings() -> set[str]:
 @pytest.fixture(scope="module")
 def help_of() -> dict[str, str]:
     """Command → its help text."""
-    commands = [*(name for name in config.STAGES if name != "report"), "predict", "inspect", "verify", "run"]
+    commands = [*config.STAGES, "predict", "inspect", "verify", "plan", "run"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         return {command: evlm([command, "--help"])[1] for command in commands}

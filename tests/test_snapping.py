@@ -27,12 +27,13 @@ def probabilities(count, seed, shape):
 @st.composite
 def cases(draw):
     anatomy = ANATOMIES[draw(st.sampled_from(sorted(ANATOMIES)))]
+    other = next(tower for tower in anatomy.totals if tower != "vision")
     limits = {
         "min_heads": draw(st.integers(0, 2)),
         "min_neurons": draw(st.integers(0, 3)),
         "round_to": draw(st.sampled_from([1, 1, 2, 4])),
         "kinds": draw(st.sampled_from([["head", "cross_head", "neuron"], ["neuron"], ["head", "neuron"]])),
-        "tower_sparsity": draw(st.sampled_from([{}, {}, {"vision": 0.3}, {"vision": 0.1, "text": 0.5}])),
+        "tower_sparsity": draw(st.sampled_from([{}, {}, {"vision": 0.3}, {"vision": 0.1, other: 0.5}])),
     }
     scope = Scope.of(anatomy, draw(st.floats(0, 0.9)), **limits)
     return scope, probabilities(len(scope.units), draw(st.integers(0, 10**6)), draw(st.sampled_from(["spread", "sure", "tied", "open"])))

@@ -282,6 +282,8 @@ def test_a_recipe_runs_to_its_report_and_then_has_nothing_to_do(steps: Any, tmp_
     assert "–" in text and "* not trained" in text  # the student
     with Image.open(tmp_path / "runs/report/structure.png") as image:
         assert image.format == "PNG" and image.width > 1000
+    page = (tmp_path / "runs/report/report.html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "accuracy, tuned / teacher" in page and "3 measurements in full" in page
     summary = json.loads((tmp_path / "runs/report/summary.json").read_text())
     accuracy = json.loads((tmp_path / "runs/after.json").read_text())["metrics"]["accuracy"]
     assert summary["models"]["tuned"]["accuracy"] == accuracy and summary["models"]["student"]["accuracy"] is None

@@ -1,4 +1,7 @@
-"""Distances between a student's and a teacher's logits, hidden states and attention maps."""
+"""Distances between a student's and a teacher's logits, hidden states and attention maps.
+
+Over several processes a mean is one over all their items, in the sense of `ranks.share_of`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficientvlm import ranks
 
-def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scale: bool = False, valid: Tensor | None = None) -> Tensor:
+
+def logit_kl(
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scale: bool = False, valid: Tensor | None = None, same_rows: bool = False
+) -> Tensor:
     """KL(teacher ‖ student) over the last axis, averaged over rows (EfficientVLM: `batchmean`, no T² factor unless `scale`).
 
-    `student`, `teacher` [..., C]; `valid` [...] keeps only the rows that are True.
+    `student`, `teacher` [..., C]; `valid` [...] keeps only the rows that are True. `same_rows`: every process holds the rows of all.
     """
     if valid is not None:
         student, teacher = student[valid.bool()], teacher[valid.bool()]
-    rows = max(1, student.shape[:-1].numel())
+    count = student.shape[:-1].numel()
+    rows = max(1, count) if same_rows else ranks.share_of(count)
     log_p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     divergence = F.kl_div(log_p, q, reduction="sum", log_target=True) / rows
     return divergence * temperature**2 if scale else divergence
@@ -29,7 +37,7 @@ def hidden_mse(
     total = torch.zeros((), device=student[0].device)
     for s, t in pairs:
         error = (student[s] - teacher[t]).square()
-        total = total + (error.mean() if mask is None else _token_mean(error.mean(-1), mask))
+        total = total + (ranks.mean(error) if mask is None else _token_mean(error.mean(-1), mask))
     return total
 
 
@@ -57,10 +65,10 @@ def attention_mse(
         if not ours.shape[1]:
             continue
         error = (ours - theirs).square().sum(-1)
-        total = total + (error.mean() if mask is None else _token_mean(error.mean(1), mask))
+        total = total + (ranks.mean(error) if mask is None else _token_mean(error.mean(1), mask))
     return total
 
 
 def _token_mean(error: Tensor, mask: Tensor) -> Tensor:
     keep = mask.to(error.dtype)
-    return (error * keep).sum() / keep.sum().clamp(min=1)
+    return (error * keep).sum() / ranks.share_of(keep.sum())

@@ -11,7 +11,7 @@ from efficientvlm.config import DistillWeights, Quirks
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, tower_maps
-from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.objectives.pretraining import Pretraining, even_texts
 from efficientvlm.stopwatch import TEACHER
 
 
@@ -35,6 +35,7 @@ class Distillation(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         if not self.kd:
             return self.hard(batch, step)
+        batch = even_texts(batch)
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
         with torch.no_grad(), TEACHER:
@@ -107,7 +108,9 @@ def kd_terms(
         terms["mlm_logits"] = logit_kl(*pair, **logits, valid=slots)
     if both("image_feature") and both("text_feature"):
         student, teacher = (r["image_feature"] @ r["text_feature"].T / r["temp"] for r in (ours, theirs))
-        terms["itc_logits"] = (logit_kl(student, teacher, **logits) + logit_kl(student.T, teacher.T, **logits)) / 2
+        terms["itc_logits"] = (
+            logit_kl(student, teacher, **logits, same_rows=True) + logit_kl(student.T, teacher.T, **logits, same_rows=True)
+        ) / 2
     return terms
 
 

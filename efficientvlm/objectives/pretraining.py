@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efficientvlm import ranks
 from efficientvlm.data.draw import seed_of
+from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record, check_taps, kinds_of
 from efficientvlm.families.blocks import Encoded
 
@@ -22,7 +24,8 @@ class Pretraining(nn.Module):
     Use it to pre-train a network without a teacher; `efficientvlm_kd.Distillation` adds one.
 
     Inputs of `forward`: a batch of `data.collate.pair_batch` or `region_batch`, and the step, which seeds the negatives.
-    Returns the scalar losses `itc`, `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`.
+    Returns the scalar losses `itc`, `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`. Over several processes contrast and
+    negatives span the pairs of all, and each loss is such that its mean over the processes is that of one process with the whole batch.
     Reference: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
     """
 
@@ -31,7 +34,7 @@ class Pretraining(nn.Module):
         self.family, self.model, self.losses, self.seed = family, model, frozenset(losses), seed
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        losses, _, _ = self.passes(self.model, batch, step)
+        losses, _, _ = self.passes(self.model, even_texts(batch), step)
         return {"loss": sum(losses.values(), torch.zeros(())), **losses}
 
     def passes(
@@ -43,7 +46,7 @@ class Pretraining(nn.Module):
         negatives: Negatives | None = None,
         draw: str = "negatives",
     ) -> tuple[dict[str, Tensor], Record, Negatives | None]:
-        """Every pass of one step: the losses, the taps in `want`, and the negatives that were drawn (or given).
+        """Every pass of one step: the losses, the taps in `want`, and the negatives that were drawn (or given), of all processes' pairs.
 
         Passes are named `vision`, `text`, `fusion@itm_positive`, `fusion@itm_negative`, `text@mlm`, `fusion@mlm`. All texts go through the
         text tower in one batch and all pairs through fusion in another, with image keys and values projected once an image.
@@ -55,6 +58,7 @@ class Pretraining(nn.Module):
                 model.temp.clamp_(0.001, 0.5)
         ids, mask = batch["text_ids"], batch["text_mask"]
         rows, count = torch.arange(len(ids), device=ids.device), len(ids)
+        everyone = Rows(count)
         mlm = "mlm" in self.losses
         regions = (batch["image_index"], batch["image_mask"]) if "image_mask" in batch else None
 
@@ -67,65 +71,85 @@ class Pretraining(nn.Module):
             _tap(record, "text", text, slice(count, 2 * count), "mlm")
 
         losses: dict[str, Tensor] = {}
-        itm = "itm" in self.losses and count > 1  # a single pair has no negatives
+        itm = "itm" in self.losses and everyone.total > 1  # a single pair has no negatives
         if "itc" in self.losses or itm:
-            image_feature, text_feature = model.image_feature(image.states[:count]), model.text_feature(text.states[:count])
+            image_feature = everyone.gather(model.image_feature(image.states[:count]))
+            text_feature = everyone.gather(model.text_feature(text.states[:count]))
             record |= {"image_feature": image_feature, "text_feature": text_feature, "temp": model.temp}
-            same = positives(batch)
+            same = positives(batch, everyone)
             if "itc" in self.losses:
                 losses["itc"] = itc_loss(image_feature, text_feature, model.temp, same)
             if itm and negatives is None:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, draw))
-                negatives = draw_negatives(image_feature, text_feature, model.temp, same, generator)
+                drawn = draw_negatives(image_feature, text_feature, model.temp, same, generator)
+                negatives = ranks.agreed(drawn[0]), ranks.agreed(drawn[1])
 
         # rows of the one fusion batch: matched pairs, true text + drawn image, drawn text + true image, masked text + its image, boxes
-        plan: list[tuple[str, Tensor, Tensor, bool]] = []
+        plan: list[tuple[str, Tensor, Tensor]] = []
+        images, texts, masks = image.states, text.states, torch.cat([mask, mask]) if mlm else mask
+        visible = None if regions is None else visible_patches(batch["image_mask"], len(images))
         if itm:
             assert negatives is not None
-            image_negative, text_negative = negatives
-            plan += [("itm_positive", rows, rows, False)]
-            plan += [("itm_negative", torch.cat([rows, text_negative]), torch.cat([image_negative, rows]), False)]
+            images, image_negative = everyone.reach(images, negatives[0])
+            texts, text_negative = everyone.reach(texts, negatives[1])
+            masks, _ = everyone.reach(masks, negatives[1])
+            visible = None if visible is None else everyone.reach(visible, negatives[0])[0]
+            plan += [("itm_positive", rows, rows)]
+            plan += [("itm_negative", torch.cat([rows, text_negative]), torch.cat([image_negative, rows]))]
         if mlm:
-            plan += [("mlm", rows + count, rows, False)]
+            plan += [("mlm", rows + count, rows)]
         box = "box" in self.losses and regions is not None
         if box:
-            plan += [("box", rows, count + batch["image_index"], True)]
+            plan += [("box", rows, count + batch["image_index"])]
         if not plan:
             return losses, record, negatives
         text_rows, image_rows = torch.cat([p[1] for p in plan]), torch.cat([p[2] for p in plan])
-        visible = None
-        if regions is not None:
-            visible = torch.cat([image_mask_rows(batch["image_mask"], p[2], whole=p[3]) for p in plan])
-        context = model.fusion.context(image.states, visible, image_rows)
-        masks = (torch.cat([mask, mask]) if mlm else mask)[text_rows]
-        fused = model.fuse(text.states.index_select(0, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
+        context = model.fusion.context(images, None if visible is None else visible[image_rows], image_rows)
+        masks = masks[text_rows]
+        fused = model.fuse(texts.index_select(0, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
 
         start = 0
         first = fused.states[:, 0]
-        for name, text_of, _, _ in plan:
+        for name, text_of, _ in plan:
             part = slice(start, start + len(text_of))
             _tap(record, "fusion", fused, part, name)
             record[f"text_mask@{name}"] = masks[part]
             if name == "mlm":
                 logits = model.mlm_logits(fused.states[part], batch["masked_positions"])
                 record["mlm_logits"] = logits
-                losses["mlm"] = F.cross_entropy(logits.flatten(0, 1).float(), batch["masked_labels"].flatten(), ignore_index=-100)
+                labels = batch["masked_labels"].flatten()
+                total = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
+                losses["mlm"] = total / ranks.share_of((labels != -100).sum())
             elif name == "box":
                 losses["box"], losses["giou"] = box_losses(model.box_head(first[part]).sigmoid(), batch["boxes"], batch["is_whole_image"])
             start = part.stop
         if itm:
             logits = model.itm_head(first[: 3 * count])
             record["itm_logits"] = logits
-            losses["itm"] = F.cross_entropy(logits.float(), (torch.arange(3 * count, device=ids.device) < count).long())
+            matched = (torch.arange(3 * count, device=ids.device) < count).long()
+            losses["itm"] = F.cross_entropy(logits.float(), matched, reduction="sum") / ranks.share_of(3 * count)
         return losses, record, negatives
 
 
-def positives(batch: dict[str, Any]) -> Tensor:
-    """[B, B] True where image i and text j belong together: the same image, or captions that are token for token equal."""
-    ids = batch["text_ids"]
+def even_texts(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with texts as long as the longest of all processes, and with the same token for padding everywhere."""
+    if ranks.world() == 1:
+        return batch
+    more, mask = ranks.longest(batch["text_ids"].shape[1]) - batch["text_ids"].shape[1], batch["text_mask"]
+    return {**batch, **{name: F.pad(batch[name] * mask, (0, more)) for name in ("text_ids", "text_mask", "masked_ids") if name in batch}}
+
+
+def positives(batch: dict[str, Any], everyone: Rows | None = None) -> Tensor:
+    """[B, B] True where image i and text j belong together: the same image, or captions that are token for token equal.
+
+    B counts the pairs of `everyone`, or of this batch alone.
+    """
+    everyone = everyone or Rows.of_one(len(batch["text_ids"]))
+    ids = everyone.gather(batch["text_ids"])
     same = (ids[:, None] == ids[None]).all(-1)
     if "image_ids" in batch and "image_mask" not in batch:
-        same = same | (batch["image_ids"][:, None] == batch["image_ids"][None])
+        image = everyone.gather(batch["image_ids"])
+        same = same | (image[:, None] == image[None])
     return same
 
 
@@ -160,15 +184,15 @@ def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tenso
     return drawn[0], drawn[1]
 
 
-def image_mask_rows(mask: Tensor, rows: Tensor, *, whole: bool) -> Tensor:
-    """Visible patches [len(rows), S] of the images `rows` of a region step; whole images follow the regions and show everything."""
-    return torch.ones(len(rows), mask.shape[1], dtype=torch.bool, device=mask.device) if whole else mask[rows].bool()
+def visible_patches(mask: Tensor, count: int) -> Tensor:
+    """Visible patches [count, S] of a region step's image states: `mask` [R, S] of the regions, then whole images, which show everything."""
+    return torch.cat([mask.bool(), torch.ones(count - len(mask), mask.shape[1], dtype=torch.bool, device=mask.device)])
 
 
 def box_losses(predicted: Tensor, target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """L1 and 1 - GIoU of boxes (cx, cy, w, h) [R, 4], averaged over those that are not the whole image (X-VLM)."""
     keep = 1 - whole.to(predicted.dtype)
-    boxes = keep.sum().clamp(min=1)
+    boxes = ranks.share_of(keep.sum())
     l1 = ((predicted - target).abs().sum(-1) * keep).sum() / boxes
     return l1, ((1 - giou(predicted, target)) * keep).sum() / boxes
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficientvlm import ranks
 from efficientvlm.config import Quirks, TaskWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
@@ -43,7 +44,7 @@ class VQA(nn.Module):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         ours = self.family.forward(self.model, batch, self.want)
-        questions = len(batch["question_ids"])
+        questions = ranks.share_of(len(batch["question_ids"]))
         task = answer_loss(ours["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
         if not self._teacher:
             return {"loss": task, "task": task}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from efficientvlm.data.collate import Texts, vqa_batch
-from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.sources import open_vqa, usable
 from efficientvlm.errors import BadInput
+from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, settings_of, texts_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
@@ -21,7 +22,7 @@ EVAL_BATCH = 100
 
 def open_task(config: Any, split: str, image_size: int) -> Any:
     """The questions of `split`; `val` names a validation file of its own."""
-    return open_vqa(**which(config, split), **settings_of(config, "columns", "limit"), image_size=image_size)
+    return open_vqa(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
 def read_answers(path: Path) -> list[str]:
@@ -35,10 +36,16 @@ def read_answers(path: Path) -> list[str]:
     return list(dict.fromkeys(answers))
 
 
+def tuned_with(manifest: Manifest, name: str, default: Any) -> Any:
+    """A setting of the stage that tuned the checkpoint; an exported one carries it along in `extra`."""
+    return manifest.config.get(name, manifest.extra.get(name, default))
+
+
 def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
-    """All questions of the first `count` images, in order."""
+    """All questions of the first `count` images, in order; images that cannot be read are left out."""
     for start in range(0, count, batch_size):
-        yield vqa_batch([source[i] for i in range(start, min(count, start + batch_size))], texts, seed=0, step=0, train=False)
+        if items := usable(source, range(start, min(count, start + batch_size))):
+            yield vqa_batch(items, texts, seed=0, step=0, train=False)
 
 
 class Answerer:
@@ -52,7 +59,7 @@ class Answerer:
         self.texts = texts_of(loaded)
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
-        self.device = next(loaded.model.parameters()).device
+        self.device = loaded.model.device
         if "vqa" not in loaded.tasks:
             raise BadInput(f"{loaded.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
         if mode == "rank":
@@ -83,8 +90,8 @@ class Answerer:
         if self.mode == "rank":
             return [row[0][0] for row in self.scored(batch)]
         texts = self.texts
-        limit = self.loaded.manifest.config.get("max_answer_tokens", 10)
-        ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.cls, sep_id=texts.sep, max_tokens=limit)
+        limit = tuned_with(self.loaded.manifest, "max_answer_tokens", 10)
+        ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
         return [self.loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
 
     def as_read(self, answer: str) -> str:
@@ -113,4 +120,4 @@ def evaluate_on(
                 bar.update(done)
 
         result = evaluate(answer, batches(), answer.as_read)
-    return {"images": count, **result}
+    return {"images": done, **result}

@@ -19,7 +19,7 @@ from efficientvlm.data.collate import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages.common import Loaded, load
+from efficientvlm.stages.common import Loaded, check_precision, load
 from efficientvlm.stages.evaluate import counts_first_token_twice
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.tasks.vqa import rank
@@ -48,7 +48,9 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         if file.finished:
             say(f"bench: {file.path} is up to date: these are its earlier timings, --force measures again", quiet=control.quiet)
             return file.finished
-        models = [load(spec) for spec in config.models]
+        models = [load(spec, exported=True) for spec in config.models]
+        for loaded in models:
+            check_precision(loaded, config.precision)
         trained = ["vqa" in loaded.tasks for loaded in models]
         answering = any(trained)
         answers = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), None)
@@ -69,7 +71,8 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         {
             "model": label,
             "sha256": inputs[f"models.{number}"],
-            "parameters_timed": count_parameters(loaded.family, loaded.model)["total"],
+            "parameters_timed": parameters(loaded),
+            "form": form(loaded),
             "image_size": loaded.sizes.image_size,
             "answers": len(loaded.model.config.answers or answers or []),
             "trained": trained[number] or not answering,
@@ -92,6 +95,18 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
 def unique(names: list[str]) -> list[str]:
     """`names` with a number behind every repetition: the same model may be timed twice, to see the noise."""
     return [name if name not in names[:at] else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
+
+
+def parameters(loaded: Loaded) -> int | None:
+    """Parameters of what is timed; of ONNX graphs those of the checkpoint they were exported from."""
+    if isinstance(loaded.model, torch.nn.Module):
+        return int(count_parameters(loaded.family, loaded.model)["total"])
+    return loaded.manifest.accounting.get("parameters", {}).get("total")
+
+
+def form(loaded: Loaded) -> str:
+    """`torch`, or the precision of ONNX graphs."""
+    return "torch" if isinstance(loaded.model, torch.nn.Module) else f"onnx {loaded.model.config.precision}"
 
 
 def forward(loaded: Loaded, config: Bench, device: torch.device) -> Callable[[int], object]:
@@ -121,12 +136,7 @@ def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[s
 
     A model without answer decoder gets one, in memory: `loaded.model` is replaced.
     """
-    try:
-        loaded.model, _ = loaded.family.for_vqa(loaded.model, None, "auto")
-    except BadInput as error:
-        raise BadInput(
-            f"{loaded.path} cannot be timed beside the others", error.why or error.what, "finetune it with --task vqa first"
-        ) from None
+    make_answering(loaded)
     family, model = loaded.family, loaded.model.to(device).eval()
     candidates = model.config.answers or answers
     if not candidates:
@@ -146,13 +156,23 @@ def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[s
     return answer
 
 
+def make_answering(loaded: Loaded) -> None:
+    """Give `loaded.model` an untrained answer decoder, if it has none; :class:`BadInput` where none can be made."""
+    try:
+        loaded.model, _ = loaded.family.for_vqa(loaded.model, None, "auto")
+    except BadInput as error:
+        raise BadInput(
+            f"{loaded.path} cannot be timed beside the others", error.why or error.what, "finetune it with --task vqa first"
+        ) from None
+
+
 def example(image_size: int, texts: Texts, size: int, length: int, seed: int, device: torch.device) -> dict[str, Any]:
     """`size` random images with one question of `length` tokens each, none of them padding."""
     draw = torch.Generator().manual_seed(seed)
     special = {texts.cls, texts.sep, texts.pad}
     words = torch.tensor([token for token in range(len(texts.tokenizer)) if token not in special])
     questions = words[torch.randint(len(words), (size, length), generator=draw)]
-    questions[:, 0], questions[:, -1] = texts.cls, texts.sep
+    questions[:, 0], questions[:, -1] = texts.start, texts.sep
     pixels = torch.randint(256, (size, 3, image_size, image_size), generator=draw, dtype=torch.uint8)
     return {
         "pixels": pixels.to(device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, families, files
+from efficientvlm import checkpoint, families, files, ranks
 from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
@@ -20,15 +19,21 @@ from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.sources import record
+from efficientvlm.data.stream import PREFIX as STREAM
+from efficientvlm.data.stream import check_settings
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
+from efficientvlm.families.exported import Exported, is_exported
 from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.progress import say
+from efficientvlm.stages.image_settings import write_settings
 from efficientvlm.training import Spent
 
 TEXT_LENGTH = 12
+SKIPPED = "skipped.jsonl"
 
 
 @dataclass
@@ -47,22 +52,32 @@ class Loaded:
         return sizes
 
     @property
+    def image_processor(self) -> dict[str, Any] | None:
+        """The settings in its `preprocessor_config.json`, which what is made of it keeps."""
+        return loading.image_processor(self.path)
+
+    @property
     def tasks(self) -> frozenset[str]:
         """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
         tasks: frozenset[str] = self.family.tasks(self.model.config)
         return tasks
 
 
-def load(spec: str) -> Loaded:
+def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
     """The checkpoint `spec` names, checked against its manifest.
+
+    Args:
+        weights: False gives a model on the meta device, of the shapes in `config.json`; no weight file is opened.
+        exported: whether a folder of ONNX graphs will do: it can be asked and measured, and nothing else.
 
     Raises:
         BadInput: an unfinished or damaged folder, or a tokenizer that does not fit the model.
     """
     manifest = checkpoint.require_complete(spec)
     path = files.resolve(spec)
-    family = families.of_folder(path)
-    model, tokenizer = family.load(path), load_tokenizer(path)
+    family = Exported() if exported and is_exported(path) else families.of_folder(path)
+    model = family.load(path) if weights else shapes(family, family.read_config(path))
+    tokenizer = load_tokenizer(path)
     sizes = family.sizes(model.config)
     if len(tokenizer) > sizes.vocab_size:
         raise BadInput(
@@ -71,48 +86,69 @@ def load(spec: str) -> Loaded:
     return Loaded(path, family, model, tokenizer, manifest)
 
 
+def shapes(family: Any, config: Any) -> Any:
+    """A model of the shapes in `config` on the meta device, which holds no values and takes no memory."""
+    with torch.device("meta"):
+        return family.build(config).eval()
+
+
+def check_precision(loaded: Loaded, precision: str) -> None:
+    """:class:`BadInput` where another precision is asked of ONNX graphs than fp32, which stands for their own."""
+    if is_exported(loaded.path) and precision != "fp32":
+        raise BadInput(f"{loaded.path} does not run in {precision}", "ONNX graphs compute in their own precision", "leave --precision out")
+
+
 def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
     """Texts as token ids for this model: at most `max_tokens`, and no more than it has positions."""
     return Texts(loaded.tokenizer, min(max_tokens, loaded.sizes.max_positions))
 
 
-def check_pair(student: Loaded, teacher: Loaded) -> None:
-    """:class:`BadInput` unless teacher and student read the same batches: family, vocabulary, image size."""
+def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+    """Every reason why `teacher` cannot teach `student`: they must read the same batches, in towers of one width."""
     if student.family.name != teacher.family.name:
-        raise BadInput(f"teacher is {teacher.family.name}, student is {student.family.name}", "distillation needs one family")
+        yield BadInput(f"teacher is {teacher.family.name}, student is {student.family.name}", "distillation needs one family")
+        return
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise BadInput(
+        yield BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
-    check_sizes(student.sizes, teacher.sizes)
+    yield from size_problems(student.sizes, teacher.sizes)
 
 
-def check_sizes(ours: Sizes, theirs: Sizes) -> None:
-    """:class:`BadInput` unless student and teacher have towers of the same width and heads, and read the same images."""
+def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
+    """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
     parts = {
         **{f"{tower} width": (theirs.widths[tower], width) for tower, width in ours.widths.items()},
         **{f"{tower} heads": (theirs.heads[tower], heads) for tower, heads in ours.heads.items()},
         "patch size": (theirs.patch_size, ours.patch_size),
     }
     if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in parts.items() if teacher != student]:
-        raise BadInput(
+        yield BadInput(
             "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
         )
     if ours.image_size != theirs.image_size:
         sizes = f"{theirs.image_size} and {ours.image_size} px"
-        raise BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+        yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
 
 
 def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str | None]) -> Output:
-    """Claim `config.out`; roles without a value are left out.
+    """Claim `config.out`; roles without a value are left out. Of several processes the main one does it, and the others know the result.
 
     Raises:
-        BadInput: the output cannot be written, or several processes were started.
+        BadInput: the output cannot be written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("several processes were started", "writing one folder from many is not supported yet", "start a single process")
+    settings = config.model_dump()
     given = {role: spec for role, spec in inputs.items() if spec}
-    output = Output.open(config.out, stage=stage, inputs=given, config=config.model_dump(), force=control.force, resume=control.resume)
+    claimed: list[Output] = []
+
+    def claim() -> dict[str, bool]:
+        output = Output.open(config.out, stage=stage, inputs=given, config=settings, force=control.force, resume=control.resume)
+        claimed.append(output)
+        return {"up_to_date": output.up_to_date, "beside": output.beside}
+
+    told = ranks.on_main(claim)
+    output = claimed[0] if claimed else Output(Path(config.out).expanduser(), stage, given, {}, settings, mine=False)
+    output.up_to_date, output.beside = told["up_to_date"], told["beside"]
     if output.up_to_date:
         say(f"{stage}: {output.path} is up to date", quiet=control.quiet)
     return output
@@ -124,6 +160,7 @@ def making(output: Output) -> Iterator[None]:
 
     Raises:
         Interrupted: stopped by Ctrl-C or SIGTERM outside the training loop, with a state saved.
+        BadInput: the disk is full; the last complete state stays.
     """
     try:
         with sigterm_as_interrupt():
@@ -132,6 +169,10 @@ def making(output: Output) -> Iterator[None]:
         output.abandon()
         if isinstance(error, KeyboardInterrupt) and output.resumable:
             raise Interrupted("stopped", f"a resumable state is in {output.path}", "run the same command again") from None
+        if files.out_of_space(error):
+            raise BadInput(
+                f"{output.path} cannot be written", "the disk is full", "free some space and run the same command again"
+            ) from error
         raise
 
 
@@ -142,18 +183,18 @@ def write(
     tokenizer: Any,
     *,
     control: Control,
+    image_processor: dict[str, Any] | None = None,
     spent: Spent | None = None,
     sources: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Manifest:
-    """Stage model, tokenizer and image settings, and commit the folder with its accounting."""
+    """Stage model, tokenizer and image settings (by default a square, resized image), and commit the folder with its accounting."""
     model = model.to("cpu", torch.float32).eval()
     family.save(model, output.staging)
     save_tokenizer(tokenizer, output.staging)
-    (output.staging / "preprocessor_config.json").write_text(
-        json.dumps(image_settings(family.sizes(model.config)), indent=2) + "\n", encoding="utf-8"
-    )
+    write_settings(image_processor, family.sizes(model.config), output.staging)
     spent = spent or Spent()
+    list_skipped(output, sources or {}, control.quiet)
     manifest = output.manifest(
         family=family.name,
         accounting=account(family, model, text_length=TEXT_LENGTH),
@@ -166,25 +207,6 @@ def write(
     return done
 
 
-def image_settings(sizes: Sizes) -> dict[str, Any]:
-    """`preprocessor_config.json` of a square, bicubically resized, normalised image, as CLIP's processor reads it."""
-    size = {"height": sizes.image_size, "width": sizes.image_size}
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": size,
-        "resample": 3,
-        "do_center_crop": False,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(sizes.image_mean),
-        "image_std": list(sizes.image_std),
-    }
-
-
 def summary(manifest: Manifest) -> str:
     """Sizes and validation accuracy in one line."""
     accuracy = manifest.metrics.get("val", {}).get("accuracy")
@@ -192,10 +214,44 @@ def summary(manifest: Manifest) -> str:
 
 
 def which(config: Any, split: str) -> dict[str, Any]:
-    """What to open for `split`: validation data of its own is read whole, and then nothing is held out of the training data."""
+    """What to open for `split`: validation data of its own is read whole, and then nothing is held out of the training data.
+
+    Raises:
+        BadInput: a stream to train on, without what a stream cannot give.
+    """
+    if config.data.startswith(STREAM) and split == "train":
+        check_settings(config)
+        return {"spec": config.data, "split": split, "seed": config.seed, "shuffle_buffer": config.shuffle_buffer}
     if getattr(config, "val", None):
         return {"spec": config.val, "split": "test"} if split == "val" else {"spec": config.data, "split": split, "val_fraction": 0.0}
     return {"spec": config.data, "split": split, "val_fraction": config.val_fraction}
+
+
+def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
+    """Say which samples were skipped so far, and have all of them written down beside the training state."""
+    for split, source in sources.items():
+        if skips := getattr(source, "skips", None):
+            say_skipped(source, split, quiet)
+            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")
+
+
+def say_skipped(source: Any, title: str, quiet: bool) -> None:
+    """How many samples of `source` were skipped so far, with the first reasons; nothing if it was none."""
+    skips = getattr(source, "skips", None)
+    if skips and skips.count:
+        say("\n  ".join([f"{title}: {skips.count} samples are skipped", *skips.lines()]), quiet=quiet)
+
+
+def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
+    """Say which samples were skipped in the end, and put the list into the folder, if there is any."""
+    lines = []
+    for split, source in sources.items():
+        if skips := getattr(source, "skips", None):
+            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")  # with what other processes have found
+            say_skipped(source, split, quiet)
+            lines += [json.dumps({"split": split, "sample": what, "reason": why}) + "\n" for what, why in skips.reasons.items()]
+    if lines:
+        (output.staging / SKIPPED).write_text("".join(lines), encoding="utf-8")
 
 
 def data_inputs(config: Any, sources: dict[str, Any]) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.stages.common import settings_of
+from efficientvlm.state import unshared
 
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
 
@@ -43,5 +44,6 @@ def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file as a whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata={"format": "pt"})
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(unshared(plain), temporary, metadata={"format": "pt"})
     temporary.replace(path)

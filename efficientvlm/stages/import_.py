@@ -1,6 +1,8 @@
-"""import: a published X-VLM or EfficientVLM file becomes a checkpoint folder."""
+"""import: a published X-VLM or EfficientVLM file, or a Hugging Face folder, becomes a checkpoint folder."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
@@ -12,31 +14,47 @@ from efficientvlm.families.xvlm_import import Report, read_published
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say
+from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import making, open_output, write
 
 
 def run(config: ImportConfig, control: Control) -> Manifest:
-    """Read a published file, account for each of its entries, and write it with its tokenizer.
+    """Read a published file, account for each of its entries, and write it with its tokenizer; or read a folder or hub id.
 
     Raises:
-        BadInput: a file or tokenizer that cannot be used (see :func:`read_published`), or that do not belong together.
+        BadInput: a file or tokenizer that cannot be used (see :func:`read_published`), or that do not belong together; a folder as in
+            :func:`import_folder.run`.
     """
+    if import_folder.is_folder(config.model):
+        return import_folder.run(config, control)
     output = open_output(config, "import", control, {"model": config.model, "tokenizer": config.tokenizer})
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        tokenizer = load_tokenizer(resolve(config.tokenizer))
-        path = resolve(config.model)
-        values, state, report = read_published(path, config.layout, config.settings)
-        if len(tokenizer) != values.vocab_size:
-            why = f"{path} embeds {values.vocab_size}: they are not of one vocabulary"
-            raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+        tokenizer, values, state, report = read(config)
         _tell(report, control)
         family = families.get("xvlm")
         model = family.build(values)
         model.load_state_dict(state, strict=True)
         extra = {"layout": report.layout, "tensors": report.mapped, "ignored": report.ignored, "assumed": report.assumed}
         return write(output, family, model, tokenizer, control=control, origin="imported", extra=extra)
+
+
+def read(config: ImportConfig, *, weights: bool = True) -> tuple[Any, Any, dict[str, Any], Report]:
+    """Tokenizer, configuration, state and account of a published file; without `weights` only the shapes of the state are read.
+
+    Raises:
+        BadInput: as :func:`run`.
+    """
+    if not config.tokenizer:
+        raise BadInput(f"{config.model} comes without a tokenizer", "published files hold weights only", "give its folder: --tokenizer DIR")
+    tokenizer = load_tokenizer(resolve(config.tokenizer), bert=True)
+    path = resolve(config.model)
+    values, state, report = read_published(path, config.layout, config.settings, values=weights)
+    if len(tokenizer) != values.vocab_size:
+        why = f"{path} embeds {values.vocab_size}: they are not of one vocabulary"
+        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+    return tokenizer, values, state, report
 
 
 def _tell(report: Report, control: Control) -> None:

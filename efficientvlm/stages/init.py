@@ -1,8 +1,8 @@
-"""init: a new X-VLM, random at a named size or built from a CLIP vision tower and a BERT text tower."""
+"""init: a new model, random at a named size, or an X-VLM built from a CLIP vision tower and a BERT text tower."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,41 +11,14 @@ from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import InitConfig
 from efficientvlm.control import Control
-from efficientvlm.data.sources import BUILT_IN, open_pairs, open_vqa, texts
-from efficientvlm.data.tokenizer import load_tokenizer, train_wordpiece
+from efficientvlm.data.sources import open_texts, texts
+from efficientvlm.data.tokenizer import load_tokenizer, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
-from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import making, open_output, write
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "image_size": 64,
-        "patch_size": 8,
-        **dict.fromkeys(("vision_width", "text_width"), 128),
-        **dict.fromkeys(("vision_heads", "text_heads"), 4),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
-        "vision_layers": 4,
-        "text_layers": 2,
-        "fusion_layers": 2,
-        "local_attention_depth": 2,
-        "embed_dim": 64,
-        "max_positions": 64,
-        "initializer_range": 0.06,
-        "dropout": 0.0,
-    },
-    "small": {
-        "image_size": 160,
-        **dict.fromkeys(("vision_width", "text_width"), 384),
-        **dict.fromkeys(("vision_heads", "text_heads"), 6),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
-        "text_layers": 3,
-        "fusion_layers": 3,
-        "max_positions": 128,
-    },
-    "base": {},
-}
+TOWERS_MAKE = "xvlm"
 
 
 def run(config: InitConfig, control: Control) -> Manifest:
@@ -54,47 +27,76 @@ def run(config: InitConfig, control: Control) -> Manifest:
     Raises:
         BadInput: neither a size nor towers, towers that do not fit, an unknown setting.
     """
-    if (config.size is None) == (config.vision_from is None) or (config.vision_from is None) != (config.text_from is None):
-        raise BadInput("init needs a size or two towers", "", "give --size tiny, or both --vision-from DIR and --text-from DIR")
-    if config.text_from and config.tokenizer == "train":
-        why = "BERT's word embeddings belong to its own vocabulary"
-        raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")
+    check(config)
     inputs = {"vision_from": config.vision_from, "text_from": config.text_from}
     if config.tokenizer != "train":
         inputs["tokenizer"] = config.tokenizer
-    source = _source(config)
-    output = open_output(config, "init", control, {**inputs, "data": f"sha256:{source.fingerprint}" if source else None})
+    source = text_source(config)
+    output = open_output(config, "init", control, {**inputs, "data": f"sha256:{source.fingerprint}" if source is not None else None})
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        tokenizer = train_wordpiece(texts(source), config.vocab_size) if source else load_tokenizer(resolve(config.tokenizer))
+        tokenizer = tokenizer_of(config, source)
         torch.manual_seed(config.seed)
-        family = families.get("xvlm")
-        changes = dict(config.settings)
-        if config.image_size:
-            changes["image_size"] = config.image_size
+        family, values = blueprint(config, tokenizer.get_vocab())
         if config.size:
-            values = {**SIZES[config.size], "vocab_size": len(tokenizer), **checked_settings(changes)}
-            model = family.build(check_sizes(XVLMConfig(**values)))
+            model = family.build(values)
             origin: dict[str, Any] = {"origin": "random"}
         else:
             from efficientvlm.families.xvlm_towers import from_towers
 
-            model, new = from_towers(resolve(config.vision_from or ""), resolve(config.text_from or ""), len(tokenizer), changes)
+            towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
+            model, new = from_towers(*towers, len(tokenizer), changed(config))
             origin = {"origin": "imported", "extra": {"new": new}}
-        return write(output, family, model, tokenizer, control=control, sources={"train": source} if source else {}, **origin)
+        return write(output, family, model, tokenizer, control=control, sources={"train": source} if source is not None else {}, **origin)
 
 
-def _source(config: InitConfig) -> Any:
+def text_source(config: InitConfig) -> Any:
+    """The data that a tokenizer is trained on, if one is."""
     if config.tokenizer != "train":
         return None
     if not config.data:
         raise BadInput("no data to train a tokenizer on", "", "give --data, or --tokenizer DIR")
-    if config.data == BUILT_IN[0]:
-        return open_vqa(config.data, "train")
-    try:
-        return open_pairs(config.data, "train", columns=config.columns)
-    except BadInput:
-        if Path(config.data).exists():
-            return open_vqa(config.data, "train", columns=config.columns)
-        raise
+    return open_texts(config.data, columns=config.columns)
+
+
+def check(config: InitConfig) -> None:
+    """:class:`BadInput` unless `config` says exactly one thing to start from, and its family can."""
+    if (config.size is None) == (config.vision_from is None) or (config.vision_from is None) != (config.text_from is None):
+        raise BadInput("init needs a size or two towers", "", "give --size tiny, or both --vision-from DIR and --text-from DIR")
+    if config.vision_from and config.family != TOWERS_MAKE:
+        raise BadInput(f"no {config.family} is built from towers", f"a CLIP and a BERT make an {TOWERS_MAKE}", "give --size instead")
+    if config.text_from and config.tokenizer == "train":
+        why = "BERT's word embeddings belong to its own vocabulary"
+        raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")
+
+
+def changed(config: InitConfig) -> dict[str, Any]:
+    """The settings that were asked for."""
+    return {**config.settings, **({"image_size": config.image_size} if config.image_size else {})}
+
+
+def tokenizer_of(config: InitConfig, source: Any) -> Any:
+    """The tokenizer, trained on `source` if there is one, with the tokens that the family wants besides."""
+    more = families.get(config.family).extra_tokens
+    if source is None:
+        return with_special(load_tokenizer(resolve(config.tokenizer), bert=True), more)
+    return with_special(train_wordpiece(texts(source), config.vocab_size - len(more)), more)
+
+
+def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, Any]:
+    """Family and configuration of the new model; no weights are read.
+
+    Args:
+        vocab: token → id, or just their number if the model is not going to read anything.
+
+    Raises:
+        BadInput: sizes or towers that do not fit together, an unknown setting.
+    """
+    family = families.get(config.family)
+    if config.size:
+        return family, family.fresh_config(config.size, changed(config), vocab)
+    from efficientvlm.families.xvlm_towers import towers_config
+
+    number = vocab if isinstance(vocab, int) else len(vocab)
+    return family, towers_config(resolve(config.vision_from or ""), resolve(config.text_from or ""), number, changed(config))[0]

@@ -24,7 +24,7 @@ def run(*, model: str, image: str, question: str, mode: str = "rank", device: st
         raise BadInput("the question is empty", "", 'ask something, e.g. --question "What colour is it?"')
     if top < 1:
         raise BadInput(f"--top {top} shows nothing", "", "use 1 or more")
-    loaded = load(model)
+    loaded = load(model, exported=True)
     pixels = open_image(image, loaded.sizes.image_size)
     loaded.model.to(pick_device(device))
     answer = Answerer(loaded, mode=mode, twice=counts_first_token_twice(loaded.manifest, None))

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from efficientvlm import ranks
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Distill, Pretrain
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch, region_batch
 from efficientvlm.data.draw import generator
-from efficientvlm.data.plan import IndexPlan
-from efficientvlm.data.sources import open_pairs
+from efficientvlm.data.plan import Plan, plan_for
+from efficientvlm.data.sources import open_pairs, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.stages.common import Loaded, check_pair, data_inputs, load, making, open_output, settings_of, texts_of, which, write
+from efficientvlm.stages.common import (
+    Loaded,
+    data_inputs,
+    keep_skipped,
+    load,
+    making,
+    open_output,
+    pair_problems,
+    settings_of,
+    texts_of,
+    which,
+    write,
+)
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -29,19 +42,9 @@ def run(config: Pretrain, control: Control) -> Manifest:
     """Train `config.model` on image-text pairs; a :class:`Distill` configuration adds the teacher."""
     stage = "distill" if isinstance(config, Distill) else "pretrain"
     student = load(config.model)
-    if "pretraining" not in student.tasks:
-        does = ", ".join(sorted(student.tasks)) or "nothing by itself"
-        raise BadInput(
-            f"{student.path} cannot be pre-trained", f"it is a {student.family.name} model for {does}", "use an X-VLM before its task"
-        )
-    missing = sorted(set(config.losses) - set(student.model.config.heads))
-    if missing:
-        raise BadInput(
-            f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}"
-        )
-    if config.batch_size < 2 and "itm" in config.losses:
-        raise BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
-    sources = {split: _open(config, split, student) for split in ("train", "val")}
+    for problem in student_problems(config, student):
+        raise problem
+    sources = {split: open_split(config, split, student) for split in ("train", "val")}
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
@@ -50,21 +53,19 @@ def run(config: Pretrain, control: Control) -> Manifest:
         hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
         texts = texts_of(student, config.max_tokens)
-        hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
-        objective: nn.Module = hard
+        teacher = None
         if isinstance(config, Distill):
             teacher = load(config.teacher)
-            check_pair(student, teacher)
-            if missing := sorted(set(config.losses) - set(teacher.model.config.heads)):
-                raise BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
+            for problem in teacher_problems(config, student, teacher):
+                raise problem
             teacher.model.to(hardware.device)
-            kd = settings_of(config, "kd", "weights", "quirks", "temperature")
-            objective = Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
-        plan = IndexPlan(len(sources["train"]), config.batch_size, config.seed, hardware.num_processes, hardware.process_index)
+        hard, objective = objectives(config, student, teacher)
+        plan = plan_for(sources["train"], config.batch_size, config.seed, ranks.world(), ranks.rank())
         steps = config.max_steps or max(1, round(config.epochs * plan.batches_per_epoch))
+        keep_skipped(output, sources, control.quiet)
         spent = train(
             objective,
-            _feed(config, student, sources["train"], texts, plan),
+            feed_of(config, student, sources["train"], texts, plan),
             [adamw(objective, config, new=student.manifest.extra.get("new", []))],
             steps=steps,
             options=config,
@@ -73,28 +74,65 @@ def run(config: Pretrain, control: Control) -> Manifest:
             title=stage,
             quiet=control.quiet,
         )
-        metrics = {"train": spent.last, "val": validate(hard, config, sources["val"], texts)}
-        return write(
-            output, student.family, student.model, student.tokenizer, control=control, spent=spent, sources=sources, metrics=metrics
+
+        def finish() -> Manifest:
+            metrics = {"train": spent.last, "val": validate(hard, config, sources["val"], texts)}
+            common: dict[str, Any] = {"control": control, "spent": spent, "sources": sources, "metrics": metrics}
+            return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common)
+
+        return ranks.on_main(finish, Manifest.model_validate)
+
+
+def student_problems(config: Pretrain, student: Loaded) -> Iterator[BadInput]:
+    """Every reason why `student` cannot be pre-trained as `config` says."""
+    if "pretraining" not in student.tasks:
+        does = ", ".join(sorted(student.tasks)) or "nothing by itself"
+        yield BadInput(
+            f"{student.path} cannot be pre-trained", f"it is a {student.family.name} model for {does}", "use an X-VLM before its task"
         )
+    elif missing := sorted(set(config.losses) - set(student.model.config.heads)):
+        yield BadInput(
+            f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}"
+        )
+    if config.batch_size < 2 and "itm" in config.losses:
+        yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
 
 
-def _open(config: Pretrain, split: str, student: Loaded) -> Any:
-    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit"), image_size=student.sizes.image_size)
+def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+    """Every reason why `teacher` cannot pre-train `student`."""
+    yield from pair_problems(student, teacher)
+    if missing := sorted(set(config.losses) - set(getattr(teacher.model.config, "heads", ()))):
+        yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
 
 
-def _feed(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
+def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[Pretraining, nn.Module]:
+    """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD."""
+    hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
+    if teacher is None or not isinstance(config, Distill):
+        return hard, hard
+    kd = settings_of(config, "kd", "weights", "quirks", "temperature")
+    return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
+
+
+def open_split(config: Pretrain, split: str, student: Loaded) -> Any:
+    """The image-text pairs of `split` at the size `student` reads."""
+    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=student.sizes.image_size)
+
+
+def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
+    """Training batches by step."""
     masking = settings_of(config, "mask_probability", "max_masks")
     regions = config.region_probability if "box" in config.losses else 0.0
     grid = student.sizes.image_size // student.sizes.patch_size
 
     def feed(step: int) -> list[Batch]:
-        items = [source[index] for index in plan.batch(step)]
+        items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
         settings: dict[str, Any] = {"seed": config.seed, "step": step, "augment_kind": config.augment, **masking}
         batches = [pair_batch(items, texts, **settings)]
         described = [item for item in items if item.regions]
-        if described and generator(config.seed, step, "region step").random() < regions:
-            batches.insert(0, region_batch(described, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
+        if ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions:
+            some = described or items[:1]  # a process without regions takes part with a whole image
+            batches.insert(0, region_batch(some, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
         return batches
 
     return feed
@@ -107,12 +145,15 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     device = next(model.parameters()).device
     count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
     totals: dict[str, float] = {}
-    batches = 0
+    batches = images = 0
     if not count:
         return {"images": 0}
     size = min(config.batch_size, count)
     for start in range(0, count - size + 1, size):
-        items = [source[index] for index in range(start, start + size)]
+        items = usable(source, range(start, start + size))
+        if len(items) < min(2, size):
+            continue  # matching needs another pair
+        images += len(items)
         batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **settings_of(config, "mask_probability", "max_masks"))
         losses, record, _ = objective.passes(
             model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, start
@@ -127,4 +168,4 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
         batches += 1
-    return {"images": batches * size, **{name: value / batches for name, value in totals.items()}}
+    return {"images": images, **{name: value / batches for name, value in totals.items()}}

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from efficientvlm import ranks
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.snapping import snap, snap_scores
@@ -15,10 +16,11 @@ from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Prune
 from efficientvlm.control import Control
+from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.progress import say
-from efficientvlm.stages import recut
+from efficientvlm.stages import recut, untrained
 from efficientvlm.stages.common import making, open_output, settings_of
 from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, scope_of
 from efficientvlm.stages.tuning import Tuning
@@ -28,10 +30,15 @@ from efficientvlm.training import Optimizer, adamw
 def run(config: Prune, control: Control) -> Manifest:
     """Gates with task loss and KD, structure frozen at `freeze_at` of the steps, then a really smaller checkpoint.
 
-    The output keeps `gates.safetensors` (L0 only) and `dense.safetensors` (weights at the end of the gate phase) for re-cutting.
+    Without a task the units are only scored and cut. With one the output keeps `gates.safetensors` (L0 only) and `dense.safetensors`
+    (weights at the end of the gate phase) for re-cutting.
     """
     if config.from_gates:
-        return recut.run(config, control)
+        return ranks.on_main(lambda: recut.run(config, control), Manifest.model_validate)
+    if config.task == "none":
+        return ranks.on_main(lambda: untrained.run(config, control), Manifest.model_validate)
+    if config.parallel == "fsdp":
+        raise BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
     tuning = Tuning.open(config)
     student = tuning.student
     scope = scope_of(config, student.family, student.model)
@@ -39,18 +46,14 @@ def run(config: Prune, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        learnt = config.method == "l0"
-        freeze = max(1, round(config.freeze_at * tuning.steps)) if learnt else 0
-        inner = tuning.objective()
-        gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
-        schedule = {"warmup_steps": round(config.sparsity_warmup * freeze), "epoch": tuning.plan.batches_per_epoch}
-        objective = Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, **schedule)
-        active = torch.from_numpy(scope.active)
+        learnt, freeze = config.method == "l0", gate_steps(config, tuning.steps)
+        objective = gated(config, tuning, scope)
+        gates, active = objective.gates, torch.from_numpy(scope.active)
 
         def settle(keep: Tensor) -> None:
             objective.freeze(keep[active])
             if config.keep_dense:
-                save_tensors(student.model.state_dict(), output.state_dir / DENSE)
+                ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
 
         def after_step(step: int) -> None:
             gates.clamp_()
@@ -73,11 +76,29 @@ def run(config: Prune, control: Control) -> Manifest:
         for name, part in budget.items():
             values = ", ".join(f"{key} {value:.4f}" for key, value in part.items())
             say(f"prune: sparsity of {name}: {values}", quiet=control.quiet)
-        if learnt:
-            save_tensors(gates.to_tensors(), output.staging / GATES)
-        if config.keep_dense:
-            save_tensors(load_file(output.state_dir / DENSE), output.staging / DENSE)
-        return tuning.finish(output, control, spent, extra=extra)
+
+        def finish() -> Manifest:
+            if learnt:
+                save_tensors(gates.to_tensors(), output.staging / GATES)
+            if config.keep_dense:
+                save_tensors(load_file(output.state_dir / DENSE), output.staging / DENSE)
+            return tuning.finish(output, control, spent, extra=extra)
+
+        return ranks.on_main(finish, Manifest.model_validate)
+
+
+def gate_steps(config: Prune, steps: int) -> int:
+    """Steps of the gate phase, out of `steps`."""
+    return max(1, round(config.freeze_at * steps)) if config.method == "l0" else 0
+
+
+def gated(config: Prune, tuning: Tuning, scope: Scope) -> Gated:
+    """The task's objective under fresh gates on the units of `scope`."""
+    inner = tuning.objective()
+    gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
+    warmup = round(config.sparsity_warmup * gate_steps(config, tuning.steps))
+    schedule = {"warmup_steps": warmup, "epoch": tuning.plan.batches_per_epoch}
+    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, **schedule)
 
 
 def optimizers(config: Prune, objective: Gated, new: list[str]) -> list[Optimizer]:
@@ -106,6 +127,7 @@ def scores(config: Prune, tuning: Tuning, scope: Scope) -> Tensor:
             for batch in tuning.feed(step):
                 losses = task({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
                 (losses["task"] / config.calibration_batches).backward()
+        ranks.average_gradients(model.parameters())
     values = importance_scores(config.method, model, scope.units, seed=config.seed)
     model.zero_grad(set_to_none=True)
     return values

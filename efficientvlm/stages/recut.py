@@ -12,6 +12,7 @@ from torch import Tensor
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
+from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Prune
 from efficientvlm.control import Control
@@ -39,7 +40,43 @@ def run(config: Prune, control: Control) -> Manifest:
     dense = (pruned.path / DENSE).is_file()
     if dense:
         pruned.model = dense_model(pruned)
-    else:
+    scope, keep = choose(config, pruned, tensors, dense=dense)
+    source = open_task(config, "val", pruned.sizes.image_size)
+    output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        extra: dict[str, Any] = {"budget": budget_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
+        if dense:
+            save_tensors(pruned.model.state_dict(), output.staging / DENSE)
+        save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
+        pruned.model = slice_model(pruned.family, pruned.model, keep)
+        val = evaluate_on(
+            Answerer(pruned, twice=config.quirks.first_token_twice), source, limit=config.eval_limit, title="validate", quiet=control.quiet
+        )
+        return write(
+            output,
+            pruned.family,
+            pruned.model,
+            pruned.tokenizer,
+            control=control,
+            image_processor=pruned.image_processor,
+            sources={"val": source},
+            metrics={"val": val},
+            extra=extra,
+        )
+
+
+def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: bool) -> tuple[Scope, Tensor]:
+    """The budget of `config`, and the units that stay (bool [units]) by the gates in `tensors`.
+
+    Args:
+        pruned: the run that is cut again; with `dense` its model is the one before slicing. The values of its weights do not matter.
+
+    Raises:
+        BadInput, TargetMissed: as :func:`run`.
+    """
+    if not dense:
         achieved = pruned.manifest.accounting["sparsity"]["achieved"]
         if config.sparsity < achieved:
             raise BadInput(
@@ -63,31 +100,7 @@ def run(config: Prune, control: Control) -> Manifest:
     if missing := sorted({unit.group for unit in scope.units} - learnt):
         raise BadInput(f"{pruned.path} has no gates for {', '.join(missing[:5])}", "", "leave their kinds or towers out")
     probabilities = torch.stack([by_unit[unit.group, unit.index] for unit in scope.units]).detach()
-    keep = snap(probabilities, scope)
-
-    source = open_task(config, "val", pruned.sizes.image_size)
-    output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
-    if output.up_to_date:
-        return require_complete(output.path)
-    with making(output):
-        extra: dict[str, Any] = {"budget": budget_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
-        if dense:
-            save_tensors(pruned.model.state_dict(), output.staging / DENSE)
-        save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
-        pruned.model = slice_model(pruned.family, pruned.model, keep)
-        val = evaluate_on(
-            Answerer(pruned, twice=config.quirks.first_token_twice), source, limit=config.eval_limit, title="validate", quiet=control.quiet
-        )
-        return write(
-            output,
-            pruned.family,
-            pruned.model,
-            pruned.tokenizer,
-            control=control,
-            sources={"val": source},
-            metrics={"val": val},
-            extra=extra,
-        )
+    return scope, snap(probabilities, scope)
 
 
 def dense_config(pruned: Loaded) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,30 @@ class ResultFile:
         Raises:
             BadInput: the file is no result, a result of other inputs or settings (without `force`), or cannot be written.
         """
+        file = cls.examine(config, stage, inputs, force=force)
+        if path := file.path:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"{path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        return file
+
+    @classmethod
+    def examine(cls, config: Strict, stage: str, inputs: dict[str, str], *, force: bool, unread: Collection[str] = ()) -> ResultFile:
+        """As :meth:`open`, but no folder is made, and inputs called in `unread` are taken to be what they were."""
         values = config.model_dump(mode="json")
         out = values.pop("out")
         if out is None:
             return cls(None, stage, inputs, values)
-        file = cls(Path(out).expanduser(), stage, inputs, values)
         path = Path(out).expanduser()
+        file = cls(path, stage, dict(inputs), values)
         if path.is_dir():
             raise BadInput(f"{path} cannot be written", "it is a folder", "give a file, e.g. --out result.json")
         if path.exists():
-            file._meet(read_result(path, stage), force)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+            earlier = read_result(path, stage)
+            there = earlier["provenance"]["inputs"]
+            file.inputs |= {role: there[role] for role in unread if role in there}
+            file._meet(earlier, force)
         return file
 
     def _meet(self, earlier: dict[str, Any], force: bool) -> None:

@@ -9,17 +9,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from efficientvlm import ranks
+from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.progress import say
 from efficientvlm.recipe import Step
 
 MODULES = {"import": "import_", "eval": "evaluate"}
+TRAIN = ("pretrain", "distill", "prune", "finetune")
 
 
 def module_of(stage: str) -> ModuleType:
     """The module whose `run(config, control)` is the stage."""
     return import_module(f"efficientvlm.stages.{MODULES.get(stage, stage)}")
+
+
+def run_stage(stage: str, config: Strict, control: Control) -> Any:
+    """What `run(config, control)` of the stage returns. Of several processes all train; anything else is done by the main one."""
+    run = module_of(stage).run
+    return run(config, control) if stage in TRAIN else ranks.on_main(lambda: run(config, control))
 
 
 def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
@@ -37,7 +46,7 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
         out = Path(str(getattr(step.config, "out", None))).expanduser()
         say(f"[{number}/{len(steps)}] {step.stage} → {out}", quiet=control.quiet)
         before, began = _identity(out), time.monotonic()
-        made = module_of(step.stage).run(step.config, control)
+        made = run_stage(step.stage, step.config, control)
         seconds = round(time.monotonic() - began, 2)
         unchanged = before is not None and before == _identity(out)
         stages.append({"name": step.name, "stage": step.stage, "out": str(out), "seconds": seconds, "up_to_date": unchanged})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.config import Shrink
@@ -19,4 +21,5 @@ def run(config: Shrink, control: Control) -> Manifest:
         return require_complete(output.path)
     with making(output):
         student = shrink_model(teacher.family, teacher.model, layers)
-        return write(output, teacher.family, student, teacher.tokenizer, control=control, extra={"layers": layers})
+        kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": teacher.image_processor}
+        return write(output, teacher.family, student, **kept, control=control, extra={"layers": layers})

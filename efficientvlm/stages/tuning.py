@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, vqa_batch
-from efficientvlm.data.plan import IndexPlan
+from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, check_pair, data_inputs, load, settings_of, texts_of, write
+from efficientvlm.stages.common import Loaded, data_inputs, keep_skipped, load, pair_problems, settings_of, texts_of, write
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
@@ -41,6 +42,7 @@ class Tuning:
         Raises:
             BadInput: checkpoints or data that cannot be used together.
         """
+        torch.manual_seed(config.seed)
         student, teacher, new = load_for_task(config)
         return cls(config, student, teacher, new, {split: open_task(config, split, student.sizes.image_size) for split in ("train", "val")})
 
@@ -55,9 +57,8 @@ class Tuning:
         return accelerator(self.config.device)
 
     @cached_property
-    def plan(self) -> IndexPlan:
-        ranks = self.hardware.num_processes, self.hardware.process_index
-        return IndexPlan(len(self.sources["train"]), self.config.batch_size, self.config.seed, *ranks)
+    def plan(self) -> Plan:
+        return plan_for(self.sources["train"], self.config.batch_size, self.config.seed, ranks.world(), ranks.rank())
 
     @property
     def steps(self) -> int:
@@ -78,6 +79,7 @@ class Tuning:
 
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""
+        keep_skipped(output, self.sources, control.quiet)
         return train(
             objective,
             self.feed,
@@ -92,12 +94,15 @@ class Tuning:
         )
 
     def finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
-        """Validate the student and write it."""
+        """Validate the student and write it, on the main process."""
+        return ranks.on_main(lambda: self._finish(output, control, spent, **fields), Manifest.model_validate)
+
+    def _finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
         answer = Answerer(self.student, twice=self.config.quirks.first_token_twice)
         val = evaluate_on(answer, self.sources["val"], limit=self.config.eval_limit, title="validate", quiet=control.quiet)
         student, metrics = self.student, {"train": spent.last, "val": val}
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "metrics": metrics}
-        return write(output, student.family, student.model, student.tokenizer, **common, **fields)
+        return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common, **fields)
 
 
 def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
@@ -110,31 +115,46 @@ def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
     """
     student = load(config.model)
     teacher = load(config.teacher) if config.teacher else None
-    if teacher is not None:
-        check_pair(student, teacher)
-        if "vqa" not in teacher.tasks:
-            raise BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
+    for problem in teacher_problems(student, teacher) if teacher else ():
+        raise problem
     student.model, new = student.family.for_vqa(student.model, teacher.model if teacher else None, config.decoder_init)
     return student, teacher, new
 
 
+def teacher_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+    """Every reason why `teacher` cannot teach `student` to answer questions."""
+    yield from pair_problems(student, teacher)
+    if "vqa" not in teacher.tasks:
+        yield BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
+
+
 def answer_list(config: TaskStage, source: Any) -> list[str]:
-    """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name)."""
+    """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name).
+
+    Raises:
+        BadInput: no answer is accepted by `min_answer_count` questions.
+    """
     if config.answers:
         return read_answers(resolve(config.answers))
     counts: dict[str, float] = {}
+    questions: dict[str, int] = {}
     for answer, weight in source.answers():
         counts[answer] = counts.get(answer, 0.0) + weight
-    return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+        questions[answer] = questions.get(answer, 0) + 1
+    listed = [answer for answer in counts if questions[answer] >= config.min_answer_count]
+    if not listed:
+        most = max(questions.values(), default=0)
+        raise BadInput(f"min_answer_count {config.min_answer_count} leaves no answer", f"the most frequent one has {most}", "lower it")
+    return sorted(listed, key=lambda answer: (-counts[answer], answer))
 
 
-def task_feed(config: TaskStage, source: Any, texts: Texts, plan: IndexPlan) -> Callable[[int], Sequence[Batch]]:
+def task_feed(config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
     """Training batches by step."""
 
     def feed(step: int) -> list[Batch]:
         return [
             vqa_batch(
-                [source[index] for index in plan.batch(step)],
+                ranks.together(lambda: [source[index] for index in plan.batch(step)]),
                 texts,
                 seed=config.seed,
                 step=step,

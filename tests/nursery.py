@@ -1,0 +1,177 @@
+"""Runs of stages in processes of their own, forked from one that has imported everything: they may be killed, and started by the dozen.
+
+The server they are forked from has done nothing with torch yet, so that its children may do anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from conftest import run_stage
+
+PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in ("prune", "pretrain", "finetune", "shrink", "import_", "evaluate"))]
+Run = list[ForkServerProcess]
+
+
+@cache
+def context() -> ForkServerContext:
+    chosen = multiprocessing.get_context("forkserver")
+    chosen.set_forkserver_preload(PRELOAD)
+    return chosen
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def start(stage: str, *, processes: int = 1, fault: tuple[str, Any] | None = None, **settings: Any) -> Run:
+    """Begin a stage; `fault` names a function of this module that breaks something in the child first, and its argument."""
+    here = str(Path(__file__).parent)
+    port = free_port()
+    with environment(PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+        run = [context().Process(target=_child, args=(stage, settings, rank, processes, port, fault)) for rank in range(processes)]
+        for process in run:
+            process.start()
+    return run
+
+
+def finish(run: Run, timeout: float = 120) -> list[int | None]:
+    """Exit codes of all processes of a run; a signal is its negative number, None a process that hung and was killed."""
+    for process in run:
+        process.join(timeout)
+    codes = [process.exitcode for process in run]
+    for process in run:
+        process.kill()
+        process.join()
+    return codes
+
+
+def whole(stage: str, **settings: Any) -> None:
+    """Run a stage to its end."""
+    assert finish(start(stage, **settings)) == [0] * settings.get("processes", 1)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _child(stage: str, settings: dict[str, Any], rank: int, processes: int, port: int, fault: tuple[str, Any] | None) -> None:
+    import torch
+
+    from efficientvlm import ranks
+    from efficientvlm.errors import EvlmError
+
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if fault:
+        globals()[fault[0]](fault[1])
+    code = 0
+    try:
+        run_stage(stage, **settings)
+    except EvlmError as error:
+        code = error.exit_code
+        Path(f"{settings['out']}.error-{rank}").write_text(f"{error.what}\n{error.why}\n{error.fix}\n")
+    except KeyboardInterrupt:
+        code = 130
+    ranks.end(code)
+    raise SystemExit(code)
+
+
+CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
+
+
+def dies_at(number: int) -> None:
+    """End this process, as kill -9 would, instead of its `number`th call that changes a file or folder; write down how often they come."""
+    count = 0
+
+    def deadly(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > number:
+                os._exit(137)
+            return function(*args, **options)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def _before_step(action: Callable[[int], None]) -> None:
+    from efficientvlm import training
+
+    real = training.rate
+
+    def rate(step: int, *rest: Any) -> float:
+        action(step)
+        return real(step, *rest)
+
+    training.rate = rate
+
+
+def stops_at(steps: list[int]) -> None:
+    """Ask this process politely to stop while the gradients of the given steps are computed."""
+    _before_step(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step in steps else None)
+
+
+def stops_one(which: list[int]) -> None:
+    """As `stops_at`, in one process of several: [rank, step]."""
+    if int(os.environ["RANK"]) == which[0]:
+        stops_at(which[1:])
+
+
+def waits_at(which: tuple[int, str]) -> None:
+    """Wait at a step for a file."""
+    step_of_pause, path = which
+
+    def wait(step: int) -> None:
+        while step == step_of_pause and not Path(path).exists():
+            time.sleep(0.01)
+
+    _before_step(wait)
+
+
+def small_files(which: tuple[int | None, int]) -> None:
+    """From a step on, or from the start (None), no file may grow beyond so many bytes."""
+    first, size = which
+    if first is None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    else:
+        _before_step(lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) if step == first else None)
+
+
+def fails_on(rank: int) -> None:
+    """One process cannot read its first sample."""
+    from efficientvlm import ranks
+    from efficientvlm.data import plan
+    from efficientvlm.errors import BadInput
+
+    def broken(*_: Any) -> None:
+        raise BadInput("sample 3 is unreadable", "it is torn", "mend it")
+
+    if ranks.rank() == rank:
+        plan.IndexPlan.batch = broken  # type: ignore[assignment, method-assign]

@@ -1,0 +1,620 @@
+"""BLIP's three networks: the same numbers as transformers' classes, folders that open in both, cut networks in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compression_cases import FAMILIES, build
+from conftest import SHAPES, SIZES, TRAIN, run_stage
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from efficientvlm import families
+from efficientvlm.compression.surgery import pad_model, slice_model
+from efficientvlm.control import Control
+from efficientvlm.errors import BadInput
+from efficientvlm.families.blip import BLIP
+from efficientvlm.families.blip_config import KINDS, BlipAnswerConfig
+from efficientvlm.families.blip_fresh import fresh_config
+from efficientvlm.stages.common import load
+from efficientvlm.tasks.vqa import generate
+
+FAMILY = BLIP()
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+NAMES = ("blip-qa", "blip-caption", "blip-retrieval")
+KEPT = {
+    "vision.0.head": [1, 3],
+    "vision.1.head": [],
+    "text.0.head": [],
+    "text.0.cross_head": [2],
+    "text.1.neuron": [],
+    "decoder.0.head": [],
+    "decoder.1.cross_head": [],
+    "decoder.1.neuron": [0, 4],
+}
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def whole(name: str, **changes: Any) -> Any:
+    """A network with random biases that transformers' class can hold too: images are as wide as text there."""
+    config = FAMILIES[name][1].copy(**changes)
+    config.vision_config.hidden_size = config.text_config.encoder_hidden_size = 24
+    torch.manual_seed(0)
+    model = FAMILY.build(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def stock_of(model: Any) -> Any:
+    """Transformers' own network with the weights of `model`."""
+    config = transformers.BlipConfig.from_dict({**model.config.to_dict(), "model_type": "blip"})
+    stock = getattr(transformers, model.config.stock)(config).eval()
+    stock.load_state_dict(model.state_dict())
+    return stock
+
+
+def cut(model: Any) -> Any:
+    """What is left of `model` when heads and neurons go, in some layers all of them."""
+    return slice_model(FAMILY, model, [unit for unit in FAMILY.units(model) if unit.index in KEPT.get(unit.group, [unit.index])])
+
+
+def texts(config: Any, start: int = 4, lengths: tuple[int, int, int] = (5, 3, 4)) -> tuple[Tensor, Tensor]:
+    """Ids and mask of three texts."""
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(5, config.text_config.vocab_size, (3, 5), generator=torch.Generator().manual_seed(1)) * mask
+    ids[:, 0] = start
+    return ids, mask
+
+
+def example(config: Any) -> dict[str, Tensor]:
+    """Two images; three texts, two of them on the first image. Questions are of one length: transformers attends to their padding."""
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    ids, mask = texts(config)
+    batch = {"pixels": pixels, "image_index": torch.tensor([0, 1, 0])}
+    if config.stock != "BlipForQuestionAnswering":
+        return batch | {"text_ids": ids, "text_mask": mask}
+    answers, answer_mask = ids, mask
+    questions, question_mask = texts(config, 4, (5, 5, 5))
+    return batch | {
+        "question_ids": questions,
+        "question_mask": question_mask,
+        "answer_ids": answers.flip(0),
+        "answer_mask": answer_mask.flip(0),
+        "answer_index": torch.tensor([2, 0, 1]),
+    }
+
+
+def expected(stock: Any, batch: dict[str, Tensor], **capture: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Logits and captured outputs by tower, as transformers' modules give them when called one after the other."""
+    vision = stock.vision_model(pixel_values=batch["pixels"][batch["image_index"]], **capture)
+    image, outputs = vision.last_hidden_state, {"vision": vision}
+    start = stock.config.text_config.bos_token_id
+    if hasattr(stock, "text_encoder"):
+        kind = "question" if "question_ids" in batch else "text"
+        ids, mask = batch[f"{kind}_ids"], batch[f"{kind}_mask"]
+        ones = torch.ones(image.shape[:2])
+        text = stock.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image, encoder_attention_mask=ones, **capture)
+        outputs["text"] = text
+        if not hasattr(stock, "text_decoder"):
+            return stock.itm_head(text.last_hidden_state[:, 0]), outputs
+        rows = batch["answer_index"]
+        seen, seen_mask, words, word_mask = text.last_hidden_state[rows], mask[rows], batch["answer_ids"], batch["answer_mask"]
+    else:
+        seen, seen_mask, words, word_mask = image, None, batch["text_ids"], batch["text_mask"]
+    words = torch.cat([torch.full_like(words[:, :1], start), words[:, 1:]], 1)
+    decoder = stock.text_decoder(words, attention_mask=word_mask, encoder_hidden_states=seen, encoder_attention_mask=seen_mask, **capture)
+    return decoder.logits, {**outputs, "decoder": decoder}
+
+
+@each
+def test_the_numbers_are_those_of_transformers(name):
+    model = whole(name)
+    batch, config = example(model.config), model.config
+    want = {tap for tap in FAMILY.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
+    with torch.no_grad():
+        record = FAMILY.forward(model, batch, want)
+        logits, outputs = expected(stock_of(model), batch, output_attentions=True, output_hidden_states=True)
+        torch.testing.assert_close(record["logits"], logits, **CLOSE)
+        torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], logits, **CLOSE)
+    for tower in config.towers:
+        theirs, images = outputs[tower], batch["image_index"] if tower == "vision" else slice(None)
+        ours = record[f"{tower}.hidden"]
+        assert len(ours) == len(theirs.hidden_states) == 3
+        for mine, other in zip(ours, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(mine[images], other, **CLOSE)
+        for kind, maps in (("self_attention", theirs.attentions), ("cross_attention", getattr(theirs, "cross_attentions", None))):
+            if f"{tower}.{kind}" in want:
+                torch.testing.assert_close([m[images] for m in record[f"{tower}.{kind}"]], list(maps), **CLOSE)
+
+
+def test_features_are_those_of_the_contrastive_head():
+    model = whole("blip-retrieval")
+    batch = example(model.config)
+    with torch.no_grad():
+        record = FAMILY.forward(model, batch, {"vision.features", "text.features"})
+        theirs = stock_of(model)(
+            pixel_values=batch["pixels"], input_ids=batch["text_ids"], attention_mask=batch["text_mask"], use_itm_head=False
+        )
+    torch.testing.assert_close(record["vision.features"] @ record["text.features"].T, theirs.itm_score, **CLOSE)
+
+
+def test_greedy_answers_are_those_that_transformers_generates():
+    model = whole("blip-qa")
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(5, 20, (4, 5), generator=torch.Generator().manual_seed(4))
+    stock = stock_of(model)
+    theirs = stock.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)[:, 1:]
+    batch = {"pixels": pixels, "question_ids": ids, "question_mask": torch.ones_like(ids)}
+    ours = generate(FAMILY, model, batch, cls_id=4, sep_id=model.config.text_config.sep_token_id, max_tokens=6)
+    for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
+        length = (other.index(2) if 2 in other else len(other) - 1) + 1
+        assert mine[:length] == other[:length]
+    assert len({tuple(row) for row in ours.tolist()}) > 1
+
+
+@each
+@pytest.mark.parametrize("state", ["whole", "cut"])
+def test_networks_work_as_transformers_ones(name, state):
+    """forward, generate, captured outputs: of a cut network as of the same with zeros, in transformers' class."""
+    ours = whole(name) if state == "whole" else cut(whole(name))
+    stock = stock_of(pad_model(FAMILY, ours))
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    ids, mask = texts(ours.config)
+    more = {"decoder_input_ids": ids, "labels": ids} if name == "blip-qa" else {}
+    with torch.no_grad():
+        mine, theirs = (
+            net(pixel_values=pixels, input_ids=ids, attention_mask=mask, output_attentions=True, output_hidden_states=True, **more)
+            for net in (ours, stock)
+        )
+        assert mine.keys() == theirs.keys()
+        for key in set(mine) - {"attentions"}:
+            torch.testing.assert_close(mine[key], theirs[key], **CLOSE)
+        assert [maps.shape[1] for maps in mine["attentions"]] == ([4, 4] if state == "whole" else [2, 0])
+        if name != "blip-retrieval":
+            asked = {"input_ids": ids} if name == "blip-qa" else {}
+            answers = [net.generate(pixel_values=pixels, max_new_tokens=5, **asked) for net in (ours, stock)]
+            assert torch.equal(*answers)
+
+
+@each
+def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
+    config = FAMILIES[name][1].copy()
+    for part in (config.vision_config, config.text_config):
+        part.hidden_size, part.intermediate_size, part.num_attention_heads, part.initializer_range = 48, 96, 4, 0.05
+    config.text_config.encoder_hidden_size = 48
+    torch.manual_seed(0)
+    ours = FAMILY.build(config)
+    theirs = getattr(transformers, config.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"})).state_dict()
+    assert list(ours.state_dict()) == list(theirs)
+    for tensor, values in ours.state_dict().items():
+        if values.numel() < 500:
+            assert not tensor.endswith("bias") or float(values.abs().max()) == 0, tensor
+        else:
+            assert float(values.std() / theirs[tensor].std()) == pytest.approx(1, abs=0.12), tensor
+    tensors = ours.state_dict(keep_vars=True)
+    if "decoder" in config.towers:
+        words = tensors["text_decoder.bert.embeddings.word_embeddings.weight"]
+        assert tensors["text_decoder.cls.predictions.decoder.weight"] is words
+
+
+@each
+def test_networks_without_values_run_on_the_meta_device(name):
+    config = cut(build(name)[1]).config
+    with torch.device("meta"):
+        model = FAMILY.build(config)
+        want = {tap for tap in FAMILY.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
+        record = FAMILY.forward(model, FAMILY.example_batch(config, 2, 5, "meta"), want)
+    assert record["logits"].is_meta and {p.device.type for p in model.parameters()} == {"meta"}
+    assert [maps.shape[1] for maps in record["vision.self_attention"]] == [2, 0]
+
+
+@each
+def test_taps_that_are_not_there_and_questions_it_cannot_answer(name):
+    _, model, batch = build(name)
+    absent = {"blip-qa": "text.features", "blip-caption": "text.hidden", "blip-retrieval": "decoder.cross_attention"}[name]
+    with pytest.raises(BadInput, match=absent):
+        FAMILY.forward(model, batch, {absent})
+    with pytest.raises(BadInput, match=r"fusion\.hidden"):
+        FAMILY.forward(model, batch, {"fusion.hidden"})
+    if name == "blip-qa":
+        assert FAMILY.for_vqa(model, None, "auto") == (model, [])
+    else:
+        with pytest.raises(BadInput, match="cannot answer questions"):
+            FAMILY.for_vqa(model, None, "auto")
+        with pytest.raises(BadInput, match="cannot answer questions"):
+            FAMILY.question(model, batch)
+
+
+def test_start_tokens_are_the_configured_ones():
+    model = whole("blip-qa")
+    batch = example(model.config)
+    plain = FAMILY.forward(model, batch)["logits"]
+    other = {name: ids.clone() for name, ids in batch.items() if name.endswith("_ids")}
+    other["answer_ids"][:, 0] = 11
+    torch.testing.assert_close(FAMILY.forward(model, batch | other)["logits"], plain, rtol=0, atol=0)
+    other["question_ids"][:, 0] = 9
+    changed = FAMILY.forward(model, batch | other)["logits"]
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    model.config.question_start_id = 9
+    torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], changed, rtol=0, atol=0)
+    model.config.answer_start_id = 12
+    moved = FAMILY.forward(model, batch)["logits"]
+    assert not torch.allclose(moved, changed, atol=1e-3)
+    model.config.text_config.bos_token_id = 12
+    model.config.answer_start_id = None
+    torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], moved, rtol=0, atol=0)
+
+
+def test_padding_changes_nothing():
+    """Neither of questions nor of answers, where transformers lets answers attend to the padding of questions."""
+    model = whole("blip-qa")
+    ids, mask = texts(model.config)
+    batch = {**example(model.config), "question_ids": ids, "question_mask": mask}
+    logits = FAMILY.forward(model, batch)["logits"]
+    for row, question in enumerate(batch["answer_index"].tolist()):
+        words, length = int(mask[question].sum()), int(batch["answer_mask"][row].sum())
+        one = {
+            "pixels": batch["pixels"][batch["image_index"][question]][None],
+            "question_ids": ids[question, :words][None],
+            "question_mask": mask[question, :words][None],
+            "answer_ids": batch["answer_ids"][row, :length][None],
+            "answer_mask": batch["answer_mask"][row, :length][None],
+            "answer_index": torch.tensor([0]),
+        }
+        torch.testing.assert_close(FAMILY.forward(model, one)["logits"][0], logits[row, :length], **CLOSE)
+
+
+def test_answers_step_by_step_are_those_at_once():
+    """With a cache, for rows picked out of the questions, with layers that have no heads."""
+    model = cut(build("blip-qa")[1])
+    batch = example(model.config)
+    rows = batch["answer_index"]
+    with torch.no_grad():
+        at_once = FAMILY.forward(model, batch)["logits"]
+        _, context = FAMILY.question(model, batch)
+        torch.testing.assert_close(FAMILY.answer(model, context, batch["answer_ids"], batch["answer_mask"], rows), at_once, **CLOSE)
+        cache = FAMILY.new_cache(model)
+        first = FAMILY.answer(model, context, batch["answer_ids"][:, :2], None, rows, cache)
+        rest = FAMILY.answer(model, context, batch["answer_ids"][:, 2:], None, rows, cache)
+    real = batch["answer_mask"].bool()
+    torch.testing.assert_close(torch.cat([first, rest], 1)[real], at_once[real], **CLOSE)
+
+
+def test_gradients_reach_every_weight_of_a_training_step():
+    for name in NAMES:
+        _, model, _ = build(name)
+        record = FAMILY.forward(model.train(), example(model.config), {"vision.self_attention"} & FAMILY.taps)
+        (record["logits"].square().mean() + record["vision.self_attention"][0].square().mean()).backward()
+        unused = {parameter for parameter, values in model.named_parameters() if values.grad is None}
+        expected = {f"{side}_proj.{part}" for side in ("vision", "text") for part in ("weight", "bias")} if "retrieval" in name else set()
+        assert unused == expected, name
+
+
+@each
+def test_whole_networks_are_written_for_transformers(name, tmp_path):
+    model = whole(name, answers=["yes"], question_start_id=9)
+    FAMILY.save(model, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["model_type"], values["architectures"]) == ("blip", [model.config.stock])
+    stock, info = getattr(transformers, model.config.stock).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), model.state_dict().values(), strict=True))
+    again = families.of_folder(tmp_path).load(tmp_path)
+    assert type(again) is type(model) and again.config.answers == ["yes"] and again.config.question_start_id == 9
+    torch.testing.assert_close(
+        FAMILY.forward(again, example(again.config))["logits"], FAMILY.forward(model, example(again.config))["logits"], rtol=0, atol=0
+    )
+
+
+@each
+def test_cut_networks_are_written_with_our_type(name, tmp_path):
+    model = cut(build(name)[1])
+    FAMILY.save(model, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["model_type"] == model.config.model_type and values["architectures"] == [type(model).__name__]
+    again = families.of_folder(tmp_path).load(tmp_path)
+    assert FAMILY.kept(again.config) == FAMILY.kept(model.config) and FAMILY.kept(again.config)["vision.1.head"] == []
+    torch.testing.assert_close(
+        FAMILY.forward(again, example(again.config))["logits"], FAMILY.forward(model, example(again.config))["logits"], rtol=0, atol=0
+    )
+
+
+def test_what_transformers_cannot_say_is_written_with_our_type(tmp_path):
+    """A decoder of another depth than the encoder; images of another width than text, which the decoder attends to."""
+    model = whole("blip-qa")
+    assert model.config.is_stock
+    config = FAMILY.with_layers(model.config, {"vision": [1], "text": [0, 1], "decoder": [1]})
+    assert FAMILY.layer_counts(config) == {"vision": 1, "text": 2, "decoder": 1} and not config.is_stock
+    assert config.layer_source == {"vision": [1], "text": [0, 1], "decoder": [1]} and config.layer_source_of["text"] == 2
+    shallow = FAMILY.build(config).eval()
+    FAMILY.save(shallow, tmp_path / "shallow")
+    assert FAMILY.layer_counts(FAMILY.load(tmp_path / "shallow").config) == FAMILY.layer_counts(config)
+    assert FAMILY.with_layers(model.config, {"vision": [1], "text": [1], "decoder": [1]}).is_stock
+    wide = build("blip-qa")[1]
+    assert not wide.config.is_stock and wide.text_decoder.bert.encoder.layer[0].crossattention.self.key.in_features == 24
+    assert wide.text_encoder.encoder.layer[0].crossattention.self.key.in_features == 16
+    FAMILY.save(wide, tmp_path / "wide")
+    again = FAMILY.load(tmp_path / "wide")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), wide.state_dict().values(), strict=True))
+    with pytest.raises(BadInput, match="no text layers"):
+        FAMILY.with_layers(model.config, {"vision": [1], "text": [], "decoder": [1]})
+
+
+def test_folders_of_older_versions(tmp_path):
+    """Half precision, position ids and tied tensors among the weights, none of our fields, statistics in the image processor."""
+    model = whole("blip-qa")
+    FAMILY.save(model, tmp_path)
+    tensors = {name: tensor.half().clone() for name, tensor in model.state_dict().items()}
+    extra = {f"{tower}.embeddings.position_ids": torch.arange(9)[None] for tower in ("text_encoder", "text_decoder.bert")}
+    save_file(tensors | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((tmp_path / "config.json").read_text())
+    ours = set(BlipAnswerConfig.__annotations__) | set(BlipAnswerConfig.__mro__[1].__annotations__)
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if key not in ours}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}))
+    loaded = FAMILY.load(tmp_path)
+    assert loaded.dtype == torch.float32 and list(loaded.config.image_std) == [1.0, 2.0, 3.0]
+    assert loaded.config.question_start_id is None and loaded.config.decoder_start == 3
+    assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.state_dict().items())
+
+
+def edit(folder: Path, part: str | None = None, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (values[part] if part else values).update(changes)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def spoil_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: edit(f, "text_config", intermediate_size=9), "mismatched keys"),
+        (lambda f: edit(f, "vision_config", num_hidden_layers=4), "missing keys"),
+        (lambda f: edit(f, "text_config", num_hidden_layers=1), "unexpected keys"),
+        (lambda f: edit(f, "vision_config", num_attention_heads=5), "shared evenly"),
+        (lambda f: edit(f, "text_config", num_attention_heads=0), "shared evenly"),
+        (lambda f: edit(f, "text_config", is_decoder=False), "is_decoder is false"),
+        (lambda f: edit(f, "vision_config", image_size=[16, 24]), "square"),
+        (lambda f: edit(f, "vision_config", image_size=17), "no multiple"),
+        (lambda f: edit(f, "vision_config", hidden_size="wide"), "cannot read"),
+        (lambda f: edit(f, text_config=7), "cannot read"),
+        (lambda f: edit(f, architectures=["BlipModel"]), "architectures is BlipModel"),
+        (lambda f: edit(f, architectures=None), "architectures is None"),
+        (lambda f: edit(f, architectures=["BlipForConditionalGeneration"]), "unexpected keys"),
+        (lambda f: edit(f, model_type="evlm_blip_vqa", kept={"vision.0.head": "0-1"}), "mismatched keys"),
+        (lambda f: edit(f, decoder_layers=1), "unexpected keys"),
+        (lambda f: edit(f, kept={"fusion.0.head": "0"}), "unknown groups"),
+        (lambda f: edit(f, kept={"decoder.0.head": "0-4"}), "not ascending within"),
+        (lambda f: spoil_weights(f, lambda t: t.pop("vision_model.post_layernorm.weight")), "1 missing keys"),
+        (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(tmp_path, spoil, message):
+    FAMILY.save(whole("blip-qa"), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        families.of_folder(tmp_path).load(tmp_path)
+
+
+@each
+def test_anatomy_covers_every_prunable_tensor(name):
+    for model in (build(name)[1], cut(build(name)[1])):
+        tensors = model.state_dict()
+        taken: dict[tuple[str, int], int] = {}
+        for unit in FAMILY.units(model):
+            for site in unit.sites:
+                taken[site.tensor, site.dim] = taken.get((site.tensor, site.dim), 0) + site.stop - site.start
+        assert all(tensors[tensor].shape[dim] == count for (tensor, dim), count in taken.items())
+        parts = (".qkv.", ".query.", ".key.", ".value.", ".fc1.", ".intermediate.", "projection.weight", ".fc2.weight", "dense.weight")
+        inside = {n for n in tensors if (".layers." in n or ".layer." in n) and any(part in n for part in parts)}
+        assert {tensor for tensor, _ in taken} == inside
+        towers = set(model.config.towers) | ({"heads"} if name == "blip-retrieval" else set())
+        assert {FAMILY.tower_of(n) for n in tensors} == towers
+        assert sum(map(FAMILY.is_embedding, tensors)) == 2 * len(model.config.towers) - 1
+
+
+def test_sizes_and_tasks():
+    for name, kind, task in zip(NAMES, KINDS, ("vqa", "captioning", "retrieval"), strict=True):
+        _, config = FAMILIES[name]
+        assert type(config) is kind and FAMILY.tasks(config) == {task}
+        sizes = FAMILY.sizes(config)
+        assert sizes.heads == {"vision": 4, "text": 3, "decoder": 3} and sizes.widths["vision"] == 16 and sizes.vocab_size == 20
+
+
+def test_a_fresh_base_is_the_published_one():
+    config = fresh_config("base", {}, 30524)
+    with torch.device("meta"):
+        model = FAMILY.build(config)
+    assert config.is_stock and config.text_config.num_attention_heads == 12 and config.vision_config.layer_norm_eps == 1e-6
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(361.2e6, rel=0.002)  # published: 361 M
+    with pytest.raises(BadInput, match="vision_layer: unknown key, did you mean vision_layers"):
+        fresh_config("tiny", {"vision_layer": 2}, 50)
+    with pytest.raises(BadInput, match="shared evenly"):
+        fresh_config("tiny", {"text_heads": 3}, 50)
+    with pytest.raises(BadInput, match="no multiple"):
+        fresh_config("tiny", {"patch_size": 9}, 50)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `init`, `teacher`, `student`, `pruned` of a question-answering BLIP with 16 channels."""
+    root = tmp_path_factory.mktemp("blip")
+    sizes = {**SIZES, "vision_layers": 2, "text_layers": 2, "decoder_layers": 2}
+    run_stage("init", out=str(root / "init"), family="blip", size="tiny", data=SHAPES, settings=sizes)
+    run_stage("finetune", out=str(root / "teacher"), model=str(root / "init"), data=SHAPES, **TRAIN)
+    run_stage("shrink", out=str(root / "student"), model=str(root / "teacher"), layers={"decoder": 2})
+    taught = {"model": str(root / "student"), "teacher": str(root / "teacher"), "data": SHAPES, "sparsity": 0.4}
+    run_stage("prune", out=str(root / "pruned"), **taught, **TRAIN)
+    return root
+
+
+def test_a_fresh_network_reads_and_writes_with_its_own_tokens(blip):
+    made = load(str(blip / "init"))
+    vocab, config = made.tokenizer.get_vocab(), made.model.config
+    assert config.is_stock and config.question_start_id == vocab["[ENC]"] and config.decoder_start == vocab["[DEC]"]
+    assert config.text_config.sep_token_id == vocab["[SEP]"] and len(vocab) == config.text_config.vocab_size
+    assert made.tokenizer.decode([vocab["[DEC]"], vocab["[SEP]"]], skip_special_tokens=True) == ""
+    assert made.manifest.family == "blip" and made.manifest.origin == "random" and made.tasks == {"vqa"}
+    with pytest.raises(BadInput, match="no blip is built from towers"):
+        run_stage("init", out=str(blip / "x"), family="blip", vision_from="a", text_from="b", tokenizer="b")
+
+
+def test_a_chain_of_stages(blip):
+    teacher, student, pruned = (load(str(blip / name)) for name in ("teacher", "student", "pruned"))
+    assert FAMILY.layer_counts(student.model.config) == {"vision": 1, "text": 1, "decoder": 2}
+    assert pruned.manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.005)
+    macs = [loaded.manifest.accounting["macs"] for loaded in (teacher, student, pruned)]
+    assert macs[0]["total"] > macs[1]["total"] > macs[2]["total"] and set(macs[0]["by_tower"]) == {"vision", "text", "decoder"}
+    assert sum(macs[2]["by_tower"].values()) == macs[2]["total"]
+    assert {"kd", "task"} <= set(pruned.manifest.metrics["train"]) and pruned.model.config.answers == teacher.model.config.answers
+    stock = transformers.BlipForQuestionAnswering.from_pretrained(blip / "teacher").state_dict()
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in teacher.model.state_dict().items())
+    result = run_stage("bench", models=[str(blip / "teacher"), str(blip / "pruned")], batch_sizes=[2], rounds=1, warmup_rounds=0)
+    assert [row["trained"] for row in result["models"]] == [True, True]
+    for mode in ("rank", "generate"):
+        assert run_stage("eval", model=str(blip / "pruned"), data=SHAPES, limit=2, mode=mode)["metrics"]["questions"] == 20
+
+
+def test_gates_are_cut_again_and_magnitude_prunes_without_any(blip, tmp_path):
+    again = {"from_gates": str(blip / "pruned"), "model": str(blip / "student"), "data": SHAPES, "eval_limit": 2}
+    run_stage("prune", out=str(tmp_path / "recut"), sparsity=0.6, **again)
+    taught = {"model": str(blip / "student"), "data": SHAPES, "sparsity": 0.5, "method": "magnitude", **TRAIN, "max_steps": 2}
+    run_stage("prune", out=str(tmp_path / "magnitude"), **taught)
+    for name, sparsity in (("recut", 0.6), ("magnitude", 0.5)):
+        assert load(str(tmp_path / name)).manifest.accounting["sparsity"]["achieved"] == pytest.approx(sparsity, abs=0.005)
+
+
+def test_training_is_resumed_with_tied_tensors(blip, tmp_path):
+    from efficientvlm.state import Spent, newest, restore, save, tensors_of
+
+    model, other = load(str(blip / "teacher")).model, load(str(blip / "init")).model
+    save(tmp_path, tensors_of(model, []), Spent(steps=3))
+    assert newest(tmp_path) is not None and restore(tmp_path, other, []).steps == 3
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+    tensors = other.state_dict(keep_vars=True)
+    words = tensors["text_decoder.bert.embeddings.word_embeddings.weight"]
+    assert tensors["text_decoder.cls.predictions.decoder.weight"] is words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_transformers_is_imported_and_shrunk(name, blip, tmp_path, capsys):
+    vocab = load(str(blip / "init")).tokenizer
+    model = whole(name)
+    config = model.config.copy()
+    config.text_config.vocab_size = len(vocab)
+    stock_of(FAMILY.build(config)).save_pretrained(tmp_path / "hf")
+    vocab.save_pretrained(tmp_path / "hf")
+    edit(tmp_path / "hf", "text_config", num_attention_heads=3)
+    run_stage("import", Control(), out=str(tmp_path / "in"), model=str(tmp_path / "hf"))
+    assert "vision 4 of 6 columns (config.json)" in capsys.readouterr().err
+    run_stage("shrink", out=str(tmp_path / "student"), model=str(tmp_path / "in"))
+    loaded = load(str(tmp_path / "student"))
+    depth = {tower: 1 if tower in config.towers else 0 for tower in FAMILY.towers}
+    assert FAMILY.layer_counts(loaded.model.config) == depth
+    if name != "blip-qa":  # which is not tuned, so there is no list of answers
+        models = [str(tmp_path / "in"), str(tmp_path / "student")]
+        result = run_stage("bench", models=models, batch_sizes=[2], rounds=1, warmup_rounds=0)
+        pruning = {"task": "none", "method": "magnitude", "sparsity": 0.4}
+        run_stage("prune", out=str(tmp_path / "pruned"), model=str(tmp_path / "student"), **pruning)
+        assert load(str(tmp_path / "pruned")).manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.02)
+        assert result["models"][1]["parameters_timed"] < result["models"][0]["parameters_timed"] and len(result["latency"]) == 2
+
+
+def test_the_recipe_runs_scaled_down(tmp_path):
+    from efficientvlm.recipe import load_recipe, validate
+    from efficientvlm.stages.run import run_stage as run
+
+    short = ["max_steps=2", "batch_size=2", "limit=8", "eval_limit=2", f"data={SHAPES}", f"out={tmp_path}", "speed.rounds=1"]
+    sizes = {**SIZES, "vision_layers": 2, "text_layers": 2}
+    steps = validate(load_recipe("blip-shapes"), [*short, f"start.settings={json.dumps(sizes)}"])
+    for step in steps:
+        run(step.stage, step.config, Control(quiet=True))
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text("utf-8"))
+    assert {"teacher", "student", "pruned", "final"} <= set(json.dumps(summary).replace('"', " ").split())
+    final = load(str(tmp_path / "final"))
+    assert final.manifest.family == "blip" and final.manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.005)
+
+
+OPEN = {
+    "ours": "import efficientvlm; model = efficientvlm.load(folder)",
+    # transformers loads its Auto classes in the middle of these imports
+    "auto": "import efficientvlm; from transformers import BlipForQuestionAnswering, AutoModel; model = AutoModel.from_pretrained(folder).eval()",
+    "stock": "import transformers; model = getattr(transformers, name).from_pretrained(folder).eval()",
+}
+PROCESS = """
+import sys, torch
+from safetensors.torch import load_file
+how, *arguments = sys.argv[1:]
+for argument in arguments:
+    name, folder = argument.split("=")
+    {open}
+    assert ("efficientvlm" in sys.modules) == (how != "stock")
+    saved = load_file(folder + "/../inputs.safetensors")
+    x, ids, mask = saved["pixels"], saved["ids"], saved["mask"]
+    with torch.no_grad():
+        if name == "BlipForQuestionAnswering":
+            image = model.vision_model(x).last_hidden_state
+            seen = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
+            got = model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=mask).logits
+        else:
+            out = model(pixel_values=x, input_ids=ids, attention_mask=mask)
+            got = out.logits if name == "BlipForConditionalGeneration" else out.itm_score
+    assert torch.allclose(got, saved["logits"], rtol=1e-5, atol=1e-5), (got - saved["logits"]).abs().max()
+    print(type(model).__name__)
+"""
+
+
+def test_folders_open_in_fresh_processes(blip, tmp_path):
+    """Cut ones with `load` and with Auto classes once the package is imported; whole ones without the package."""
+    from efficientvlm.checkpoint import Output
+    from efficientvlm.stages.common import write
+
+    folders: dict[str, list[str]] = {"cut": [], "whole": []}
+    tokens = load(str(blip / "init")).tokenizer
+    for name in NAMES:
+        dense = whole(name)
+        config = dense.config.copy()
+        config.text_config.vocab_size = len(tokens)
+        dense = FAMILY.build(config).eval()
+        for state, model in (("cut", cut(dense)), ("whole", dense)):
+            folder = tmp_path / f"{name}-{state}" / "model"
+            ids, mask = texts(config, config.decoder_start, (5, 5, 5) if name == "blip-qa" else (5, 3, 4))
+            inputs = {"pixels": torch.randn(3, 3, 16, 16), "ids": ids, "mask": mask}
+            kinds = ("question", "answer") if name == "blip-qa" else ("text",)
+            batch = {f"{kind}_{part}": inputs[part] for kind in kinds for part in ("ids", "mask")}
+            with torch.no_grad():
+                logits = FAMILY.forward(model, {"pixels": inputs["pixels"], "answer_index": torch.arange(3), **batch})["logits"]
+            write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))
+            save_file({**inputs, "logits": logits}, folder.parent / "inputs.safetensors")
+            folders[state].append(f"{config.stock}={folder}")
+    started = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", PROCESS.format(open=code), how, *folders["whole" if how == "stock" else "cut"]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for how, code in OPEN.items()
+    }
+    for how, process in started.items():
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+        assert out.split() == [("" if how == "stock" else "Sliced") + kind.stock for kind in KINDS]
