@@ -14,7 +14,6 @@ import typer
 
 from efficientvlm import ranks
 from efficientvlm.cli import build, folders, measure, plan, recipes, train
-from efficientvlm.config import STAGES
 from efficientvlm.errors import EvlmError
 from efficientvlm.interrupt import sigterm_as_interrupt
 
@@ -68,6 +67,8 @@ def main() -> None:
 
 def _run_with_others() -> int:
     """Run as one of several processes, of which the main one speaks; another one speaks up only if the main one does not."""
+    from efficientvlm.config import STAGES
+
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of parameters that happen to be used in the first step
     ours = nullcontext() if ranks.is_main() else redirect_stderr(io.StringIO())
     with ours as said, nullcontext() if ranks.is_main() else redirect_stdout(io.StringIO()):

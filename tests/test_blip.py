@@ -541,9 +541,16 @@ def test_the_recipe_runs_scaled_down(tmp_path):
     from efficientvlm.recipe import load_recipe, validate
     from efficientvlm.stages.run import run_stage as run
 
-    short = ["max_steps=2", "batch_size=2", "limit=8", "eval_limit=2", f"data={SHAPES}", f"out={tmp_path}", "speed.rounds=1"]
+    short = [
+        *(f"{name}.max_steps=2" for name in ("teacher", "distilled", "pruned", "final")),
+        "batch_size=2",
+        "limit=8",
+        "eval_limit=2",
+        f"data={SHAPES}",
+        "speed.rounds=1",
+    ]
     sizes = {**SIZES, "vision_layers": 2, "text_layers": 2}
-    steps = validate(load_recipe("blip-shapes"), [*short, f"start.settings={json.dumps(sizes)}"])
+    steps = validate(load_recipe("blip-shapes"), [*short, f"start.settings={json.dumps(sizes)}"], out=str(tmp_path))
     for step in steps:
         run(step.stage, step.config, Control(quiet=True))
     summary = json.loads((tmp_path / "report" / "summary.json").read_text("utf-8"))
@@ -555,7 +562,7 @@ def test_the_recipe_runs_scaled_down(tmp_path):
 OPEN = {
     "ours": "import efficientvlm; model = efficientvlm.load(folder)",
     # transformers loads its Auto classes in the middle of these imports
-    "auto": "import efficientvlm; from transformers import BlipForQuestionAnswering, AutoModel; model = AutoModel.from_pretrained(folder).eval()",
+    "auto": "import efficientvlm; from transformers import BertModel, AutoModel; model = AutoModel.from_pretrained(folder).eval()",
     "stock": "import transformers; model = getattr(transformers, name).from_pretrained(folder).eval()",
 }
 PROCESS = """

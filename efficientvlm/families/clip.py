@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families import register
 from efficientvlm.families.base import HEAD, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
 from efficientvlm.families.clip_model import (
@@ -263,6 +262,3 @@ def copied(config: Any, **changes: Any) -> Any:
     """A configuration of its own with some fields changed."""
     values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "transformers_version")}
     return type(config).from_dict({**values, **changes})
-
-
-register(CLIP())  # importing transformers' classes loads its Auto classes, while this module was not there yet

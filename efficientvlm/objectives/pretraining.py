@@ -185,7 +185,7 @@ def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tenso
 
 
 def visible_patches(mask: Tensor, count: int) -> Tensor:
-    """Visible patches [count, S] of a region step's image states: `mask` [R, S] of the regions, then whole images, which show everything."""
+    """Visible patches [count, S] of a region step's image states: `mask` [R, S] of regions, then whole images, which show everything."""
     return torch.cat([mask.bool(), torch.ones(count - len(mask), mask.shape[1], dtype=torch.bool, device=mask.device)])
 
 
