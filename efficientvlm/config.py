@@ -274,6 +274,14 @@ class Export(Strict):
     seed: int = Field(0, ge=0)
 
 
+class Targets(Strict):
+    """What the last model of a report should reach beside the first."""
+
+    parameters: float | None = Field(None, gt=0, description="at most this part of the parameters")
+    accuracy: float | None = Field(None, gt=0, description="at least this part of the accuracy")
+    speedup: float | None = Field(None, gt=0, description="at least so many times as fast at batch 8")
+
+
 class Report(Strict):
     """The table and picture that end a recipe; refers to folders and results of its earlier stages."""
 
@@ -281,6 +289,7 @@ class Report(Strict):
     models: dict[str, str] = Field(min_length=1, description="label → checkpoint folder")
     evals: dict[str, str] = Field(default_factory=dict, description="label → result of an eval stage")
     bench: str | None = Field(None, description="result of a bench stage")
+    targets: Targets = Field(default_factory=Targets)
 
 
 STAGES: dict[str, type[Strict]] = {

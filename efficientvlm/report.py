@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from efficientvlm.config import Targets
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
 WIDTH = 100
 NONE = "–"
 OTHER = "heads"  # what an accounting calls parameters that belong to no tower
-TARGETS = (  # EfficientVLM, abstract: 44.3 % of the parameters, 98.4 % of the performance, 2.2 times faster
-    ("parameters", "at most", 0.443),
-    ("accuracy", "at least", 0.98),
-    ("speed-up at batch 8", "at least", 2.2),
-)
+TARGETS = (("parameters", "at most"), ("accuracy", "at least"), ("speed-up at batch 8", "at least"))
 
 
 def summarise(
-    models: Mapping[str, tuple[Manifest, str]], evals: Mapping[str, dict[str, Any]], bench: dict[str, Any] | None
+    models: Mapping[str, tuple[Manifest, str]],
+    evals: Mapping[str, dict[str, Any]],
+    bench: dict[str, Any] | None,
+    limits: Targets | None = None,
 ) -> dict[str, Any]:
     """The figures of every model, JSON-ready; the first model is the one the others are compared with.
 
@@ -35,6 +35,7 @@ def summarise(
         models: label → manifest and its sha256.
         evals: label → result of the eval stage.
         bench: result of the bench stage.
+        limits: what the last model should reach beside the first.
 
     Raises:
         BadInput: results of other checkpoints, or evaluations of different questions.
@@ -64,7 +65,7 @@ def summarise(
         name = next((label for label, (_, digest) in models.items() if digest == base["sha256"]), base["model"])
         speed = {"compared_with": name, "machine": bench["machine"], "precision": bench["precision"], "text_length": bench["text_length"]}
     summary = {"reference": labels[0], "models": figures, "test": next(iter(tests.values()), None), "speed": speed}
-    return {**summary, "targets": targets(summary)}
+    return {**summary, "targets": targets(summary, limits or Targets())}
 
 
 def test_of(result: dict[str, Any]) -> str:
@@ -112,8 +113,8 @@ def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, A
     }
 
 
-def targets(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The last model beside the first: value, limit and whether it is met; None where it was not measured."""
+def targets(summary: dict[str, Any], limits: Targets) -> list[dict[str, Any]]:
+    """The last model beside the first: value, limit and whether it is met; None where it was not measured or nothing was asked."""
     labels = list(summary["models"])
     if len(labels) < 2:
         return []
@@ -125,19 +126,23 @@ def targets(summary: dict[str, Any]) -> list[dict[str, Any]]:
         last["latency"].get("8", {}).get("speedup") if against_first else None,
     )
     found = []
-    for (name, sense, limit), value in zip(TARGETS, values, strict=True):
-        met = None if value is None else value <= limit if sense == "at most" else value >= limit
+    asked = (limits.parameters, limits.accuracy, limits.speedup)
+    for (name, sense), limit, value in zip(TARGETS, asked, values, strict=True):
+        met = None if value is None or limit is None else value <= limit if sense == "at most" else value >= limit
         found.append({"name": name, "of": f"{labels[-1]} / {labels[0]}", "value": value, "sense": sense, "limit": limit, "met": met})
     return found
 
 
 def target_lines(found: list[dict[str, Any]]) -> list[str]:
-    """A line a target: `final / teacher: parameters 30.1 % (at most 44.3 %: met)`."""
+    """A line a measure: `final / teacher: parameters 30.1 % (at most 44.3 %: met)`; without a target the value alone."""
     lines = []
     for target in found:
         show = _times if target["name"].startswith("speed") else _percent
-        verdict = {None: "not measured", True: "met", False: "not met"}[target["met"]]
-        lines.append(f"{target['of']}: {target['name']} {show(target['value'])} ({target['sense']} {show(target['limit'])}: {verdict})")
+        line = f"{target['of']}: {target['name']} {show(target['value'])}"
+        if target["limit"] is not None:
+            verdict = {None: "not measured", True: "met", False: "not met"}[target["met"]]
+            line += f" ({target['sense']} {show(target['limit'])}: {verdict})"
+        lines.append(line)
     return lines
 
 

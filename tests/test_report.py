@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from efficientvlm import report
+from efficientvlm.config import Targets
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Code, Manifest
 from efficientvlm.picture import structure_figure
 
 CROSS = ("fusion", "decoder")
+ASKED = Targets(parameters=0.443, accuracy=0.98, speedup=2.2)
 
 
 def manifest(stage: str, layers: dict[str, int], heads: int = 4, neurons: int = 512, **total: int) -> Manifest:
@@ -94,7 +96,7 @@ def cells(text: str, name: str) -> list[str]:
 
 
 def test_the_table_has_measures_as_rows_and_fits_a_terminal(models: Any, evals: Any, bench: Any) -> None:
-    text = report.text(report.summarise(models, evals, bench))
+    text = report.text(report.summarise(models, evals, bench, ASKED))
     assert max(map(len, text.splitlines())) <= 100
     assert text.splitlines()[0].split() == ["teacher", "student", "pruned", "final"]
     assert cells(text, "parameters (M)") == ["2.400", "1.100", "0.720", "0.720"]
@@ -112,7 +114,7 @@ def test_the_table_has_measures_as_rows_and_fits_a_terminal(models: Any, evals: 
 
 
 def test_targets_are_stated_as_facts(models: Any, evals: Any, bench: Any) -> None:
-    lines = report.text(report.summarise(models, evals, bench)).splitlines()[-3:]
+    lines = report.text(report.summarise(models, evals, bench, ASKED)).splitlines()[-3:]
     assert lines == [
         "final / teacher: parameters 30.0 % (at most 44.3 %: met)",
         "final / teacher: accuracy 99.0 % (at least 98.0 %: met)",
@@ -120,11 +122,21 @@ def test_targets_are_stated_as_facts(models: Any, evals: Any, bench: Any) -> Non
     ]
     evals["final"]["metrics"]["accuracy"] = 0.9
     bench["latency"][-1]["speedup"] = 2.19
-    assert [target["met"] for target in report.summarise(models, evals, bench)["targets"]] == [True, False, False]
+    assert [target["met"] for target in report.summarise(models, evals, bench, ASKED)["targets"]] == [True, False, False]
+
+
+def test_without_targets_the_values_stand_alone(models: Any, evals: Any, bench: Any) -> None:
+    summary = report.summarise(models, evals, bench)
+    assert report.text(summary).splitlines()[-3:] == [
+        "final / teacher: parameters 30.0 %",
+        "final / teacher: accuracy 99.0 %",
+        "final / teacher: speed-up at batch 8 3.00×",
+    ]
+    assert [target["met"] for target in summary["targets"]] == [None] * 3
 
 
 def test_what_was_not_measured_is_left_out(models: Any, bench: Any) -> None:
-    summary = report.summarise(models, {}, None)
+    summary = report.summarise(models, {}, None, ASKED)
     text = report.text(summary)
     assert "latency" not in text and "speed-up" not in text.partition("final / teacher")[0]
     assert text.count("not measured") == 2 and [target["met"] for target in summary["targets"]] == [True, None, None]
@@ -147,11 +159,11 @@ def test_results_of_other_checkpoints_are_refused(models: Any, evals: Any, bench
     for record in bench["models"]:
         record["sha256"] = "e" * 64
     with pytest.raises(BadInput, match="other checkpoints"):
-        report.summarise(models, evals, bench)
+        report.summarise(models, evals, bench, ASKED)
 
 
 def test_the_summary_is_json(models: Any, evals: Any, bench: Any) -> None:
-    summary = report.summarise(models, evals, bench)
+    summary = report.summarise(models, evals, bench, ASKED)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["models"]["final"]["kept"]["decoder"] == {"head": [2, 4], "cross_head": [2, 4], "neuron": [300, 512]}
 

@@ -25,15 +25,14 @@ def tiles(story: Story) -> Html | None:
         show = (lambda ratio: f"{ratio:.2f}×") if times else percent
         big = tag("b", NOT_MEASURED if value is None else show(value))
         met = {None: None, True: tag("span", " met", class_="good"), False: tag("span", " missed", class_="bad")}[target["met"]]
-        limits = tag(
-            "div", f"target: {target['sense']} {show(limit)}", met and tag("b", " ·", style="display:inline;font-size:inherit"), met
-        )
+        dot = met and tag("b", " ·", style="display:inline;font-size:inherit")
+        limits = None if limit is None else tag("div", f"target: {target['sense']} {show(limit)}", dot, met)
         drawn.append(
             tag(
                 "div",
                 tag("span", f"{target['name']}, {target['of']}", class_="soft small"),
                 big,
-                tag("span", limits, class_="small"),
+                limits and tag("span", limits, class_="small"),
                 class_="tile",
             )
         )

@@ -32,7 +32,7 @@ def run(config: Report, control: Control) -> dict[str, Any]:
     models = {label: (require_complete(spec), fingerprint(spec)) for label, spec in config.models.items()}
     evals = {label: read_result(Path(path).expanduser(), "eval") for label, path in config.evals.items()}
     bench = read_result(Path(config.bench).expanduser(), "bench") if config.bench else None
-    summary = report.summarise(models, evals, bench)
+    summary = report.summarise(models, evals, bench, config.targets)
     structures = {label: pages.structure_of(resolve(spec)) for label, spec in config.models.items()}
     out = claim(Path(config.out).expanduser())
     text = report.text(summary)
