@@ -57,12 +57,21 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
-    code = _run() if ranks.launched() == 1 else _run_with_others()
+    code = _started()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
     sys.exit(code)
+
+
+def _started() -> int:
+    try:
+        several = ranks.launched() > 1
+        ranks.rank()
+    except EvlmError as error:
+        return _fail(error.exit_code, error.what, error.why, error.fix)
+    return _run_with_others() if several else _run()
 
 
 def _run_with_others() -> int:

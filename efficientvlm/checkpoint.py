@@ -25,9 +25,9 @@ from efficientvlm.files import fsync_dir, out_of_space, resolve, sha256, shown, 
 from efficientvlm.lineage import known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
+from efficientvlm.request import REQUEST, compare, read_request
 
 STATE = "training_state"
-REQUEST = "request.json"
 LOCK = "lock"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
@@ -187,8 +187,8 @@ class Output:
 
     @property
     def resumable(self) -> bool:
-        """Whether a training state was saved: a folder whose `state.json`, written last, is there."""
-        return any(self.state_dir.glob("*/state.json"))
+        """Whether a training state was saved: a folder `step-N` whose `state.json`, written last, is there."""
+        return any(self.state_dir.glob("step-*/state.json"))
 
     def manifest(self, *, family: str, **fields: Any) -> Manifest:
         """A manifest with stage, parents, teacher, inputs, configuration, seed, code and environment filled in.
@@ -273,7 +273,7 @@ class Output:
 
     def _look(self, force: bool, resume: bool) -> dict[str, Any] | None:
         """The unfinished stage that is in the folder, if any; sets `up_to_date`."""
-        request = self._read_request(lenient=force or not resume)
+        request = read_request(self.state_dir, lenient=force or not resume)
         return self._meet_finished(force, request) if (self.path / MANIFEST).exists() else request
 
     def _begin(self, request: dict[str, Any] | None, force: bool, resume: bool) -> None:
@@ -334,36 +334,7 @@ class Output:
         return json.loads(json.dumps({"stage": self.stage, "inputs": self.digests, "config": self.config}))
 
     def _differences(self, other: dict[str, Any]) -> list[str]:
-        mine = self._key()
-        if mine["stage"] != other["stage"]:
-            return [f"stage: {other['stage']} there, {self.stage} now"]
-        roles = sorted({*mine["inputs"], *other["inputs"]})
-        changed = [f"input {role} differs" for role in roles if mine["inputs"].get(role) != other["inputs"].get(role)]
-        same = {"out", "max_bad", *roles}  # max_bad decides whether a run stops, not what comes out
-        for name in sorted({*mine["config"], *other["config"]} - same):
-            before, wanted = other["config"].get(name), mine["config"].get(name)
-            if before != wanted:
-                changed.append(f"{name}: {_brief(before)} there, {_brief(wanted)} now")
-        return changed
-
-    def _read_request(self, lenient: bool) -> dict[str, Any] | None:
-        path = self.state_dir / REQUEST
-        if not path.exists():
-            return None
-        try:
-            request = manifests.read_json(path)
-            shape = {"stage": str, "inputs": dict, "config": dict, "replaces": list, "beside": bool}
-            if not isinstance(request, dict) or any(not isinstance(request.get(key), kind) for key, kind in shape.items()):
-                raise BadInput(f"{path} is damaged", "it does not describe a stage")
-            for name in request["replaces"]:
-                manifests.inside(str(name))
-        except (BadInput, ValueError) as error:
-            if lenient:
-                return None
-            raise BadInput(
-                f"{self.path} holds an unfinished stage that cannot be resumed", str(error), "use --no-resume to start it anew"
-            ) from None
-        return request
+        return compare(self._key(), other)
 
     def _meet_finished(self, force: bool, request: dict[str, Any] | None) -> dict[str, Any] | None:
         try:
@@ -437,7 +408,7 @@ def examine(
     given = {role: spec for role, spec in inputs.items() if role not in unread}
     output = _Seen(out, stage, given, {role: fingerprint(spec) for role, spec in given.items()}, config)
     output._refuse_foreign()
-    request = output._read_request(lenient=force or not resume)
+    request = read_request(output.state_dir, lenient=force or not resume)
     finished = (out / MANIFEST).exists()
     before = manifests.read(out).inputs if finished and not force else request["inputs"] if request else {}
     output.digests |= {role: before[role] for role in unread if role in before}
@@ -449,11 +420,6 @@ def examine(
         why = "; ".join(differences[:5])
         raise BadInput(f"{out} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
     return "resumes" if request and resume and not differences else "replaces" if finished else "new"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _staging_of(out: Path, pid: int) -> Path:

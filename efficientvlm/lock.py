@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from datetime import datetime
@@ -39,12 +40,13 @@ class Lock:
         """
         while not self.held:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            ours = not self.path.exists()
             try:
                 file = self.path.open("a+", encoding="utf-8")
             except FileNotFoundError:  # the holder has just finished and removed the folder
                 continue
             if fcntl is None:
-                file.close()
+                self._give_up(file, ours)
                 return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +58,7 @@ class Lock:
                     f"{self.path.parent.parent} is being written", f"by {holder}", "wait for it, stop it, or use another --out"
                 ) from None
             except OSError:
-                file.close()
+                self._give_up(file, ours)
                 return
             if self._is_current(file):
                 self._file = file
@@ -74,6 +76,13 @@ class Lock:
                 self.path.unlink()
             self._file.close()
             self._file = None
+
+    def _give_up(self, file: IO[str], ours: bool) -> None:
+        """Close what cannot be locked, and remove it if we made it: it would mark the folder as one that is being written."""
+        file.close()
+        if ours:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     def _is_current(self, file: IO[str]) -> bool:
         try:

@@ -29,13 +29,24 @@ _store: Any = None
 
 
 def launched() -> int:
-    """How many processes were started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were started.
+
+    Raises:
+        BadInput: `WORLD_SIZE`, which the launcher sets, is no such number.
+    """
+    return _number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    return _number("RANK", 0) if launched() > 1 else 0
+
+
+def _number(variable: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(variable, "").strip()
+    if text and not (text.isdecimal() and int(text) >= least):
+        raise BadInput(f"{variable} is {text!r}", "torchrun sets this variable to a number", "unset it, or start with torchrun")
+    return int(text or default)
 
 
 def is_main() -> bool:
@@ -71,7 +82,7 @@ def start() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     try:
         _store, number, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=PATIENCE)

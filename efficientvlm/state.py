@@ -155,10 +155,10 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break  # a line cut short by a crash
-    write_atomic(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            break  # a line cut short by a crash, or filled with something else
+    write_atomic(path, b"".join(kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from efficientvlm.progress import Bar, say
 from efficientvlm.state import Spent, append, cut_metrics, restore, save, tensors_of
 
 Batch = dict[str, Any]
+OF_MODEL = re.compile(r"^(inner\.|hard\.)*model\.")  # where objectives hold the model that they train
 
 
 @dataclass
@@ -61,7 +63,7 @@ def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: I
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not name.startswith(left_out):
-            groups.setdefault((parameter.ndim > 1, name.rpartition("model.")[2] in fresh), []).append(parameter)
+            groups.setdefault((parameter.ndim > 1, OF_MODEL.sub("", name) in fresh), []).append(parameter)
     settings = [
         {
             "params": members,
@@ -95,12 +97,14 @@ def train(
     quiet: bool = False,
     after_step: Callable[[int], None] = lambda step: None,
     describe: Callable[[int], dict[str, float]] = lambda step: {},
+    before_save: Callable[[], None] = lambda: None,
 ) -> Spent:
     """Minimise `objective(batch, step)["loss"]` for `steps` steps, from the saved state if `output` holds one.
 
     `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch, process), so a resumed
     run equals an uninterrupted one bit for bit on the CPU. Over several processes the losses are means over all of them, and so are the
-    gradients; the main process writes. `after_step` runs after every step and `describe` adds values to the metrics line.
+    gradients; the main process writes. `after_step` runs after every step, `before_save` on every process before a state is saved, and
+    `describe` adds values to the metrics line.
 
     Raises:
         Interrupted: stopped by a signal after the state was written.
@@ -123,6 +127,8 @@ def train(
     started = time.monotonic()
     with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet) as bar:
         for step in range(begun, steps):
+            logged = (step + 1) % options.log_every == 0 or step + 1 == steps
+            meter.watch(logged)
             with meter.time("data"):
                 batches = feed(step)
             factor = rate(step, steps, options)
@@ -144,7 +150,7 @@ def train(
             after_step(step)
             done = spent.steps = step + 1
             spent.seconds = before + time.monotonic() - started
-            if done % options.log_every == 0 or done == steps:
+            if logged:
                 spent.last, speed = meter.line(describe(step))
                 note = " ".join(f"{name} {value:.3f}" for name, value in spent.last.items()) + f" · {speed['samples_per_s']:.0f} images/s"
                 line = {"step": done, "lr_factor": round(factor, 6), **spent.last, **speed}
@@ -152,6 +158,7 @@ def train(
             bar.update(done, note)
             stop = ranks.any_of(flag.requested)
             if stop or done == steps or done % options.save_every == 0:
+                before_save()
                 spent.open_line = meter.totals
                 tensors = tensors_of(objective, torches)
                 ranks.on_main(lambda tensors=tensors: save(output.state_dir, tensors, spent))  # type: ignore[misc]

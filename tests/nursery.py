@@ -164,6 +164,11 @@ def small_files(which: tuple[int | None, int]) -> None:
         _before_step(lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) if step == first else None)
 
 
+def lives_in(folders: list[str]) -> None:
+    """Every process has a working directory of its own, as on machines without a common file system."""
+    os.chdir(folders[int(os.environ["RANK"])])
+
+
 def fails_on(rank: int) -> None:
     """One process cannot read its first sample."""
     from efficientvlm import ranks

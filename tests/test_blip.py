@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import transformers
 from compression_cases import FAMILIES, build
 from conftest import SHAPES, SIZES, TRAIN, run_stage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from spoiling import edit, spoil_weights
 from torch import Tensor
 
 from efficientvlm import families
@@ -358,25 +360,13 @@ def test_folders_of_older_versions(tmp_path):
     extra = {f"{tower}.embeddings.position_ids": torch.arange(9)[None] for tower in ("text_encoder", "text_decoder.bert")}
     save_file(tensors | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((tmp_path / "config.json").read_text())
-    ours = set(BlipAnswerConfig.__annotations__) | set(BlipAnswerConfig.__mro__[1].__annotations__)
+    ours = {field.name for field in fields(BlipAnswerConfig)} - {field.name for field in fields(transformers.BlipConfig)}
     (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if key not in ours}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}))
     loaded = FAMILY.load(tmp_path)
     assert loaded.dtype == torch.float32 and list(loaded.config.image_std) == [1.0, 2.0, 3.0]
     assert loaded.config.question_start_id is None and loaded.config.decoder_start == 3
     assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.state_dict().items())
-
-
-def edit(folder: Path, part: str | None = None, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (values[part] if part else values).update(changes)
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def spoil_weights(folder: Path, change: Any) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -390,6 +380,9 @@ def spoil_weights(folder: Path, change: Any) -> None:
         (lambda f: edit(f, "text_config", is_decoder=False), "is_decoder is false"),
         (lambda f: edit(f, "vision_config", image_size=[16, 24]), "square"),
         (lambda f: edit(f, "vision_config", image_size=17), "no multiple"),
+        (lambda f: edit(f, decoder_layers=-2), "-2 decoder layers"),
+        (lambda f: edit(f, question_start_id=10**6), "question_start_id is 1000000"),
+        (lambda f: edit(f, answer_start_id=-1), "first token of answers is -1"),
         (lambda f: edit(f, "vision_config", hidden_size="wide"), "cannot read"),
         (lambda f: edit(f, text_config=7), "cannot read"),
         (lambda f: edit(f, architectures=["BlipModel"]), "architectures is BlipModel"),
@@ -447,9 +440,9 @@ def test_a_fresh_base_is_the_published_one():
     with pytest.raises(BadInput, match="vision_layer: unknown key, did you mean vision_layers"):
         fresh_config("tiny", {"vision_layer": 2}, 50)
     with pytest.raises(BadInput, match="shared evenly"):
-        fresh_config("tiny", {"text_heads": 3}, 50)
+        FAMILY.fresh_config("tiny", {"text_heads": 3}, 50)
     with pytest.raises(BadInput, match="no multiple"):
-        fresh_config("tiny", {"patch_size": 9}, 50)
+        FAMILY.fresh_config("tiny", {"patch_size": 9}, 50)
 
 
 @pytest.fixture(scope="module")

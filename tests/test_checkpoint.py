@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from efficientvlm import files, lock
+from efficientvlm import checkpoint, files, lock
 from efficientvlm.checkpoint import MANIFEST, Output, require_complete
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve, write_atomic
@@ -143,6 +144,9 @@ def test_unfinished_state_is_resumed_refused_or_discarded(tmp_path: Path) -> Non
     assert not first.resumable
     (first.state_dir / "step-5").mkdir()
     (first.state_dir / "step-5" / "model.safetensors").write_text("state")
+    half = first.state_dir / ".step-00000007.tmp"  # left by a kill between writing a state and giving it its name
+    half.mkdir()
+    (half / "state.json").write_text("{}")
     assert not first.resumable, "a state is complete when its state.json is there"
     (first.state_dir / "step-5" / "state.json").write_text("{}")
     first.metrics.write_text("5\n")
@@ -413,6 +417,25 @@ def test_the_old_checkpoint_is_up_to_date_while_another_process_replaces_it(tmp_
     assert (new.state_dir / "request.json").is_file(), "the state of the process at work is left alone"
     new.abandon()
     assert not new.state_dir.exists()
+
+
+@pytest.mark.parametrize("system", ["no module", "no locks"])
+def test_nothing_is_left_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    if system == "no module":
+        monkeypatch.setattr(lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="the disk is full"):
+        patch.setattr(checkpoint, "write_atomic", full)
+        Output.open(tmp_path / "a", stage="x", inputs={}, config={})
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path / "a")
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -285,6 +285,25 @@ def test_exit_codes_and_messages(evlm: Any, chain: Path, fake_stage: dict[str, A
     assert code != 1 or "EVLM_DEBUG=1" in err
 
 
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"), ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"), ({"WORLD_SIZE": ""}, "")],
+)
+def test_a_launcher_that_sets_nonsense(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evlm", "--version"])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    if named:
+        assert ended.value.code == 3 and out == "" and len(err.splitlines()) == 3 and f"error: {named}" in err
+    else:
+        assert ended.value.code == 0 and out.startswith("evlm ") and err == ""
+
+
 def test_a_traceback_on_request(evlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVLM_DEBUG", "1")
     code, _, err = evlm("inspect", "nowhere")

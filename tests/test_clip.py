@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from clip_folder import byte_pairs, write_clip
-from compression_cases import FAMILIES, build
+from compression_cases import FAMILIES, TEXT, VISION, build
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
+from spoiling import edit, spoil_weights
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, SiglipModel
 
@@ -26,7 +27,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
-from efficientvlm.families.clip import CLIP, copied
+from efficientvlm.families.clip import CLIP
 from efficientvlm.families.clip_model import LEGACY_END, SlicedCLIPModel, SlicedSiglipConfig, SlicedSiglipModel
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import load
@@ -69,7 +70,7 @@ def cut(name: str) -> Any:
 @pytest.mark.parametrize("end", [1, LEGACY_END])
 def test_the_numbers_are_those_of_transformers(name, end):
     _, dense, _ = build(name)
-    config = copied(dense.config)
+    config = dense.config.copy()
     config.text_config.eos_token_id = end
     ours = FAMILY.build(config).eval()
     ours.load_state_dict(dense.state_dict())
@@ -106,7 +107,7 @@ def test_the_forward_pass_of_transformers_works_on_cut_networks(name, attention)
 @both
 def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
     _, config = FAMILIES[name]
-    config = copied(config)
+    config = config.copy()
     for tower in FAMILY.towers:
         config.tower(tower).hidden_size, config.tower(tower).intermediate_size, config.tower(tower).initializer_factor = 48, 96, 1.0
         config.tower(tower).num_attention_heads = 4
@@ -212,18 +213,6 @@ def test_folders_of_older_versions(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in FAMILY.load(tmp_path).state_dict().items())
 
 
-def edit(folder: Path, part: str | None = None, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (values[part] if part else values).update(changes)
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def spoil_weights(folder: Path, change: Any) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -254,6 +243,22 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(BadInput, match=message):
         families.of_folder(tmp_path).load(tmp_path)
+
+
+def test_a_siglip_refuses_texts_longer_than_its_positions():
+    _, model, _ = build("siglip")
+    ids = torch.ones(2, 13, dtype=torch.long)
+    with pytest.raises(BadInput, match="a text of 13 tokens: this SigLIP reads 12"):
+        model.encode_text(ids, ids)
+
+
+@pytest.mark.parametrize("mean", [0.5, [1.0], "grey"])
+def test_an_image_processor_with_other_than_three_channels_is_refused(tmp_path, mean):
+    stock = CLIPModel(CLIPModel.config_class(text_config=TEXT, vision_config=VISION))
+    stock.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean}))
+    with pytest.raises(BadInput, match=r"image processor in .* image_mean"):
+        FAMILY.read_config(tmp_path)
 
 
 def test_a_siglip_without_its_pooling_head_is_refused(tmp_path):

@@ -170,6 +170,26 @@ def test_bad_rows_of_csv(tmp_path: Path, kind: str) -> None:
         OPEN[kind](str(tmp_path / "d.csv"), "test")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_quote_that_is_not_closed_costs_one_row(tmp_path: Path, suffix: str) -> None:
+    pictures(tmp_path, 1)
+    mark = "," if suffix == ".csv" else "\t"
+    lines = [f"img/0.png{mark}caption {i}" for i in range(300)]
+    lines[3] = f'img/0.png{mark}"over two\nlines"'
+    for line, text in ((90, '"never closed'), (200, '"closed by another row'), (201, '"good"'), (299, '"at the end')):
+        lines[line] = f"img/0.png{mark}{text}"
+    (tmp_path / f"d{suffix}").write_text("\n".join([f"image{mark}caption", *lines]) + "\n")
+    source = open_pairs(str(tmp_path / f"d{suffix}"), "test", image_size=8, max_bad=3)
+    named = [int(reason.partition(" line ")[2]) for reason in source.skips.reasons]
+    assert source.skips.count == 3 and named == [93, 203, 302], "one more than the row, for the row of two lines"
+    said = [f"caption {i}" for i in range(300) if i not in (90, 200, 299)]
+    said[3], said[200 - 1] = "over two\nlines", "good"
+    assert source[0].captions == said
+    (tmp_path / f"d{suffix}").write_text(f'image{mark}"caption\nimg/0.png{mark}c\n')
+    with pytest.raises(BadInput, match="no header"):
+        open_pairs(str(tmp_path / f"d{suffix}"), "test")
+
+
 @pytest.mark.parametrize("kind", OPEN)
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_missing_columns_and_empty_splits_of_every_form(tmp_path: Path, kind: str, suffix: str) -> None:
@@ -298,6 +318,19 @@ def test_what_was_skipped_survives_a_restart(tmp_path: Path) -> None:
     second.add(BadInput("d", "no"))
     with pytest.raises(BadInput, match="4 samples"):
         second.add(BadInput("e", "no"))
+
+
+def test_a_sample_counts_once_even_if_its_reason_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientvlm.data.skips.REMEMBERED", 3)
+    skips = Skips("x", 10)
+    skips.keep_in(tmp_path / "skipped.jsonl")
+    for _ in range(5):
+        for number in range(5):
+            skips.add(BadInput(f"sample {number}", "bad"))
+    assert skips.count == 5 and len(skips.reasons) == 3 and skips.lines()[-1] == "and 2 more"
+    skips.keep_in(tmp_path / "skipped.jsonl")
+    assert skips.count == 5 and len(skips.reasons) == 5
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_run_goes_on_without_a_bad_picture_and_resumes_to_the_same_weights(tmp_path: Path, chain: Path, monkeypatch: Any) -> None:

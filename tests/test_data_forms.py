@@ -186,6 +186,17 @@ def vqav2(folder: Path, *, answers: Callable[[int], list[str]] = lambda q: ["yes
     return folder
 
 
+def test_two_splits_for_one_part_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "val", "dev", "test"):
+        as_jsonl = "".join(json.dumps({"image": path, "caption": name}) + "\n" for path in pictures(tmp_path, 2))
+        (tmp_path / f"{name}.jsonl").write_text(as_jsonl)
+    with pytest.raises(BadInput, match="2 splits for val: it has dev, val"):
+        open_pairs(str(tmp_path), "val")
+    assert open_pairs(str(tmp_path), "test")[0].captions == ["test"]
+    (tmp_path / "val.jsonl").unlink()
+    assert open_pairs(str(tmp_path), "val")[0].captions == ["dev"]
+
+
 def test_the_layout_of_vqav2(tmp_path: Path) -> None:
     folder = vqav2(tmp_path / "vqa")
     train, val = (open_vqa(str(folder), split, image_size=8) for split in ("train", "val"))

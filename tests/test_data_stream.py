@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from efficientvlm.data.images import open_image
 from efficientvlm.data.plan import IndexPlan, StreamPlan, plan_for
 from efficientvlm.data.sources import open_pairs, open_vqa, texts
 from efficientvlm.data.stream import Stream, check_settings
+from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
 
 COUNT = 30
@@ -59,6 +62,44 @@ def test_an_address_is_read_like_a_file(tmp_path: Path) -> None:
         open_pairs(f"stream:file://{tmp_path}/none.jsonl", "train")
     with pytest.raises(BadInput, match="cannot be streamed"):
         open_pairs(f"stream:file://{tmp_path}/none.zip", "train")
+
+
+class Line(io.RawIOBase):
+    """A remote file whose connection breaks after some bytes."""
+
+    def __init__(self, content: bytes, whole: int, error: Exception) -> None:
+        self._content, self._whole, self._error = io.BytesIO(content), whole, error
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._content.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._content.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if self.tell() >= self._whole:
+            raise self._error
+        return self._content.read(min(size, 4096))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".tar"])
+@pytest.mark.parametrize("error", [OSError("connection reset"), RuntimeError("payload")])
+def test_a_connection_that_breaks_is_no_damaged_file(
+    tmp_path: Path, suffix: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipping the rest would train a resumed run on other data."""
+    rows = [{"image": f"img/{i % 2}.png", "caption": f"words that fill a row {i}"} for i in range(300)]
+    content = Path(written(tmp_path, suffix, rows)).read_bytes()
+    line = Line(content, len(content) + 1, error)
+    monkeypatch.setattr("fsspec.open", lambda name, mode: SimpleNamespace(open=lambda: line))
+    assert len(list(read_file(f"https://far/data{suffix}"))) == 300
+    line = Line(content, 0 if suffix == ".parquet" else len(content) // 2, error)
+    with pytest.raises(BadInput, match="the stream broke off") as caught:
+        list(read_file(f"https://far/data{suffix}"))
+    assert "resumes" in caught.value.fix and str(error) in caught.value.why
 
 
 def test_a_pass_holds_every_sample_and_the_next_has_another_order(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import nursery
 import pytest
 from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
+from test_data_files import jsonl, pictures
 
 from efficientvlm.checkpoint import require_complete
+from efficientvlm.data.plan import IndexPlan
 from efficientvlm.errors import BadInput
 from efficientvlm.lineage import verify
 
@@ -150,6 +153,32 @@ def test_gates_are_not_learnt_on_spread_parameters(calm: Path, tmp_path: Path) -
     with pytest.raises(BadInput, match="parallel=fsdp"):
         run_stage("prune", **settings_of("prune", calm), **SHORT, parallel="fsdp", out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_others_skip_is_written_and_limited_by_the_first_process(calm: Path, tmp_path: Path) -> None:
+    """On two machines that see no common folder."""
+    paths = pictures(tmp_path, 20)
+    data = jsonl(tmp_path / "pairs.jsonl", [{"image": path, "caption": "a red circle"} for path in paths])
+    plans = [IndexPlan(20, 4, 0, 2, rank) for rank in (0, 1)]
+    shares = [[index for step in range(5) for index in plan.batch(step)] for plan in plans]
+    bad = [shares[0][2], shares[1][0], shares[1][9]]
+    for index in bad:
+        (tmp_path / paths[index]).write_bytes(b"")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    settings = {"model": str(calm / "init"), "data": data, "val_fraction": 0.0, "batch_size": 4, "max_steps": 5, "save_every": 2}
+    settings |= {"out": "out", "processes": 2, "fault": ("lives_in", [str(folder) for folder in folders])}
+    nursery.whole("pretrain", **settings, max_bad=3)
+    listed = [json.loads(line)["sample"] for line in (folders[0] / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(int(sample.rpartition(" ")[2]) for sample in listed) == sorted(index + 1 for index in bad)
+    assert [record.skipped for record in require_complete(folders[0] / "out").data if record.split == "train"] == [3]
+    nursery.whole("pretrain", **settings, max_bad=3)  # up to date, as the first process knows
+    assert list(folders[1].iterdir()) == []
+    shutil.rmtree(folders[0] / "out")
+    assert nursery.finish(nursery.start("pretrain", **settings, max_bad=2)) == [3, 3]
+    for number, folder in enumerate(folders):
+        assert (folder / f"out.error-{number}").read_text().startswith("3 samples of data")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(calm: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm.config import DistillWeights, Quirks, TaskWeights
+from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives import efficientvlm_kd, task
@@ -328,6 +329,22 @@ def test_the_temperature_is_clamped():
         assert model.temp.item() == pytest.approx(end)
 
 
+def test_bfloat16_tensors_are_compared_and_counted_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(101, 30)
+    mask[0, :29] = 0  # 3001 tokens, which bfloat16 cannot count
+    student, teacher = (torch.rand(101, 30, 4, generator=generator).bfloat16() for _ in range(2))
+    exact = ((student.double() - teacher.double()).square().mean(-1) * mask).sum() / 3001
+    loss = hidden_mse([student], [teacher], [(0, 0)], mask)
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=0)
+    maps = [tensor[:, None] for tensor in (student, teacher)]
+    loss = attention_mse([maps[0]], [maps[1]], [(0, 0)], mask=mask)
+    torch.testing.assert_close(loss, 4 * exact.float(), rtol=1e-5, atol=0)
+    boxes, target = torch.rand(401, 4, generator=generator).bfloat16() / 2 + 0.2, torch.rand(401, 4, generator=generator) / 2 + 0.2
+    none_whole = torch.zeros(401, dtype=torch.long)
+    torch.testing.assert_close(box_losses(boxes, target, none_whole), box_losses(boxes.float(), target, none_whole), rtol=0, atol=0)
+
+
 # distillation
 
 
@@ -426,6 +443,21 @@ def test_pruned_students_are_compared_on_the_heads_they_have():
     losses["loss"].backward()
 
 
+@pytest.mark.parametrize("tower", ["vision", "text", "fusion"])
+def test_a_tower_without_layers_has_no_terms(tower):
+    empty = {f"{tower}_layers": 0, "local_attention_depth": 0 if tower == "vision" else 2}
+    for one, other in ((build(5, **empty), build()), (build(), build(5, **empty))):
+        objective = distillation(one, other)
+        for batch in (pairs(), pairs(regions=True)):
+            losses = objective(batch, 0)
+            losses["loss"].backward()
+            assert losses["kd"].isfinite() and losses["kd"] > 0
+        ours, theirs = (objective.hard.passes(net, pairs(), 0, objective.want)[1] for net in (one, other))
+        terms = efficientvlm_kd.kd_terms(ours, theirs, objective.maps, pairs(), NO_QUIRKS)
+        lost = {"vision": "image", "text": "text", "fusion": "itm_positive"}[tower]
+        assert f"{lost}_hidden" not in terms and f"{lost}_attention" not in terms and "mlm_logits" in terms
+
+
 def test_gradients_reach_the_student_only():
     student, teacher = student_of([1, 3]), build()
     objective = distillation(student, teacher).train()
@@ -496,6 +528,20 @@ def test_the_task_loss_alone_and_with_a_teacher():
     torch.testing.assert_close(losses["task"], alone["task"], **CLOSE)
     assert vqa(answerer(), answerer())(vqa_batch(), 0)["kd"].item() == pytest.approx(0, abs=1e-5)
     assert set(vqa(student, teacher, kd=0.0)(vqa_batch(), 0)) == {"loss", "task"}
+
+
+@pytest.mark.parametrize("tower", ["vision", "text", "fusion"])
+def test_a_task_with_a_tower_without_layers(tower):
+    empty = {f"{tower}_layers": 0, "local_attention_depth": 0 if tower == "vision" else 2}
+    for one, other in ((answerer(seed=4, **empty), answerer()), (answerer(), answerer(seed=4, **empty))):
+        losses = vqa(one, other)(vqa_batch(), 0)
+        losses["loss"].backward()
+        assert losses["kd"].isfinite() and losses["kd"] > 0
+
+
+def test_without_fusion_layers_no_decoder_is_made():
+    with pytest.raises(BadInput, match="without fusion layers"):
+        FAMILY.for_vqa(build(fusion_layers=0), answerer(), "auto")
 
 
 def test_task_padding_and_quirks():

@@ -14,6 +14,7 @@ import torch
 import yaml
 from compression_cases import FAMILIES
 from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
+from PIL import Image
 
 from efficientvlm import manifest
 from efficientvlm.checkpoint import MANIFEST, Output
@@ -227,6 +228,22 @@ def test_a_real_run_stops_at_the_same_checks(chain: Path, evlm: Any) -> None:
     assert [str(problem.error).partition(":")[0] for problem in found.found] == ["'nowhere' does not exist"]
 
 
+def test_what_a_run_refuses_is_refused_by_its_dry_run(chain: Path, evlm: Any) -> None:
+    prune = ["prune", "--model", chain / "distilled", "--data", SHAPES, "--out", "o", "--set", "parallel=fsdp"]
+    export = ["export", "--out", "o", "--model"]
+    for line, words in (
+        (prune, "prune cannot run with parallel=fsdp"),
+        ([*export, chain / "pruned", "--format", "hf"], "transformers has no class for this xvlm network"),
+        ([*export, chain / "init", "--format", "onnx", "--data", SHAPES], "answers no questions"),
+        ([*export, chain / "init", "--format", "onnx"], "is not tuned for a task"),
+        ([*export, chain / "pruned", "--format", "onnx", "--data", chain], "has no split test"),
+    ):
+        for end in (["--dry-run"], []):
+            code, out, err = evlm(*line, *end)
+            assert (code, out) == (3, "") and words in err, (line, end)
+    assert not Path("o").exists()
+
+
 def test_an_unreachable_sparsity_alone_exits_4(chain: Path, evlm: Any) -> None:
     line = ["prune", "--model", chain / "distilled", "--data", SHAPES, "--sparsity", 0.95, "--min-heads", 4, "--out", "o", "--dry-run"]
     code, out, err = evlm(*line)
@@ -326,6 +343,24 @@ def test_a_batch_that_the_processes_cannot_share(chain: Path, monkeypatch: pytes
     (fine,) = plan([step("finetune", **wanted)]).stages
     assert fine.memory and fine.memory["exchange"] == fine.memory["gradients"]
     assert "2 processes cannot share it equally" in said(plan([step("finetune", **{**wanted, "batch_size": 5})]))
+
+
+def test_spread_parameters_take_less_memory(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    wanted = {"model": str(chain / "teacher"), "data": SHAPES, **TRAIN}
+    copies, spread = plan([step("copies", "finetune", **wanted), step("spread", "finetune", **wanted, parallel="fsdp")]).stages
+    assert copies.memory and spread.memory
+    assert spread.memory["optimizer"] == pytest.approx(copies.memory["optimizer"] / 4, abs=8)
+    assert spread.memory["weights"] == copies.memory["weights"] and spread.memory["total"] < copies.memory["total"]
+
+
+def test_two_recuts_with_other_columns_are_planned_apart(chain: Path) -> None:
+    rows = [{"image": "1.png", "question": "q?", "text": "other?", "answer": "car"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (64, 64)).save("1.png")
+    settings = {"model": str(chain / "pruned"), "from_gates": str(chain / "pruned"), "data": "rows.jsonl", "val": "rows.jsonl"}
+    made = plan([step("a", "prune", **settings), step("b", "prune", **settings, columns={"question": "nowhere"})])
+    assert [problem.stage for problem in made.problems.found] == ["b"] and "nowhere" in said(made)
 
 
 def test_formulas_are_those_of_a_real_step(planned: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.stages.common import load
+from efficientvlm.stages.cutting import DENSE, save_tensors
 from efficientvlm.stages.prune import optimizers
 from efficientvlm.training import update
 
@@ -94,6 +96,23 @@ def test_recut_equals_the_dense_weights_under_0_1_gates(chain: Path, tmp_path: P
     with torch.inference_mode(), attach(dense, units) as hooks:
         hooks.set(gates)
         torch.testing.assert_close(XVLM.forward(dense, batch)["logits"], XVLM.forward(sliced, batch)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_are_on_the_disk_before_they_take_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name: (done.append(name), real(*args))[1])
+    save_tensors({"a": torch.ones(2)}, tmp_path / DENSE)
+    assert done == ["fsync", "replace", "fsync"] and torch.equal(load_file(tmp_path / DENSE)["a"], torch.ones(2))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_tensors({"a": torch.zeros(2)}, tmp_path / DENSE)
+    assert [path.name for path in tmp_path.iterdir()] == [DENSE] and load_file(tmp_path / DENSE)["a"].sum() == 2
 
 
 def test_without_dense_weights_only_more_can_go(chain: Path, tmp_path: Path) -> None:
@@ -226,6 +245,9 @@ def test_a_frozen_structure_neither_moves_nor_pays() -> None:
     losses = objective({}, 1)
     assert set(losses) == {"loss"}
     assert torch.equal(applied(objective, scope, "vision.0.neuron"), keep[scope_slice(scope, "vision.0.neuron")].float())
+    resumed, _ = gated(Quirks())
+    resumed.load_state_dict(objective.state_dict())
+    assert set(resumed({}, 1)) == {"loss"}, "a state says that the structure is final"
     loose, _ = gated(Quirks(unfrozen_structure=True))
     loose.freeze(keep)
     assert "lagrangian" in loose({}, 1)

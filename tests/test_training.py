@@ -18,6 +18,8 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Train
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.meter import Meter
+from efficientvlm.stopwatch import TEACHER
 
 
 def stages(root: Path) -> dict[str, dict[str, Any]]:
@@ -139,6 +141,30 @@ def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
     ]
 
 
+@pytest.mark.parametrize("path", ["", "model", "hard.model", "inner.model", "inner.hard.model"])
+def test_new_tensors_are_known_by_their_whole_name(path: str) -> None:
+    """Also where a part of the model is called `..._model.`, as in CLIP and BLIP."""
+    new = "vision_model.encoder.weight"
+    module: Any = torch.nn.ModuleDict({"vision_model": torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 2)})})
+    for name in reversed(path.split(".") if path else []):
+        module = torch.nn.ModuleDict({name: module})
+    groups = training.adamw(module, Train(lr=0.1, new_lr_mult=3), new=[new]).torch.param_groups
+    assert {tuple(p.shape): g["lr"] for g in groups for p in g["params"]} == {(2, 3): pytest.approx(0.3), (2,): 0.1}
+
+
+def test_a_gpu_is_waited_for_only_in_steps_that_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr("efficientvlm.meter.synchronise", lambda device: waited.append(device.type))
+    meter = Meter({}, torch.device("cuda"))
+    for step in range(4):
+        meter.watch(step == 3)
+        with meter.time("student"), TEACHER:
+            pass
+        meter.add({"loss": 1.0}, 2, "")
+        assert len(waited) == (3 if step == 3 else 0)
+    assert meter.watched == 1 and meter.images == 8
+
+
 def test_an_infinite_gradient_changes_nothing() -> None:
     layer = torch.nn.Linear(2, 1)
     before = layer.weight.detach().clone()
@@ -151,9 +177,10 @@ def test_an_infinite_gradient_changes_nothing() -> None:
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
-    training.cut_metrics(path, 4)
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    for torn in (b'{"step": 6}\n{"ste', b"\xff\x00\x00", b"7", b'{"step": null}'):
+        path.write_bytes(b'{"step": 2}\n{"step": 4}\n' + torn)
+        training.cut_metrics(path, 4)
+        assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
 def test_processes_that_torchrun_did_not_start_are_refused(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

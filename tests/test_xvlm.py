@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from spoiling import edit, spoil_weights
 
 from efficientvlm import families
 from efficientvlm.errors import BadInput
@@ -323,30 +322,20 @@ def test_a_saved_folder_is_the_same_network(tmp_path, kept):
     )
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def spoil_weights(path, change):
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda f: edit(f / "config.json", text_intermediate=9), "mismatched keys"),
-        (lambda f: edit(f / "config.json", vision_layers=4), "missing keys"),
-        (lambda f: edit(f / "config.json", vision_layers=2), "unexpected keys"),
-        (lambda f: edit(f / "config.json", kept={"vision.0.head": "0-1"}), "mismatched keys"),
-        (lambda f: edit(f / "config.json", kept={"audio.0.head": "0-1"}), "unknown groups"),
-        (lambda f: edit(f / "config.json", kept={"vision.0.head": "0-7"}), "not ascending within"),
-        (lambda f: spoil_weights(f / "model.safetensors", lambda t: t.pop("temp")), "1 missing keys, first temp"),
-        (lambda f: spoil_weights(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))), "first extra"),
+        (lambda f: edit(f, text_intermediate=9), "mismatched keys"),
+        (lambda f: edit(f, vision_layers=4), "missing keys"),
+        (lambda f: edit(f, vision_layers=2), "unexpected keys"),
+        (lambda f: edit(f, kept={"vision.0.head": "0-1"}), "mismatched keys"),
+        (lambda f: edit(f, kept={"audio.0.head": "0-1"}), "unknown groups"),
+        (lambda f: edit(f, kept={"vision.0.head": "0-7"}), "not ascending within"),
+        (lambda f: spoil_weights(f, lambda t: t.pop("temp")), "1 missing keys, first temp"),
+        (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ],
 )
 def test_folders_whose_weights_do_not_fit(tmp_path, spoil, message):
@@ -354,6 +343,17 @@ def test_folders_whose_weights_do_not_fit(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(BadInput, match=message):
         FAMILY.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{}", "does not say which family"), ("[1]", "does not say which family"), ("[" * 10**5, "nested too deeply"), ("{", "not valid")],
+    ids=["no type", "a list", "deep", "cut"],
+)
+def test_configurations_that_name_no_family(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadInput, match=message):
+        families.of_folder(tmp_path)
 
 
 def test_folders_of_no_known_family(tmp_path):
@@ -368,7 +368,7 @@ def test_ranges():
     for indices in ([], [0], [0, 1, 2, 5], [1, 3, 4], list(range(7))):
         assert parse_ranges(format_ranges(indices), 7, "g") == indices
     assert format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    for text in ("x", "3,1", "1,1", "0-9", "-1", 5):
+    for text in ("x", "3,1", "1,1", "0-9", "-1", "5-3", "0-2,6-5", 5):
         with pytest.raises(BadInput, match=r"config\.json"):
             parse_ranges(text, 7, "g")
 

@@ -32,7 +32,7 @@ def open_table(spec: str, split: str, skips: Skips) -> tuple[Table, bool]:
     without a validation split that is held out from train. Rows that are none go to `skips`.
 
     Raises:
-        BadInput: not there, of an unknown form, or without the split.
+        BadInput: not there, of an unknown form, without the split, or with several that could be it.
     """
     if spec.startswith(hub.PREFIX):
         return hub.open_hub(spec, split)
@@ -46,6 +46,9 @@ def open_table(spec: str, split: str, skips: Skips) -> tuple[Table, bool]:
         return SavedTable(folder), split != "test"
     found = _splits(folder)
     names = {role: name for role, known in SPLIT_NAMES.items() for name in found if name in known}
+    same = [name for name in found if name in SPLIT_NAMES[split]]
+    if len(same) > 1:
+        raise BadInput(f"data {spec} has {len(same)} splits for {split}", f"it has {', '.join(same)}", "keep one of them")
     if not names:
         whole = _whole(folder, skips)
         if whole is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -26,8 +27,10 @@ class Skips:
         self.count = 0
         self.allowed = limit  # None until the number of samples is known
         self.reasons: dict[str, str] = {}
+        self._met: set[bytes] = set()  # hashes, for there may be more samples than reasons that are remembered
         self._first: BadInput | None = None
         self._file: Path | None = None
+        self._untold: dict[str, str] | None = None
         self._lock = threading.Lock()
 
     def add(self, error: BadInput, samples: int = 1) -> None:
@@ -37,12 +40,14 @@ class Skips:
             BadInput: one more than may be skipped.
         """
         with self._lock:
-            if error.what in self.reasons:
+            if not self._is_new(error.what):
                 return
             self._first = self._first or error
             self.count += samples
             if len(self.reasons) < REMEMBERED:
                 self.reasons[error.what] = error.why
+            if self._untold is not None:
+                self._untold[error.what] = error.why
             self._check(error)
             self._write({error.what: error.why})
 
@@ -55,7 +60,7 @@ class Skips:
     def keep_in(self, path: Path) -> None:
         """Write what is skipped to `path`, a JSON line each, and take up what an interrupted run wrote there."""
         with self._lock:
-            earlier = path.read_text("utf-8").splitlines() if path.is_file() else []
+            earlier = path.read_bytes().splitlines() if path.is_file() else []
             known: dict[str, str] = {}
             for line in earlier:
                 try:
@@ -64,15 +69,38 @@ class Skips:
                 except (ValueError, KeyError, TypeError):
                     continue  # cut short by a crash; the sample will be met again
             new = {what: why for what, why in self.reasons.items() if what not in known}
-            self.count += len(known.keys() - self.reasons.keys())
+            self.count += sum(map(self._is_new, known))
             self.reasons = known | new
             self._file = path
             self._write(new)
+
+    def collect(self) -> None:
+        """Keep what is skipped from now on for :meth:`hand_over`, in a process that writes nothing."""
+        self._untold = {}
+
+    def hand_over(self) -> dict[str, str]:
+        """Samples and reasons that were collected since the last call."""
+        with self._lock:
+            found = self._untold or {}
+            if found:
+                self._untold = {}
+        return found
+
+    def take_over(self, told: list[dict[str, str]]) -> None:
+        """Count what other processes have handed over; :class:`BadInput` as :meth:`add`."""
+        for reasons in told:
+            for what, why in reasons.items():
+                self.add(BadInput(what, why))
 
     def lines(self) -> list[str]:
         """The first reasons and how many more there are, for people."""
         shown = [f"{what}: {why}" for what, why in list(self.reasons.items())[:SHOWN]]
         return shown + ([f"and {self.count - len(shown)} more"] if self.count > len(shown) else [])
+
+    def _is_new(self, what: str) -> bool:
+        before = len(self._met)
+        self._met.add(hashlib.blake2b(what.encode("utf-8", "replace"), digest_size=8).digest())
+        return len(self._met) > before
 
     def _check(self, error: BadInput | None) -> None:
         if self.allowed is None or self.count <= self.allowed or error is None:

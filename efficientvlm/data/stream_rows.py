@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from efficientvlm.data.tables import one_line
 from efficientvlm.data.tar import LARGEST_TEXT, PICTURES, Header, text_columns
@@ -16,6 +17,7 @@ from efficientvlm.errors import BadInput
 
 LARGEST_PICTURE = 200_000_000
 ROWS_AT_A_TIME = 64
+BYTES_AT_A_TIME = 1 << 20
 
 
 @dataclass(slots=True)
@@ -32,7 +34,7 @@ def read_file(name: str) -> Iterator[Raw]:
     """Rows of a file or address, by its ending.
 
     Raises:
-        BadInput: unreachable, of an unknown kind, or damaged beyond a row.
+        BadInput: unreachable, of an unknown kind, damaged beyond a row, or an address of which reading broke off.
     """
     kind = "".join(Path(name.partition("?")[0]).suffixes[-2:])
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
@@ -58,8 +60,42 @@ def _open(name: str) -> Iterator[IO[bytes]]:
         remote = fsspec.open(name, "rb").open()
     except Exception as error:  # noqa: BLE001  every file system has errors of its own
         raise BadInput(f"data {name} cannot be opened", f"{type(error).__name__}: {one_line(error)}", "check the address") from None
-    with remote as file:
-        yield file
+    with remote as file, io.BufferedReader(_Remote(file, name), BYTES_AT_A_TIME) as buffered:
+        yield buffered
+
+
+class _Remote(io.RawIOBase):
+    """A file at an address. That it cannot be read is a :class:`BadInput`, so that no reader takes it for a damaged or shorter file."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._file.read(len(buffer))
+        except Exception as error:  # noqa: BLE001  every file system has errors of its own
+            self._broke_off(error)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return int(self._file.seek(offset, whence))
+        except Exception as error:  # noqa: BLE001
+            self._broke_off(error)
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def _broke_off(self, error: Exception) -> NoReturn:
+        why = f"the stream broke off ({type(error).__name__}: {one_line(error)})"
+        raise BadInput(f"data {self._name}", why, "run the same command again; it resumes") from None
 
 
 def _jsonl(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:

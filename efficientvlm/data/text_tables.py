@@ -118,42 +118,50 @@ def csv_rows(
     seen: Callable[[bytes], Any] = lambda line: None,
     keep_header: Callable[[list[str]], None] = lambda header: None,
 ) -> Iterator[tuple[int, int, Row | BadInput]]:
-    """Offset, line number and row (or why it is none) of a CSV or, by the name `path`, TSV file."""
+    """Offset, line number and row (or why it is none) of a CSV or, by the name `path`, TSV file.
+
+    A row that goes wrong in a later line than its first, as after a quote that is not closed, costs its first line only.
+    """
     csv.field_size_limit(LARGEST_CELL)
-    offset, line_number = 0, 0
+    taken: list[bytes] = []  # lines of the row that is being read
+    again: list[bytes] = []  # lines to be read once more, the next one last
 
     def lines() -> Iterator[str]:
-        nonlocal offset, line_number
-        for line in file:
-            seen(line)
-            offset, line_number = offset + len(line), line_number + 1
-            yield (line.removeprefix(BOM) if line_number == 1 else line).decode("utf-8", "surrogateescape")
+        while again or (line := next(file, b"")):
+            if again:
+                line = again.pop()
+            else:
+                seen(line)
+            taken.append(line)
+            yield (line.removeprefix(BOM) if number + len(taken) == 2 else line).decode("utf-8", "surrogateescape")
 
+    offset, number = 0, 1
     reader = csv.reader(lines(), **dialect(path))
     header: list[str] | None = None
     while True:
-        start, number = offset, line_number + 1
-        where = f"{path} line {number}"
+        taken.clear()
         try:
             cells = next(reader)
+            problem = "" if header is None or len(cells) in (0, len(header)) else f"it has {len(cells)} cells, the header {len(header)}"
         except StopIteration:
             return
         except csv.Error as error:
-            yield start, number, BadInput(where, f"it is not CSV ({error})", "mend or remove the row")
-            continue
-        if not cells:
-            continue
-        if header is None:
+            cells, problem = [], f"it is not CSV ({error})"
+        if header is None and (cells or problem):
             header = [name.strip() for name in cells]
-            if len(set(header)) < len(header) or not all(map(is_unicode, header)):
+            if problem or len(set(header)) < len(header) or not all(map(is_unicode, header)):
                 raise BadInput(f"data {path}", "its first line is no header of distinct column names", "name the columns in the first line")
             keep_header(header)
-        elif len(cells) != len(header):
-            yield start, number, BadInput(where, f"it has {len(cells)} cells, the header {len(header)}", "mend or remove the row")
+        elif problem:
+            again += taken[:0:-1]
+            del taken[1:]
+            reader = csv.reader(lines(), **dialect(path))
+            yield offset, number, BadInput(f"{path} line {number}", problem, "mend or remove the row")
         elif not all(map(is_unicode, cells)):
-            yield start, number, BadInput(where, "it is not UTF-8 text", "save the file as UTF-8")
-        else:
-            yield start, number, {name: cell(text) for name, text in zip(header, cells, strict=True)}
+            yield offset, number, BadInput(f"{path} line {number}", "it is not UTF-8 text", "save the file as UTF-8")
+        elif cells and header is not None:
+            yield offset, number, {name: cell(text) for name, text in zip(header, cells, strict=True)}
+        offset, number = offset + sum(map(len, taken)), number + len(taken)
 
 
 def dialect(path: str) -> dict[str, Any]:

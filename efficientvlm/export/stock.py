@@ -27,17 +27,21 @@ def padded(family: Family, model: Any) -> Any:
 
 
 def uniform(family: Family, model: Any, name: str) -> Any:
-    """The same tensors under a configuration that says nothing about single layers.
+    """The same tensors under :func:`uniform_config`."""
+    made = family.build(uniform_config(family, model.config, name))
+    made.load_state_dict(model.state_dict(), strict=True)
+    return made.eval()
+
+
+def uniform_config(family: Family, config: Any, name: str) -> Any:
+    """A configuration that says nothing about single layers, for the network of `config`.
 
     Raises:
         BadInput: naming the first head, neuron count or depth that transformers' configurations cannot express.
     """
-    config = model.config
     if not family.stock:
         raise no_class(name, family)
-    made = family.build(family.stock_config(config, _neurons(family, config, name)))
-    made.load_state_dict(model.state_dict(), strict=True)
-    return made.eval()
+    return family.stock_config(config, _neurons(family, config, name))
 
 
 def _neurons(family: Family, config: Any, name: str) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from efficientvlm.errors import BadInput
+from efficientvlm.manifest import read_json
 
 AUTO = "transformers.models.auto.modeling_auto"
 NAMES = ("xvlm", "clip", "blip")
@@ -51,16 +51,16 @@ def _import(name: str) -> Any:
 def of_folder(path: Path) -> Any:
     """The family of the checkpoint folder `path`, from its `config.json`."""
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        name = config["model_type"]
-    except FileNotFoundError:
+    if not file.exists():
         if (path / "onnx.json").is_file():
             why = "they can be asked, evaluated and timed, not changed"
-            raise BadInput(f"{path} holds ONNX graphs", why, "give the checkpoint they were exported from") from None
-        raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"cannot read {file}", str(error)) from None
+            raise BadInput(f"{path} holds ONNX graphs", why, "give the checkpoint they were exported from")
+        raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json")
+    config = read_json(file)
+    if not isinstance(config, dict) or "model_type" not in config:
+        why = "it does not say which family of models it is of (model_type)"
+        raise BadInput(f"{file} is not the configuration of a model", why, "give a checkpoint folder, or a model in transformers' format")
+    name = config["model_type"]
     for family in map(get, NAMES):
         if name in family.model_types:
             return family

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
 from efficientvlm.families.blip_config import (
-    BLIP_MEAN,
-    BLIP_STD,
     KINDS,
     BlipAnswerConfig,
     BlipRetrievalConfig,
@@ -26,15 +24,16 @@ from efficientvlm.families.blip_fresh import DECODE, ENCODE, fresh_config
 from efficientvlm.families.blip_graphs import blip_graphs
 from efficientvlm.families.blip_model import MODELS, context, decode, read, see, starting, text_model
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.checks import check_config
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
-from efficientvlm.families.structure import kept_of_layers, kept_ranges
+from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD, Described, kept_of_layers
 
 LAYERS = {"vision": "vision_model.encoder.layers.", "text": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
 TASKS = {"BlipForQuestionAnswering": "vqa", "BlipForConditionalGeneration": "captioning", "BlipForImageTextRetrieval": "retrieval"}
 FEATURES = "features"
 
 
-class BLIP:
+class BLIP(Described):
     """Batches are those of `data.collate`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
 
     Texts that are decoded start with the configuration's `decoder_start`, those read with an image with its `question_start_id`, whatever
@@ -66,7 +65,7 @@ class BLIP:
     extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
-        return fresh_config(size, changes, vocab)
+        return self._checked(fresh_config(size, changes, vocab), "settings")
 
     def build(self, config: SlicedBlipConfig) -> Any:
         return MODELS[type(config)](config)
@@ -83,8 +82,12 @@ class BLIP:
         kind = next((kind for kind in KINDS if values.get("model_type") == kind.model_type or named == kind.stock), None)
         if kind is None:
             raise BadInput(f"{file}: architectures is {named}", f"opened are {', '.join(kind.stock for kind in KINDS)}")
-        values |= image_statistics(path, values, (BLIP_MEAN, BLIP_STD))
-        return check_sizes(open_config(kind, values, file), str(file))
+        values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD))
+        return self._checked(open_config(kind, values, file), str(file))
+
+    def _checked(self, config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
+        check_config(self, config, where)
+        return check_sizes(config, where)
 
     def load(self, path: Path) -> Any:
         config = self.read_config(path)
@@ -136,18 +139,6 @@ class BLIP:
                 gate = GatePoint(last.tensor.removesuffix(".weight"), last.start, last.stop)
                 units.append(Unit(tower, int(number), kind, index, unit_sites, gate))
         return units
-
-    def original_counts(self, config: SlicedBlipConfig) -> dict[str, int]:
-        return config.original_counts()
-
-    def kept(self, config: SlicedBlipConfig) -> dict[str, list[int]]:
-        return config.kept_indices()
-
-    def with_kept(self, config: SlicedBlipConfig, kept: dict[str, list[int]]) -> SlicedBlipConfig:
-        return config.copy(kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
-
-    def layer_counts(self, config: SlicedBlipConfig) -> dict[str, int]:
-        return config.layers()
 
     def with_layers(self, config: SlicedBlipConfig, layers: dict[str, list[int]]) -> SlicedBlipConfig:
         if empty := [tower for tower in config.towers if not layers[tower]]:

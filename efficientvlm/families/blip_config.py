@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import BlipConfig, BlipTextConfig
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
-from efficientvlm.families.structure import kept_indices
+from efficientvlm.families.checks import check_id
+from efficientvlm.families.structure import Cuttable
 
-BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-
-class SlicedBlipConfig(BlipConfig):
+class SlicedBlipConfig(Cuttable, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
 
-    `kept`, `layer_source` and `layer_source_of` are those of `structure.py`. `decoder_layers` is the depth of a decoder that has another
+    `decoder_layers` is the depth of a decoder that has another
     one than the question encoder (transformers knows one depth for both). `question_start_id` takes the place of the first token of a text
     that is read together with an image (BLIP: [ENC]); None leaves it, as transformers does. `answer_start_id` does so for a text that the
     decoder goes on with (BLIP: [DEC]), by default the text configuration's `bos_token_id`.
@@ -27,13 +26,6 @@ class SlicedBlipConfig(BlipConfig):
     stock: ClassVar[str] = ""
     towers: ClassVar[tuple[str, ...]] = ()
 
-    kept: dict[str, str] | None = None
-    layer_source: dict[str, list[int]] | None = None
-    layer_source_of: dict[str, int] | None = None
-    answers: list[str] | None = None
-    rank_top: int = 128
-    image_mean: list[float] | tuple[float, ...] = BLIP_MEAN
-    image_std: list[float] | tuple[float, ...] = BLIP_STD
     decoder_layers: int | None = None
     question_start_id: int | None = None
     answer_start_id: int | None = None
@@ -62,7 +54,6 @@ class SlicedBlipConfig(BlipConfig):
         return config
 
     def original_counts(self) -> dict[str, int]:
-        """Units of every group before anything was removed, ordered by tower, layer, kind."""
         counts: dict[str, int] = {}
         for tower, layers in self.layers().items():
             part = self.vision_config if tower == "vision" else self.text_config
@@ -72,17 +63,6 @@ class SlicedBlipConfig(BlipConfig):
                     counts[f"{tower}.{layer}.{CROSS_HEAD}"] = part.num_attention_heads
                 counts[f"{tower}.{layer}.{NEURON}"] = part.intermediate_size
         return counts
-
-    def kept_indices(self) -> dict[str, list[int]]:
-        """Original indices still present, for every group; :class:`BadInput` if `kept` names what the sizes do not have."""
-        return kept_indices(self.original_counts(), self.kept)
-
-    def copy(self, **changes: Any) -> SlicedBlipConfig:
-        """This configuration with some fields changed."""
-        changed = copy.deepcopy(self)
-        for name, value in changes.items():
-            setattr(changed, name, value)
-        return changed
 
     @property
     def is_stock(self) -> bool:
@@ -114,18 +94,15 @@ KINDS: tuple[type[SlicedBlipConfig], ...] = (BlipAnswerConfig, BlipCaptionConfig
 
 
 def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
-    """`config` if its sizes fit together; :class:`BadInput` says what does not."""
+    """`config` if it is a BLIP's, beyond what `checks.check_config` asks of all; :class:`BadInput` says what is wrong."""
     vision, text = config.vision_config, config.text_config
     if not text.is_decoder:
         raise BadInput(f"{where}: text_config.is_decoder is false", "then no layer looks at the image", "use a BLIP with cross-attention")
-    for tower, part in (("vision", vision), ("text", text)):
-        if part.num_attention_heads < 1 or part.hidden_size % part.num_attention_heads:
-            why = f"{part.hidden_size} columns cannot be shared evenly by so many heads"
-            raise BadInput(f"{where}: {tower}_config.num_attention_heads is {part.num_attention_heads}", why)
-    for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise BadInput(f"{where}: vision_config.{name} is {getattr(vision, name)!r}", "images and patches are square here: one number")
     if vision.image_size % vision.patch_size:
         raise BadInput(f"{where}: images of {vision.image_size} px", f"they are no multiple of the patch size {vision.patch_size}")
+    if "text" in config.towers and config.question_start_id is not None:
+        check_id("question_start_id", config.question_start_id, text.vocab_size, where)
+    if "decoder" in config.towers:
+        check_id("the first token of answers", config.decoder_start, text.vocab_size, where)
     config.kept_indices()
     return config

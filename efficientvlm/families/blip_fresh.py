@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from efficientvlm.config import Strict, parse
-from efficientvlm.families.blip_config import BLIP_MEAN, BLIP_STD, BlipAnswerConfig, check_sizes
+from efficientvlm.families.blip_config import BlipAnswerConfig
+from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 
@@ -22,8 +23,8 @@ class Sizes(Strict):
 
     image_size: Size = 384
     patch_size: Size = 16
-    image_mean: Colours = list(BLIP_MEAN)
-    image_std: Colours = list(BLIP_STD)
+    image_mean: Colours = list(CLIP_MEAN)
+    image_std: Colours = list(CLIP_STD)
     vision_width: Size = 768
     vision_layers: Size = 12
     vision_heads: Size = 12
@@ -78,7 +79,7 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         vocab: token → id with [DEC] and [ENC] in it; or just a number of tokens, where nothing will be read.
 
     Raises:
-        BadInput: an unknown field, a wrong value, or sizes that do not fit together.
+        BadInput: an unknown field or a wrong value.
     """
     number = vocab if isinstance(vocab, int) else len(vocab)
     ids: Mapping[str, int] = {} if isinstance(vocab, int) else vocab
@@ -109,7 +110,7 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         "eos_token_id": ids.get("[SEP]", 0),
         "pad_token_id": ids.get("[PAD]", 0),
     }
-    config = BlipAnswerConfig(
+    return BlipAnswerConfig(
         vision_config=vision,
         text_config=text,
         image_text_hidden_size=given.embed_dim,
@@ -119,5 +120,3 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         decoder_layers=given.decoder_layers if given.decoder_layers != given.text_layers else None,
         question_start_id=ids.get(ENCODE, number - 1),
     )
-    check_sizes(config, "settings")
-    return config

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import HEAD, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
+from efficientvlm.families.checks import check_config
 from efficientvlm.families.clip_model import (
     LEGACY_END,
     TOWERS,
@@ -25,7 +26,7 @@ from efficientvlm.families.clip_model import (
 )
 from efficientvlm.families.graphs import Part
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
-from efficientvlm.families.structure import kept_of_layers, kept_ranges
+from efficientvlm.families.structure import Described, kept_of_layers
 
 MODELS: dict[type, type] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}
 CONFIGS: dict[str, Any] = {name: kind for kind in MODELS for name in (kind.stock[0], kind.model_type)}  # type: ignore[attr-defined]
@@ -35,7 +36,7 @@ TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 2}, {"texts": 8,
 LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.*)")
 
 
-class CLIP:
+class CLIP(Described):
     name = "clip"
     model_types: tuple[str, ...] = tuple(CONFIGS)
     auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
@@ -58,13 +59,8 @@ class CLIP:
         kind = CONFIGS.get(str(values.get("model_type")))
         if kind is None:
             raise BadInput(f"{path} holds a model of type {values.get('model_type')!r}", f"this family opens {', '.join(CONFIGS)}")
-        config = open_config(kind, {**values, **image_statistics(path, values, kind.statistics)}, file)
-        for name in TOWERS:
-            if not config.tower(name).num_attention_heads:
-                raise BadInput(f"cannot read {file}", f"its {name} tower had no heads to begin with")
-        for size in ("image_size", "patch_size"):
-            if not isinstance(getattr(config.vision_config, size), int):
-                raise BadInput(f"{file}: {size} is not one number", "only square images and patches are supported")
+        config = open_config(kind, {**values, **image_statistics(path, values, (kind.image_mean, kind.image_std))}, file)
+        check_config(self, config, str(file))
         if not getattr(config.vision_config, "vision_use_head", True):
             raise BadInput(f"{file}: vision_use_head is false", "without its pooling head a SigLIP cannot compare images with texts")
         return config
@@ -121,24 +117,9 @@ class CLIP:
                 units.append(Unit(tower, int(number), kind, index, sites, GatePoint(f"{module}.{out}", start, stop)))
         return units
 
-    def original_counts(self, config: Any) -> dict[str, int]:
-        counts: dict[str, int] = config.original_counts()
-        return counts
-
-    def kept(self, config: Any) -> dict[str, list[int]]:
-        kept: dict[str, list[int]] = config.kept_indices()
-        return kept
-
-    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
-        return copied(config, kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
-
-    def layer_counts(self, config: Any) -> dict[str, int]:
-        layers: dict[str, int] = config.layers()
-        return layers
-
     def with_layers(self, config: Any, layers: dict[str, list[int]]) -> Any:
         source = {tower: list(chosen) for tower, chosen in layers.items()}
-        chosen = copied(config, kept=kept_of_layers(config.kept, layers), layer_source=source, layer_source_of=config.layers())
+        chosen = config.copy(kept=kept_of_layers(config.kept, layers), layer_source=source, layer_source_of=config.layers())
         for tower, numbers in layers.items():
             chosen.tower(tower).num_hidden_layers = len(numbers)
         return chosen
@@ -200,7 +181,7 @@ class CLIP:
 
     def stock_config(self, config: Any, neurons: Mapping[str, int]) -> Any:
         """Depth and one number of neurons a tower are fields of transformers' configurations; SigLIP's pooling head shares vision's."""
-        chosen = copied(config, kept=None)
+        chosen = config.copy(kept=None)
         for tower, count in neurons.items():
             before = config.tower(tower).intermediate_size
             if tower == "vision" and count != before and isinstance(config, SlicedSiglipConfig):
@@ -256,9 +237,3 @@ class TextGraph(nn.Module):
 
 def _similarity(model: Sliced, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
     return (model.similarity(inputs["image_features"], inputs["text_features"]),)
-
-
-def copied(config: Any, **changes: Any) -> Any:
-    """A configuration of its own with some fields changed."""
-    values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "transformers_version")}
-    return type(config).from_dict({**values, **changes})

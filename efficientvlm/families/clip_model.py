@@ -14,28 +14,25 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMLP
 from transformers.utils import logging
 
+from efficientvlm.errors import BadInput
 from efficientvlm.families.base import HEAD, NEURON
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Bias, Encoded, attend, no_maps, normalise
-from efficientvlm.families.structure import kept_indices
+from efficientvlm.families.structure import Cuttable
 
 logging.disable_progress_bar()
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
-CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SIGLIP_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+HALVES = (0.5, 0.5, 0.5)
 
 
-class Structure:
-    """What the configurations of both kinds answer about their layers; `kept` and `layer_source` as in :class:`XVLMConfig`."""
+class Structure(Cuttable):
+    """What the configurations of both kinds answer about their layers."""
 
-    kept: dict[str, str] | None
     vision_config: Any
     text_config: Any
     stock: tuple[str, str]
     """`model_type` and class of transformers that open a model of which nothing was removed."""
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
-    """Mean and deviation of image channels where no file says them."""
 
     def tower(self, name: str) -> Any:
         """transformers' configuration of a tower."""
@@ -45,7 +42,6 @@ class Structure:
         return {name: self.tower(name).num_hidden_layers for name in TOWERS}
 
     def original_counts(self) -> dict[str, int]:
-        """Units of every group before anything was removed, ordered by tower, layer, kind."""
         counts: dict[str, int] = {}
         for name in TOWERS:
             for layer in range(self.tower(name).num_hidden_layers):
@@ -53,37 +49,18 @@ class Structure:
                 counts[f"{name}.{layer}.{NEURON}"] = self.tower(name).intermediate_size
         return counts
 
-    def kept_indices(self) -> dict[str, list[int]]:
-        """Original indices still present, for every group; :class:`BadInput` if `kept` names what the sizes do not have."""
-        return kept_indices(self.original_counts(), self.kept)
-
 
 class SlicedCLIPConfig(Structure, CLIPConfig):
     model_type = "evlm_clip"
     stock = ("clip", "CLIPModel")
-    statistics = CLIP_STATISTICS
-
-    image_mean: list[float] | tuple[float, ...] = CLIP_STATISTICS[0]
-    image_std: list[float] | tuple[float, ...] = CLIP_STATISTICS[1]
-    kept: dict[str, str] | None = None
-    layer_source: dict[str, list[int]] | None = None
-    layer_source_of: dict[str, int] | None = None
-    answers: list[str] | None = None
-    rank_top: int = 128
 
 
 class SlicedSiglipConfig(Structure, SiglipConfig):
     model_type = "evlm_siglip"
     stock = ("siglip", "SiglipModel")
-    statistics = SIGLIP_STATISTICS
 
-    image_mean: list[float] | tuple[float, ...] = SIGLIP_STATISTICS[0]
-    image_std: list[float] | tuple[float, ...] = SIGLIP_STATISTICS[1]
-    kept: dict[str, str] | None = None
-    layer_source: dict[str, list[int]] | None = None
-    layer_source_of: dict[str, int] | None = None
-    answers: list[str] | None = None
-    rank_top: int = 128
+    image_mean: list[float] | tuple[float, ...] = HALVES
+    image_std: list[float] | tuple[float, ...] = HALVES
 
 
 class AnyHeads:
@@ -280,6 +257,8 @@ class SlicedSiglipModel(Sliced, SiglipModel):
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = frozenset()) -> tuple[Tensor, Encoded]:
         """Texts are filled up to every position and nothing is masked, as SigLIP was trained: the last position is what is pooled."""
         part = self.config.text_config
+        if ids.shape[1] > part.max_position_embeddings:
+            raise BadInput(f"a text of {ids.shape[1]} tokens", f"this SigLIP reads {part.max_position_embeddings}", "cut it first")
         ids = ids.masked_fill(mask == 0, part.pad_token_id)
         ids = F.pad(ids, (0, part.max_position_embeddings - ids.shape[1]), value=part.pad_token_id)
         return ids, run(self.text_model.encoder.layers, self.text_model.embeddings(ids), None, keep)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput
+from efficientvlm.families.checks import check_channels
 
 CHECK = "check it with `evlm verify`"
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
@@ -59,11 +60,18 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
 
 
 def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any]) -> dict[str, Any]:
-    """`image_mean` and `image_std` where the configuration `values` lacks them: from the folder's image processor, or else `default`."""
+    """`image_mean` and `image_std` where the configuration `values` lacks them: from the folder's image processor, or else `default`.
+
+    Raises:
+        BadInput: they are not three numbers each.
+    """
     if "image_mean" in values and "image_std" in values:
         return {}
     settings = image_processor(folder) or {}
-    return {name: list(settings.get(name) or value) for name, value in zip(("image_mean", "image_std"), default, strict=True)}
+    found = {name: settings.get(name) or value for name, value in zip(("image_mean", "image_std"), default, strict=True)}
+    for name, value in found.items():
+        check_channels(name, value, f"the image processor in {folder}")
+    return {name: list(value) for name, value in found.items()}
 
 
 def image_processor(folder: Path) -> dict[str, Any] | None:

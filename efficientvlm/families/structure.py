@@ -2,9 +2,79 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from efficientvlm.errors import BadInput
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(kw_only=True)
+class Cuttable:
+    """In front of a configuration class of transformers: what every family's configuration has besides its sizes.
+
+    `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
+    `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
+    `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text.
+    """
+
+    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
+    image_std: list[float] | tuple[float, ...] = CLIP_STD
+    kept: dict[str, str] | None = None
+    layer_source: dict[str, list[int]] | None = None
+    layer_source_of: dict[str, int] | None = None
+    answers: list[str] | None = None
+    rank_top: int = 128
+
+    if TYPE_CHECKING:  # the class behind this one takes its own fields too
+
+        def __init__(self, **fields: Any) -> None: ...
+
+    def layers(self) -> dict[str, int]:
+        """Layers of each tower."""
+        raise NotImplementedError
+
+    def original_counts(self) -> dict[str, int]:
+        """Units of every group before anything was removed, ordered by tower, layer, kind."""
+        raise NotImplementedError
+
+    def kept_indices(self) -> dict[str, list[int]]:
+        """Original indices still present, for every group.
+
+        Raises:
+            BadInput: `kept` names a group or index that the sizes do not have.
+        """
+        return kept_indices(self.original_counts(), self.kept)
+
+    def with_kept(self, kept: Mapping[str, list[int]]) -> Self:
+        """A copy whose groups hold exactly `kept`; groups not named stay as they are."""
+        return self.copy(kept=kept_ranges(self.original_counts(), {**self.kept_indices(), **kept}))
+
+    def copy(self, **changes: Any) -> Self:
+        """This configuration with some fields changed."""
+        changed = copy.deepcopy(self)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
+
+
+class Described:
+    """In front of a family: what its configurations, each a :class:`Cuttable`, answer themselves."""
+
+    def original_counts(self, config: Cuttable) -> dict[str, int]:
+        return config.original_counts()
+
+    def kept(self, config: Cuttable) -> dict[str, list[int]]:
+        return config.kept_indices()
+
+    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
+        return config.with_kept(kept)
+
+    def layer_counts(self, config: Cuttable) -> dict[str, int]:
+        return config.layers()
 
 
 def kept_indices(counts: Mapping[str, int], named: Mapping[str, str] | None) -> dict[str, list[int]]:
@@ -42,12 +112,12 @@ def parse_ranges(text: str, count: int, group: str) -> list[int]:
     try:
         for part in filter(None, text.split(",")):
             first, _, last = part.partition("-")
-            if int(last or first) >= count:  # before it is counted out
+            if not 0 <= int(first) <= int(last or first) < count:  # before it is counted out
                 raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
             indices.extend(range(int(first), int(last or first) + 1))
     except (ValueError, AttributeError):
         raise BadInput(f"config.json: kept.{group} is not a list of ranges", repr(text)[:80], "write it as 0-3,7") from None
-    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < count):
+    if indices != sorted(set(indices)):
         raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
     return indices
 

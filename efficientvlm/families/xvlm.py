@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.checks import check_config
 from efficientvlm.families.graphs import vqa_graphs
-from efficientvlm.families.loading import CHECK, UNUSABLE
-from efficientvlm.families.structure import kept_of_layers, kept_ranges
-from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.loading import open_config, open_model, read_json
+from efficientvlm.families.structure import Described, kept_of_layers
+from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel
 
 MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
 
 
-class XVLM:
+class XVLM(Described):
     name = "xvlm"
     model_types: tuple[str, ...] = ("xvlm",)
     auto_classes: tuple[tuple[type, type], ...] = ((XVLMConfig, XVLMModel),)
@@ -50,17 +50,20 @@ class XVLM:
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> XVLMConfig:
         number = vocab if isinstance(vocab, int) else len(vocab)
-        return check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **checked_settings(changes)}))
+        config = check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **checked_settings(changes)}))
+        check_config(self, config, "settings")
+        return config
 
     def build(self, config: XVLMConfig) -> XVLMModel:
         return XVLMModel(config)
 
     def read_config(self, path: Path) -> XVLMConfig:
-        try:
-            config: XVLMConfig = XVLMConfig.from_pretrained(path, local_files_only=True)
-        except UNUSABLE as error:
-            raise BadInput(f"cannot read {path / 'config.json'}", " ".join(str(error).split())[:200], CHECK) from error
-        return config
+        file = path / "config.json"
+        values = read_json(file)
+        check_fields(values, str(file))
+        config: XVLMConfig = open_config(XVLMConfig, values, file)
+        check_config(self, config, str(file))
+        return check_sizes(config)
 
     def save(self, model: XVLMModel, folder: Path) -> None:
         model.save_pretrained(folder)
@@ -87,18 +90,8 @@ class XVLM:
         Raises:
             BadInput: weights that are missing, surplus or of another shape than `config.json` says, or not readable.
         """
-        config = self.read_config(path)
-        try:
-            model, info = XVLMModel.from_pretrained(
-                path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise BadInput(f"cannot load {path}", str(error).splitlines()[0], "check it with `evlm verify`") from error
-        problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
-        if problems:
-            summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
-            raise BadInput(f"{path}: weights do not fit config.json", summary, "check it with `evlm verify`")
-        return model.eval()
+        model: XVLMModel = open_model(XVLMModel, path, self.read_config(path))
+        return model
 
     def tower_of(self, parameter: str) -> str:
         first = parameter.partition(".")[0]
@@ -124,18 +117,6 @@ class XVLM:
                     sites, gate = _head_sites(module, start, stop), GatePoint(f"{module}.out", start, stop)
                 units.append(Unit(tower, int(number), kind, index, sites, gate))
         return units
-
-    def original_counts(self, config: XVLMConfig) -> dict[str, int]:
-        return config.original_counts()
-
-    def kept(self, config: XVLMConfig) -> dict[str, list[int]]:
-        return config.kept_indices()
-
-    def with_kept(self, config: XVLMConfig, kept: dict[str, list[int]]) -> XVLMConfig:
-        return config.copy(kept=kept_ranges(config.original_counts(), {**config.kept_indices(), **kept}))
-
-    def layer_counts(self, config: XVLMConfig) -> dict[str, int]:
-        return config.layers()
 
     def with_layers(self, config: XVLMConfig, layers: dict[str, list[int]]) -> XVLMConfig:
         local = config.local_attention_depth
@@ -216,6 +197,8 @@ class XVLM:
     def for_vqa(self, model: XVLMModel, teacher: XVLMModel | None, decoder_init: str) -> tuple[XVLMModel, list[str]]:
         if model.config.decoder_layers:
             return model, []
+        if not model.config.fusion_layers:
+            raise BadInput("this model cannot answer questions", "without fusion layers it reads them blind", "shrink to at least one")
         donor = teacher if decoder_init in ("auto", "teacher") else None
         if donor is None and decoder_init == "teacher":
             raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")

@@ -12,9 +12,8 @@ from transformers import PreTrainedConfig
 from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
-from efficientvlm.families.structure import kept_indices
+from efficientvlm.families.structure import Cuttable
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -46,19 +45,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class XVLMConfig(PreTrainedConfig):
-    """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
-
-    `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
-    `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
-    """
+class XVLMConfig(Cuttable, PreTrainedConfig):
+    """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers)."""
 
     model_type = "xvlm"
 
     image_size: int = 224
     patch_size: int = 16
-    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
-    image_std: list[float] | tuple[float, ...] = CLIP_STD
     vision_width: int = 768
     vision_layers: int = 12
     vision_heads: int = 12
@@ -83,22 +76,14 @@ class XVLMConfig(PreTrainedConfig):
     temperature_init: float = 0.07
     initializer_range: float = 0.02
 
-    kept: dict[str, str] | None = None
-    layer_source: dict[str, list[int]] | None = None
-    layer_source_of: dict[str, int] | None = None
-    answers: list[str] | None = None
-    rank_top: int = 128
-
     @property
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
     def layers(self) -> dict[str, int]:
-        """Layers of each tower."""
         return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
 
     def original_counts(self) -> dict[str, int]:
-        """Units of every group before anything was removed, ordered by tower, layer, kind."""
         counts: dict[str, int] = {}
         for tower, layers in self.layers().items():
             heads, neurons = (
@@ -110,19 +95,6 @@ class XVLMConfig(PreTrainedConfig):
                     counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
                 counts[f"{tower}.{layer}.{NEURON}"] = neurons
         return counts
-
-    def kept_indices(self) -> dict[str, list[int]]:
-        """Original indices still present, for every group.
-
-        Raises:
-            BadInput: `kept` names a group or index that the sizes do not have.
-        """
-        return kept_indices(self.original_counts(), self.kept)
-
-    def copy(self, **changes: Any) -> XVLMConfig:
-        """This configuration with some fields changed."""
-        values = {key: value for key, value in self.to_dict().items() if key in type(self).__dataclass_fields__}
-        return type(self)(**{**values, **changes})
 
 
 def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:
@@ -137,6 +109,12 @@ def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = 
     return given
 
 
+def check_fields(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a field of the stored configuration `values` that is not of its type; :class:`BadInput` names every one."""
+    schema = _settings_schema()
+    parse(schema, {name: value for name, value in values.items() if name in schema.model_fields}, where)
+
+
 @cache
 def _settings_schema() -> type[Strict]:
     size, count = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
@@ -147,7 +125,7 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("image_mean", "image_std"), colours),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
     }
-    types = {name: special.get(name) or kinds.get(kind) for name, kind in XVLMConfig.__annotations__.items()}
+    types = {name: special.get(name) or kinds.get(kind) for name, kind in (Cuttable.__annotations__ | XVLMConfig.__annotations__).items()}
     fields: dict[str, Any] = {name: (kind, getattr(XVLMConfig, name)) for name, kind in types.items() if kind is not None}
     return create_model("Settings", __base__=Strict, **fields)
 
@@ -156,9 +134,9 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
     """`config` if its sizes fit together; :class:`BadInput` says which do not."""
     for tower in ("vision", "text"):
         width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
-        if width % heads:
+        if heads < 1 or width % heads:
             raise BadInput(f"{tower}_heads is {heads}", f"{width} columns cannot be shared evenly by so many heads")
-    if config.image_size % config.patch_size:
+    if config.patch_size < 1 or config.image_size % config.patch_size:
         raise BadInput(f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}")
     if config.local_attention_depth > config.vision_layers:
         raise BadInput(f"local_attention_depth is {config.local_attention_depth}", f"there are {config.vision_layers} vision layers")

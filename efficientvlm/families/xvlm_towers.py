@@ -13,8 +13,10 @@ from transformers import BertConfig, CLIPConfig, CLIPVisionConfig
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blocks import resize_positions
+from efficientvlm.families.loading import image_statistics
+from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.weights import read_folder
-from efficientvlm.families.xvlm_config import CLIP_MEAN, CLIP_STD, XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
 
@@ -198,9 +200,8 @@ def _read_config(kind: Any, folder: Path) -> Any:
 
 def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and deviation of the image channels; CLIP's where the folder does not say."""
-    file = folder / "preprocessor_config.json"
-    values = _json(file) if file.is_file() else {}
-    return list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+    found = image_statistics(folder, {}, (CLIP_MEAN, CLIP_STD))
+    return found["image_mean"], found["image_std"]
 
 
 def _json(file: Path) -> dict[str, Any]:

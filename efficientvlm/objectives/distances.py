@@ -1,4 +1,4 @@
-"""Distances between a student's and a teacher's logits, hidden states and attention maps.
+"""Distances between a student's and a teacher's logits, hidden states and attention maps, all computed in float32.
 
 Over several processes a mean is one over all their items, in the sense of `ranks.share_of`.
 """
@@ -6,6 +6,7 @@ Over several processes a mean is one over all their items, in the sense of `rank
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def hidden_mse(
     """Sum over layer `pairs` (student index, teacher index) of the mean squared error of states [B, T, W]; `mask` [B, T] keeps tokens."""
     total = torch.zeros((), device=student[0].device)
     for s, t in pairs:
-        error = (student[s] - teacher[t]).square()
+        error = (student[s].float() - teacher[t].float()).square()
         total = total + (ranks.mean(error) if mask is None else _token_mean(error.mean(-1), mask))
     return total
 
@@ -59,16 +60,22 @@ def attention_mse(
         if heads is not None:
             mine, same = heads[s]
             if len(mine) < ours.shape[1]:
-                ours = ours[:, list(mine)]
+                ours = ours.index_select(1, _positions(tuple(mine), ours.device))
             if len(same) < theirs.shape[1]:
-                theirs = theirs[:, list(same)]
+                theirs = theirs.index_select(1, _positions(tuple(same), theirs.device))
         if not ours.shape[1]:
             continue
-        error = (ours - theirs).square().sum(-1)
+        error = (ours.float() - theirs.float()).square().sum(-1)
         total = total + (ranks.mean(error) if mask is None else _token_mean(error.mean(1), mask))
     return total
 
 
 def _token_mean(error: Tensor, mask: Tensor) -> Tensor:
-    keep = mask.to(error.dtype)
+    keep = mask.float()
     return (error * keep).sum() / ranks.share_of(keep.sum())
+
+
+@lru_cache(maxsize=1024)
+def _positions(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be used where gradients are needed
+        return torch.tensor(heads, dtype=torch.long, device=device)

@@ -70,35 +70,42 @@ def kd_terms(
     """Every distillation term that the two records allow, unweighted.
 
     Keys: `image_hidden`, `image_attention`, `text_*`, `itm_positive_*`, `itm_negative_*`, `mlm_*` (hidden, attention, and cross where
-    recorded), `itm_logits`, `mlm_logits`, `itc_logits`. The MLM terms span the text and the fusion layers.
+    recorded), `itm_logits`, `mlm_logits`, `itc_logits`. The MLM terms span the text and the fusion layers. A tower that `maps` lacks, since
+    one of the networks has no layers there, has no terms.
     """
     terms: dict[str, Tensor] = {}
-    vision, text, fusion = maps["vision"], maps["text"], maps["fusion"]
     text_mask = None if quirks.unmasked_padding else batch["text_mask"]
 
     def both(tap: str) -> tuple[Any, Any] | None:
-        return (ours[tap], theirs[tap]) if tap in ours and tap in theirs else None
+        comparable = tap in ours and tap in theirs and ("." not in tap or tap.partition(".")[0] in maps)
+        return (ours[tap], theirs[tap]) if comparable else None
 
     if pair := both("vision.hidden"):
+        vision = maps["vision"]
         last = len(vision.hidden) - 1 if quirks.skip_last_hidden else None
         terms["image_hidden"] = hidden_mse(*_common_rows(*pair, vision.hidden[:last]))
     if pair := both("vision.self_attention"):
+        vision = maps["vision"]
         terms["image_attention"] = attention_mse(*_common_rows(*pair, vision.attention), vision.heads[HEAD])
     if pair := both("text.hidden"):
-        terms["text_hidden"] = hidden_mse(*pair, text.hidden, text_mask)
+        terms["text_hidden"] = hidden_mse(*pair, maps["text"].hidden, text_mask)
     if pair := both("text.self_attention"):
-        terms["text_attention"] = attention_mse(*pair, text.attention, text.heads[HEAD], text_mask)
+        terms["text_attention"] = attention_mse(*pair, maps["text"].attention, maps["text"].heads[HEAD], text_mask)
     for run in ("itm_positive", "itm_negative", "mlm"):
         mask = None if quirks.unmasked_padding else ours.get(f"text_mask@{run}")
         if pair := both(f"fusion.hidden@{run}"):
+            fusion = maps["fusion"]
             terms[f"{run}_hidden"] = hidden_mse(*pair, fusion.hidden[1:] if run == "mlm" else fusion.hidden, mask)
         if pair := both(f"fusion.self_attention@{run}"):
+            fusion = maps["fusion"]
             terms[f"{run}_attention"] = attention_mse(*pair, fusion.attention, fusion.heads[HEAD], mask)
         if pair := both(f"fusion.cross_attention@{run}"):
+            fusion = maps["fusion"]
             terms[f"{run}_cross"] = attention_mse(*pair, fusion.attention, fusion.heads[CROSS_HEAD], mask)
     if (pair := both("text.hidden@mlm")) and "mlm_hidden" in terms:
-        terms["mlm_hidden"] = terms["mlm_hidden"] + hidden_mse(*pair, text.hidden, text_mask)
+        terms["mlm_hidden"] = terms["mlm_hidden"] + hidden_mse(*pair, maps["text"].hidden, text_mask)
     if (pair := both("text.self_attention@mlm")) and "mlm_attention" in terms:
+        text = maps["text"]
         terms["mlm_attention"] = terms["mlm_attention"] + attention_mse(*pair, text.attention, text.heads[HEAD], text_mask)
     logits: dict[str, Any] = {"temperature": temperature, "scale": scale}
     if pair := both("itm_logits"):

@@ -33,12 +33,14 @@ class Gated(nn.Module):
         self.seed, self.warmup_steps, self.epoch, self.quirks = seed, max(1, warmup_steps), epoch, quirks
         self.register_buffer("keep", torch.ones(len(scope.units), dtype=torch.bool))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.learning = True  # not `frozen`, known without asking a GPU
+        self.register_load_state_dict_post_hook(lambda module, _: module._note())
         self.hooks = attach(inner.model, scope.units)
         self.reads = _released_rows(scope) if quirks.mask_offsets else None
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        moving = not self.frozen or self.quirks.unfrozen_structure
-        if not self.frozen:
+        moving = self.learning or self.quirks.unfrozen_structure
+        if self.learning:
             z = self.gates.draw(self.seed, step)
         elif self.quirks.unfrozen_structure:
             z = self.gates.deterministic_published()
@@ -61,6 +63,10 @@ class Gated(nn.Module):
         """Make `keep` [gates] the structure for the rest of the run."""
         self.keep.copy_(keep)
         self.frozen.fill_(True)
+        self._note()
+
+    def _note(self) -> None:
+        self.learning = not self.frozen
 
     @torch.no_grad()
     def describe(self, step: int) -> dict[str, float]:

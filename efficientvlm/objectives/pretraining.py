@@ -190,8 +190,8 @@ def visible_patches(mask: Tensor, count: int) -> Tensor:
 
 
 def box_losses(predicted: Tensor, target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 and 1 - GIoU of boxes (cx, cy, w, h) [R, 4], averaged over those that are not the whole image (X-VLM)."""
-    keep = 1 - whole.to(predicted.dtype)
+    """L1 and 1 - GIoU of boxes (cx, cy, w, h) [R, 4], averaged over those that are not the whole image (X-VLM); in float32."""
+    predicted, target, keep = predicted.float(), target.float(), 1 - whole.float()
     boxes = ranks.share_of(keep.sum())
     l1 = ((predicted - target).abs().sum(-1) * keep).sum() / boxes
     return l1, ((1 - giou(predicted, target)) * keep).sum() / boxes

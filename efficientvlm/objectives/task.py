@@ -68,13 +68,14 @@ def kd_terms(
     """Every term of `TaskWeights` in `taps` (term → tap) that the records hold, unweighted (EfficientVLM, VQA objective).
 
     The fusion hidden terms leave out index 0, which is the last text state and counted there. Padding is left out unless the quirk is on.
+    A tower that `maps` lacks, since one of the networks has no layers there, has no terms.
     """
     masks = {"vision": None, "text": batch["question_mask"], "fusion": batch["question_mask"], "decoder": batch["answer_mask"]}
     terms: dict[str, Tensor] = {}
     for term, tap in taps.items():
-        if tap not in ours:
-            continue
         tower, kind = tap.split(".")
+        if tap not in ours or tower not in maps:
+            continue
         layers, mask = maps[tower], None if quirks.unmasked_padding else masks[tower]
         if kind == "hidden":
             last = -1 if quirks.skip_last_hidden and tower == "vision" else None

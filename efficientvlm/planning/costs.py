@@ -24,20 +24,24 @@ def trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def memory(model: Any, teacher: Any = None, *, gates: int = 0, training: bool = False, processes: int = 1) -> dict[str, int]:
+def memory(
+    model: Any, teacher: Any = None, *, gates: int = 0, training: bool = False, processes: int = 1, spread: bool = False
+) -> dict[str, int]:
     """Bytes of one process by purpose, without activations.
 
     Training adds a gradient and AdamW's two moments an element, and with several processes the buckets in which gradients are exchanged. A
-    gate has its value, gradient and moments too.
+    gate has its value, gradient and moments too. With `spread` parameters (FSDP) a process has its part of the moments; a step still holds
+    all parameters and gradients, beside the process's own parts of them.
     """
     parts = {"weights": FLOAT * elements(model)}
     if training:
         learnt = trainable(model)
-        parts |= {"gradients": FLOAT * learnt, "optimizer": MOMENTS * FLOAT * learnt}
+        own = -(-learnt // processes) if spread else learnt
+        parts |= {"gradients": FLOAT * learnt, "optimizer": MOMENTS * FLOAT * own}
         if gates:
             parts["gates"] = (2 + MOMENTS) * FLOAT * gates
         if processes > 1:
-            parts["exchange"] = FLOAT * learnt
+            parts["exchange"] = FLOAT * (learnt + 2 * own if spread else learnt)
     if teacher is not None:
         parts["teacher"] = FLOAT * elements(teacher)
     return {**parts, "total": sum(parts.values())}

@@ -23,7 +23,7 @@ from efficientvlm.planning.chain import Blocked, Chain, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
 from efficientvlm.recipe import Step
-from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, recut, tuning
+from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut, tuning
 from efficientvlm.stages.answering import Answerer, open_task, read_answers
 from efficientvlm.stages.common import shapes
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
@@ -153,6 +153,8 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
         return plan_untrained(chain, step, found)
     if config.method != "l0" and find_spec("torch_pruning") is None:
         chain.problems.add(step.name, BadInput("the package torch-pruning is not installed", "", "pip install torch-pruning"))
+    with chain.problems.of(step.name):
+        prune.check(config)
     run = tuned(chain, step, found)
     student = run.student
     scope = scope_of(config, student.family, student.model)
@@ -201,10 +203,8 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
         lambda: open_task(config, "val", pruned.sizes.image_size),
         "questions",
         "recut",
-        config.data,
-        config.val,
-        config.val_fraction,
-        config.limit,
+        pruned.sizes.image_size,
+        *(config.data, config.columns, config.val, config.val_fraction, config.limit, config.max_bad),
     )
     if place(config.from_gates) in chain.stale:
         source = chain.dense[place(config.from_gates)]
@@ -231,7 +231,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     answers = read_answers(resolve(config.answers)) if config.answers else None
     with chain.problems.of(step.name):
         Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
-    key = (config.data, config.columns, config.val_fraction, config.limit)
+    key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
     source = chain.source(
         lambda: open_task(config, config.split, loaded.sizes.image_size), "eval", config.split, loaded.sizes.image_size, *key
     )
@@ -273,8 +273,16 @@ def plan_export(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     loaded = chain.open(config.model, step.name)
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
-    export.check(config)
-    found.status = chain.status(step, {"model": config.model}, {"data": ""} if config.data else {})
+    with chain.problems.of(step.name):
+        export.check(config)
+    with chain.problems.of(step.name):
+        export.check_model(config, loaded)
+    digests = {}
+    if config.data:
+        key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
+        source = chain.source(lambda: export.open_data(config, loaded), "export", config.split, loaded.sizes.image_size, *key)
+        digests["data"] = digest(chain, source)
+    found.status = chain.status(step, {"model": config.model}, digests)
 
 
 STAGES: dict[str, Callable[[Chain, Step, Forecast], None]] = {

@@ -143,7 +143,8 @@ def training(
     found.schedule = schedule(run.config, run.sources["train"])
     processes = found.schedule["processes"]
     taught = teacher.model if teacher else None
-    found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes)
+    spread = run.config.parallel == "fsdp" and processes > 1
+    found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes, spread=spread)
     status = chain.status(step, inputs, digests(chain, run.config, run.sources))
     found.run = None if status == "up to date" else run
     finish(chain, step, found, result or student, status, trained=student.model, **sizes)

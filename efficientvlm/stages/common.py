@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,11 @@ def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str
     return output
 
 
+def finished(output: Output) -> Manifest:
+    """The manifest of an output that is up to date, on all processes."""
+    return ranks.on_main(lambda: checkpoint.require_complete(output.path), Manifest.model_validate)
+
+
 @contextmanager
 def making(output: Output) -> Iterator[None]:
     """Give the output folder up if the block fails; a saved training state stays, and then a stop by signal is resumable.
@@ -228,11 +234,26 @@ def which(config: Any, split: str) -> dict[str, Any]:
 
 
 def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
-    """Say which samples were skipped so far, and have all of them written down beside the training state."""
+    """Say which samples were skipped so far, and have all of them written down beside the training state, by the main process."""
     for split, source in sources.items():
         if skips := getattr(source, "skips", None):
             say_skipped(source, split, quiet)
-            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")
+            if not output.mine:
+                skips.collect()
+            ranks.on_main(partial(skips.keep_in, output.state_dir / f"{split}-{SKIPPED}"))
+
+
+def gather_skipped(sources: dict[str, Any]) -> None:
+    """Tell the main process which samples the others have skipped since the last call; all processes call this together.
+
+    Raises:
+        BadInput: in all they are more than may be skipped.
+    """
+    for source in sources.values() if ranks.world() > 1 else ():
+        if skips := getattr(source, "skips", None):
+            ours = skips.hand_over()
+            told = [ranks.tell(ours, number) for number in range(1, ranks.world())]
+            ranks.on_main(partial(skips.take_over, told))
 
 
 def say_skipped(source: Any, title: str, quiet: bool) -> None:
@@ -247,7 +268,7 @@ def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
     lines = []
     for split, source in sources.items():
         if skips := getattr(source, "skips", None):
-            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")  # with what other processes have found
+            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")  # also those beyond the ones that are remembered
             say_skipped(source, split, quiet)
             lines += [json.dumps({"split": split, "sample": what, "reason": why}) + "\n" for what, why in skips.reasons.items()]
     if lines:

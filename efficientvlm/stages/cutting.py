@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from efficientvlm.compression.accounting import count_sparsity
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.files import fsync_dir
+from efficientvlm.progress import say
 from efficientvlm.stages.common import settings_of
 from efficientvlm.state import unshared
 
@@ -42,8 +45,20 @@ def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, 
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file as a whole or not at all."""
+    """Write a safetensors file as a whole or not at all, so that it outlives a crash of the machine."""
     temporary = path.with_name(f".{path.name}.tmp")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(unshared(plain), temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    try:
+        save_file(unshared(plain), temporary, metadata={"format": "pt"})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def say_budget(budget: dict[str, dict[str, float]], quiet: bool) -> None:
+    """A line for every budget of :func:`budget_report`."""
+    for name, part in budget.items():
+        say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=quiet)

@@ -40,7 +40,8 @@ def run(config: Export, control: Control) -> Manifest:
     """
     check(config)
     loaded = load(config.model)
-    source = _data(config, loaded)
+    check_model(config, loaded)
+    source = open_data(config, loaded)
     inputs = {"model": config.model, "data": f"sha256:{source.fingerprint}" if source else None}
     output = open_output(config, "export", control, inputs)
     if output.up_to_date:
@@ -62,12 +63,20 @@ def check(config: Export) -> None:
         raise BadInput(f"{option} does not go with --format {config.format}", "only ONNX graphs are quantised and measured", "leave it out")
 
 
-def _data(config: Export, loaded: Loaded) -> Any:
+def check_model(config: Export, loaded: Loaded) -> None:
+    """:class:`BadInput` for a network that the format cannot express, or whose accuracy cannot be measured; looks at no weights."""
+    if config.data and "vqa" not in loaded.tasks:
+        raise BadInput(f"{config.model} answers no questions", "accuracy is measured of question answering only", "leave --data out")
+    if config.format == "onnx" and not loaded.tasks - {"pretraining"}:
+        raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
+    if config.format == "hf":
+        stock.uniform_config(loaded.family, loaded.model.config, config.model)
+
+
+def open_data(config: Export, loaded: Loaded) -> Any:
     """What accuracy is measured on, if anything."""
     if not config.data:
         return None
-    if "vqa" not in loaded.tasks:
-        raise BadInput(f"{config.model} answers no questions", "accuracy is measured of question answering only", "leave --data out")
     source = open_task(config, config.split, loaded.sizes.image_size)
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Finetune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
-from efficientvlm.stages.common import making, open_output
+from efficientvlm.stages.common import finished, making, open_output
 from efficientvlm.stages.tuning import Tuning
 from efficientvlm.training import adamw
 
@@ -16,7 +15,7 @@ def run(config: Finetune, control: Control) -> Manifest:
     tuning = Tuning.open(config)
     output = open_output(config, "finetune", control, tuning.inputs)
     if output.up_to_date:
-        return require_complete(output.path)
+        return finished(output)
     with making(output):
         objective = tuning.objective()
         spent = tuning.train(objective, [adamw(objective, config, new=tuning.new)], output, control)

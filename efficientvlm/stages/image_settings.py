@@ -34,7 +34,7 @@ def fitted(settings: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     """`settings` whose images have the size and channel statistics that the model reads; unchanged where they had."""
     changed = dict(settings)
     last = "crop_size" if settings.get("do_center_crop") else "size"
-    if _sides(settings.get(last)) != {sizes.image_size}:
+    if _sides(settings.get(last)) not in ([sizes.image_size], [sizes.image_size] * 2):
         for name in ("size", "crop_size"):
             if name in settings or name == last:
                 changed[name] = _resized(settings.get(name), sizes.image_size)
@@ -50,8 +50,9 @@ def write_settings(settings: dict[str, Any] | None, sizes: Sizes, folder: Path) 
     (folder / FILE).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
 
 
-def _sides(size: Any) -> set[Any]:
-    return set(size.values()) if isinstance(size, dict) else {size}
+def _sides(size: Any) -> list[Any]:
+    """The numbers of a size, which transformers reads as a mapping, as (height, width) or as one number."""
+    return list(size.values()) if isinstance(size, dict) else size if isinstance(size, list) else [size]
 
 
 def _resized(size: Any, side: int) -> Any:

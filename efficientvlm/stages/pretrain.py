@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from efficientvlm import ranks
-from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Distill, Pretrain
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch, region_batch
@@ -23,6 +22,8 @@ from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
+    finished,
+    gather_skipped,
     keep_skipped,
     load,
     making,
@@ -48,7 +49,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
-        return require_complete(output.path)
+        return finished(output)
     with making(output):
         hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
@@ -73,6 +74,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
             hardware=hardware,
             title=stage,
             quiet=control.quiet,
+            before_save=lambda: gather_skipped(sources),
         )
 
         def finish() -> Manifest:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from efficientvlm import ranks
-from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Budget, Scope
@@ -19,10 +18,9 @@ from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
-from efficientvlm.progress import say
 from efficientvlm.stages import recut, untrained
-from efficientvlm.stages.common import making, open_output, settings_of
-from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, scope_of
+from efficientvlm.stages.common import finished, making, open_output, settings_of
+from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, say_budget, scope_of
 from efficientvlm.stages.tuning import Tuning
 from efficientvlm.training import Optimizer, adamw
 
@@ -37,14 +35,13 @@ def run(config: Prune, control: Control) -> Manifest:
         return ranks.on_main(lambda: recut.run(config, control), Manifest.model_validate)
     if config.task == "none":
         return ranks.on_main(lambda: untrained.run(config, control), Manifest.model_validate)
-    if config.parallel == "fsdp":
-        raise BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
+    check(config)
     tuning = Tuning.open(config)
     student = tuning.student
     scope = scope_of(config, student.family, student.model)
     output = open_output(config, "prune", control, tuning.inputs)
     if output.up_to_date:
-        return require_complete(output.path)
+        return finished(output)
     with making(output):
         learnt, freeze = config.method == "l0", gate_steps(config, tuning.steps)
         objective = gated(config, tuning, scope)
@@ -73,9 +70,7 @@ def run(config: Prune, control: Control) -> Manifest:
         budget = budget_report(scope, keep, gates if learnt else None)
         extra = {"budget": budget, "dense_kept": student.model.config.kept}
         student.model = slice_model(student.family, student.model.cpu(), keep).to(tuning.hardware.device)
-        for name, part in budget.items():
-            values = ", ".join(f"{key} {value:.4f}" for key, value in part.items())
-            say(f"prune: sparsity of {name}: {values}", quiet=control.quiet)
+        say_budget(budget, control.quiet)
 
         def finish() -> Manifest:
             if learnt:
@@ -85,6 +80,12 @@ def run(config: Prune, control: Control) -> Manifest:
             return tuning.finish(output, control, spent, extra=extra)
 
         return ranks.on_main(finish, Manifest.model_validate)
+
+
+def check(config: Prune) -> None:
+    """:class:`BadInput` for settings of a pruning run that do not belong together."""
+    if config.parallel == "fsdp":
+        raise BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
 
 
 def gate_steps(config: Prune, steps: int) -> int:

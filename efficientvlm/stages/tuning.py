@@ -21,7 +21,7 @@ from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, data_inputs, keep_skipped, load, pair_problems, settings_of, texts_of, write
+from efficientvlm.stages.common import Loaded, data_inputs, gather_skipped, keep_skipped, load, pair_problems, settings_of, texts_of, write
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
@@ -90,6 +90,7 @@ class Tuning:
             hardware=self.hardware,
             title=output.stage,
             quiet=control.quiet,
+            before_save=lambda: gather_skipped(self.sources),
             **hooks,
         )
 

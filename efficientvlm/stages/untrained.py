@@ -8,9 +8,8 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
-from efficientvlm.progress import say
 from efficientvlm.stages.common import load, making, open_output, write
-from efficientvlm.stages.cutting import budget_report, scope_of
+from efficientvlm.stages.cutting import budget_report, say_budget, scope_of
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -31,8 +30,7 @@ def run(config: Prune, control: Control) -> Manifest:
         assert config.method != "l0"
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
         budget = budget_report(scope, keep, None)
-        for name, part in budget.items():
-            say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=control.quiet)
+        say_budget(budget, control.quiet)
         return write(
             output,
             family,
