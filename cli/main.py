@@ -15,7 +15,7 @@ import typer
 from efficientvlm import ranks
 from efficientvlm.cli import build, folders, measure, plan, recipes, train
 from efficientvlm.errors import EvlmError
-from efficientvlm.interrupt import sigterm_as_interrupt
+from efficientvlm.interrupt import deaf, sigterm_as_interrupt
 
 app = typer.Typer(
     name="evlm",
@@ -58,6 +58,7 @@ def _root(
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
     code = _started()
+    deaf()
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -29,8 +29,13 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Catch SIGINT and SIGTERM while the block runs; off the main thread, where Python has no handlers, the flag stays down."""
+    """Catch SIGINT and SIGTERM while the block runs; off the main thread, where Python has no handlers, the flag stays down.
+
+    Raises:
+        KeyboardInterrupt: an earlier signal was lost.
+    """
     flag = StopFlag()
+    raise_lost()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
@@ -44,17 +49,40 @@ def stop_flag() -> Iterator[StopFlag]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does; of several processes each is interrupted once."""
+    """Let SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does; of several processes each is interrupted once.
+
+    Raises:
+        KeyboardInterrupt: on entry, an earlier signal was lost.
+    """
+    global _interrupted
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM,) if launched() == 1 else (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, _interrupt) for number in numbers}
+    raise_lost()
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt:
+        _interrupted = launched() > 1
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def raise_lost() -> None:
+    """KeyboardInterrupt if a signal has raised one that went no further: Python drops what is raised in callbacks of an import."""
+    global _interrupted
+    if _interrupted and launched() == 1:
+        _interrupted = False
+        raise KeyboardInterrupt
+
+
+def deaf() -> None:
+    """Ignore SIGINT and SIGTERM from now on: the work is done and the process ends with its own code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 _interrupted = False

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from efficientvlm import ranks
@@ -104,7 +104,8 @@ def restore(folder: Path, objective: nn.Module, optimizers: Sequence[torch.optim
         try:
             content: dict[str, Any] = json.loads((found / "state.json").read_text("utf-8"))
             spent = asdict(Spent(**{name: content[name] for name in asdict(Spent())}))
-            tensors.update(load_file(found / "state.safetensors"))
+            with safe_open(found / "state.safetensors", "pt") as file:  # copied: a mapped file keeps its place on the disk when removed
+                tensors.update((name, file.get_tensor(name).clone()) for name in file.keys())  # noqa: SIM118  it is no mapping
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _useless(found, error) from error
         shapes = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Train
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
 from efficientvlm.meter import Meter
+from efficientvlm.state import Spent, restore, save, tensors_of
 from efficientvlm.stopwatch import TEACHER
 
 
@@ -189,3 +192,32 @@ def test_processes_that_torchrun_did_not_start_are_refused(chain: Path, tmp_path
     with pytest.raises(BadInput, match="do not find one another") as error:
         run_stage("shrink", model=str(chain / "init"), out=str(tmp_path / "out"))
     assert "torchrun" in error.value.fix and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int) -> None:
+    """What a handler raises inside a callback goes no further, as it happens during imports."""
+
+    class Thing:
+        pass
+
+    with pytest.raises(KeyboardInterrupt):
+        with sigterm_as_interrupt():
+            thing = Thing()
+            callback = weakref.ref(thing, lambda _: signal.raise_signal(number))
+            del thing
+            assert callback() is None  # the run goes on as if nothing had happened
+            with stop_flag():
+                raise AssertionError("training started")
+    with stop_flag() as flag:  # and it counts once
+        assert not flag.requested
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the list of mapped files is Linux's")
+def test_a_restored_state_keeps_no_file_open(tmp_path: Path) -> None:
+    """Or a removed state would keep its place on the disk."""
+    model = torch.nn.Linear(300, 300)
+    save(tmp_path, tensors_of(model, []), Spent(steps=3))
+    assert restore(tmp_path, torch.nn.Linear(300, 300), []).steps == 3
+    assert "state.safetensors" not in Path("/proc/self/maps").read_text()

@@ -33,11 +33,12 @@ FORWARD = "one image and one text a sample, as tensors, to the outputs of the fo
 def run(config: Bench, control: Control) -> dict[str, Any]:
     """Time all models in turns; the first one is what the others are compared with.
 
-    A task-agnostic checkpoint is timed with an untrained answer decoder, as deep as its fusion tower, and marked `trained: false`.
+    Where one of them has a list of answers, what is timed is ranking it, else the forward pass; `timed` says which. Then a task-agnostic
+    checkpoint is timed with an untrained answer decoder, as deep as its fusion tower, and marked `trained: false`.
     A finished result of the same checkpoints, settings and machine in `config.out` is returned as it is, unless forced.
 
     Raises:
-        BadInput: no model has a list of answers, a question longer than a model reads, an `out` of another measurement.
+        BadInput: a question longer than a model reads, a model that cannot do what the others do, an `out` of another measurement.
     """
     device = pick_device(config.device)
     with bench.threads(config.threads) as threads:
@@ -52,8 +53,8 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         for loaded in models:
             check_precision(loaded, config.precision)
         trained = ["vqa" in loaded.tasks for loaded in models]
-        answering = any(trained)
         answers = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), None)
+        answering = any(trained) and bool(answers)
         labels = unique(config.models)
         timed = partial(ranking, answers=answers) if answering else forward
         calls = {label: timed(loaded, config=config, device=device) for label, loaded in zip(labels, models, strict=True)}
@@ -131,21 +132,16 @@ def check_length(loaded: Loaded, length: int) -> None:
         raise BadInput(f"questions of {length} tokens are too long", why, "use a smaller --text-length")
 
 
-def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str] | None) -> Callable[[int], object]:
+def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str]) -> Callable[[int], object]:
     """A function of the batch size that ranks `loaded`'s own answers, or else `answers`, for prepared random inputs.
 
     A model without answer decoder gets one, in memory: `loaded.model` is replaced.
     """
     make_answering(loaded)
     family, model = loaded.family, loaded.model.to(device).eval()
-    candidates = model.config.answers or answers
-    if not candidates:
-        raise BadInput(
-            "there is no list of answers to rank", "no model is tuned for the task", "give also --model of a finetuned checkpoint"
-        )
     check_length(loaded, config.text_length)
     texts = Texts(loaded.tokenizer)
-    ids, mask = (tensor.to(device) for tensor in texts.batch(candidates))
+    ids, mask = (tensor.to(device) for tensor in texts.batch(model.config.answers or answers))
     batches = {size: example(loaded.sizes.image_size, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
     twice = counts_first_token_twice(loaded.manifest, None)
 
