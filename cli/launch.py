@@ -45,11 +45,11 @@ def stage(name: str, options: dict[str, Any]) -> None:
             raise typer.BadParameter("it is needed and was not given", param_hint=f"--{option}")
     config = configs.parse(model, values, f"evlm {name}")
     steps = [Step(name, name, config)]
-    preflight(steps).raise_all(f"evlm {name}")
     control = Control(force=options["force"], resume=options["resume"], quiet=options["quiet"] or options["json"], json=options["json"])
     if options["dry_run"]:
         plan.dry_run(f"evlm {name}", steps, control, recipe=False)
         return
+    preflight(steps).raise_all(f"evlm {name}")
     from efficientvlm import ranks
     from efficientvlm.stages.run import run_stage
 

@@ -29,7 +29,7 @@ def load(path: str) -> Any:
     from efficientvlm import checkpoint, families, files
 
     checkpoint.require_complete(path)
-    folder = files.resolve(path)
+    folder = files.resolve(path, checkpoint=True)
     return families.of_folder(folder).load(folder)
 
 

@@ -44,7 +44,7 @@ def require_complete(spec: str | Path) -> Manifest:
     Raises:
         BadInput: the stage that writes it has not finished, or files are missing or of another size.
     """
-    folder = resolve(spec)
+    folder = resolve(spec, checkpoint=True)
     if (folder / STATE).is_dir() and not (folder / MANIFEST).exists():
         raise BadInput(f"{folder} is not finished", "the stage that writes it was interrupted", "run its command again; it resumes")
     manifest = manifests.read(folder)
@@ -384,6 +384,11 @@ class _Seen(Output):
 
     def _remove_state(self) -> None:
         return
+
+
+def check_place(path: str | Path) -> None:
+    """:class:`BadInput` where a folder cannot be written, whatever it is to hold: it has files that no stage wrote, or is a file."""
+    _Seen(Path(path).expanduser(), "", {}, {}, {})._refuse_foreign()
 
 
 def examine(

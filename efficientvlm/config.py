@@ -319,7 +319,11 @@ def parse(model: type[T], values: dict[str, Any], where: str) -> T:
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_describe(model, item) for item in error.errors()]
-        raise BadInput(f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}", "\n  " + "\n  ".join(problems)) from None
+        raise BadInput(
+            f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}",
+            "\n  " + "\n  ".join(problems),
+            "correct what is listed",
+        ) from None
 
 
 def _describe(model: type[BaseModel], item: Any) -> str:
@@ -351,7 +355,7 @@ def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise BadInput(f"--set {assignment}", "the value is not YAML") from None
+            raise BadInput(f"--set {assignment}", "the value is not YAML", "put quotes around it") from None
         if isinstance(value, str):
             try:
                 value = float(value)  # YAML 1.1 reads 3e-4 as a string
@@ -362,6 +366,6 @@ def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         for part in path:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
-                raise BadInput(f"--set {assignment}", f"{part} is not a group of settings")
+                raise BadInput(f"--set {assignment}", f"{part} is not a group of settings", "see the settings in the documentation")
         target[last] = value
     return merged

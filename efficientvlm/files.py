@@ -58,8 +58,11 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{MANIFEST}"))
 
 
-def resolve(spec: str | Path) -> Path:
+def resolve(spec: str | Path, *, checkpoint: bool = False) -> Path:
     """The existing path a user means by `spec`; `bundled:NAME` is a checkpoint inside this package.
+
+    Args:
+        checkpoint: whether a checkpoint is meant, for the advice where there is none.
 
     Raises:
         BadInput: there is no such path or bundled checkpoint.
@@ -69,15 +72,17 @@ def resolve(spec: str | Path) -> Path:
     if found and kind == "bundled":
         names = bundled_names()
         if name not in names:
-            raise BadInput(f"there is no bundled checkpoint {name!r}", f"this package has {', '.join(names) or 'none'}")
+            raise BadInput(
+                f"there is no bundled checkpoint {name!r}", f"this package has {', '.join(names) or 'none'}", "use one of them, or a folder"
+            )
         return BUNDLED / name
     try:
         path = Path(text).expanduser()
         exists = bool(text) and path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{text!r} is not a usable path", str(error)) from None
+        raise BadInput(f"{text!r} is not a usable path", str(error), "check the path") from None
     if not exists:
-        bundled = ", ".join(f"bundled:{name}" for name in bundled_names())
+        bundled = ", ".join(f"bundled:{name}" for name in bundled_names()) if checkpoint else ""
         raise BadInput(
             f"{text!r} does not exist",
             f"looked in {Path.cwd()}",

@@ -55,7 +55,7 @@ def lineage(spec: str | Path) -> Node:
     Raises:
         BadInput: the folder itself has no readable manifest.
     """
-    folder = resolve(spec)
+    folder = resolve(spec, checkpoint=True)
     return _node("", folder, manifests.read(folder), None, (sha256(folder / MANIFEST),))
 
 

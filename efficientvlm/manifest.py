@@ -128,7 +128,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
     except OSError as error:
-        raise BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower()) from None
+        raise BadInput(
+            f"{path} cannot be read", (error.strerror or "unknown reason").lower(), "check the path and its permissions"
+        ) from None
     except UnicodeDecodeError:
         raise BadInput(f"{path} is damaged", "it is not UTF-8 text", "restore it, or make the folder again") from None
     except RecursionError:

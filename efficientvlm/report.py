@@ -48,7 +48,11 @@ def summarise(
             raise BadInput(f"the evaluation of {label} is of another checkpoint", str(result.get("model")), "evaluate it again")
     tests = {label: _test(result) for label, result in evals.items()}
     if len({str(test) for test in tests.values()}) > 1:
-        raise BadInput("the evaluations cannot be compared", "; ".join(f"{label}: {_named(test)}" for label, test in tests.items()))
+        raise BadInput(
+            "the evaluations cannot be compared",
+            "; ".join(f"{label}: {_named(test)}" for label, test in tests.items()),
+            "evaluate all on the same data",
+        )
     timed = {record["sha256"]: record for record in reversed(bench["models"])} if bench else {}
     if bench and not any(digest in timed for _, digest in models.values()):
         raise BadInput("the bench result is of other checkpoints", ", ".join(r["model"] for r in bench["models"]), "run evlm bench again")

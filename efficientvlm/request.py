@@ -25,7 +25,7 @@ def read_request(state_dir: Path, lenient: bool) -> dict[str, Any] | None:
     try:
         request = manifests.read_json(path)
         if not isinstance(request, dict) or any(not isinstance(request.get(key), kind) for key, kind in SHAPE.items()):
-            raise BadInput(f"{path} is damaged", "it does not describe a stage")
+            raise BadInput(f"{path} is damaged", "it does not describe a stage", "use --force to drop it, or another --out")
         for name in request["replaces"]:
             manifests.inside(str(name))
     except (BadInput, ValueError) as error:

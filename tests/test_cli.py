@@ -119,7 +119,7 @@ from efficientvlm.cli import main
 codes = []
 for line in (["--help"], ["prune", "--help"], ["inspect", {str(chain)!r}], ["verify", {str(chain)!r}], ["recipes", "ls"],
              ["recipes", "validate", "quickstart"], ["plan", "--help"], ["prune", "--model", "nowhere"],
-             ["shrink", "--model", "nowhere", "--out", "x", "--dry-run"]):
+             ["shrink", "--model", "nowhere", "--out", "x"]):
     sys.argv = ["evlm", *line]
     codes.append(main._run())
 print(codes, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)

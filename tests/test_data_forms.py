@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_data_files import jsonl, pictures, png
 
-from efficientvlm.data import tar
+from efficientvlm.data import hub, tar
 from efficientvlm.data.forms import braces
 from efficientvlm.data.images import open_image
 from efficientvlm.data.sources import check_spec, open_pairs, open_texts, open_vqa, texts
@@ -322,3 +322,32 @@ def test_texts_for_a_tokenizer_come_from_any_form(tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "asked.jsonl", [{"image": "img/0.png", "question": "", "answer": "a"}])
     with pytest.raises(BadInput, match="its question is no text"):
         open_texts(asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "why"),
+    [
+        ("image,question,answer\nx.png,what,red\n".encode("utf-16"), "a.csv", "it is UTF-16 text"),
+        ("image,question,answer\nx.png,what,red\n".encode("utf-16-le"), "a.csv", "it is UTF-16 text"),
+        (b"image;question;answer\nx.png;what;red\n", "a.csv", "separated by semicolons, commas are read"),
+        (b"image,question,answer\nx.png,what,red\n", "a.tsv", "separated by commas, tabs are read"),
+        (b"", "a.tar.gz", "compressed tar"),
+        (b"no parquet", "a.parquet", "cannot be read as parquet"),
+    ],
+)
+def test_files_of_a_neighbouring_form_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, name: str, why: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=why) as caught:
+        open_vqa(str(tmp_path / name), "test")
+    assert caught.value.fix and capfd.readouterr() == ("", "")
+
+
+def test_the_hub_is_asked_twice_and_not_for_half_a_minute() -> None:
+    from huggingface_hub.utils import http_backoff
+
+    before = dict(http_backoff.__kwdefaults__)
+    with hub._few_attempts():
+        assert http_backoff.__kwdefaults__["max_retries"] == 1 < before["max_retries"]
+    assert http_backoff.__kwdefaults__ == before

@@ -430,3 +430,17 @@ def test_init_is_planned_with_its_real_vocabulary(chain: Path) -> None:
 def test_every_packaged_recipe_can_be_planned(name: str, evlm: Any) -> None:
     code, out, err = evlm("plan", name, "--json")
     assert (code, err) == (0, "") and json.loads(out)["plan"]["problems"] == [] and not Path("runs").exists()
+
+
+def test_problems_of_one_stage_are_found_together(chain: Path, tmp_path: Path, evlm: Any) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, _, err = evlm(*f"finetune --model {chain}/pruned --teacher nobody --data nothing.jsonl --out mine --dry-run".split())
+    assert code == 3 and "has 3 problems" in err
+    assert "'nobody' does not exist" in err and "no data called nothing.jsonl" in err and "mine is not empty" in err
+
+
+def test_a_place_that_takes_no_files(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: namedtuple("Usage", "total free")(0, 0))
+    made = plan([step("student", "shrink", model=str(chain / "init"), out="out")])
+    assert "out cannot be written" in said(made) and "too little space" not in said(made)

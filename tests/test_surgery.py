@@ -212,6 +212,11 @@ def test_impossible_layer_choices_are_bad_input(wanted):
         resolve_layers({"vision": 12}, wanted)
 
 
+def test_all_impossible_layer_choices_are_named():
+    with pytest.raises(BadInput, match=r"(?s)no such tower: audio.*13 vision layers"):
+        resolve_layers({"vision": 12}, {"vision": 13, "audio": 1})
+
+
 @every_family
 def test_shrinking_copies_the_chosen_layers(name):
     family, model, batch = build(name)

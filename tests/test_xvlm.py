@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from spoiling import edit, spoil_weights
 
 from efficientvlm import families
@@ -442,3 +445,45 @@ def test_no_decoder_from_layers_that_are_pruned_or_missing():
     ):
         with pytest.raises(BadInput, match="no answer decoder"):
             FAMILY.with_decoder(model, 1, source)
+
+
+OPEN = {
+    "load": "import efficientvlm; model = efficientvlm.load(folder)",
+    "package first": "import efficientvlm; from transformers import AutoModel; model = AutoModel.from_pretrained(folder)",
+    "package last": "from transformers import AutoModel; import efficientvlm; model = AutoModel.from_pretrained(folder)",
+}
+PROCESS = """
+import sys, torch
+folder = sys.argv[1]
+{open}
+from safetensors.torch import load_file
+from efficientvlm import families
+tensors = load_file(sys.argv[2])
+family = families.of_folder(__import__("pathlib").Path(folder))
+batch = {{name: value for name, value in tensors.items() if name != "logits"}}
+with torch.no_grad():
+    logits = family.forward(model.eval(), batch)["logits"]
+torch.testing.assert_close(logits, tensors["logits"], atol=1e-5, rtol=1e-5)
+print(type(model).__name__, sum(parameter.numel() for parameter in model.parameters()))
+"""
+
+
+def test_a_pruned_folder_opens_in_fresh_processes(chain, tmp_path):
+    folder = chain / "pruned"
+    model = FAMILY.load(folder)
+    assert any(len(kept) < FAMILY.original_counts(model.config)[group] for group, kept in FAMILY.kept(model.config).items())
+    batch = {name: value.clone() for name, value in FAMILY.example_batch(model.config, 2, 5).items()}
+    batch["pixels"] = torch.randn(batch["pixels"].shape)
+    with torch.no_grad():
+        save_file({**batch, "logits": FAMILY.forward(model, batch)["logits"]}, tmp_path / "inputs.safetensors")
+    command = [str(folder), str(tmp_path / "inputs.safetensors")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS.format(open=code), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for code in OPEN.values()
+    ]
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+        assert out.split() == ["XVLMModel", str(sum(parameter.numel() for parameter in model.parameters()))]

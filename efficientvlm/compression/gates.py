@@ -100,7 +100,11 @@ class Gates(nn.Module):
         found = {name.removeprefix(PREFIX): tensor.numel() for name, tensor in tensors.items() if name.startswith(PREFIX)}
         if found != expected:
             differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise BadInput("the stored gates do not belong to this model", f"they differ in {', '.join(differ[:5])}")
+            raise BadInput(
+                "the stored gates do not belong to this model",
+                f"they differ in {', '.join(differ[:5])}",
+                "give the prune output they were written with",
+            )
         with torch.no_grad():
             gates.log_alpha.copy_(torch.cat([torch.empty(0)] + [tensors[PREFIX + name].float().flatten() for name in expected]))
         return gates

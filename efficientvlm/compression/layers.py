@@ -25,24 +25,35 @@ def resolve_layers(counts: Mapping[str, int], wanted: Mapping[str, int | Sequenc
         wanted: tower → count or 0-based list; a tower with layers keeps at least one unless 0 or an empty list is asked for.
 
     Raises:
-        BadInput: an unknown tower, a count or layer out of range, a list that is not strictly increasing.
+        BadInput: unknown towers, counts or layers out of range, lists that are not strictly increasing; names all of them.
     """
-    if unknown := sorted(set(wanted) - set(counts)):
-        raise BadInput(f"no such tower: {', '.join(unknown)}", f"there are {', '.join(counts)}")
+    problems = [
+        BadInput(f"no such tower: {tower}", f"there are {', '.join(counts)}", "use one of these") for tower in wanted if tower not in counts
+    ]
     layers: dict[str, list[int]] = {}
     for tower, total in counts.items():
         choice = wanted.get(tower, max(total // 2, min(total, 1)))
-        if isinstance(choice, int):
-            if not 0 <= choice <= total:
-                raise BadInput(f"{choice} {tower} layers", f"the model has {total}", f"ask for 0 to {total}")
-            layers[tower] = odd_layers(total, choice)
-            continue
-        layers[tower] = list(choice)
-        if wrong := [layer for layer in choice if not 0 <= layer < total]:
-            raise BadInput(f"{tower} layer {wrong[0]}", f"the model has layers 0 to {total - 1}" if total else "the model has none there")
-        if any(b <= a for a, b in pairwise(choice)):
-            raise BadInput(f"{tower} layers {list(choice)}", "they must increase, without repeats")
+        if problem := _wrong_choice(tower, total, choice):
+            problems.append(problem)
+        else:
+            layers[tower] = odd_layers(total, choice) if isinstance(choice, int) else list(choice)
+    if len(problems) > 1:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise BadInput(f"{len(problems)} of the layers asked for are not there", lines, "correct them")
+    if problems:
+        raise problems[0]
     return layers
+
+
+def _wrong_choice(tower: str, total: int, choice: int | Sequence[int]) -> BadInput | None:
+    there = f"the model has layers 0 to {total - 1}" if total else "the model has none there"
+    if isinstance(choice, int):
+        return None if 0 <= choice <= total else BadInput(f"{choice} {tower} layers", f"the model has {total}", f"ask for 0 to {total}")
+    if wrong := [layer for layer in choice if not 0 <= layer < total]:
+        return BadInput(f"{tower} layer {wrong[0]}", there, "leave it out")
+    if any(b <= a for a, b in pairwise(choice)):
+        return BadInput(f"{tower} layers {list(choice)}", "they must increase, without repeats", "sort them")
+    return None
 
 
 def layer_map(source_layers: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:

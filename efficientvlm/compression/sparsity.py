@@ -111,10 +111,10 @@ class Scope:
         allowed = set(whole if towers is None else towers)
         for wrong, known, what in ((allowed | set(own), whole, "tower"), (set(kinds), KINDS, "kind of unit")):
             if unknown := sorted(wrong - set(known)):
-                raise BadInput(f"no such {what}: {', '.join(unknown)}", f"there are {', '.join(known)}")
+                raise BadInput(f"no such {what}: {', '.join(unknown)}", f"there are {', '.join(known)}", "use one of them")
         for value in (sparsity, *own.values()):
             if not 0 <= value <= 1:
-                raise BadInput(f"sparsity {value}", "it is not between 0 and 1")
+                raise BadInput(f"sparsity {value}", "it is not between 0 and 1", "use e.g. 0.5")
         rest = tuple(tower for tower in whole if tower not in own)
         parts = [((tower,), tower, value) for tower, value in own.items()] + ([(rest, "+".join(rest), sparsity)] if rest else [])
         targets = []

@@ -19,7 +19,7 @@ def question_of(values: Mapping[str, Any], where: str, columns: Mapping[str, str
     """
     text, answer = values.get("question"), values.get("answer")
     if not isinstance(text, str) or not text.strip():
-        raise BadInput(where, f"its {columns['question']} is no text ({_shown(text)})")
+        raise BadInput(where, f"its {columns['question']} is no text ({_shown(text)})", "write a question as text, or remove the row")
     answers = weighted_answers(answer, values.get("weight"))
     if answers is None:
         raise BadInput(
@@ -39,7 +39,7 @@ def captions_of(values: Mapping[str, Any], where: str, columns: Mapping[str, str
     value = values.get("caption")
     found = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if not found or not all(isinstance(text, str) and text.strip() for text in found):
-        raise BadInput(where, f"its {columns['caption']} is no text ({_shown(value)})")
+        raise BadInput(where, f"its {columns['caption']} is no text ({_shown(value)})", "a caption is a string or a list of strings")
     return [text.strip() for text in found]
 
 

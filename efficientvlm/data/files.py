@@ -55,7 +55,7 @@ class _Files(Generic[T]):
         self.table, hold_out = open_table(spec, split, self.skips)
         rows = len(self.table) + self.skips.count
         if not rows:
-            raise BadInput(f"data {spec}", f"its split {split} has no rows")
+            raise BadInput(f"data {spec}", f"its split {split} has no rows", "check the file, or use another split")
         self.skips.settle(rows)
         if len(self.table):
             self.columns = find_columns(self.table.columns, self.roles, self.required, columns or {}, spec)
@@ -140,7 +140,7 @@ class _Files(Generic[T]):
 
     def _id_key(self, row: int, value: Any) -> str:
         if value is None or isinstance(value, list | dict):
-            raise BadInput(self.table.where(row), f"it has no {self.columns['image_id']}")
+            raise BadInput(self.table.where(row), f"it has no {self.columns['image_id']}", "write one, or remove the row")
         return str(value)
 
     def _path_key(self, row: int) -> str:

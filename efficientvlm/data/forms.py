@@ -87,7 +87,7 @@ def paths_of(spec: str) -> list[Path]:
         if os.path.exists(spec):
             return [Path(spec)]
     except ValueError:
-        raise BadInput(f"no data called {spec!r}", "it is not a usable path") from None
+        raise BadInput(f"no data called {spec!r}", "it is not a usable path", "check the path") from None
     if not PATTERN.search(spec):
         raise BadInput(f"no data called {spec}", "there is no such file or folder", "check the path")
     paths: list[Path] = []
@@ -135,6 +135,8 @@ def open_files(paths: list[Path], skips: Skips) -> Table:
         return CsvTable(paths[0], skips)
     if len(paths) == 1 and kinds == {".json"}:
         return json_list(paths[0], skips)
+    if len(paths) == 1 and re.search(r"\.(tar\.\w+|tgz)$", paths[0].name):
+        raise BadInput(f"data {paths[0]}", "samples of a compressed tar are not found at once", f"unpack it, or train on stream:{paths[0]}")
     listed = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
     raise BadInput(
         f"data {paths[0].parent}", f"cannot use {listed} as one split", f"give one {', '.join(SINGLE)} file, or shards in parquet or tar"

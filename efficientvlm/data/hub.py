@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,8 @@ def splits(spec: str) -> list[str]:
 
     name, configuration = _parts(spec)
     try:
-        return list(datasets.get_dataset_split_names(name, configuration))
+        with _few_attempts():
+            return list(datasets.get_dataset_split_names(name, configuration))
     except Exception as error:  # noqa: BLE001  the library, its file systems and its network raise what they like
         raise _unreachable(spec, error) from None
 
@@ -67,9 +71,29 @@ def load(spec: str, split: str, *, streaming: bool = False) -> Any:
 
     name, configuration = _parts(spec)
     try:
-        return datasets.load_dataset(name, configuration, split=split, streaming=streaming)
+        with _few_attempts():
+            return datasets.load_dataset(name, configuration, split=split, streaming=streaming)
     except Exception as error:  # noqa: BLE001  as above
         raise _unreachable(spec, error) from None
+
+
+@contextmanager
+def _few_attempts() -> Iterator[None]:
+    """Questions to the hub are asked twice, not six times over half a minute, and without a line for each; downloads go on as ever.
+
+    The library has no setting for it: their number is the default of a keyword.
+    """
+    from huggingface_hub.utils import http_backoff
+
+    defaults, logger = http_backoff.__kwdefaults__ or {}, logging.getLogger("huggingface_hub")
+    before, level = dict(defaults), logger.level
+    defaults.update({"max_retries": 1} if "max_retries" in defaults else {})
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        defaults.update(before)
+        logger.setLevel(level)
 
 
 def _parts(spec: str) -> tuple[str, str | None]:

@@ -40,7 +40,7 @@ def open_sized(source: str | Path | bytes, size: int | None = None, where: str =
     except BadInput:
         raise
     except FileNotFoundError:
-        raise BadInput(where, f"there is no file {file}") from None
+        raise BadInput(where, f"there is no file {file}", "check the path") from None
     except Image.DecompressionBombError:
         raise BadInput(where, f"it has more than {MAX_PIXELS:,} pixels", "scale it down") from None
     except Exception as error:  # noqa: BLE001  on damaged bytes Pillow raises whatever its decoders stumble over

@@ -168,7 +168,7 @@ def _number(spec: str, key: str, text: str, low: int, high: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise BadInput(f"data {spec}", f"{key}={text} is no whole number") from None
+        raise BadInput(f"data {spec}", f"{key}={text} is no whole number", f"use {low} to {high}") from None
     if not low <= value <= high:
-        raise BadInput(f"data {spec}", f"{key}={value} is not in {low} to {high}")
+        raise BadInput(f"data {spec}", f"{key}={value} is not in {low} to {high}", "use a number in between")
     return value

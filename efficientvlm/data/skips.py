@@ -107,7 +107,7 @@ class Skips:
             return
         if self.allowed == 0:
             more = f" ({self.count - 1} more cannot be used)" if self.count > 1 else ""
-            raise BadInput(error.what, error.why + more, error.fix)
+            raise BadInput(error.what, error.why + more, f"{error.fix or 'mend or remove it'}; or allow bad samples with --set max_bad=N")
         raise BadInput(
             f"{self.count} samples of data {self.name} cannot be used",
             f"{self.allowed} may be skipped\n  " + "\n  ".join(self.lines()),

@@ -61,7 +61,7 @@ class Stream(Generic[T]):
         self.skips.settle(None)
         first = list(itertools.islice(self._pass(0), LOOKED_AT))
         if not first:
-            raise BadInput(f"data {spec}", "it has no rows")
+            raise BadInput(f"data {spec}", "it has no rows", "check the files")
         have = list(dict.fromkeys(name for raw in first for name in raw.values))
         roles, required = (VQA_ROLES, VQA_REQUIRED) if issubclass(kind, VQAItem) else (PAIR_ROLES, PAIR_REQUIRED)
         if broken := next((raw.problem for raw in first if raw.problem is not None), None):
@@ -146,7 +146,7 @@ class Stream(Generic[T]):
             count += 1
             yield raw
         if not count:
-            raise BadInput(f"data {self.name}", "it has no rows")
+            raise BadInput(f"data {self.name}", "it has no rows", "check the files")
 
     def _files(self) -> list[str]:
         found: list[str] = []
@@ -218,6 +218,9 @@ def check_settings(config: Any) -> None:
     if missing:
         raise BadInput(
             f"data {config.data} is a stream",
-            "it has no length, no held-out part and no list of answers" if len(missing) > 1 else "that is not known of it",
+            "it has no length, no held-out part and no list of answers"
+            if len(missing) > 1
+            else "nothing says in advance "
+            + {"--max": "how long it is", "--val": "which part to validate on", "--ans": "which answers it has"}[missing[0][:5]],
             f"give {', '.join(missing)}",
         )

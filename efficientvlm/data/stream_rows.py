@@ -159,7 +159,14 @@ def _tar(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
                 yield _sample(values, texts, base, f"{name} sample {key.lstrip('/')}")
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         where = f"shard {name}"
-        yield Raw({}, base, where, BadInput(where, f"it is damaged after sample {(key or 'none').lstrip('/')} ({one_line(error)})"))
+        yield Raw(
+            {},
+            base,
+            where,
+            BadInput(
+                where, f"it is damaged after sample {(key or 'none').lstrip('/')} ({one_line(error)})", "copy or write the shard again"
+            ),
+        )
 
 
 def _sample(values: dict[str, Any], texts: dict[str, bytes], base: Path, where: str) -> Raw:

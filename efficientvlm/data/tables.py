@@ -74,7 +74,7 @@ class SavedTable:
         try:
             self._keep(load_from_disk(str(path)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"data {path}", f"datasets cannot open it ({one_line(error)})") from None
+            raise BadInput(f"data {path}", f"datasets cannot open it ({one_line(error)})", "save or copy it again") from None
 
     def _keep(self, data: Any) -> None:
         from datasets import Image
@@ -119,13 +119,17 @@ class ParquetTable(SavedTable):
         import pyarrow
 
         self.paths, self.path, self.base = paths, paths[0] if len(paths) == 1 else paths[0].parent, paths[0].parent
-        shown = datasets.is_progress_bar_enabled()
+        shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
         try:
             datasets.disable_progress_bars()
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of damage it would write a line of its own
             self._keep(datasets.Dataset.from_parquet([str(path) for path in paths]))
         except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise BadInput(f"data {self.path}", f"it cannot be read as parquet ({one_line(error.__cause__ or error)})") from None
+            raise BadInput(
+                f"data {self.path}", f"it cannot be read as parquet ({one_line(error.__cause__ or error)})", "write or copy it again"
+            ) from None
         finally:
+            datasets.logging.set_verbosity(level)
             if shown:
                 datasets.enable_progress_bars()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -148,6 +149,7 @@ def csv_rows(
         except csv.Error as error:
             cells, problem = [], f"it is not CSV ({error})"
         if header is None and (cells or problem):
+            _check_header(taken, cells, path)
             header = [name.strip() for name in cells]
             if problem or len(set(header)) < len(header) or not all(map(is_unicode, header)):
                 raise BadInput(f"data {path}", "its first line is no header of distinct column names", "name the columns in the first line")
@@ -162,6 +164,18 @@ def csv_rows(
         elif cells and header is not None:
             yield offset, number, {name: cell(text) for name, text in zip(header, cells, strict=True)}
         offset, number = offset + sum(map(len, taken)), number + len(taken)
+
+
+def _check_header(lines: list[bytes], cells: list[str], path: str) -> None:
+    """:class:`BadInput` for what a spreadsheet saves by other choices: another encoding, another separator."""
+    if lines[0].startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 3 * lines[0].count(0) > len(lines[0]):
+        raise BadInput(f"data {path}", "it is UTF-16 text", "save the file as UTF-8")
+    wanted = dialect(path)["delimiter"]
+    other = next((mark for mark in ";,\t|" if mark != wanted and len(cells) == 1 and mark in cells[0]), None)
+    if other:
+        names = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}
+        fix = "save it as CSV with commas, or with tabs as .tsv"
+        raise BadInput(f"data {path}", f"its columns are separated by {names[other]}, {names[wanted]} are read", fix)
 
 
 def dialect(path: str) -> dict[str, Any]:
@@ -234,7 +248,7 @@ def read_json_list(path: Path, key: str | None = None) -> list[Any]:
     except UnicodeDecodeError:
         raise BadInput(f"data {path}", "it is not UTF-8 text", "save the file as UTF-8") from None
     except RecursionError:
-        raise BadInput(f"data {path}", "it is not JSON (nested too deeply)") from None
+        raise BadInput(f"data {path}", "it is not JSON (nested too deeply)", "write a list of flat objects") from None
     except ValueError as error:
         raise BadInput(f"data {path}", f"it is not JSON ({error})", "JSON lines belong in a file called .jsonl") from None
     found = parsed.get(key) if key and isinstance(parsed, dict) else parsed

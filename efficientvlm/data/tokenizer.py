@@ -74,7 +74,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, bert: bool = False) -> PreTr
 
     folder = Path(path)
     ready, plain = folder / "tokenizer.json", folder / "vocab.txt"
-    fix = "give the folder of a tokenizer, or --tokenizer train"
+    fix = "give the folder of a tokenizer: --tokenizer DIR"
     if ready.is_file():
         text = ready.read_text(encoding="utf-8")
         if (kind := _kind(ready, text, fix)) != "WordPiece":

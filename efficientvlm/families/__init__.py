@@ -45,7 +45,7 @@ def _import(name: str) -> Any:
         from efficientvlm.families.blip import BLIP
 
         return BLIP()
-    raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(NAMES)}")
+    raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(NAMES)}", "use one of them")
 
 
 def of_folder(path: Path) -> Any:
@@ -55,7 +55,7 @@ def of_folder(path: Path) -> Any:
         if (path / "onnx.json").is_file():
             why = "they can be asked, evaluated and timed, not changed"
             raise BadInput(f"{path} holds ONNX graphs", why, "give the checkpoint they were exported from")
-        raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json")
+        raise BadInput(f"{path} is not a checkpoint folder", "it has no config.json", "give the folder that holds the model")
     config = read_json(file)
     if not isinstance(config, dict) or "model_type" not in config:
         why = "it does not say which family of models it is of (model_type)"
@@ -65,4 +65,4 @@ def of_folder(path: Path) -> Any:
         if name in family.model_types:
             return family
     known = ", ".join(kind for family in map(get, NAMES) for kind in family.model_types)
-    raise BadInput(f"{path} holds a model of type {name!r}", f"this package opens {known}")
+    raise BadInput(f"{path} holds a model of type {name!r}", f"this package opens {known}", "give a model of one of these types")

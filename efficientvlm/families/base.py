@@ -221,5 +221,7 @@ def check_taps(family: Family, want: Iterable[str]) -> frozenset[str]:
     wanted = frozenset(want)
     unknown = sorted(tap for tap in wanted if tap.partition("@")[0] not in family.taps)
     if unknown:
-        raise BadInput(f"no such tap: {', '.join(unknown)}", f"family {family.name} has {', '.join(sorted(family.taps))}")
+        raise BadInput(
+            f"no such tap: {', '.join(unknown)}", f"family {family.name} has {', '.join(sorted(family.taps))}", "use one of these"
+        )
     return wanted

@@ -81,7 +81,11 @@ class BLIP(Described):
         named = next(iter(values.get("architectures") or []), None)
         kind = next((kind for kind in KINDS if values.get("model_type") == kind.model_type or named == kind.stock), None)
         if kind is None:
-            raise BadInput(f"{file}: architectures is {named}", f"opened are {', '.join(kind.stock for kind in KINDS)}")
+            raise BadInput(
+                f"{file}: architectures is {named}",
+                f"opened are {', '.join(kind.stock for kind in KINDS)}",
+                "give a model of one of these classes",
+            )
         values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD))
         return self._checked(open_config(kind, values, file), str(file))
 
@@ -274,7 +278,9 @@ class BLIP(Described):
         if not isinstance(config, BlipRetrievalConfig):
             absent += sorted(name for name in wanted if name.endswith(FEATURES))
         if absent:
-            raise BadInput(f"no such tap here: {', '.join(absent)}", f"{config.stock} has the towers {', '.join(config.towers)}")
+            raise BadInput(
+                f"no such tap here: {', '.join(absent)}", f"{config.stock} has the towers {', '.join(config.towers)}", "leave it out"
+            )
         return wanted
 
     def _require_answers(self, config: SlicedBlipConfig) -> None:

@@ -99,7 +99,11 @@ def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
     if not text.is_decoder:
         raise BadInput(f"{where}: text_config.is_decoder is false", "then no layer looks at the image", "use a BLIP with cross-attention")
     if vision.image_size % vision.patch_size:
-        raise BadInput(f"{where}: images of {vision.image_size} px", f"they are no multiple of the patch size {vision.patch_size}")
+        raise BadInput(
+            f"{where}: images of {vision.image_size} px",
+            f"they are no multiple of the patch size {vision.patch_size}",
+            "correct image_size",
+        )
     if "text" in config.towers and config.question_start_id is not None:
         check_id("question_start_id", config.question_start_id, text.vocab_size, where)
     if "decoder" in config.towers:

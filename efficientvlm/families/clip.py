@@ -58,11 +58,19 @@ class CLIP(Described):
         values = read_json(file)
         kind = CONFIGS.get(str(values.get("model_type")))
         if kind is None:
-            raise BadInput(f"{path} holds a model of type {values.get('model_type')!r}", f"this family opens {', '.join(CONFIGS)}")
+            raise BadInput(
+                f"{path} holds a model of type {values.get('model_type')!r}",
+                f"this family opens {', '.join(CONFIGS)}",
+                "give a model of one of these types",
+            )
         config = open_config(kind, {**values, **image_statistics(path, values, (kind.image_mean, kind.image_std))}, file)
         check_config(self, config, str(file))
         if not getattr(config.vision_config, "vision_use_head", True):
-            raise BadInput(f"{file}: vision_use_head is false", "without its pooling head a SigLIP cannot compare images with texts")
+            raise BadInput(
+                f"{file}: vision_use_head is false",
+                "without its pooling head a SigLIP cannot compare images with texts",
+                "give a SigLIP that has one",
+            )
         return config
 
     def load(self, path: Path) -> Any:

@@ -139,7 +139,11 @@ class Exported:
 
     def for_vqa(self, model: ExportedModel, teacher: Any, decoder_init: str) -> tuple[ExportedModel, list[str]]:
         if "vqa" not in model.config.tasks:
-            raise BadInput("these ONNX graphs answer no questions", f"they were exported for {', '.join(model.config.tasks)}")
+            raise BadInput(
+                "these ONNX graphs answer no questions",
+                f"they were exported for {', '.join(model.config.tasks)}",
+                "export a model that does",
+            )
         return model, []
 
     def question(self, model: ExportedModel, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, dict[str, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,46 @@ from efficientvlm import manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_channels
 
-CHECK = "check it with `evlm verify`"
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+
+
+def advice(folder: Path) -> str:
+    """What to do about a damaged folder: only our own checkpoints can be verified."""
+    return "check it with `evlm verify`" if (folder / manifest.MANIFEST).is_file() else "save or download it again"
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """transformers says nothing in the block: what matters of it is in our own words."""
+    from transformers.utils import logging as said
+
+    level = said.get_verbosity()
+    said.set_verbosity(said.CRITICAL)
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
+
+
+# of SigLIP, whose published configurations name tokens of CLIP's vocabulary; ours come from the tokenizer
+logging.getLogger("transformers.configuration_utils").addFilter(lambda record: "_token_id must be" not in str(record.msg))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; :class:`BadInput` if there is none."""
     values = manifest.read_json(file)
     if not isinstance(values, dict):
-        raise BadInput(f"cannot read {file}", "it is not a JSON object", CHECK)
+        raise BadInput(f"cannot read {file}", "it is not a JSON object", advice(file.parent))
     return values
 
 
 def open_config(kind: Any, values: Mapping[str, Any], file: Path) -> Any:
     """Configuration of class `kind` from the content of `file`, whatever `model_type` that names; :class:`BadInput` if it does not fit."""
     try:
-        return kind.from_dict({name: value for name, value in values.items() if name != "model_type"})
+        with silent():
+            return kind.from_dict({name: value for name, value in values.items() if name != "model_type"})
     except UNUSABLE as error:
-        raise BadInput(f"cannot read {file}", " ".join(str(error).split())[:200], CHECK) from None
+        raise BadInput(f"cannot read {file}", " ".join(str(error).split())[:200], advice(file.parent)) from None
 
 
 def open_model(kind: Any, path: Path, config: Any) -> Any:
@@ -41,21 +65,22 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
         BadInput: weights that are missing, surplus or of another shape than `config` says, or not readable.
     """
     try:
-        model, info = kind.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
-        )
+        with silent():
+            model, info = kind.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
+            )
     except (*UNUSABLE, SafetensorError) as error:
-        raise BadInput(f"cannot load {path}", (str(error).splitlines() or [type(error).__name__])[0], CHECK) from error
+        raise BadInput(f"cannot load {path}", (str(error).splitlines() or [type(error).__name__])[0], advice(path)) from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if problems:
         summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
-        raise BadInput(f"{path}: weights do not fit config.json", summary, CHECK)
+        raise BadInput(f"{path}: weights do not fit config.json", summary, advice(path))
     return model.eval()
 
 

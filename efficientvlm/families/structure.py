@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from efficientvlm.errors import BadInput
 
+DAMAGED = "restore config.json, or make the folder again"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -85,9 +86,9 @@ def kept_indices(counts: Mapping[str, int], named: Mapping[str, str] | None) -> 
     """
     given = {} if named is None else named
     if not isinstance(given, Mapping):
-        raise BadInput("config.json: kept is not a mapping of groups to ranges", repr(given)[:80])
+        raise BadInput("config.json: kept is not a mapping of groups to ranges", repr(given)[:80], DAMAGED)
     if unknown := sorted(map(str, set(given) - set(counts))):
-        raise BadInput("config.json: kept structure names unknown groups", ", ".join(unknown[:5]))
+        raise BadInput("config.json: kept structure names unknown groups", ", ".join(unknown[:5]), DAMAGED)
     return {group: parse_ranges(given[group], count, group) if group in given else list(range(count)) for group, count in counts.items()}
 
 
@@ -113,12 +114,12 @@ def parse_ranges(text: str, count: int, group: str) -> list[int]:
         for part in filter(None, text.split(",")):
             first, _, last = part.partition("-")
             if not 0 <= int(first) <= int(last or first) < count:  # before it is counted out
-                raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
+                raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80], DAMAGED)
             indices.extend(range(int(first), int(last or first) + 1))
     except (ValueError, AttributeError):
         raise BadInput(f"config.json: kept.{group} is not a list of ranges", repr(text)[:80], "write it as 0-3,7") from None
     if indices != sorted(set(indices)):
-        raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80])
+        raise BadInput(f"config.json: kept.{group} is not ascending within 0-{count - 1}", repr(text)[:80], DAMAGED)
     return indices
 
 

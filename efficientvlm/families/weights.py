@@ -57,7 +57,7 @@ def read_file(path: Path, *, values: bool = True) -> dict[str, Any]:
     except (SafetensorError, BadZipFile) as error:
         raise BadInput(f"{path} is damaged or cut short", _first_line(error), AGAIN) from None
     except OSError as error:
-        raise BadInput(f"cannot read {path}", _first_line(error)) from None
+        raise BadInput(f"cannot read {path}", _first_line(error), "check the path") from None
     except DAMAGED as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             fix = "where you trust it, save its tensors as .safetensors and import that"

@@ -223,7 +223,11 @@ class XVLM(Described):
         """
         donor, tower = (model, "fusion") if source is None else (source, "decoder")
         if not donor.config.layers()[tower] or any(group.startswith(f"{tower}.") for group in donor.config.kept or {}):
-            raise BadInput(f"no answer decoder can be made from these {tower} layers", "there are none, or they are pruned")
+            raise BadInput(
+                f"no answer decoder can be made from these {tower} layers",
+                "there are none, or they are pruned",
+                "give --teacher, or start from an unpruned model",
+            )
         config = model.config.copy(decoder_layers=layers, heads=[])
         fresh = (
             ("cross_attention.k.weight", "cross_attention.v.weight") if source is None and config.vision_width != config.text_width else ()

@@ -135,9 +135,17 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
     for tower in ("vision", "text"):
         width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
         if heads < 1 or width % heads:
-            raise BadInput(f"{tower}_heads is {heads}", f"{width} columns cannot be shared evenly by so many heads")
+            raise BadInput(
+                f"{tower}_heads is {heads}", f"{width} columns cannot be shared evenly by so many heads", f"use a divisor of {width}"
+            )
     if config.patch_size < 1 or config.image_size % config.patch_size:
-        raise BadInput(f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}")
+        raise BadInput(
+            f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}", "use a multiple of it"
+        )
     if config.local_attention_depth > config.vision_layers:
-        raise BadInput(f"local_attention_depth is {config.local_attention_depth}", f"there are {config.vision_layers} vision layers")
+        raise BadInput(
+            f"local_attention_depth is {config.local_attention_depth}",
+            f"there are {config.vision_layers} vision layers",
+            "use that many at most",
+        )
     return config

@@ -96,7 +96,7 @@ def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise BadInput(f"{path} holds no model", f"its entry {name} is a {type(value).__name__}, not a tensor", FIX)
         if name in tensors:
-            raise BadInput(f"{path} is ambiguous", f"it holds {name} under an old and a new name")
+            raise BadInput(f"{path} is ambiguous", f"it holds {name} under an old and a new name", "remove one of them from the file")
         tensors[name] = value
     return tensors
 
@@ -132,7 +132,7 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
         elif (ours := published_name(name, first_fusion)) is None:
             unknown.append(name)
         elif ours in state:
-            raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix")
+            raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file")
         elif not tensor.is_floating_point() or not (tensor.is_meta or bool(tensor.isfinite().all())):
             raise BadInput(f"{path} is damaged", f"{name} is not all finite floats", AGAIN)
         else:
@@ -158,7 +158,9 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     if twin not in tensors:
         raise BadInput(f"{path} is incomplete", f"{name} is there, but not {twin}", AGAIN)
     if not tensors[name].is_meta and not torch.equal(tensors[name], tensors[twin]):
-        raise BadInput(f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor")
+        raise BadInput(
+            f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor", "give a model that ties them"
+        )
     return "second copy of a tied tensor, found equal"
 
 
@@ -174,7 +176,7 @@ def _config_of(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]
     patches = shape("vision.position_embedding")[0] - 1
     grid = math.isqrt(max(patches, 0))
     if not grid or grid * grid != patches:
-        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square")
+        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square", "give a model of square images")
     vision_width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
     vocab_size, text_width = shape("text.embeddings.word.weight")
     known: dict[str, Any] = {

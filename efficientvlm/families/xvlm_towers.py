@@ -160,7 +160,11 @@ def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Pat
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             needed = list(own[name].shape) if name in own else "nothing"
-            raise BadInput("a tower does not fit its config.json", f"{name} has shape {list(tensor.shape)}, {needed} is needed")
+            raise BadInput(
+                "a tower does not fit its config.json",
+                f"{name} has shape {list(tensor.shape)}, {needed} is needed",
+                "save or download the model again",
+            )
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise BadInput("the weights of a tower are damaged", f"{name} is not all finite floats", "fetch them again")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
@@ -195,7 +199,9 @@ def _read_config(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise BadInput(f"cannot read {folder / 'config.json'}", " ".join(str(error).split())[:200]) from None
+        raise BadInput(
+            f"cannot read {folder / 'config.json'}", " ".join(str(error).split())[:200], "save or download the model again"
+        ) from None
 
 
 def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
@@ -208,9 +214,11 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{file.parent} is not a model folder", f"it has no {file.name}") from None
+        raise BadInput(
+            f"{file.parent} is not a model folder", f"it has no {file.name}", "give the folder of a model in transformers' format"
+        ) from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}", str(error)) from None
+        raise BadInput(f"cannot read {file}", str(error), "save or download the model again") from None
     if not isinstance(values, dict):
-        raise BadInput(f"cannot read {file}", "it is not a JSON object")
+        raise BadInput(f"cannot read {file}", "it is not a JSON object", "save or download the model again")
     return values

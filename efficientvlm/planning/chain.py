@@ -63,7 +63,7 @@ class Chain:
         if key not in known:
             known[key] = None
             with self.problems.of(stage):
-                if is_exported(resolve(spec)):
+                if is_exported(resolve(spec, checkpoint=True)):
                     raise Blocked("ONNX graphs are not planned")
                 known[key] = load(spec, weights=False)
                 for problem in lineage.verify(spec) if self.verify else ():
@@ -72,6 +72,13 @@ class Chain:
         if found is None:
             raise Blocked("it reads what cannot be planned")
         return replace(found)
+
+    def attempt(self, spec: str, stage: str) -> Loaded | None:
+        """As :meth:`open`, but None where it cannot be opened: what does not depend on it is looked at too."""
+        try:
+            return self.open(spec, stage)
+        except Blocked:
+            return None
 
     def source(self, opened: Any, *key: Any) -> Any:
         """What `opened()` returns, the same for the same `key`; `Blocked` where that failed before."""

@@ -102,7 +102,7 @@ def path_problems(step: Step, made: set[str]) -> Iterator[EvlmError]:
     values = step.config.model_dump()
     for key in (*CHECKPOINTS, *DATA, *PATHS, *RESULTS):
         for spec in _texts(values.get(key)):
-            if key == "tokenizer" and spec == "train":
+            if key == "tokenizer" and spec == "train" and step.stage == "init":
                 continue
             if place(spec) not in made and (error := _problem(step.stage, key, spec)):
                 yield error

@@ -76,14 +76,17 @@ class Disks:
         """Book a stage that writes `output` bytes into `out`, and `peak` at its fullest.
 
         Raises:
-            BadInput: more than is free, with what earlier stages leave there.
+            BadInput: more than is free, with what earlier stages leave there, or no place for files at all.
         """
         folder = _existing(out)
         device = os.stat(folder).st_dev
         before = self.written.get(device, 0)
         self.written[device] = before + output
         self.peak[device] = max(self.peak.get(device, 0), before + peak)
-        place, free = self.free.setdefault(device, (str(folder), shutil.disk_usage(folder).free))
+        disk = shutil.disk_usage(folder)
+        if not disk.total or not os.access(folder, os.W_OK):
+            raise BadInput(f"{out} cannot be written", f"{folder} takes no files", "use another --out")
+        place, free = self.free.setdefault(device, (str(folder), disk.free))
         if before + peak > free:
             earlier = f", {size(before)} of them for earlier stages" if before else ""
             why = f"{size(before + peak)} are needed at the fullest{earlier}; {size(free)} are free in {place}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from efficientvlm.checkpoint import fingerprint
+from efficientvlm.checkpoint import check_place, fingerprint
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.surgery import slice_model
@@ -37,6 +38,9 @@ def forecast(chain: Chain, step: Step) -> Forecast:
     before = len(problems.found)
     for error in path_problems(step, set(chain.made)):
         problems.add(step.name, error)
+    if found.out and step.stage in FOLDERS:
+        with problems.of(step.name):
+            check_place(found.out)
     with problems.of(step.name):
         pick_device(getattr(config, "device", "auto"))
     with problems.of(step.name):
@@ -101,16 +105,19 @@ def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
 
 def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
-    student = chain.open(config.model, step.name)
-    found.before = summary(chain, student)
-    for problem in pretrain.student_problems(config, student):
+    student = chain.attempt(config.model, step.name)
+    teacher = chain.attempt(config.teacher, step.name) if isinstance(config, Distill) else None
+    side = student.sizes.image_size if student else None
+    sources: dict[str, Any] = {}
+    with chain.problems.of(step.name), suppress(Blocked):
+        sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, side), side)
+    for problem in pretrain.student_problems(config, student) if student else ():
         chain.problems.add(step.name, problem)
-    teacher = None
-    if isinstance(config, Distill):
-        teacher = chain.open(config.teacher, step.name)
-        for problem in pretrain.teacher_problems(config, student, teacher):
-            chain.problems.add(step.name, problem)
-    sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, student), student)
+    for problem in pretrain.teacher_problems(config, student, teacher) if student and teacher else ():
+        chain.problems.add(step.name, problem)
+    if student is None or not sources or (isinstance(config, Distill) and teacher is None):
+        raise Blocked("it reads what cannot be planned")
+    found.before = summary(chain, student)
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
     training(chain, step, found, Run(config, student, teacher, sources, student.manifest.extra.get("new", [])), inputs)
 
@@ -125,13 +132,17 @@ def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
 def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
     """Student with its answer decoder, teacher and questions of a stage on a task."""
     config: Any = step.config
-    student, teacher = chain.open(config.model, step.name), None
+    student = chain.attempt(config.model, step.name)
+    teacher = chain.attempt(config.teacher, step.name) if config.teacher else None
+    side = student.sizes.image_size if student else None
+    sources: dict[str, Any] = {}
+    with chain.problems.of(step.name), suppress(Blocked):
+        sources = splits(chain, step, "questions", lambda split: open_task(config, split, side), side)
+    for problem in tuning.teacher_problems(student, teacher) if student and teacher else ():
+        chain.problems.add(step.name, problem)
+    if student is None or not sources or (config.teacher and teacher is None):
+        raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
-    if config.teacher:
-        teacher = chain.open(config.teacher, step.name)
-        for problem in tuning.teacher_problems(student, teacher):
-            chain.problems.add(step.name, problem)
-    sources = splits(chain, step, "questions", lambda split: open_task(config, split, student.sizes.image_size), student)
     able = teacher is not None and "vqa" in teacher.tasks and teacher.family.name == student.family.name
     taught = teacher.model if teacher and able else None
     with on_meta():
@@ -281,6 +292,7 @@ def plan_export(chain: Chain, step: Step, found: Forecast) -> None:
     found.status = chain.status(step, {"model": config.model}, digests)
 
 
+FOLDERS = frozenset({"init", "import", "pretrain", "distill", "shrink", "prune", "finetune", "export"})
 STAGES: dict[str, Callable[[Chain, Step, Forecast], None]] = {
     "init": plan_init,
     "import": plan_import,

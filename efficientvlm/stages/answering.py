@@ -13,14 +13,14 @@ from efficientvlm.data.sources import open_vqa, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages.common import Loaded, settings_of, texts_of, which
+from efficientvlm.stages.common import Loaded, no_answers, settings_of, texts_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
 
 EVAL_BATCH = 100
 
 
-def open_task(config: Any, split: str, image_size: int) -> Any:
+def open_task(config: Any, split: str, image_size: int | None) -> Any:
     """The questions of `split`; `val` names a validation file of its own."""
     return open_vqa(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
@@ -61,7 +61,7 @@ class Answerer:
         self.top = top or config.rank_top
         self.device = loaded.model.device
         if "vqa" not in loaded.tasks:
-            raise BadInput(f"{loaded.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
+            raise no_answers(loaded)
         if mode == "rank":
             if not self.answers:
                 raise BadInput(f"{loaded.path} has no list of answers", "", "give --answers FILE, or use generation")

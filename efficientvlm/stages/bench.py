@@ -132,7 +132,7 @@ def check_length(loaded: Loaded, length: int) -> None:
         raise BadInput(f"questions of {length} tokens are too long", why, "use a smaller --text-length")
 
 
-def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str]) -> Callable[[int], object]:
+def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str] | None = None) -> Callable[[int], object]:
     """A function of the batch size that ranks `loaded`'s own answers, or else `answers`, for prepared random inputs.
 
     A model without answer decoder gets one, in memory: `loaded.model` is replaced.
@@ -141,7 +141,7 @@ def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[s
     family, model = loaded.family, loaded.model.to(device).eval()
     check_length(loaded, config.text_length)
     texts = Texts(loaded.tokenizer)
-    ids, mask = (tensor.to(device) for tensor in texts.batch(model.config.answers or answers))
+    ids, mask = (tensor.to(device) for tensor in texts.batch(model.config.answers or answers or []))
     batches = {size: example(loaded.sizes.image_size, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
     twice = counts_first_token_twice(loaded.manifest, None)
 
@@ -157,9 +157,8 @@ def make_answering(loaded: Loaded) -> None:
     try:
         loaded.model, _ = loaded.family.for_vqa(loaded.model, None, "auto")
     except BadInput as error:
-        raise BadInput(
-            f"{loaded.path} cannot be timed beside the others", error.why or error.what, "finetune it with --task vqa first"
-        ) from None
+        why = error.why or error.what
+        raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
 
 
 def example(image_size: int, texts: Texts, size: int, length: int, seed: int, device: torch.device) -> dict[str, Any]:

@@ -99,6 +99,15 @@ def check_precision(loaded: Loaded, precision: str) -> None:
         raise BadInput(f"{loaded.path} does not run in {precision}", "ONNX graphs compute in their own precision", "leave --precision out")
 
 
+def no_answers(loaded: Loaded, role: str = "") -> BadInput:
+    """What to say of a model that has no answer decoder: whether it can get one, or else what it is for."""
+    what = f"{role} {loaded.path} answers no questions".lstrip()
+    other = sorted(loaded.tasks - {"pretraining", "vqa"})
+    if not other:
+        return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
+    return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
+
+
 def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
     """Texts as token ids for this model: at most `max_tokens`, and no more than it has positions."""
     return Texts(loaded.tokenizer, min(max_tokens, loaded.sizes.max_positions))
@@ -107,7 +116,11 @@ def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
 def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
     """Every reason why `teacher` cannot teach `student`: they must read the same batches, in towers of one width."""
     if student.family.name != teacher.family.name:
-        yield BadInput(f"teacher is {teacher.family.name}, student is {student.family.name}", "distillation needs one family")
+        yield BadInput(
+            f"teacher is {teacher.family.name}, student is {student.family.name}",
+            "distillation needs one family",
+            "use a teacher of the student's family",
+        )
         return
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         yield BadInput(

@@ -59,8 +59,8 @@ def check(config: Export) -> None:
     if config.format == "onnx":
         onnx_files.require_packages()
     elif config.int8 or config.data:
-        option = "--int8" if config.int8 else "--data"
-        raise BadInput(f"{option} does not go with --format {config.format}", "only ONNX graphs are quantised and measured", "leave it out")
+        option, fix = ("--int8", "leave it out") if config.int8 else ("--data", "leave it out, and evaluate the folder with evlm eval")
+        raise BadInput(f"{option} does not go with --format {config.format}", "only ONNX graphs are quantised and measured", fix)
 
 
 def check_model(config: Export, loaded: Loaded) -> None:

@@ -42,9 +42,7 @@ def latency(config: Export, variants: dict[str, Loaded], control: Control) -> li
         models=list(variants), batch_sizes=config.batch_sizes, text_length=config.text_length, rounds=config.rounds, seed=config.seed
     )
     ranks = all("vqa" in loaded.tasks and loaded.model.config.answers for loaded in variants.values())
-    calls = {
-        label: ranking(loaded, settings, device, None) if ranks else forward(loaded, settings, device) for label, loaded in variants.items()
-    }
+    calls = {label: ranking(loaded, settings, device) if ranks else forward(loaded, settings, device) for label, loaded in variants.items()}
     with Bar("latency", len(config.batch_sizes) * (config.rounds + WARMUP), quiet=control.quiet) as bar, torch.inference_mode():
         return bench.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
 

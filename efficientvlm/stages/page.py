@@ -34,7 +34,7 @@ def run(folder: str, out: str | None = None, *, hashes: bool = False, force: boo
     Raises:
         BadInput: neither a checkpoint nor a folder with checkpoints, or a file that cannot be written.
     """
-    path = resolve(folder)
+    path = resolve(folder, checkpoint=True)
     target = claim(Path(out).expanduser() if out else Path(f"report-{path.resolve().name}.html"), force)
     story = tell_folder(path, hashes=hashes)
     write(target, story)
@@ -82,7 +82,7 @@ def tell_folder(path: Path, *, hashes: bool = False) -> Story:
         files = [child for child in children if child.suffix == ".json" and child.is_file()]
         begun = [child.name for child in children if (child / STATE).is_dir() and child not in folders]
     except OSError as error:
-        raise BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower()) from None
+        raise BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower(), "check the file") from None
     if not folders:
         raise BadInput(
             f"{path} holds no finished checkpoint",

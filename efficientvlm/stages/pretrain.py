@@ -45,7 +45,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     student = load(config.model)
     for problem in student_problems(config, student):
         raise problem
-    sources = {split: open_split(config, split, student) for split in ("train", "val")}
+    sources = {split: open_split(config, split, student.sizes.image_size) for split in ("train", "val")}
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
@@ -116,9 +116,9 @@ def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tup
     return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
 
 
-def open_split(config: Pretrain, split: str, student: Loaded) -> Any:
-    """The image-text pairs of `split` at the size `student` reads."""
-    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=student.sizes.image_size)
+def open_split(config: Pretrain, split: str, side: int | None) -> Any:
+    """The image-text pairs of `split`, images of `side` pixels."""
+    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=side)
 
 
 def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:

@@ -21,7 +21,18 @@ from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, data_inputs, gather_skipped, keep_skipped, load, pair_problems, settings_of, texts_of, write
+from efficientvlm.stages.common import (
+    Loaded,
+    data_inputs,
+    gather_skipped,
+    keep_skipped,
+    load,
+    no_answers,
+    pair_problems,
+    settings_of,
+    texts_of,
+    write,
+)
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
@@ -126,7 +137,7 @@ def teacher_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
     """Every reason why `teacher` cannot teach `student` to answer questions."""
     yield from pair_problems(student, teacher)
     if "vqa" not in teacher.tasks:
-        yield BadInput(f"teacher {teacher.path} answers no questions", "it has no answer decoder", "finetune it with --task vqa first")
+        yield no_answers(teacher, "teacher")
 
 
 def answer_list(config: TaskStage, source: Any) -> list[str]:
