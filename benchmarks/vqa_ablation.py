@@ -1,0 +1,287 @@
+"""Does each part of the method earn its place? Every arm trained to the same deployed size, compared on accuracy.
+
+python benchmarks/vqa_ablation.py [--data easy-vqa|shapes] [--out runs/ablation] [--list]
+
+A row is appended to the CSV as soon as a run ends; runs that have a row are passed over, and a run that was interrupted resumes. All arms
+have the same number of task steps; arms without distillation get nothing in place of the steps of the general stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import io
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientvlm import checkpoint, manifest
+from efficientvlm.bench import machine
+from efficientvlm.compression.surgery import mask_vector, slice_model
+from efficientvlm.config import STAGES, Strict
+from efficientvlm.control import Control
+from efficientvlm.hardware import pick_device
+from efficientvlm.stages.common import load, making, open_output, write
+from efficientvlm.stages.run import module_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PRETRAINED = "bundled:easy-vqa-pretrained"
+DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 400
+TRAINING = {"batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
+LEARNT = {"sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
+QUIRKS = {name: True for name in STAGES["prune"].model_fields["quirks"].default_factory().model_fields}  # type: ignore[union-attr, misc]
+
+LOGITS = ("logits", "itm_logits", "mlm_logits")
+HIDDEN = ("text_hidden", "image_hidden", "fusion_hidden", "decoder_hidden")
+SELF = ("text_attention", "image_attention", "fusion_attention", "decoder_attention")
+CROSS = ("cross_attention", "decoder_cross_attention")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task: its questions, the image-text pairs of the general stage, and how its teacher is made."""
+
+    name: str
+    questions: str
+    pairs: str
+    teacher: str | None = None
+    teacher_settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a small model. `start`: distilled, student (shrunk only), sliced (the method's structure cut out of it) or random."""
+
+    name: str
+    what: str
+    start: str = "distilled"
+    kd: bool = True
+    method: str = "l0"
+    settings: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+DATA = {
+    data.name: data
+    for data in (
+        Data("easy-vqa", "easy-vqa", "shapes:difficulty=2,size=100000", "bundled:easy-vqa"),
+        Data(
+            "shapes",
+            "shapes:difficulty=3,size=20000",
+            "shapes:difficulty=3,size=100000,seed=1",
+            teacher_settings={"max_steps": 1500, "batch_size": 64},
+        ),
+    )
+}
+METHOD = Arm("method", "shrink, distill, prune with learnt gates and KD, finetune with KD")
+MAIN = (
+    METHOD,
+    Arm("scratch", "the same architecture, random weights, task loss", start="random", kd=False, method="none"),
+    Arm("no-kd", "the same architecture cut out of the shrunk teacher, task loss", start="sliced", kd=False, method="none"),
+    Arm("magnitude", "shrink, Torch-Pruning magnitude to the same sparsity, task loss", start="student", kd=False, method="magnitude"),
+)
+SINGLE = (
+    Arm("tower-budgets", "the method with a budget of its own for each tower"),
+    Arm("quirks", "the method with every published quirk on", settings={"quirks": QUIRKS}),
+    Arm("no-distill", "the method without the general distillation stage", start="student"),
+    Arm("no-logits", "the method without logit terms", without=LOGITS),
+    Arm("no-hidden", "the method without hidden-state terms", without=HIDDEN),
+    Arm("no-attention", "the method without self-attention terms", without=SELF),
+    Arm("no-cross-attention", "the method without cross-attention terms", without=CROSS),
+    Arm("taylor", "as magnitude, by Taylor importance", start="student", kd=False, method="taylor"),
+)
+ARMS = {arm.name: arm for arm in (*MAIN, *SINGLE)}
+
+
+@dataclass(frozen=True)
+class Run:
+    data: Data
+    arm: Arm
+    sparsity: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.data.name, self.arm.name, f"{self.sparsity:g}", str(self.seed)
+
+
+def runs(names: list[str]) -> Iterator[Run]:
+    """Every run in the order in which its result matters most."""
+    for sparsity in (0.6, 0.4):
+        for seed in (0, 1, 2):
+            for data in (DATA[name] for name in names):
+                yield from (Run(data, arm, sparsity, seed) for arm in MAIN)
+    for data in (DATA[name] for name in names):
+        yield from (Run(data, arm, 0.6, 0) for arm in SINGLE)
+        yield Run(data, METHOD, 0.8, 0)
+
+
+class Chain:
+    """The stages of one run, below `root`. Stages that runs share are made once."""
+
+    def __init__(self, run: Run, root: Path) -> None:
+        self.run, self.root = run, root / run.data.name
+        self.folder = self.root / f"{run.arm.name}-{run.sparsity:g}-{run.seed}"
+
+    def stage(self, name: str, out: Path, **settings: Any) -> Any:
+        config = STAGES[name](**{"out": str(out), **settings})
+        return module_of(name).run(config, Control())
+
+    def teacher(self) -> str:
+        data = self.run.data
+        if data.teacher:
+            return data.teacher
+        out = self.root / "teacher"
+        self.stage("finetune", out, model=PRETRAINED, data=data.questions, **{**TRAINING, **data.teacher_settings})
+        return str(out)
+
+    def student(self) -> str:
+        self.stage("shrink", self.root / "student", model=PRETRAINED)
+        return str(self.root / "student")
+
+    def distilled(self) -> str:
+        arm, seed = self.run.arm, self.run.seed
+        fields = STAGES["distill"].model_fields["weights"].annotation.model_fields  # type: ignore[union-attr]
+        left_out = {name: 0.0 for name in arm.without if name in fields}
+        name = arm.name if left_out or "quirks" in arm.settings else "method"
+        out = self.root / f"distilled-{name}-{seed}"
+        more = {**({"weights": left_out} if left_out else {}), **arm.settings}
+        steps = {"max_steps": DISTILL_STEPS, "region_probability": 0, "augment": "none", "seed": seed}
+        self.stage("distill", out, model=self.student(), teacher=PRETRAINED, data=self.run.data.pairs, **TRAINING, **steps, **more)
+        return str(out)
+
+    def final(self) -> Path:
+        """The finished model of this run."""
+        run, arm, out = self.run, self.run.arm, self.folder / "final"
+        common: dict[str, Any] = {"data": run.data.questions, "seed": run.seed, "teacher": self.teacher(), **TRAINING, **arm.settings}
+        if arm.kd:
+            fields = STAGES["prune"].model_fields["weights"].annotation.model_fields  # type: ignore[union-attr]
+            common["weights"] = {name: 0.0 for name in arm.without if name in fields}
+        else:
+            common["kd"] = 0.0
+        if arm.method == "none":
+            start = self.folder / "start"
+            structured(self.structure(), self.student() if arm.start == "sliced" else None, self.teacher(), start, run.seed)
+            self.stage("finetune", out, model=str(start), max_steps=PRUNE_STEPS + FINETUNE_STEPS, **common)
+            return out
+        more: dict[str, Any] = {"sparsity": run.sparsity, "method": arm.method, **(LEARNT if arm.method == "l0" else {})}
+        if arm.name == "tower-budgets":
+            more["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
+        model = self.distilled() if arm.start == "distilled" else self.student()
+        pruned = self.folder / "pruned"
+        self.stage("prune", pruned, model=model, max_steps=PRUNE_STEPS, keep_dense=False, **more, **common)
+        self.stage("finetune", out, model=str(pruned), max_steps=FINETUNE_STEPS, **common)
+        return out
+
+    def structure(self) -> Path:
+        """A model of the method's architecture at this sparsity and seed."""
+        return Chain(Run(self.run.data, METHOD, self.run.sparsity, self.run.seed), self.root.parent).final()
+
+    def accuracy(self, model: str, split: str = "test") -> dict[str, Any]:
+        limit = None if self.run.data.name == "easy-vqa" else 1000
+        config = STAGES["eval"](model=model, data=self.run.data.questions, split=split, limit=limit)
+        metrics: dict[str, Any] = module_of("eval").run(config, Control())["metrics"]
+        return metrics
+
+
+def structured(like: Path, source: str | None, teacher: str, out: Path, seed: int) -> None:
+    """A checkpoint of the architecture of `like`: random weights, or those that `source` (with the teacher's decoder layers) has there."""
+
+    class Structured(Strict):
+        out: str
+        seed: int
+        like: str
+        source: str | None
+
+    config = Structured(out=str(out), seed=seed, like=str(like), source=source)
+    inputs = {"model": source, "teacher": teacher} if source else {"teacher": teacher}
+    output = open_output(config, "init", Control(quiet=True), {**inputs, "like": str(like)})
+    if output.up_to_date:
+        return
+    with making(output):
+        wanted = load(str(like))
+        family, model = wanted.family, wanted.model
+        torch.manual_seed(seed)
+        if source is None:
+            new = family.build(model.config)
+        else:
+            donor, _ = family.for_vqa(load(source).model, load(teacher).model, "auto")
+            new = slice_model(family, donor, mask_vector(family.units(donor), family.kept(model.config)))
+        new.config.answers, new.config.rank_top = model.config.answers, model.config.rank_top
+        write(output, family, new, wanted.tokenizer, control=Control(quiet=True), origin="random")
+
+
+def row(run: Run, root: Path) -> dict[str, Any]:
+    """Train, evaluate on the test split, and say what came out."""
+    chain, began = Chain(run, root), time.monotonic()
+    final = chain.final()
+    seconds = time.monotonic() - began
+    done, teacher = checkpoint.require_complete(str(final)), checkpoint.require_complete(chain.teacher())
+    measured, reference = chain.accuracy(str(final)), chain.accuracy(chain.teacher())
+    parameters, of = done.accounting["parameters"]["total"], teacher.accounting["parameters"]["total"]
+    return {
+        "data": run.data.questions,
+        "task": run.data.name,
+        "arm": run.arm.name,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "achieved_sparsity": done.accounting["sparsity"]["achieved"],
+        "parameters": parameters,
+        "parameters_of_teacher": parameters / of,
+        "macs": done.accounting["macs"]["total"],
+        "macs_of_teacher": done.accounting["macs"]["total"] / teacher.accounting["macs"]["total"],
+        "accuracy": measured["accuracy"],
+        "teacher_accuracy": reference["accuracy"],
+        "accuracy_of_teacher": measured["accuracy"] / reference["accuracy"],
+        "questions": measured["questions"],
+        "distill_steps": DISTILL_STEPS if run.arm.start == "distilled" else 0,
+        "task_steps": PRUNE_STEPS + FINETUNE_STEPS,
+        "seconds": round(seconds, 1),
+        "what": run.arm.what,
+        "commit": manifest.code().commit or manifest.code().version,
+        "torch": manifest.environment()["torch"],
+        "date": manifest.now()[:10],
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line; two of these scripts may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, record, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(record)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, action="append", help="both by default; two processes may take one each")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--list", action="store_true", help="say what is still to be run")
+    options = parser.parse_args()
+    name = "-".join("".join(c if c.isalnum() else " " for c in machine(pick_device("cpu"))["name"].lower()).split())
+    path = RESULTS / f"vqa_ablation_{name}.csv"
+    for run in runs(options.data or list(DATA)):
+        if run.key in {(line["task"], line["arm"], line["sparsity"], line["seed"]) for line in rows_of(path)}:
+            continue
+        print(" ".join(run.key), file=sys.stderr, flush=True)
+        if not options.list:
+            append(path, row(run, options.out))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
