@@ -24,7 +24,7 @@ import torch
 from efficientvlm import checkpoint, manifest
 from efficientvlm.bench import machine
 from efficientvlm.compression.surgery import mask_vector, slice_model
-from efficientvlm.config import STAGES, Strict
+from efficientvlm.config import STAGES, DistillWeights, Quirks, Strict, TaskWeights
 from efficientvlm.control import Control
 from efficientvlm.hardware import pick_device
 from efficientvlm.stages.common import load, making, open_output, write
@@ -35,7 +35,7 @@ PRETRAINED = "bundled:easy-vqa-pretrained"
 DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 400
 TRAINING = {"batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
 LEARNT = {"sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
-QUIRKS = {name: True for name in STAGES["prune"].model_fields["quirks"].default_factory().model_fields}  # type: ignore[union-attr, misc]
+QUIRKS = dict.fromkeys(Quirks.model_fields, True)
 
 LOGITS = ("logits", "itm_logits", "mlm_logits")
 HIDDEN = ("text_hidden", "image_hidden", "fusion_hidden", "decoder_hidden")
@@ -147,8 +147,7 @@ class Chain:
 
     def distilled(self) -> str:
         arm, seed = self.run.arm, self.run.seed
-        fields = STAGES["distill"].model_fields["weights"].annotation.model_fields  # type: ignore[union-attr]
-        left_out = {name: 0.0 for name in arm.without if name in fields}
+        left_out = {name: 0.0 for name in arm.without if name in DistillWeights.model_fields}
         name = arm.name if left_out or "quirks" in arm.settings else "method"
         out = self.root / f"distilled-{name}-{seed}"
         more = {**({"weights": left_out} if left_out else {}), **arm.settings}
@@ -161,8 +160,7 @@ class Chain:
         run, arm, out = self.run, self.run.arm, self.folder / "final"
         common: dict[str, Any] = {"data": run.data.questions, "seed": run.seed, "teacher": self.teacher(), **TRAINING, **arm.settings}
         if arm.kd:
-            fields = STAGES["prune"].model_fields["weights"].annotation.model_fields  # type: ignore[union-attr]
-            common["weights"] = {name: 0.0 for name in arm.without if name in fields}
+            common["weights"] = {name: 0.0 for name in arm.without if name in TaskWeights.model_fields}
         else:
             common["kd"] = 0.0
         if arm.method == "none":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import transformers
@@ -604,17 +603,6 @@ def test_folders_open_in_fresh_processes(blip, tmp_path):
             write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))
             save_file({**inputs, "logits": logits}, folder.parent / "inputs.safetensors")
             folders[state].append(f"{config.stock}={folder}")
-    started = {
-        how: subprocess.Popen(
-            [sys.executable, "-c", PROCESS.format(open=code), how, *folders["whole" if how == "stock" else "cut"]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        for how, code in OPEN.items()
-    }
-    for how, process in started.items():
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    programs = {how: (PROCESS.format(open=code), [how, *folders["whole" if how == "stock" else "cut"]]) for how, code in OPEN.items()}
+    for how, out in fresh.outputs(programs, tmp_path).items():
         assert out.split() == [("" if how == "stock" else "Sliced") + kind.stock for kind in KINDS]

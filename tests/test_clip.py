@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from clip_folder import byte_pairs, write_clip
@@ -530,18 +529,7 @@ def test_folders_open_in_fresh_processes(tmp_path):
             write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))
             save_file({**inputs, "logits": logits}, folder.parent / "inputs.safetensors")
             folders[kind].append(str(folder))
-    started = {
-        how: subprocess.Popen(
-            [sys.executable, "-c", PROCESS.format(open=code), how, *folders["whole" if how == "stock" else "cut"]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        for how, code in OPEN.items()
-    }
-    for how, process in started.items():
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    programs = {how: (PROCESS.format(open=code), [how, *folders["whole" if how == "stock" else "cut"]]) for how, code in OPEN.items()}
+    for how, out in fresh.outputs(programs, tmp_path).items():
         ours = [SlicedCLIPModel.__name__, SlicedSiglipModel.__name__]
         assert out.split() == (["CLIPModel", "SiglipModel"] if how == "stock" else ours)

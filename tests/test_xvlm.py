@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -476,14 +475,7 @@ def test_a_pruned_folder_opens_in_fresh_processes(chain, tmp_path):
     batch["pixels"] = torch.randn(batch["pixels"].shape)
     with torch.no_grad():
         save_file({**batch, "logits": FAMILY.forward(model, batch)["logits"]}, tmp_path / "inputs.safetensors")
-    command = [str(folder), str(tmp_path / "inputs.safetensors")]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS.format(open=code), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for code in OPEN.values()
-    ]
-    for process in started:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    arguments = [str(folder), str(tmp_path / "inputs.safetensors")]
+    programs = {how: (PROCESS.format(open=code), arguments) for how, code in OPEN.items()}
+    for out in fresh.outputs(programs, tmp_path).values():
         assert out.split() == ["XVLMModel", str(sum(parameter.numel() for parameter in model.parameters()))]
