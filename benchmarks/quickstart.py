@@ -6,22 +6,19 @@ python benchmarks/quickstart.py [runs/quickstart]
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from published import ROOT, as_csv, csv_of, markers, with_block
 
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.errors import BadInput, EvlmError
 from efficientvlm.files import write_atomic
 
-ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
+BEGIN, END = markers("quickstart")
 PICTURE = Path("docs/quickstart-structure.png")
-RESULTS = Path("benchmarks/results")
 LAYERED, KINDS = ("vision", "text", "fusion", "decoder"), ("head", "cross_head", "neuron")
 AGAIN = "run evlm run quickstart again"
 
@@ -38,8 +35,8 @@ def publish(run: Path, root: Path = ROOT) -> list[Path]:
     if missing := [path for path in texts if not path.is_file()]:
         raise BadInput(f"{missing[0]} is not there", "the report is not complete", AGAIN)
     table = texts[0].read_text("utf-8").rstrip("\n")
-    name = RESULTS / f"quickstart_{slug(summary['speed']['machine']['name'])}.csv"
-    readme = with_block((root / "README.md").read_text("utf-8"), block(table, summary, name))
+    name = csv_of("quickstart", summary["speed"]["machine"]["name"])
+    readme = with_block((root / "README.md").read_text("utf-8"), "quickstart", block(table, summary, name))
     content = {root / name: as_csv(rows(summary)), root / PICTURE: texts[1].read_bytes(), root / "README.md": readme.encode()}
     for path, data in content.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,22 +112,6 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def as_csv(records: list[dict[str, Any]]) -> bytes:
-    """UTF-8 CSV with a header; floats with six significant digits, None as an empty cell."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in record.items()})
-    return file.getvalue().encode()
-
-
-def slug(name: str) -> str:
-    """A processor's name for use in a file name: `Intel(R) Xeon(R) CPU @ 2.20GHz` becomes `intel-xeon-cpu-2-20ghz`."""
-    plain = re.sub(r"\((r|tm|c)\)", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
-
-
 def block(table: str, summary: dict[str, Any], name: Path) -> str:
     """What stands between the markers of the README."""
     machine, provenance = summary["speed"]["machine"], summary["provenance"]
@@ -144,14 +125,6 @@ def block(table: str, summary: dict[str, Any], name: Path) -> str:
             f"![Heads and neurons that each model keeps]({PICTURE.as_posix()})",
         ]
     )
-
-
-def with_block(readme: str, text: str) -> str:
-    """`readme` with `text` between its markers, each of which must stand there once."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
-        raise BadInput("README.md has no place for the table", f"{BEGIN} and {END} must stand there once, in this order")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> int:

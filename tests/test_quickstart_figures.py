@@ -152,7 +152,7 @@ def test_only_a_finished_run_of_these_checkpoints_is_published(finished: Path, t
     report = tmp_path / "report"
     shutil.copytree(finished / "runs" / "quickstart" / "report", report)
     (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(BadInput, match="no place for the table"):
+    with pytest.raises(BadInput, match="no place for the quickstart"):
         quickstart.publish(tmp_path, tmp_path)
     for change, why in (
         (lambda summary: summary["provenance"]["models"]["final"].update(sha256="0" * 64), "out of date"),
@@ -171,7 +171,7 @@ def test_only_a_finished_run_of_these_checkpoints_is_published(finished: Path, t
 
 
 def test_processors_in_file_names() -> None:
-    slug = script("benchmarks/quickstart.py").slug
+    slug = script("benchmarks/published.py").slug
     assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz" and slug("") == "unknown" and slug("AMD EPYC") == "amd-epyc"
 
 

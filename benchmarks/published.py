@@ -1,0 +1,77 @@
+"""What the scripts of this folder share: where figures are published, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from efficientvlm.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("benchmarks/results")
+"""Below the project's root."""
+
+
+def csv_of(name: str, processor: str) -> Path:
+    """Path below the project's root of the CSV of the benchmark `name` on `processor`."""
+    return RESULTS / f"{name}_{slug(processor)}.csv"
+
+
+def slug(name: str) -> str:
+    """A processor's name for use in a file name: `Intel(R) Xeon(R) CPU @ 2.20GHz` becomes `intel-xeon-cpu-2-20ghz`."""
+    plain = re.sub(r"\((r|tm|c)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def as_csv(records: list[dict[str, Any]]) -> bytes:
+    """UTF-8 CSV with a header; floats with six significant digits, None as an empty cell."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({key: _cell(value) for key, value in record.items()})
+    return file.getvalue().encode()
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line to the CSV `path`; several processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, record, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({key: _cell(value) for key, value in record.items()})
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The lines of the CSV `path`; none if it is not there."""
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
+
+
+def with_block(readme: str, name: str, text: str) -> str:
+    """`readme` with `text` between the two markers of the block `name`, each of which must stand there once."""
+    begin, end = markers(name)
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(end) < readme.index(begin):
+        raise BadInput(f"README.md has no place for the {name}", f"{begin} and {end} must stand there once, in this order")
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def block_of(readme: str, name: str) -> str:
+    """What stands between the markers of the block `name`."""
+    begin, end = markers(name)
+    return readme.partition(begin)[2].partition(end)[0]
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments around the block `name` of a page."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
