@@ -57,7 +57,7 @@ def with_block(readme: str, name: str, text: str) -> str:
     """`readme` with `text` between the two markers of the block `name`, each of which must stand there once."""
     begin, end = markers(name)
     if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(end) < readme.index(begin):
-        raise BadInput(f"README.md has no place for the {name}", f"{begin} and {end} must stand there once, in this order")
+        raise BadInput(f"no place for the {name}", f"{begin} and {end} must stand there once, in this order")
     before, _, rest = readme.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 

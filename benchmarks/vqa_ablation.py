@@ -1,40 +1,41 @@
 """Does each part of the method earn its place? Every arm trained to the same deployed size, compared on accuracy.
 
-python benchmarks/vqa_ablation.py [--data easy-vqa|shapes] [--out runs/ablation] [--list]
+python benchmarks/vqa_ablation.py [--data easy-vqa|shapes] [--out runs/ablation] [--list | --latency]
 
 A row is appended to the CSV as soon as a run ends; runs that have a row are passed over, and a run that was interrupted resumes. All arms
-have the same number of task steps; arms without distillation get nothing in place of the steps of the general stage.
+have the same number of task steps; arms without distillation get nothing in place of the steps of the general stage. `--latency` times the
+finished models of all runs in turns, in one process, and replaces the latency CSV; `publish_ablation.py` makes tables and plots of both.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
-import io
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from published import ROOT, append, as_csv, csv_of, rows_of
 
 from efficientvlm import checkpoint, manifest
-from efficientvlm.bench import machine
+from efficientvlm.bench import processor
 from efficientvlm.compression.surgery import mask_vector, slice_model
 from efficientvlm.config import STAGES, DistillWeights, Quirks, Strict, TaskWeights
 from efficientvlm.control import Control
-from efficientvlm.hardware import pick_device
+from efficientvlm.files import write_atomic
 from efficientvlm.stages.common import load, making, open_output, write
 from efficientvlm.stages.run import module_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PRETRAINED = "bundled:easy-vqa-pretrained"
-DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 400
-TRAINING = {"batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
+PAIRS = "shapes:difficulty=2,size=100000"
+DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 600
+TRAINING = {"batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
 LEARNT = {"sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
+TIMED: dict[str, Any] = {"batch_sizes": [1, 8], "rounds": 40, "text_length": 12}
 QUIRKS = dict.fromkeys(Quirks.model_fields, True)
 
 LOGITS = ("logits", "itm_logits", "mlm_logits")
@@ -45,18 +46,25 @@ CROSS = ("cross_attention", "decoder_cross_attention")
 
 @dataclass(frozen=True)
 class Data:
-    """A task: its questions, the image-text pairs of the general stage, and how its teacher is made."""
+    """A task: its questions, its teacher, and how many test images are read.
+
+    `teacher` is tuned on the questions for `teacher_steps` steps first.
+    """
 
     name: str
     questions: str
-    pairs: str
-    teacher: str | None = None
-    teacher_settings: dict[str, Any] = field(default_factory=dict)
+    teacher: str
+    teacher_steps: int = 0
+    tested: int | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to a small model. `start`: distilled, student (shrunk only), sliced (the method's structure cut out of it) or random."""
+    """One way to a small model.
+
+    `start`: distilled, student (shrunk only), tuned (and trained on the task), sliced (the method's structure cut out of the student) or
+    random.
+    """
 
     name: str
     what: str
@@ -70,13 +78,8 @@ class Arm:
 DATA = {
     data.name: data
     for data in (
-        Data("easy-vqa", "easy-vqa", "shapes:difficulty=2,size=100000", "bundled:easy-vqa"),
-        Data(
-            "shapes",
-            "shapes:difficulty=3,size=20000",
-            "shapes:difficulty=3,size=100000,seed=1",
-            teacher_settings={"max_steps": 1500, "batch_size": 64},
-        ),
+        Data("easy-vqa", "easy-vqa", "bundled:easy-vqa"),
+        Data("shapes", "shapes:difficulty=3,objects=1,size=20000", "bundled:easy-vqa", teacher_steps=1000, tested=1000),
     )
 }
 METHOD = Arm("method", "shrink, distill, prune with learnt gates and KD, finetune with KD")
@@ -84,7 +87,7 @@ MAIN = (
     METHOD,
     Arm("scratch", "the same architecture, random weights, task loss", start="random", kd=False, method="none"),
     Arm("no-kd", "the same architecture cut out of the shrunk teacher, task loss", start="sliced", kd=False, method="none"),
-    Arm("magnitude", "shrink, Torch-Pruning magnitude to the same sparsity, task loss", start="student", kd=False, method="magnitude"),
+    Arm("magnitude", "shrink, task loss, Torch-Pruning magnitude to the same sparsity, task loss", "tuned", kd=False, method="magnitude"),
 )
 SINGLE = (
     Arm("tower-budgets", "the method with a budget of its own for each tower"),
@@ -94,7 +97,7 @@ SINGLE = (
     Arm("no-hidden", "the method without hidden-state terms", without=HIDDEN),
     Arm("no-attention", "the method without self-attention terms", without=SELF),
     Arm("no-cross-attention", "the method without cross-attention terms", without=CROSS),
-    Arm("taylor", "as magnitude, by Taylor importance", start="student", kd=False, method="taylor"),
+    Arm("taylor", "as magnitude, by Taylor importance", "tuned", kd=False, method="taylor"),
 )
 ARMS = {arm.name: arm for arm in (*MAIN, *SINGLE)}
 
@@ -123,10 +126,10 @@ def runs(names: list[str]) -> Iterator[Run]:
 
 
 class Chain:
-    """The stages of one run, below `root`. Stages that runs share are made once."""
+    """The stages of one run, below `root`. Stages that runs share are made once; those before the task serve both tasks."""
 
     def __init__(self, run: Run, root: Path) -> None:
-        self.run, self.root = run, root / run.data.name
+        self.run, self.root, self.general = run, root / run.data.name, root / "general"
         self.folder = self.root / f"{run.arm.name}-{run.sparsity:g}-{run.seed}"
 
     def stage(self, name: str, out: Path, **settings: Any) -> Any:
@@ -135,25 +138,32 @@ class Chain:
 
     def teacher(self) -> str:
         data = self.run.data
-        if data.teacher:
+        if not data.teacher_steps:
             return data.teacher
         out = self.root / "teacher"
-        self.stage("finetune", out, model=PRETRAINED, data=data.questions, **{**TRAINING, **data.teacher_settings})
+        self.stage("finetune", out, model=data.teacher, data=data.questions, max_steps=data.teacher_steps, **TRAINING)
         return str(out)
 
     def student(self) -> str:
-        self.stage("shrink", self.root / "student", model=PRETRAINED)
-        return str(self.root / "student")
+        self.stage("shrink", self.general / "student", model=PRETRAINED)
+        return str(self.general / "student")
 
     def distilled(self) -> str:
         arm, seed = self.run.arm, self.run.seed
         left_out = {name: 0.0 for name in arm.without if name in DistillWeights.model_fields}
         name = arm.name if left_out or "quirks" in arm.settings else "method"
-        out = self.root / f"distilled-{name}-{seed}"
+        out = self.general / f"distilled-{name}-{seed}"
         more = {**({"weights": left_out} if left_out else {}), **arm.settings}
         steps = {"max_steps": DISTILL_STEPS, "region_probability": 0, "augment": "none", "seed": seed}
-        self.stage("distill", out, model=self.student(), teacher=PRETRAINED, data=self.run.data.pairs, **TRAINING, **steps, **more)
+        self.stage("distill", out, model=self.student(), teacher=PRETRAINED, data=PAIRS, **TRAINING, **steps, **more)
         return str(out)
+
+    def start(self) -> str:
+        """What is pruned on the task. A process that makes it for the other task as well is waited for."""
+        self.general.mkdir(parents=True, exist_ok=True)
+        with (self.general / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return self.distilled() if self.run.arm.start == "distilled" else self.student()
 
     def final(self) -> Path:
         """The finished model of this run."""
@@ -165,25 +175,28 @@ class Chain:
             common["kd"] = 0.0
         if arm.method == "none":
             start = self.folder / "start"
-            structured(self.structure(), self.student() if arm.start == "sliced" else None, self.teacher(), start, run.seed)
+            structured(self.structure(), self.start() if arm.start == "sliced" else None, self.teacher(), start, run.seed)
             self.stage("finetune", out, model=str(start), max_steps=PRUNE_STEPS + FINETUNE_STEPS, **common)
             return out
-        more: dict[str, Any] = {"sparsity": run.sparsity, "method": arm.method, **(LEARNT if arm.method == "l0" else {})}
+        cut: dict[str, Any] = {"sparsity": run.sparsity, "method": arm.method, "keep_dense": False, **common}
+        if arm.start == "tuned":
+            tuned = self.root / f"tuned-{run.seed}"
+            self.stage("finetune", tuned, model=self.start(), max_steps=PRUNE_STEPS, **common)
+            self.stage("prune", out, model=str(tuned), max_steps=FINETUNE_STEPS, **cut)
+            return out
         if arm.name == "tower-budgets":
-            more["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
-        model = self.distilled() if arm.start == "distilled" else self.student()
+            cut["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
         pruned = self.folder / "pruned"
-        self.stage("prune", pruned, model=model, max_steps=PRUNE_STEPS, keep_dense=False, **more, **common)
+        self.stage("prune", pruned, model=self.start(), max_steps=PRUNE_STEPS, **cut, **LEARNT)
         self.stage("finetune", out, model=str(pruned), max_steps=FINETUNE_STEPS, **common)
         return out
 
     def structure(self) -> Path:
         """A model of the method's architecture at this sparsity and seed."""
-        return Chain(Run(self.run.data, METHOD, self.run.sparsity, self.run.seed), self.root.parent).final()
+        return Chain(replace(self.run, arm=METHOD), self.root.parent).final()
 
     def accuracy(self, model: str, split: str = "test") -> dict[str, Any]:
-        limit = None if self.run.data.name == "easy-vqa" else 1000
-        config = STAGES["eval"](model=model, data=self.run.data.questions, split=split, limit=limit)
+        config = STAGES["eval"](model=model, data=self.run.data.questions, split=split, limit=self.run.data.tested)
         metrics: dict[str, Any] = module_of("eval").run(config, Control())["metrics"]
         return metrics
 
@@ -217,9 +230,9 @@ def structured(like: Path, source: str | None, teacher: str, out: Path, seed: in
 
 def row(run: Run, root: Path) -> dict[str, Any]:
     """Train, evaluate on the test split, and say what came out."""
-    chain, began = Chain(run, root), time.monotonic()
+    chain, began = Chain(run, root), time.process_time()
     final = chain.final()
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     done, teacher = checkpoint.require_complete(str(final)), checkpoint.require_complete(chain.teacher())
     measured, reference = chain.accuracy(str(final)), chain.accuracy(chain.teacher())
     parameters, of = done.accounting["parameters"]["total"], teacher.accounting["parameters"]["total"]
@@ -240,7 +253,7 @@ def row(run: Run, root: Path) -> dict[str, Any]:
         "questions": measured["questions"],
         "distill_steps": DISTILL_STEPS if run.arm.start == "distilled" else 0,
         "task_steps": PRUNE_STEPS + FINETUNE_STEPS,
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
         "what": run.arm.what,
         "commit": manifest.code().commit or manifest.code().version,
         "torch": manifest.environment()["torch"],
@@ -248,31 +261,44 @@ def row(run: Run, root: Path) -> dict[str, Any]:
     }
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
+def key(line: dict[str, str]) -> tuple[str, str, str, str]:
+    """The run of a line of the CSV."""
+    return line["task"], line["arm"], line["sparsity"], line["seed"]
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line; two of these scripts may share the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, record, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(record)
+def latencies(done: list[Run], root: Path) -> list[dict[str, Any]]:
+    """Median latency of the finished model of every run, and its speed-up over the teacher of its task in the same round."""
+    records = []
+    for task in dict.fromkeys(run.data.name for run in done):
+        mine = [run for run in done if run.data.name == task]
+        models = [Chain(mine[0], root).teacher(), *(str(Chain(run, root).folder / "final") for run in mine)]
+        result = module_of("bench").run(STAGES["bench"](models=models, **TIMED), Control())
+        for run, model in zip(mine, models[1:], strict=True):
+            for timed in (row for row in result["latency"] if row["model"] == model):
+                what = {"task": task, "arm": run.arm.name, "sparsity": run.sparsity, "seed": run.seed}
+                timing = {name: timed[name] for name in ("batch", "median_ms", "p10_ms", "p90_ms", "speedup", "speedup_q1", "speedup_q3")}
+                about = {"threads": result["machine"]["threads"], "torch": result["machine"]["torch"], "date": manifest.now()[:10]}
+                records.append({**what, **timing, "rounds": result["rounds"], **about})
+    return records
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, action="append", help="both by default; two processes may take one each")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
-    options = parser.parse_args()
-    name = "-".join("".join(c if c.isalnum() else " " for c in machine(pick_device("cpu"))["name"].lower()).split())
-    path = RESULTS / f"vqa_ablation_{name}.csv"
-    for run in runs(options.data or list(DATA)):
-        if run.key in {(line["task"], line["arm"], line["sparsity"], line["seed"]) for line in rows_of(path)}:
+    parser.add_argument("--latency", action="store_true", help="time the models of the runs that have a row")
+    options = parser.parse_args(arguments)
+    path = ROOT / csv_of("vqa_ablation", processor())
+    wanted = list(runs(options.data or list(DATA)))
+    if options.latency:
+        finished = {key(line) for line in rows_of(path)}
+        path = ROOT / csv_of("vqa_ablation_latency", processor())
+        write_atomic(path, as_csv(latencies([run for run in wanted if run.key in finished], options.out)))
+        print(path)
+        return 0
+    for run in wanted:
+        if run.key in {key(line) for line in rows_of(path)}:
             continue
         print(" ".join(run.key), file=sys.stderr, flush=True)
         if not options.list:

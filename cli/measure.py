@@ -25,6 +25,9 @@ def evaluate(
     limit: o.Limit = None,
     answers: o.Answers = None,
     mode: Mode = None,
+    rerank: Annotated[
+        int | None, typer.Option("--rerank", help="Retrieval: so many candidates of a query are ranked anew by matching.", metavar="K")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images at a time.")] = None,
     seed: o.Seed = None,
     device: o.Device = None,

@@ -25,7 +25,7 @@ Columns = Annotated[
 ]
 Val = Annotated[str | None, typer.Option("--val", help="Validation data; by default held-out training images.", metavar="DATA")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only so many images.")]
-Task = Annotated[str | None, typer.Option("--task", help="What is learnt: vqa.")]
+Task = Annotated[str | None, typer.Option("--task", help="vqa or retrieval.", metavar="TASK")]
 Answers = Annotated[str | None, typer.Option("--answers", help="File with one answer a line.", metavar="FILE")]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Folder of a tokenizer.", metavar="DIR")]
 

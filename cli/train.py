@@ -107,7 +107,7 @@ def prune(
 ) -> None:
     """Remove attention heads and neurons while the task is learnt; the result is really smaller.
 
-    With --from-gates, --model and --data default to those of that run. With --task none nothing is learnt and no data is needed.
+    With --from-gates, --model, --task and --data default to those of that run. With --task none nothing is learnt and no data is needed.
     """
     values = locals()
     if not (data or from_gates or task == "none" or any(text.startswith(("data=", "task=")) for text in assignments or [])):
@@ -121,6 +121,7 @@ def prune(
         if model and resolve(model).resolve() != resolve(from_gates).resolve():
             raise BadInput("--model and --from-gates differ", "a re-cut starts from the run the gates are of", "leave --model out")
         values["model"] = from_gates
+        values["task"] = task or earlier.get("task")
         values["data"] = data or earlier.get("data")
         if not data:
             values |= {

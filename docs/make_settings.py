@@ -50,7 +50,7 @@ def rows(fields: dict[str, FieldInfo], prefix: str = "") -> list[str]:
         if isinstance(group, type) and issubclass(group, BaseModel):
             lines += rows(group.model_fields, f"{name}.") if group is not config.Quirks else []
             continue
-        default = info.get_default(call_default_factory=True)
+        default = info.get_default(call_default_factory=True, validated_data={})
         shown = "*needed*" if info.is_required() else "–" if default is None else f"`{json.dumps(default)}`"
         lines.append(f"| `{prefix}{name}` | {values(group)} | {shown} | {(info.description or '').replace('|', '/')} |")
     return lines

@@ -44,7 +44,7 @@ def latency(
     labels = list(calls)
     records: list[dict[str, Any]] = []
     done = 0
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for size in batch_sizes:
             seconds: dict[str, list[float]] = {label: [] for label in labels}
             for number in range(-warmup_rounds, rounds):
@@ -78,7 +78,7 @@ def _record(label: str, size: int, seconds: list[float], first: list[float]) -> 
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """No collector run inside a measurement; what is there is collected before."""
     enabled = gc.isenabled()
     gc.collect()

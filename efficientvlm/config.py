@@ -74,7 +74,7 @@ class Quirks(Strict):
 class InitConfig(Stage):
     family: Literal["xvlm", "blip"] = "xvlm"
     size: Literal["tiny", "small", "base"] | None = Field(None, description="random weights of a named size")
-    vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP vision model")
+    vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP or DINOv2 vision model")
     text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")
     tokenizer: str = Field("train", description="folder of a tokenizer, or `train`: WordPiece on the data")
     data: str | None = Field(None, description="data a tokenizer is trained on")
@@ -143,14 +143,39 @@ class TaskWeights(Strict):
     decoder_cross_attention: float = Field(1.0, ge=0)
 
 
+class RetrievalWeights(Strict):
+    """Weights inside L_KD of the retrieval stage; those of fusion apply to matched and to unmatched pairs each."""
+
+    itm_logits: float = Field(1.0, ge=0)
+    itc_logits: float = Field(0.0, ge=0, description="not in the published method")
+    text_hidden: float = Field(0.33, ge=0)
+    text_attention: float = Field(0.33, ge=0)
+    image_hidden: float = Field(0.066, ge=0)
+    image_attention: float = Field(0.33, ge=0)
+    fusion_hidden: float = Field(0.165, ge=0)
+    fusion_attention: float = Field(0.165, ge=0)
+    cross_attention: float = Field(0.165, ge=0)
+
+
+PUBLISHED_KD = {"vqa": 0.4, "retrieval": 0.5}
+QUESTIONS_ONLY = ("weights", "questions_per_image", "max_answer_tokens", "answers", "min_answer_count", "rank_top", "decoder_init")
+QUESTION_QUIRKS = ("mask_offsets", "double_sep", "first_token_twice")
+
+
 class TaskStage(Stage, Data, Train):
     model: str
     teacher: str | None = None
-    task: Literal["vqa"] = "vqa"
-    kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    task: Literal["vqa", "retrieval"] = "vqa"
+    kd: float = Field(
+        default_factory=lambda given: PUBLISHED_KD.get(given.get("task"), 0.4),
+        ge=0,
+        le=1,
+        description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher; 0.5 by default for retrieval",
+    )
     temperature: float = Field(1.0, gt=0)
     scale_by_temperature: bool = False
-    weights: TaskWeights = Field(default_factory=TaskWeights)
+    weights: TaskWeights = Field(default_factory=TaskWeights, description="of VQA")
+    retrieval_weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
     quirks: Quirks = Field(default_factory=Quirks)
     questions_per_image: int = Field(6, ge=1, description="questions that share one vision pass")
     max_tokens: int = Field(40, ge=4)
@@ -159,6 +184,23 @@ class TaskStage(Stage, Data, Train):
     min_answer_count: int = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
     rank_top: int = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
+
+    @field_validator(*QUESTIONS_ONLY, "retrieval_weights")
+    @classmethod
+    def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        other, task = ("vqa", "retrieval") if name in QUESTIONS_ONLY else ("retrieval", "vqa")
+        if info.data.get("task") == task and value != cls.model_fields[name].get_default(call_default_factory=True, validated_data={}):
+            raise ValueError(f"it belongs to task {other}")
+        return value
+
+    @field_validator("quirks")
+    @classmethod
+    def _quirks_of_this_task(cls, quirks: Quirks, info: ValidationInfo) -> Quirks:
+        wrong = [name for name in QUESTION_QUIRKS if getattr(quirks, name)]
+        if wrong and info.data.get("task") == "retrieval":
+            raise ValueError(f"{', '.join(wrong)} belong to task vqa")
+        return quirks
 
 
 class Finetune(TaskStage):
@@ -177,7 +219,9 @@ class Gates(Strict):
 
 class Prune(TaskStage):
     data: str = Field("", description="as elsewhere; needed unless task is none")
-    task: Literal["vqa", "none"] = Field("vqa", description="none: cut by the weights alone, without training")  # type: ignore[assignment]
+    task: Literal["vqa", "retrieval", "none"] = Field(  # type: ignore[assignment]
+        "vqa", description="none: cut by the weights alone, without training"
+    )
     sparsity: float = Field(0.4, ge=0, lt=1, allow_inf_nan=False, description="part of the prunable weights to remove")
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
@@ -230,16 +274,25 @@ class Eval(Strict):
     val_fraction: float = Field(0.1, ge=0, lt=1)
     limit: int | None = Field(None, ge=1)
     max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
-    task: Literal["vqa"] = "vqa"
+    task: Literal["vqa", "retrieval"] = "vqa"
     out: str | None = Field(None, description="JSON file for the result")
     batch_size: int = Field(64, ge=1)
     mode: Literal["rank", "generate"] = "rank"
     answers: str | None = None
     rank_top: int | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
     first_token_twice: bool | None = None
+    rerank: int = Field(0, ge=0, description="retrieval: so many candidates of every query are ranked anew by matching; 0: none")
     device: Device = "auto"
     precision: Precision = "fp32"
     seed: int = 0
+
+    @field_validator("mode", "answers", "rank_top", "first_token_twice", "rerank")
+    @classmethod
+    def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
+        other, task = ("retrieval", "vqa") if info.field_name == "rerank" else ("vqa", "retrieval")
+        if info.data.get("task") == task and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"it belongs to task {other}")
+        return value
 
 
 class Bench(Strict):
@@ -260,6 +313,7 @@ class Export(Strict):
     out: str
     format: Literal["onnx", "padded", "hf"] = Field(description="ONNX graphs; zeros in the original shapes; transformers' classes, smaller")
     int8: bool = Field(False, description="ONNX with int8 weights: dynamic quantisation of the matrix products")
+    fuse: bool = Field(True, description="attention as ONNX Runtime's own operator, which is faster; false: standard ONNX only")
     tolerance: float = Field(1e-4, gt=0, le=0.1, description="how far ONNX outputs may be from torch, relative to the largest if above 1")
     data: str | None = Field(None, description="data that accuracy is measured on, before and after")
     columns: dict[str, str] = Field(default_factory=dict)
@@ -278,7 +332,7 @@ class Targets(Strict):
     """What the last model of a report should reach beside the first."""
 
     parameters: float | None = Field(None, gt=0, description="at most this part of the parameters")
-    accuracy: float | None = Field(None, gt=0, description="at least this part of the accuracy")
+    accuracy: float | None = Field(None, gt=0, description="at least this part of the accuracy, or of the task's main metric")
     speedup: float | None = Field(None, gt=0, description="at least so many times as fast at batch 8")
 
 

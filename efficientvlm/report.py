@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from efficientvlm.config import Targets
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
+from efficientvlm.metrics import TITLES, main_metric
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 WIDTH = 100
 NONE = "–"
 OTHER = "heads"  # what an accounting calls parameters that belong to no tower
-TARGETS = (("parameters", "at most"), ("accuracy", "at least"), ("speed-up at batch 8", "at least"))
 
 
 def summarise(
@@ -78,19 +78,29 @@ def test_of(result: dict[str, Any]) -> str:
 
 
 def _test(result: dict[str, Any]) -> dict[str, Any]:
-    data = result["data"]
-    ranking = {key: result.get(key) for key in ("mode", "answers", "first_token_twice")}
+    data, metrics = result["data"], result["metrics"]
+    sizes, how = (
+        (("questions",), ("answers", "first_token_twice")) if "questions" in metrics else (("images", "captions"), ("rerank", "seed"))
+    )
+    metric, _ = main_metric(metrics) or ("", 0.0)
     return {
         "data": data["name"],
         "split": data["split"],
         "fingerprint": data["fingerprint"],
-        "questions": result["metrics"]["questions"],
-        **ranking,
+        "metric": metric,
+        **{size: metrics[size] for size in sizes},
+        **{key: result.get(key) for key in ("mode", *how)},
     }
 
 
 def _named(test: dict[str, Any]) -> str:
-    return f"{test['data']} {test['split']}, {test['questions']:,} questions, {test['mode']}"
+    counted = " and ".join(f"{test[size]:,} {size}" for size in ("questions", "images", "captions") if size in test)
+    return f"{test['data']} {test['split']}, {counted}, {test['mode']}"
+
+
+def metric_title(summary: dict[str, Any]) -> str:
+    """What the figure called `accuracy` in a summary is: that of question answering, or the main metric of another task."""
+    return TITLES.get((summary["test"] or {}).get("metric", ""), "accuracy")
 
 
 def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, Any] | None, timed: dict[str, Any] | None) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, A
         "kept": units,
         "latency": {str(record["batch"]): {key: record[key] for key in record if key not in ("model", "batch")} for record in rows},
         "timed_with_untrained_decoder": bool(timed) and not (timed or {})["trained"],
-        "accuracy": test["metrics"]["accuracy"] if test else None,
+        "accuracy": (main_metric(test["metrics"]) or ("", None))[1] if test else None,
     }
 
 
@@ -131,7 +141,8 @@ def targets(summary: dict[str, Any], limits: Targets) -> list[dict[str, Any]]:
     )
     found = []
     asked = (limits.parameters, limits.accuracy, limits.speedup)
-    for (name, sense), limit, value in zip(TARGETS, asked, values, strict=True):
+    names = ("parameters", metric_title(summary), "speed-up at batch 8")
+    for name, sense, limit, value in zip(names, ("at most", "at least", "at least"), asked, values, strict=True):
         met = None if value is None or limit is None else value <= limit if sense == "at most" else value >= limit
         found.append({"name": name, "of": f"{labels[-1]} / {labels[0]}", "value": value, "sense": sense, "limit": limit, "met": met})
     return found
@@ -187,7 +198,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         add(f"latency (ms), batch {size}", every(lambda m, s=size: _latency(m, s)))
         name = f"  speed-up over {summary['speed']['compared_with']}"
         add(name, every(lambda m, s=size: _times(m["latency"].get(s, {}).get("speedup"))), last=size == sizes[-1])
-    add("accuracy", every(lambda m: _percent(m["accuracy"])))
+    add(metric_title(summary), every(lambda m: _percent(m["accuracy"])))
     add(f"  of the {reference}'s", every(lambda m: _percent(m["accuracy_of_reference"])), last=True)
     add(f"layers ({'/'.join(towers)})", every(lambda m: "/".join(str(m["layers"].get(tower, 0)) for tower in towers)), last=True)
     for title, kind in (("heads kept", "head"), ("cross-attention heads kept", "cross_head"), ("neurons kept", "neuron")):
@@ -253,7 +264,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
     macs = summary["models"][summary["reference"]]["macs"]
     found = [f"multiply-adds: one image of {macs['image_size']} px, a question of {macs['text_length']} tokens"]
     if test := summary["test"]:
-        found.append(f"accuracy: {_named(test)}")
+        found.append(f"{metric_title(summary)}: {_named(test)}")
     if speed := summary["speed"]:
         machine = speed["machine"]
         found.append(

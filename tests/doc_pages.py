@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -166,12 +166,8 @@ def inline_code(page: Path) -> Iterator[str]:
 
 def script(path: str) -> ModuleType:
     """A Python file of the project that is not part of the package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str((ROOT / path).parent))  # as `python path` does
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(Path(path).stem)
     finally:
         sys.path.pop(0)
-    return module

@@ -137,7 +137,7 @@ def test_onnxruntime_alone_computes_the_same(chain: Path, exported: Path, tmp_pa
 def copied(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are not exported again but copied."""
 
-    def write(graph: Any, path: Path) -> int:
+    def write(graph: Any, path: Path, **_: Any) -> int:
         shutil.copyfile(exported / path.name, path)
         return 20
 

@@ -454,7 +454,7 @@ def test_another_image_size_resizes_positions(towers, tokenizer):
 def test_towers_that_cannot_be_used(towers, tokenizer, tmp_path):
     clip, bert, size = towers / "clip", towers / "bert", len(tokenizer)
     for arguments, message in (
-        ((bert, bert, size), "not a CLIP model"),
+        ((bert, bert, size), "not a CLIP, CLIP vision or DINOv2 model"),
         ((clip, clip, size), "not a BERT"),
         ((tmp_path, bert, size), "no config.json"),
         ((clip, bert, size + 1), f"tokenizer has {size + 1} tokens"),

@@ -112,7 +112,7 @@ def test_states_features_and_maps(nets, batch, name):
         agree(text.states, expected["text_embeds"])
         agree(fused.states, expected["cross_embeds"])
         agree(model.image_feature(image.states), expected["image_feat"])
-        agree(model.text_feature(text.states), expected["text_feat"])
+        agree(model.text_feature(text.states, batch["text_mask"]), expected["text_feat"])
         agree(model.itm_head(fused.states[:, 0]), expected["itm_logits_pos"])
         # the same without maps, through scaled_dot_product_attention
         plain = model.encode_text(batch["text_ids"], batch["text_mask"]).states

@@ -168,6 +168,7 @@ def weights_under(title: str) -> dict[str, float]:
 def test_tables_are_those_of_the_code() -> None:
     assert weights_under("Before the task") == config.DistillWeights().model_dump()
     assert weights_under("With the task") == config.TaskWeights().model_dump()
+    assert weights_under("Retrieval") == config.RetrievalWeights().model_dump()
     pruning = (ROOT / "docs" / "pruning.md").read_text("utf-8")
     quirks = re.findall(r"^\| `(\w+)` \| (true|false) \|", pruning, re.MULTILINE)
     assert {name: value == "true" for name, value in quirks} == config.Quirks().model_dump()

@@ -16,7 +16,7 @@ from test_data_forms import vqav2
 from efficientvlm.config import Finetune
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
-from efficientvlm.stages.tuning import answer_list
+from efficientvlm.stages.tasks import answer_list
 from efficientvlm.tasks.vqa import evaluate, soft_accuracy
 from efficientvlm.tasks.vqa_answers import normalised
 

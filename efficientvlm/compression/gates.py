@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.errors import BadInput
@@ -111,7 +112,10 @@ class Gates(nn.Module):
 
 
 class GateHooks:
-    """Gates on the inputs of the Linears of `model` that the gate points of `units` name; see :func:`attach`."""
+    """Gates on the inputs of the Linears of `model` that the gate points of `units` name; see :func:`attach`.
+
+    A Linear gets a `forward` of its own, which multiplies its input, or where that is less work the columns of its weight.
+    """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit]) -> None:
         self._count = len(units)
@@ -120,11 +124,14 @@ class GateHooks:
         for number, unit in enumerate(units):
             by_module.setdefault(unit.gate.module, []).append((unit.gate.start, unit.gate.stop, number))
         self._widths: dict[str, int] = {}
-        columns, self._handles = [], []
+        self._gated: dict[str, nn.Linear] = {}
+        columns = []
         for name, points in by_module.items():
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear):
                 raise TypeError(f"gate point {name} is a {type(module).__name__}, not a Linear")
+            if "forward" in vars(module):
+                raise ValueError(f"gate point {name} has gates already")
             which = torch.full((module.in_features,), self._count)  # one past the end: no gate
             for start, stop, number in points:
                 if not 0 <= start < stop <= module.in_features:
@@ -132,16 +139,23 @@ class GateHooks:
                 which[start:stop] = number
             columns.append(which)
             self._widths[name] = module.in_features
-            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+            self._gated[name] = module
         self._columns = torch.cat(columns) if columns else torch.empty(0, dtype=torch.long)
+        for name, module in self._gated.items():
+            module.forward = self._forward(name, module)  # type: ignore[method-assign]
 
-    def _hook(self, name: str) -> Any:
-        def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _forward(self, name: str, module: nn.Linear) -> Any:
+        plain = module.forward
+
+        def gated(x: torch.Tensor) -> torch.Tensor:
             if name not in self._vectors:
-                return None
-            return args[0] * self._vectors[name].to(args[0].dtype), *args[1:]
+                return plain(x)
+            gates = self._vectors[name]
+            if x.numel() <= x.shape[-1] * module.out_features:
+                return plain(x * gates.to(x.dtype))
+            return F.linear(x, module.weight * gates.to(module.weight.dtype), module.bias)  # the same, on fewer numbers
 
-        return multiply
+        return gated
 
     def set(self, gates: torch.Tensor | None) -> None:
         """Apply `gates` [units] from the next forward pass on; None applies none. Gradients reach `gates`.
@@ -160,8 +174,8 @@ class GateHooks:
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._vectors = {}
-        for handle in self._handles:
-            handle.remove()
+        for module in self._gated.values():
+            vars(module).pop("forward", None)
 
     def __enter__(self) -> GateHooks:
         return self
@@ -171,12 +185,12 @@ class GateHooks:
 
 
 def attach(model: nn.Module, units: Sequence[Unit]) -> GateHooks:
-    """Forward pre-hooks that multiply the gate points of `units`; nothing changes until :meth:`GateHooks.set` is called.
+    """Gates that multiply the gate points of `units`; nothing changes until :meth:`GateHooks.set` is called.
 
     Only inputs of Linears are touched, so stock models work; call `set` inside the forward of the module that DDP wraps, with gates that
     are its parameters. Usable as a context manager.
 
     Raises:
-        TypeError, ValueError: a gate point that is no Linear or lies outside its inputs.
+        TypeError, ValueError: a gate point that is no Linear, lies outside its inputs, or has gates already.
     """
     return GateHooks(model, units)

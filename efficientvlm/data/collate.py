@@ -81,8 +81,9 @@ def pair_batch(
     mask_probability: float = 0.25,
     max_masks: int = 8,
     max_tokens: int | None = None,
+    task: bool = False,
 ) -> Batch:
-    """One caption an image, masked and unmasked.
+    """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task.
 
     Returns:
         pixels uint8 `[B, 3, H, W]`; text_ids, text_mask, masked_ids `[B, L]`; masked_positions, masked_labels `[B, M]` (label -100 where
@@ -93,7 +94,7 @@ def pair_batch(
     for item in items:
         rng = generator(seed, step, item.id, "pair")
         caption = item.captions[int(rng.integers(len(item.captions)))]
-        images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=False).image)
+        images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=task).image)
         captions.append(caption)
     batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
     draws = [generator(seed, step, item.id, "mask") for item in items]
@@ -200,7 +201,8 @@ def vqa_batch(
 
     Returns:
         pixels uint8 `[I, 3, H, W]`; image_index `[Q]` (question → image); question_ids, question_mask `[Q, L]`; answer_ids, answer_mask
-        `[A, La]`; answer_index `[A]` (answer → question); answer_weights float32 `[A]`; question_texts and answer_texts (by question, the
+        `[A, La]`; answer_index `[A]` (answer → question); answer_weights float32 `[A]`; distinct_questions `[D]` (rows of question_ids
+        without repetition) and distinct_index `[Q]` (question → entry of those); question_texts and answer_texts (by question, the
         accepted answers with weights), plain lists; annotators (by question, 0 where not known); item_ids (by image).
     """
     images: list[Pixels] = []
@@ -219,6 +221,8 @@ def vqa_batch(
         answers.extend(question.answers for question in chosen)
         annotators.extend(question.annotators for question in chosen)
         image_index.extend([row] * len(chosen))
+    first = {text: row for row, text in reversed(list(enumerate(questions)))}
+    entry = {text: number for number, text in enumerate(dict.fromkeys(questions))}
     flat = [(index, answer, weight) for index, accepted in enumerate(answers) for answer, weight in accepted]
     question_ids, question_mask = texts.batch(questions, max_tokens)
     answer_ids, answer_mask = texts.batch([answer for _, answer, _ in flat], max_answer_tokens, double_sep=double_sep)
@@ -231,6 +235,8 @@ def vqa_batch(
         "answer_mask": answer_mask,
         "answer_index": torch.tensor([index for index, _, _ in flat], dtype=torch.int64),
         "answer_weights": torch.tensor([weight for _, _, weight in flat], dtype=torch.float32),
+        "distinct_questions": torch.tensor([first[text] for text in entry], dtype=torch.int64),
+        "distinct_index": torch.tensor([entry[text] for text in questions], dtype=torch.int64),
         "question_texts": questions,
         "answer_texts": answers,
         "annotators": annotators,

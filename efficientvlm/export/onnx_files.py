@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.errors import BadInput
+from efficientvlm.export.fused import FusedAttention
 from efficientvlm.families.base import Graph
 from efficientvlm.families.exported import INSTALL, run_session
 
@@ -43,13 +44,13 @@ class _ByPosition(nn.Module):
 
 
 @torch.no_grad()
-def write(graph: Graph, path: Path) -> int:
-    """Export `graph` to the file `path` with dynamic axes; the opset it uses."""
+def write(graph: Graph, path: Path, *, fuse: bool = True) -> int:
+    """Export `graph` to the file `path` with dynamic axes; the opset it uses. With `fuse` attention is ONNX Runtime's own operator."""
     inputs = graph.example(graph.sizes[0])
     dims = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
     shapes = tuple({dim: dims[name] for dim, name in graph.axes[key].items()} for key in inputs)
     weights = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
-    with _silence():
+    with _silence(), FusedAttention() if fuse else contextlib.nullcontext():
         program = torch.onnx.export(
             _ByPosition(graph).eval(),
             (tuple(inputs.values()),),
@@ -99,6 +100,7 @@ def quantise(source: Path, target: Path) -> None:
             op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
             per_channel=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # behind operators that shape inference does not know
             use_external_data_format=source.with_name(source.name + ".data").exists(),
         )
 

@@ -105,6 +105,9 @@ class Family(Protocol):
     vqa_terms: Mapping[str, str]
     """Distillation term of `config.TaskWeights` → tap it compares, for question answering; empty where there is none."""
 
+    retrieval: tuple[str, ...]
+    """How images and texts are compared for retrieval: `itc` by their features, `itm` by a matching head; empty where they are not."""
+
     extra_tokens: tuple[str, ...]
     """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
 
@@ -177,6 +180,22 @@ class Family(Protocol):
         Raises:
             BadInput: there is nothing to make an answer decoder from.
         """
+
+    def for_retrieval(self, model: Any) -> Any:
+        """`model` made ready to be trained for retrieval, without the heads of other tasks.
+
+        Raises:
+            BadInput: it cannot be trained for that.
+        """
+
+    def image_features(self, model: Any, pixels: Any) -> tuple[Any, Any]:
+        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]; only families with `retrieval`."""
+
+    def text_features(self, model: Any, ids: Any, mask: Any) -> tuple[Any, Any]:
+        """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]; only families with `retrieval`."""
+
+    def match(self, model: Any, images: Any, rows: Any, texts: Any, mask: Any) -> Any:
+        """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
 
     def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
         """Images and questions of a `vqa_batch`; the context is what :meth:`answer` attends to, one row a question.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class BLIP(Described):
         "decoder_cross_attention": "decoder.cross_attention",
     }
 
+    retrieval: tuple[str, ...] = ()
     extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
@@ -223,6 +224,18 @@ class BLIP(Described):
             return {"pixel_values": batch["pixels"], "input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
         ids, mask = batch["question_ids"], batch["question_mask"]
         return {"pixel_values": batch["pixels"], "input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def for_retrieval(self, model: Any) -> NoReturn:
+        raise BadInput("a BLIP is not used for retrieval here", "neither its training nor its measurement is there", "use an X-VLM")
+
+    def image_features(self, model: Any, pixels: Tensor) -> NoReturn:
+        self.for_retrieval(model)
+
+    def text_features(self, model: Any, ids: Tensor, mask: Tensor) -> NoReturn:
+        self.for_retrieval(model)
+
+    def match(self, model: Any, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> NoReturn:
+        self.for_retrieval(model)
 
     def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
         self._require_answers(model.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from efficientvlm.families.base import Record
 
 HIDDEN, SELF_ATTENTION, CROSS_ATTENTION = "hidden", "self_attention", "cross_attention"
 KeyValue = tuple[Tensor, Tensor]
+QUICK = 1.702
+PADDING = 1.25  # slots a row: beyond this, copying keys and values costs less
 
 
 @dataclass
@@ -27,6 +30,13 @@ class Encoded:
     hidden: list[Tensor] = field(default_factory=list)
     self_attention: list[Tensor] = field(default_factory=list)
     cross_attention: list[Tensor] = field(default_factory=list)
+
+    def spread(self, rows: Tensor) -> Encoded:
+        """Row `rows[i]` of everything as row i."""
+        kept = (
+            [tensor.index_select(0, rows) for tensor in tensors] for tensors in (self.hidden, self.self_attention, self.cross_attention)
+        )
+        return Encoded(self.states.index_select(0, rows), *kept)
 
 
 class Bias(nn.Module):
@@ -47,12 +57,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     """
     if maps is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # no backward pass reads the scores
     probabilities = scores.softmax(-1)
     maps.append(probabilities)
-    return F.dropout(probabilities, dropout) @ v
+    return (F.dropout(probabilities, dropout) if dropout else probabilities) @ v
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scaled = x * QUICK
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / QUICK)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, scaled)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x·σ(1.702·x) of any shape; its backward pass is one kernel and keeps one tensor."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _QuickGELU.apply(x)
+    return x * torch.sigmoid(QUICK * x)
 
 
 def no_maps(x: Tensor, mask: Tensor | None, maps: list[Tensor] | None) -> None:
@@ -61,13 +91,56 @@ def no_maps(x: Tensor, mask: Tensor | None, maps: list[Tensor] | None) -> None:
         maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How rows [B] that attend to the same of `entries` lie side by side: in `most` slots an entry, row i in slot `place[i]`.
+
+    Keys and values are then read where they are instead of copied for every row. `place` is None where the rows fill all slots in order.
+    """
+
+    entries: int
+    most: int
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, entries: int) -> Sharing | None:
+        """For rows that attend to the entries `rows` [B]; None where it would not pay, in graphs that are exported included."""
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or not len(rows):
+            return None  # on a GPU, copying costs less than waiting for the counts
+        counts = rows.bincount(minlength=entries)
+        most = int(counts.max())
+        if entries * most > PADDING * len(rows):
+            return None
+        if len(rows) == entries * most and bool((rows.diff() >= 0).all()):
+            return cls(entries, most, None)
+        order = rows.argsort(stable=True)
+        rank = torch.empty_like(rows)
+        rank[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows[order]]
+        return cls(entries, most, rows * most + rank)
+
+    def together(self, x: Tensor, filler: float = 0) -> Tensor:
+        """[B, T, W] to [entries, most * T, W]; slots without a row hold `filler`."""
+        if self.place is not None:
+            x = x.new_full((self.entries * self.most, *x.shape[1:]), filler).index_copy(0, self.place, x)
+        return x.reshape(self.entries, self.most * x.shape[1], *x.shape[2:])
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[entries, most * T, W] to [B, T, W]."""
+        x = x.reshape(self.entries * self.most, x.shape[1] // self.most, *x.shape[2:])
+        return x if self.place is None else x.index_select(0, self.place)
+
+
 @dataclass
 class Context:
-    """Keys and values of what a tower cross-attends to, projected once; `rows` [B] maps each query row to an entry of it."""
+    """Keys and values of what a tower cross-attends to, projected once; `rows` [B] maps each query row to an entry of it.
+
+    With `sharing`, rows of one entry read its keys and values together; `rows` says the same.
+    """
 
     kv: list[KeyValue | None]
     mask: Tensor | None = None
     rows: Tensor | None = None
+    sharing: Sharing | None = None
 
 
 class Cache:

@@ -44,6 +44,7 @@ class CLIP(Described):
     taps = frozenset(f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION))
     vqa_terms: Mapping[str, str] = {}
     stock = True
+    retrieval: tuple[str, ...] = ("itc",)
     extra_tokens: tuple[str, ...] = ()
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> NoReturn:
@@ -207,6 +208,21 @@ class CLIP(Described):
             "they compare images with texts and decode nothing",
             "use X-VLM or BLIP for --task vqa",
         )
+
+    def for_retrieval(self, model: Any) -> NoReturn:
+        why = "the losses of retrieval are those of an X-VLM, which matches too"
+        raise BadInput("CLIP and SigLIP are not trained here", why, "use an X-VLM, or prune with --task none")
+
+    def image_features(self, model: Sliced, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = model.encode_image(pixels).states
+        return states, model.image_feature(states)
+
+    def text_features(self, model: Sliced, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        ids, out = model.encode_text(ids, mask)
+        return out.states, model.text_feature(out.states, ids)
+
+    def match(self, model: Any, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> NoReturn:
+        raise BadInput("CLIP and SigLIP do not match", "they compare images with texts by their features alone", "leave rerank out")
 
     def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> NoReturn:
         self.for_vqa(model, None, "auto")

@@ -117,6 +117,7 @@ class Exported:
     """What stages that only use a model need of its family."""
 
     name = "onnx"
+    retrieval: tuple[str, ...] = ()
 
     def read_config(self, path: Path) -> Description:
         try:

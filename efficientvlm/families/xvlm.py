@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
-from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, Sharing, tap
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.graphs import vqa_graphs
 from efficientvlm.families.loading import open_config, open_model, read_json
@@ -46,6 +46,7 @@ class XVLM(Described):
         "decoder_cross_attention": "decoder.cross_attention",
     }
 
+    retrieval: tuple[str, ...] = ("itc", "itm")
     extra_tokens: tuple[str, ...] = ()
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> XVLMConfig:
@@ -82,7 +83,11 @@ class XVLM(Described):
         )
 
     def tasks(self, config: XVLMConfig) -> frozenset[str]:
-        return frozenset({"vqa"} if config.decoder_layers else {"pretraining"} if config.heads else ())
+        """`retrieval` needs both of its heads; a network that has them, and others, can be pre-trained with its own losses too."""
+        if config.decoder_layers:
+            return frozenset({"vqa"})
+        able = {"retrieval"} if set(self.retrieval) <= set(config.heads) else set()
+        return frozenset(able | {"pretraining"} if config.heads else able)
 
     def load(self, path: Path) -> XVLMModel:
         """Float32 model of a checkpoint folder, evaluation mode.
@@ -135,11 +140,16 @@ class XVLM(Described):
         return f"{tower}.layers.{layers[tower][int(number)]}.{tail}"
 
     def forward(self, model: XVLMModel, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
-        """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V]."""
+        """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V].
+
+        A network whose only heads are those of retrieval adds the matching `logits` [Q, 2] of each question with its image, and the unit
+        vectors `image_feature` [I, E] and `text_feature` [Q, E].
+        """
         record, context = self.question(model, batch, want)
         if "answer_ids" in batch:
             keep = kinds_of(check_taps(self, want), "decoder")
             context.rows = batch["answer_index"]
+            context.sharing = Sharing.of(context.rows, len(batch["question_ids"]))
             context.mask = None if context.mask is None else context.mask[context.rows]
             record["logits"], out = model.decode(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
             tap(record, "decoder", out, keep)
@@ -150,14 +160,26 @@ class XVLM(Described):
         wanted = check_taps(self, want)
         record = Record()
         image = model.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
-        text = model.encode_text(batch["question_ids"], batch["question_mask"], keep=kinds_of(wanted, "text"))
+        text = self._texts(model, batch, kinds_of(wanted, "text"))
         context = model.fusion.context(image.states, rows=batch.get("image_index"))
         fused = model.fuse(text.states, batch["question_mask"], context, keep=kinds_of(wanted, "fusion"))
         for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
             tap(record, tower, out, kinds_of(wanted, tower))
+        if set(model.config.heads) == set(self.retrieval):
+            mask = batch["question_mask"]
+            record |= {"image_feature": model.image_feature(image.states), "text_feature": model.text_feature(text.states, mask)}
+            record["logits"] = model.itm_head(model.pooled(fused.states, mask))
         record["states"] = fused.states
         answers = model.decoder.context(fused.states, batch["question_mask"]) if model.config.decoder_layers else Context([])
         return record, answers
+
+    def _texts(self, model: XVLMModel, batch: dict[str, Any], keep: frozenset[str]) -> Encoded:
+        """The questions through the text tower, one that is asked of several images only once where no dropout sets them apart."""
+        ids, mask = batch["question_ids"], batch["question_mask"]
+        if "distinct_questions" not in batch or (model.training and model.config.dropout):
+            return model.encode_text(ids, mask, keep=keep)
+        distinct = batch["distinct_questions"]
+        return model.encode_text(ids[distinct], mask[distinct], keep=keep).spread(batch["distinct_index"])
 
     def answer(
         self, model: XVLMModel, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None
@@ -211,6 +233,31 @@ class XVLM(Described):
         before = set(model.state_dict())
         tuned = self.with_decoder(model, layers, donor)
         return tuned, [] if donor is not None else sorted(set(tuned.state_dict()) - before)
+
+    def for_retrieval(self, model: XVLMModel) -> XVLMModel:
+        heads = model.config.heads
+        if missing := sorted(set(self.retrieval) - set(heads)):
+            why = "it answers questions" if model.config.decoder_layers else f"it has no head for {' and '.join(missing)}"
+            raise BadInput("this model does no retrieval", why, "start from a pre-trained one, before it is tuned for another task")
+        if set(heads) == set(self.retrieval):
+            return model
+        new = self.build(model.config.copy(heads=[head for head in heads if head in self.retrieval]))
+        old = model.state_dict()
+        new.load_state_dict({name: old[name] for name in new.state_dict()})
+        return new
+
+    def image_features(self, model: XVLMModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = model.encode_image(pixels).states
+        return states, model.image_feature(states)
+
+    def text_features(self, model: XVLMModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = model.encode_text(ids, mask).states
+        return states, model.text_feature(states, mask)
+
+    def match(self, model: XVLMModel, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        fused = model.fuse(texts, mask, model.fusion.context(images, rows=rows))
+        logits: Tensor = model.itm_head(model.pooled(fused.states, mask))
+        return logits
 
     def with_decoder(self, model: XVLMModel, layers: int, source: XVLMModel | None = None) -> XVLMModel:
         """`model` for question answering: an answer decoder is added, the pre-training heads dropped (EfficientVLM, VQA).

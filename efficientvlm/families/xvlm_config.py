@@ -46,7 +46,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class XVLMConfig(Cuttable, PreTrainedConfig):
-    """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers)."""
+    """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
+
+    CLIP normalises what enters its first layer and has quick-GELU; other vision transformers do without the one (`vision_pre_norm`) or have
+    the exact GELU (`vision_activation`). Contrast, matching and boxes read the first token of a text or, with `text_pooling` mean, the mean
+    of its tokens, as sentence encoders are trained.
+    """
 
     model_type = "xvlm"
 
@@ -57,6 +62,8 @@ class XVLMConfig(Cuttable, PreTrainedConfig):
     vision_heads: int = 12
     vision_intermediate: int = 3072
     vision_eps: float = 1e-5
+    vision_pre_norm: bool = True
+    vision_activation: str = "quick_gelu"
     local_attention_depth: int = 4
 
     vocab_size: int = 30522
@@ -69,6 +76,7 @@ class XVLMConfig(Cuttable, PreTrainedConfig):
     text_heads: int = 12
     text_intermediate: int = 3072
     text_eps: float = 1e-12
+    text_pooling: str = "cls"
     dropout: float = 0.1
 
     embed_dim: int = 256
@@ -124,6 +132,9 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
         **dict.fromkeys(("image_mean", "image_std"), colours),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
+        "vision_pre_norm": bool,
+        "vision_activation": Literal["quick_gelu", "gelu"],
+        "text_pooling": Literal["cls", "mean"],
     }
     types = {name: special.get(name) or kinds.get(kind) for name, kind in (Cuttable.__annotations__ | XVLMConfig.__annotations__).items()}
     fields: dict[str, Any] = {name: (kind, getattr(XVLMConfig, name)) for name, kind in types.items() if kind is not None}

@@ -21,9 +21,11 @@ from efficientvlm.families.blocks import (
     Context,
     Encoded,
     KeyValue,
+    Sharing,
     attend,
     no_maps,
     normalise,
+    quick_gelu,
 )
 from efficientvlm.families.xvlm_config import XVLMConfig
 
@@ -47,16 +49,34 @@ class Attention(nn.Module):
         return (self._split(self.k(context)), self._split(self.v(context))) if self.heads else None
 
     def forward(
-        self, x: Tensor, kv: KeyValue | None, mask: Tensor | None = None, rows: Tensor | None = None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        kv: KeyValue | None,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        sharing: Sharing | None = None,
     ) -> Tensor:
-        """`x` [B, T, W] attends to `kv`; `rows` [B] picks the entry of `kv` for each row; `mask` is True where attention may go."""
+        """`x` [B, T, W] attends to `kv`; `rows` [B] picks the entry of `kv` for each row; `mask` is True where attention may go.
+
+        With `sharing`, which says the same as `rows`, `kv` is not copied; `mask` is then [B, 1, 1, S].
+        """
         if kv is None:
             no_maps(x, mask, maps)
             return self.out(x)
-        q = self._split(self.q(x))
+        q, dropout = self.q(x), self.dropout if self.training else 0.0
+        if sharing is not None:
+            return self.out(sharing.apart(self._share(q, kv, mask, dropout, maps, sharing)))
         k, v = kv if rows is None else (kv[0].index_select(0, rows), kv[1].index_select(0, rows))
-        dropout = self.dropout if self.training else 0.0
-        return self.out(attend(q, k, v, mask, dropout, maps).transpose(1, 2).flatten(2))
+        return self.out(attend(self._split(q), k, v, mask, dropout, maps).transpose(1, 2).flatten(2))
+
+    def _share(self, q: Tensor, kv: KeyValue, mask: Tensor | None, dropout: float, maps: list[Tensor] | None, sharing: Sharing) -> Tensor:
+        seen = None if mask is None else sharing.together(mask[:, 0].expand(-1, q.shape[1], -1), True)[:, None]
+        found: list[Tensor] | None = None if maps is None else []
+        out = attend(self._split(sharing.together(q)), *kv, seen, dropout, found).transpose(1, 2).flatten(2)
+        if maps is not None and found:
+            maps.append(sharing.apart(found[0].transpose(1, 2)).transpose(1, 2))
+        return out
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
@@ -76,11 +96,11 @@ class FeedForward(nn.Module):
         if not self.neurons:
             return self.fc2(x)
         h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
+        return self.fc2(quick_gelu(h) if self.quick else F.gelu(h))
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm transformer layer with quick-GELU."""
+    """Pre-norm transformer layer with the activation that `config.vision_activation` names."""
 
     def __init__(self, config: XVLMConfig, heads: int, neurons: int) -> None:
         super().__init__()
@@ -88,7 +108,7 @@ class VisionLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(width, config.vision_eps)
         self.attention = Attention(width, width, heads, width // config.vision_heads)
         self.ffn_norm = nn.LayerNorm(width, config.vision_eps)
-        self.ffn = FeedForward(width, neurons, quick=True)
+        self.ffn = FeedForward(width, neurons, quick=config.vision_activation == "quick_gelu")
 
     def forward(self, x: Tensor, mask: Tensor | None, maps: list[Tensor] | None) -> Tensor:
         h = self.attention_norm(x)
@@ -127,7 +147,7 @@ class TextLayer(nn.Module):
         x = self.attention_norm(x + self.dropout(self.attention(x, kv, mask, maps=maps[0])))
         if self.cross_attention is not None:
             assert context is not None
-            h = self.cross_attention(x, context.kv[layer], context.mask, context.rows, maps[1])
+            h = self.cross_attention(x, context.kv[layer], context.mask, context.rows, maps[1], context.sharing)
             x = self.cross_attention_norm(x + self.dropout(h))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
@@ -140,7 +160,7 @@ class Vision(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.position_embedding = nn.Parameter(torch.zeros(config.patches + 1, width))
-        self.pre_norm = nn.LayerNorm(width, config.vision_eps)
+        self.pre_norm = nn.LayerNorm(width, config.vision_eps) if config.vision_pre_norm else nn.Identity()
         self.layers = nn.ModuleList(
             VisionLayer(config, len(kept[f"vision.{i}.{HEAD}"]), len(kept[f"vision.{i}.{NEURON}"])) for i in range(config.vision_layers)
         )
@@ -195,7 +215,8 @@ class Stack(nn.Module):
     def context(self, states: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Context:
         """Project `states` [C, S, W] for every layer; `mask` [B, S] (rows already applied), 1 = token."""
         kv = [cast(Attention, layer.cross_attention).project(states) for layer in self.layers]
-        return Context(kv, None if mask is None else mask.bool()[:, None, None], rows)
+        sharing = None if rows is None else Sharing.of(rows, states.shape[0])
+        return Context(kv, None if mask is None else mask.bool()[:, None, None], rows, sharing)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, context: Context | None = None, cache: Cache | None = None, keep: frozenset[str] = frozenset()
@@ -298,9 +319,16 @@ class XVLMModel(PreTrainedModel):
         """Image states [B, T, W] to unit vectors [B, E]."""
         return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
 
-    def text_feature(self, states: Tensor) -> Tensor:
-        """Text states [B, L, W] to unit vectors [B, E]."""
-        return F.normalize(self.text_proj(states[:, 0]), dim=-1)
+    def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Text or fused states [B, L, W] with mask [B, L] to one state each [B, W]: the first token's, or the mean over the tokens."""
+        if self.config.text_pooling == "cls":
+            return states[:, 0]
+        weights = mask[..., None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+    def text_feature(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Text states [B, L, W] with mask [B, L] to unit vectors [B, E]."""
+        return F.normalize(self.text_proj(self.pooled(states, mask)), dim=-1)
 
     def mlm_logits(self, states: Tensor, positions: Tensor) -> Tensor:
         """Fused states [B, L, W] and masked positions [B, M] to vocabulary logits [B, M, V]."""

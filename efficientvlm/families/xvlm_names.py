@@ -1,4 +1,4 @@
-"""Tensor names of CLIP, BERT and the published X-VLM code, in ours."""
+"""Tensor names of CLIP, DINOv2, BERT and the published X-VLM code, in ours."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ CLIP = {
     **{f"pre_layrnorm.{kind}": f"pre_norm.{kind}" for kind in BOTH},
     **{f"post_layernorm.{kind}": f"post_norm.{kind}" for kind in BOTH},
 }
+DINOV2_LAYER = {
+    **{f"attention.attention.{theirs}": f"attention.{theirs[0]}" for theirs in ("query", "key", "value")},
+    "attention.output.dense": "attention.out",
+    **{f"attention.{part}_proj": f"attention.{'out' if part == 'o' else part}" for part in "qkvo"},
+    "norm1": "attention_norm",
+    "norm2": "ffn_norm",
+    "mlp.fc1": "ffn.fc1",
+    "mlp.fc2": "ffn.fc2",
+}
+DINOV2 = {
+    "embeddings.patch_embeddings.projection.weight": "patch_embedding.weight",
+    **{f"layernorm.{kind}": f"post_norm.{kind}" for kind in BOTH},
+}
 LAYER = re.compile(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)$")
 CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
 
@@ -44,6 +57,11 @@ CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattent
 def clip_name(name: str) -> str | None:
     """Our name, below `vision.`, of a tensor of a CLIP vision tower; None for any other."""
     return CLIP.get(name) or _in_layer(name, CLIP_LAYER)
+
+
+def dinov2_name(name: str) -> str | None:
+    """Our name, below `vision.`, of a tensor of a DINOv2, older and newer names alike; None for any other and for what has to be folded."""
+    return DINOV2.get(name) or _in_layer(name, DINOV2_LAYER)
 
 
 def bert_name(name: str) -> str | None:

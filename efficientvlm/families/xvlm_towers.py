@@ -1,4 +1,4 @@
-"""X-VLM from a Hugging Face CLIP vision tower and a BERT, with EfficientVLM's layer choice."""
+"""X-VLM from a Hugging Face CLIP or DINOv2 vision tower and a BERT, with EfficientVLM's layer choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import BertConfig, CLIPConfig, CLIPVisionConfig
+from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blocks import resize_positions
@@ -17,24 +17,25 @@ from efficientvlm.families.loading import image_statistics
 from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.weights import read_folder
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
 from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
 
 FREE = (
     *("vision_layers", "text_layers", "fusion_layers", "image_size", "image_mean", "image_std", "dropout", "local_attention_depth"),
-    *("embed_dim", "heads", "temperature_init", "initializer_range"),
+    *("embed_dim", "heads", "temperature_init", "initializer_range", "text_pooling"),
 )
 
 
 def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str, Any] | None = None) -> tuple[XVLMModel, list[str]]:
-    """X-VLM on the weights of a CLIP ViT and a BERT, and the names of the tensors that are fresh (random, from torch's generator).
+    """X-VLM on the weights of a CLIP or DINOv2 ViT and a BERT, and the names of the fresh tensors (random, from torch's generator).
 
     Fewer layers than a tower has are taken at equal distance, its last included: of 12 for 6, the layers 1, 3, 5, 7, 9, 11 (EfficientVLM).
     The first of BERT's chosen layers make the text tower, the rest fusion, half and half by default; there self-attention and FFN are
     BERT's, cross-attention is fresh like projections, temperature, ITM and box head. Another `image_size` resizes the position embedding.
 
     Args:
-        vision: folder of a `CLIPModel` or `CLIPVisionModel`, safetensors.
+        vision: folder of a `CLIPModel`, `CLIPVisionModel` or `Dinov2Model`, safetensors.
         text: folder of a `BertModel` or `BertForMaskedLM` (whose prediction head becomes the MLM head), safetensors.
         vocab_size: tokens of the tokenizer, which must be BERT's own.
         settings: layers of each tower, image size and whatever else the towers do not decide.
@@ -43,47 +44,43 @@ def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str
         BadInput: a folder of another architecture or activation, damaged or incomplete weights, more layers than there are, another
             vocabulary, a setting that the towers decide.
     """
-    config, clip, bert = towers_config(vision, text, vocab_size, settings)
-    chosen = _chosen(vision, clip.num_hidden_layers, config.vision_layers)
+    config, vit, bert = towers_config(vision, text, vocab_size, settings)
+    chosen = _chosen(vision, vit.num_hidden_layers, config.vision_layers)
     stack = _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
-    state = _vision_state(vision, chosen) | _text_state(text, stack, config)
-    table = state.get("vision.position_embedding")
-    if table is not None and clip.image_size != config.image_size and len(table) == 1 + (clip.image_size // clip.patch_size) ** 2:
-        state["vision.position_embedding"] = resize_positions(table, config.image_size // config.patch_size)
+    state = _vision_state(vision, vit, chosen, config) | _text_state(text, stack, config)
     model = XVLMModel(config).eval()
     return model, _fill(model, state, vision, text)
 
 
 def towers_config(vision: Path, text: Path, vocab_size: int, settings: Mapping[str, Any] | None = None) -> tuple[XVLMConfig, Any, Any]:
-    """Configuration of what :func:`from_towers` makes, and those of CLIP's vision tower and of BERT; no weights are read.
+    """Configuration of what :func:`from_towers` makes, and those of the vision tower and of BERT; no weights are read.
 
     Raises:
         BadInput: as :func:`from_towers`, but for the weights.
     """
     given = checked_settings(settings or {}, FREE, "follows from the towers")
-    clip, bert = _clip_config(vision), _bert_config(text)
+    vit, bert = _vision_config(vision), _bert_config(text)
     if bert.vocab_size != vocab_size:
         why = f"BERT in {text} embeds {bert.vocab_size}, and its embeddings mean nothing for other tokens"
         raise BadInput(f"the tokenizer has {vocab_size} tokens", why, f"use BERT's own: --tokenizer {text}")
-    config = _config(vision, clip, bert, given)
-    _chosen(vision, clip.num_hidden_layers, config.vision_layers)
+    config = _config(vision, vit, bert, given)
+    _chosen(vision, vit.num_hidden_layers, config.vision_layers)
     _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
-    return config, clip, bert
+    return config, vit, bert
 
 
-def _config(vision: Path, clip: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:
-    layers = given.get("vision_layers", clip.num_hidden_layers)
-    mean, std = _normalisation(vision)
+def _config(vision: Path, vit: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:
+    layers = given.get("vision_layers", vit.num_hidden_layers)
+    dino = isinstance(vit, Dinov2Config)
     values: dict[str, Any] = {
-        "image_size": clip.image_size,
-        "patch_size": clip.patch_size,
-        "image_mean": mean,
-        "image_std": std,
-        "vision_width": clip.hidden_size,
+        "image_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        **image_statistics(vision, {}, (MEAN, STD) if dino else (CLIP_MEAN, CLIP_STD)),
+        "vision_width": vit.hidden_size,
         "vision_layers": layers,
-        "vision_heads": clip.num_attention_heads,
-        "vision_intermediate": clip.intermediate_size,
-        "vision_eps": clip.layer_norm_eps,
+        "vision_heads": vit.num_attention_heads,
+        "vision_eps": vit.layer_norm_eps,
+        **(dinov2_values(vit) if dino else {"vision_intermediate": vit.intermediate_size}),
         "local_attention_depth": max(1, layers // 3),
         "vocab_size": bert.vocab_size,
         "max_positions": bert.max_position_embeddings,
@@ -106,12 +103,28 @@ def _chosen(folder: Path, available: int, wanted: int) -> dict[int, int]:
     return {(i + 1) * available // wanted - 1: i for i in range(wanted)}
 
 
-def _vision_state(folder: Path, chosen: Mapping[int, int]) -> dict[str, Tensor]:
+def _vision_state(folder: Path, vit: Any, chosen: Mapping[int, int], config: XVLMConfig) -> dict[str, Tensor]:
+    """The chosen layers and the rest of the vision tower, positions resized to the images of `config`."""
+    if isinstance(vit, Dinov2Config):
+        found, bias, strangers = dinov2_state(folder, vit)
+        _no_strangers(folder, strangers)
+    else:
+        found, bias = _clip_state(folder), None
+    state = _renumbered(found, "vision", chosen)
+    table = state.get("vision.position_embedding")
+    if table is not None and vit.image_size != config.image_size and len(table) == 1 + (vit.image_size // vit.patch_size) ** 2:
+        state["vision.position_embedding"] = table = resize_positions(table, config.image_size // config.patch_size)
+    if table is not None and bias is not None:
+        state["vision.position_embedding"] = add_patch_bias(table, bias)
+    return state
+
+
+def _clip_state(folder: Path) -> dict[str, Tensor]:
     tensors = read_folder(folder)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     _no_strangers(folder, [n for n in own if n.startswith(("embeddings.", "encoder.")) and not clip_name(n)])
-    return _renumbered({f"vision.{ours}": tensor for name, tensor in own.items() if (ours := clip_name(name))}, "vision", chosen)
+    return {f"vision.{ours}": tensor for name, tensor in own.items() if (ours := clip_name(name))}
 
 
 def _text_state(folder: Path, chosen: Mapping[int, int], config: XVLMConfig) -> dict[str, Tensor]:
@@ -145,7 +158,7 @@ def _no_strangers(folder: Path, names: list[str]) -> None:
     names = [name for name in names if not name.endswith("position_ids")]
     if names:
         raise BadInput(
-            f"{folder} has {len(names)} tensors X-VLM has no place for", ", ".join(sorted(names)[:5]), "use a plain CLIP or BERT"
+            f"{folder} has {len(names)} tensors X-VLM has no place for", ", ".join(sorted(names)[:5]), "use a plain CLIP, DINOv2 or BERT"
         )
 
 
@@ -171,8 +184,12 @@ def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Pat
     return new
 
 
-def _clip_config(folder: Path) -> Any:
-    kind = _kind(folder, ("clip", "clip_vision_model"), "a CLIP model or CLIP vision model")
+def _vision_config(folder: Path) -> Any:
+    kind = _kind(folder, ("clip", "clip_vision_model", "dinov2"), "a CLIP, CLIP vision or DINOv2 model")
+    if kind == "dinov2":
+        config = _read_config(Dinov2Config, folder)
+        check_dinov2(folder, config)
+        return config
     config = _read_config(CLIPConfig if kind == "clip" else CLIPVisionConfig, folder)
     config = config.vision_config if kind == "clip" else config
     if config.hidden_act != "quick_gelu" or config.num_channels != 3:
@@ -202,12 +219,6 @@ def _read_config(kind: Any, folder: Path) -> Any:
         raise BadInput(
             f"cannot read {folder / 'config.json'}", " ".join(str(error).split())[:200], "save or download the model again"
         ) from None
-
-
-def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the image channels; CLIP's where the folder does not say."""
-    found = image_statistics(folder, {}, (CLIP_MEAN, CLIP_STD))
-    return found["image_mean"], found["image_std"]
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.config import DistillWeights, Quirks
+from efficientvlm.config import DistillWeights, Quirks, RetrievalWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, tower_maps
 from efficientvlm.objectives.pretraining import Pretraining, even_texts
 from efficientvlm.stopwatch import TEACHER
+
+Weights = DistillWeights | RetrievalWeights
 
 
 class Distillation(nn.Module):
@@ -22,15 +24,18 @@ class Distillation(nn.Module):
     published release does instead. The teacher is kept in evaluation mode, outside the module's parameters.
     """
 
-    def __init__(
-        self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: DistillWeights, quirks: Quirks, **temperature: Any
-    ) -> None:
+    def __init__(self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: Weights, quirks: Quirks, **temperature: Any) -> None:
         super().__init__()
         self.hard, self.kd, self.weights, self.quirks, self.temperature = hard, kd, weights, quirks, temperature
         self._teacher = (teacher.eval().requires_grad_(False),)
         family = hard.family
         self.maps = tower_maps(family, hard.model.config, teacher.config)
-        self.want = wanted(weights)
+        self.want, self.runs = wanted(weights), hard.losses & compared(weights)
+
+    @property
+    def model(self) -> nn.Module:
+        """The student."""
+        return self.hard.model
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         if not self.kd:
@@ -38,15 +43,15 @@ class Distillation(nn.Module):
         batch = even_texts(batch)
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
-        with torch.no_grad(), TEACHER:
-            _, theirs, _ = self.hard.passes(self._teacher[0], batch, step, self.want, shared, "teacher negatives")
+        with torch.inference_mode(), TEACHER:
+            _, theirs, _ = self.hard.passes(self._teacher[0], batch, step, self.want, shared, "teacher negatives", self.runs)
         terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         hard = sum(losses.values(), torch.zeros(()))
         kd = weighted(terms, self.weights)
         return {"loss": (1 - self.kd) * hard + self.kd * kd, **losses, "kd": kd}
 
 
-def wanted(weights: DistillWeights) -> frozenset[str]:
+def wanted(weights: Weights) -> frozenset[str]:
     """The taps that terms of non-zero weight need."""
     names = {"image": "vision", "text": "text", "fusion": "fusion"}
     taps = {f"{tower}.hidden" for name, tower in names.items() if getattr(weights, f"{name}_hidden")}
@@ -56,6 +61,13 @@ def wanted(weights: DistillWeights) -> frozenset[str]:
     if weights.fusion_attention:
         taps.add("text.self_attention")
     return frozenset(taps | ({"fusion.cross_attention"} if weights.cross_attention else set()))
+
+
+def compared(weights: Weights) -> frozenset[str]:
+    """The losses in whose passes terms of non-zero weight compare something; the teacher makes no others."""
+    fusion = weights.fusion_hidden or weights.fusion_attention or weights.cross_attention
+    logits = {"itc": weights.itc_logits, "itm": weights.itm_logits or fusion, "mlm": getattr(weights, "mlm_logits", 0) or fusion}
+    return frozenset(name for name, weight in logits.items() if weight)
 
 
 def kd_terms(
@@ -131,7 +143,7 @@ def _common_rows(
     return students, teachers, [(i, i) for i in range(len(pairs))]
 
 
-def weighted(terms: dict[str, Tensor], weights: DistillWeights) -> Tensor:
+def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     """L_KD: the terms times their weights; fusion weights apply to each of the three passes."""
     factors = dict(weights)
     for run in ("itm_positive", "itm_negative", "mlm"):

@@ -45,13 +45,15 @@ class Pretraining(nn.Module):
         want: Iterable[str] = (),
         negatives: Negatives | None = None,
         draw: str = "negatives",
+        runs: Iterable[str] | None = None,
     ) -> tuple[dict[str, Tensor], Record, Negatives | None]:
         """Every pass of one step: the losses, the taps in `want`, and the negatives that were drawn (or given), of all processes' pairs.
 
         Passes are named `vision`, `text`, `fusion@itm_positive`, `fusion@itm_negative`, `text@mlm`, `fusion@mlm`. All texts go through the
-        text tower in one batch and all pairs through fusion in another, with image keys and values projected once an image.
+        text tower in one batch and all pairs through fusion in another, with image keys and values projected once an image. `runs`
+        names the losses whose passes are made, by default all of `losses`.
         """
-        wanted = check_taps(self.family, want)
+        wanted, runs = check_taps(self.family, want), self.losses if runs is None else frozenset(runs)
         record = Record()
         if hasattr(model, "temp"):
             with torch.no_grad():
@@ -59,7 +61,7 @@ class Pretraining(nn.Module):
         ids, mask = batch["text_ids"], batch["text_mask"]
         rows, count = torch.arange(len(ids), device=ids.device), len(ids)
         everyone = Rows(count)
-        mlm = "mlm" in self.losses
+        mlm = "mlm" in runs
         regions = (batch["image_index"], batch["image_mask"]) if "image_mask" in batch else None
 
         image = model.encode_image(batch["pixels"], regions, keep=kinds_of(wanted, "vision"))
@@ -71,13 +73,13 @@ class Pretraining(nn.Module):
             _tap(record, "text", text, slice(count, 2 * count), "mlm")
 
         losses: dict[str, Tensor] = {}
-        itm = "itm" in self.losses and everyone.total > 1  # a single pair has no negatives
-        if "itc" in self.losses or itm:
+        itm = "itm" in runs and everyone.total > 1  # a single pair has no negatives
+        if "itc" in runs or (itm and negatives is None):
             image_feature = everyone.gather(model.image_feature(image.states[:count]))
-            text_feature = everyone.gather(model.text_feature(text.states[:count]))
+            text_feature = everyone.gather(model.text_feature(text.states[:count], mask))
             record |= {"image_feature": image_feature, "text_feature": text_feature, "temp": model.temp}
             same = positives(batch, everyone)
-            if "itc" in self.losses:
+            if "itc" in runs:
                 losses["itc"] = itc_loss(image_feature, text_feature, model.temp, same)
             if itm and negatives is None:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, draw))
@@ -98,7 +100,7 @@ class Pretraining(nn.Module):
             plan += [("itm_negative", torch.cat([rows, text_negative]), torch.cat([image_negative, rows]))]
         if mlm:
             plan += [("mlm", rows + count, rows)]
-        box = "box" in self.losses and regions is not None
+        box = "box" in runs and regions is not None
         if box:
             plan += [("box", rows, count + batch["image_index"])]
         if not plan:
@@ -109,7 +111,7 @@ class Pretraining(nn.Module):
         fused = model.fuse(texts.index_select(0, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
 
         start = 0
-        first = fused.states[:, 0]
+        first = model.pooled(fused.states, masks)
         for name, text_of, _ in plan:
             part = slice(start, start + len(text_of))
             _tap(record, "fusion", fused, part, name)

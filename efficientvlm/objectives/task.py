@@ -42,14 +42,17 @@ class VQA(nn.Module):
         self.maps = tower_maps(family, model.config, teacher.config) if teacher is not None else {}
         self.want = frozenset(tap for term, tap in family.vqa_terms.items() if getattr(weights, term)) if self._teacher else frozenset()
 
+        compared = {term.partition("_")[0] for term, weight in weights if weight}
+        self.unseen = frozenset() if compared & {"logits", "decoder"} else frozenset({"answer_ids"})
+
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         ours = self.family.forward(self.model, batch, self.want)
         questions = ranks.share_of(len(batch["question_ids"]))
         task = answer_loss(ours["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
         if not self._teacher:
             return {"loss": task, "task": task}
-        with torch.no_grad(), TEACHER:
-            theirs = self.family.forward(self._teacher[0], batch, self.want)
+        with torch.inference_mode(), TEACHER:
+            theirs = self.family.forward(self._teacher[0], {name: batch[name] for name in batch.keys() - self.unseen}, self.want)
         terms = kd_terms(self.family.vqa_terms, ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         kd = sum((getattr(self.weights, name) * term for name, term in terms.items()), torch.zeros(()))
         return {"loss": (1 - self.kd) * task + self.kd * kd, "task": task, "kd": kd}
@@ -84,5 +87,6 @@ def kd_terms(
             heads = layers.heads[CROSS_HEAD if kind == "cross_attention" else HEAD]
             terms[term] = attention_mse(ours[tap], theirs[tap], layers.attention, heads, mask)
     valid = None if quirks.unmasked_padding else batch["answer_mask"]
-    terms["logits"] = logit_kl(ours["logits"], theirs["logits"], temperature=temperature, scale=scale, valid=valid)
+    if "logits" in theirs:
+        terms["logits"] = logit_kl(ours["logits"], theirs["logits"], temperature=temperature, scale=scale, valid=valid)
     return terms

@@ -65,7 +65,7 @@ def headline(story: Story) -> Html:
     found = {chapter.label: validation(manifest) for chapter, manifest in story.made}
     head: list[Child] = ["", "parameters", "multiply-adds", "sparsity"]
     head += [[f"latency, batch {size}"] for size in batches] or ["latency"]
-    head += ["accuracy, test", "accuracy, validation"]
+    head += [f"{report.metric_title(story.summary)}, {split}" for split in ("test", "validation")]
     units = {name: report.scale([model[name]["total"] for model in models.values()]) for name in ("parameters", "macs")}
     rows = []
     for label, model in models.items():

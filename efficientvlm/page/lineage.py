@@ -170,17 +170,17 @@ def costs(manifest: Manifest) -> list[tuple[str, str]]:
 def changed_settings(manifest: Manifest) -> list[tuple[str, Any, Any]]:
     """(name, value, default) of every setting that is not at its default; one without a default has None there."""
     model = STAGES.get(manifest.stage)
-    defaults = _defaults(model) if model else {}
+    defaults = _defaults(model, manifest.config) if model else {}
     values = dict(flatten({key: value for key, value in manifest.config.items() if key not in HIDDEN}))
     known = dict(flatten({key: value for key, value in defaults.items() if key not in HIDDEN}))
     return [(name, value, known.get(name)) for name, value in values.items() if value != known.get(name) and value not in ({}, [])]
 
 
-def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+def _defaults(model: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if not field.is_required():
-            value = field.get_default(call_default_factory=True)
+            value = field.get_default(call_default_factory=True, validated_data=given)
             found[name] = value.model_dump() if isinstance(value, BaseModel) else value
     return found
 

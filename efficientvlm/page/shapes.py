@@ -92,11 +92,17 @@ class Answered(Shape):
     questions: Count
 
 
+class Found(Shape):
+    mean_recall: Number
+    images: Count
+    captions: Count
+
+
 class Ranked(Eval):
-    """One that has an accuracy, which the table can show."""
+    """One that has an accuracy or a mean recall, which the table can show."""
 
     mode: str
-    metrics: Answered  # type: ignore[assignment]  # narrower
+    metrics: Answered | Found  # type: ignore[assignment]  # narrower
 
 
 class Timed(Shape):

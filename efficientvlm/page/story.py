@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm.manifest import Manifest
+from efficientvlm.metrics import main_metric
 from efficientvlm.picture import Structure
 
 DAMAGE, NOTE = "problem", "note"
@@ -73,10 +74,9 @@ class Story:
 
 
 def validation(manifest: Manifest) -> float | None:
-    """Validation accuracy at the end of a stage, if it has one."""
-    part = manifest.metrics.get("val")
-    value = part.get("accuracy") if isinstance(part, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    """Accuracy, or another task's main metric, on validation data at the end of a stage, if it has one."""
+    found = main_metric(manifest.metrics.get("val"))
+    return found[1] if found else None
 
 
 def moment(created: str) -> str:

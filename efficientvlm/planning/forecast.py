@@ -24,10 +24,12 @@ from efficientvlm.planning.chain import Blocked, Chain, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
 from efficientvlm.recipe import Step
-from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut, tuning
-from efficientvlm.stages.answering import Answerer, open_task, read_answers
+from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut
+from efficientvlm.stages.answering import Answerer, read_answers
 from efficientvlm.stages.common import shapes
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
+from efficientvlm.stages.retrieving import check_able
+from efficientvlm.stages.tasks import TASKS, answer_list
 
 
 def forecast(chain: Chain, step: Step) -> Forecast:
@@ -130,29 +132,40 @@ def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
 
 
 def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
-    """Student with its answer decoder, teacher and questions of a stage on a task."""
+    """Student with what its task needs, teacher and data of a stage on a task."""
     config: Any = step.config
+    task = TASKS[config.task]
     student = chain.attempt(config.model, step.name)
     teacher = chain.attempt(config.teacher, step.name) if config.teacher else None
     side = student.sizes.image_size if student else None
     sources: dict[str, Any] = {}
     with chain.problems.of(step.name), suppress(Blocked):
-        sources = splits(chain, step, "questions", lambda split: open_task(config, split, side), side)
-    for problem in tuning.teacher_problems(student, teacher) if student and teacher else ():
+        sources = splits(chain, step, task.data, lambda split: task.open(config, split, side), side)
+    for problem in task.problems(config, student, teacher) if student and (teacher or not config.teacher) else ():
         chain.problems.add(step.name, problem)
     if student is None or not sources or (config.teacher and teacher is None):
         raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
-    able = teacher is not None and "vqa" in teacher.tasks and teacher.family.name == student.family.name
-    taught = teacher.model if teacher and able else None
     with on_meta():
-        student.model, new = student.family.for_vqa(student.model, taught, config.decoder_init)
+        student.model, new = task.adapt(config, student, teacher)
         student.model = student.family.build(student.model.config)  # its own, so that the input keeps its answers
     added = costs.elements(student.model) - found.before["parameters"]["total"]
     if added > 0:
         found.notes.append(f"an answer decoder is added: {added:+,} parameters in all")
-    key = ("answers", config.answers, config.min_answer_count, config.data, config.columns, config.limit, config.val, config.val_fraction)
-    student.model.config.answers = chain.source(lambda: tuning.answer_list(config, sources["train"]), *key)
+    if added < 0:
+        found.notes.append(f"heads of other tasks are left behind: {added:+,} parameters")
+    if config.task == "vqa":
+        key = (
+            "answers",
+            config.answers,
+            config.min_answer_count,
+            config.data,
+            config.columns,
+            config.limit,
+            config.val,
+            config.val_fraction,
+        )
+        student.model.config.answers = chain.source(lambda: answer_list(config, sources["train"]), *key)
     return Run(config, student, teacher, sources, new)
 
 
@@ -209,10 +222,12 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     pruned = chain.open(config.from_gates, step.name)
     found.before = summary(chain, pruned)
+    recut.check_task(config, pruned)
     inputs = {"model": config.from_gates}
+    task = TASKS[config.task]
     val = chain.source(
-        lambda: open_task(config, "val", pruned.sizes.image_size),
-        "questions",
+        lambda: task.open(config, "val", pruned.sizes.image_size),
+        task.data,
         "recut",
         pruned.sizes.image_size,
         *(config.data, config.columns, config.val, config.val_fraction, config.limit, config.max_bad),
@@ -241,11 +256,13 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
     answers = read_answers(resolve(config.answers)) if config.answers else None
     with chain.problems.of(step.name):
-        Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+        if config.task == "retrieval":
+            check_able(loaded, config.rerank)
+        else:
+            Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+    task, side = TASKS[config.task], loaded.sizes.image_size
     key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
-    source = chain.source(
-        lambda: open_task(config, config.split, loaded.sizes.image_size), "eval", config.split, loaded.sizes.image_size, *key
-    )
+    source = chain.source(lambda: task.open(config, config.split, side), "eval", task.data, config.split, side, *key)
     found.schedule = {"images": len(source), "batch_size": config.batch_size}
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
     if config.answers:

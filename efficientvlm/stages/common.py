@@ -29,6 +29,7 @@ from efficientvlm.families.base import Sizes
 from efficientvlm.families.exported import Exported, is_exported
 from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say
 from efficientvlm.stages.image_settings import write_settings
 from efficientvlm.training import Spent
@@ -102,7 +103,7 @@ def check_precision(loaded: Loaded, precision: str) -> None:
 def no_answers(loaded: Loaded, role: str = "") -> BadInput:
     """What to say of a model that has no answer decoder: whether it can get one, or else what it is for."""
     what = f"{role} {loaded.path} answers no questions".lstrip()
-    other = sorted(loaded.tasks - {"pretraining", "vqa"})
+    other = sorted(loaded.tasks - {"vqa"}) if "pretraining" not in loaded.tasks else []
     if not other:
         return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
     return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
@@ -227,9 +228,9 @@ def write(
 
 
 def summary(manifest: Manifest) -> str:
-    """Sizes and validation accuracy in one line."""
-    accuracy = manifest.metrics.get("val", {}).get("accuracy")
-    return sizes(manifest) + (f"  validation accuracy {accuracy:.4f}" if accuracy is not None else "")
+    """Sizes and the task's main metric on validation data in one line."""
+    found = main_metric(manifest.metrics.get("val"))
+    return sizes(manifest) + (f"  validation {TITLES[found[0]]} {found[1]:.4f}" if found else "")
 
 
 def which(config: Any, split: str) -> dict[str, Any]:

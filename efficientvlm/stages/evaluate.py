@@ -1,4 +1,4 @@
-"""eval: the accuracy of a checkpoint on a split of some data."""
+"""eval: the metrics of a checkpoint on a split of some data."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from efficientvlm.files import resolve
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say
-from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers, tuned_with
-from efficientvlm.stages.common import check_precision, load, say_skipped
+from efficientvlm.stages.answering import Answerer, evaluate_on, read_answers, tuned_with
+from efficientvlm.stages.common import Loaded, check_precision, load, say_skipped
 from efficientvlm.stages.results import ResultFile
+from efficientvlm.stages.retrieving import check_able, evaluate_pairs
+from efficientvlm.stages.tasks import TASKS
 
 WEIGHT = "accuracy: the weight of the answer given among the annotated ones, at most 1, averaged over all questions"
 SOFT = "accuracy: min(1, n / 3) where n of nine of the ten annotators gave this answer, averaged over which one is left out (VQAv2)"
 
+CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of images by captions, among all of them, by cosine; their mean"
+RERANKED = f"{CONTRAST}; reranked_mean_recall: the same with the best candidates of every query in the order of their matching logits"
+
 
 def run(config: Eval, control: Control) -> dict[str, Any]:
-    """Answer every question of the split and report `metrics`; nothing is trained.
+    """Measure the task's metrics on the split; nothing is trained.
 
     With `config.out`, a finished result of the same checkpoint, data and settings is returned as it is, unless forced.
 
     Raises:
-        BadInput: a checkpoint without answer decoder, no list of answers to rank, no questions, an `out` of another measurement.
+        BadInput: a checkpoint that does not do the task, no list of answers, nothing to measure on, an `out` of another measurement.
     """
     loaded = load(config.model, exported=True)
     check_precision(loaded, config.precision)
-    source = open_task(config, config.split, loaded.sizes.image_size)
+    if config.task == "retrieval":
+        check_able(loaded, config.rerank)
+    source = TASKS[config.task].open(config, config.split, loaded.sizes.image_size)
     inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
     if config.answers:
         inputs["answers"] = fingerprint(config.answers)
@@ -42,29 +49,61 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
         return file.finished
     device = pick_device(config.device)
     loaded.model.to(device)
-    answers = read_answers(resolve(config.answers)) if config.answers else None
-    twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
-    answer = Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top, twice=twice)
     began = time.monotonic()
+    measure = pairs if config.task == "retrieval" else answers
     with autocast(device, config.precision):
-        measured = evaluate_on(answer, source, limit=None, title=f"eval {config.split}", quiet=control.quiet, batch_size=config.batch_size)
+        found = measure(config, control, loaded, source)
     say_skipped(source, config.split, control.quiet)
-    if not measured.get("questions"):
-        raise BadInput(f"{config.data} has no questions", f"split {config.split} of {source.name}", "use another --split")
-    ranked = {"answers": len(answer.answers), "top": min(answer.top, len(answer.answers)), "first_token_twice": twice}
     result: dict[str, Any] = {
         "task": config.task,
         "model": config.model,
         "data": record(source, config.split),
-        "metric": metric_of(measured),
-        "mode": config.mode,
-        **(ranked if config.mode == "rank" else {}),
+        **{key: value for key, value in found.items() if key != "metrics"},
         "device": device.type,
         "precision": getattr(loaded.model.config, "precision", config.precision),
         "seconds": round(time.monotonic() - began, 3),
-        "metrics": measured,
+        "metrics": found["metrics"],
     }
     return file.write(result)
+
+
+def answers(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
+    """Every question of `source` answered: `metric`, `mode`, how was ranked, `metrics`."""
+    listed = read_answers(resolve(config.answers)) if config.answers else None
+    twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
+    answer = Answerer(loaded, mode=config.mode, answers=listed, top=config.rank_top, twice=twice)
+    title = f"eval {config.split}"
+    measured = evaluate_on(answer, source, limit=None, title=title, quiet=control.quiet, batch_size=config.batch_size)
+    if not measured.get("questions"):
+        raise BadInput(f"{config.data} has no questions", f"split {config.split} of {source.name}", "use another --split")
+    ranked = {"answers": len(answer.answers), "top": min(answer.top, len(answer.answers)), "first_token_twice": twice}
+    mode: dict[str, Any] = {"mode": config.mode, **(ranked if config.mode == "rank" else {})}
+    return {"metric": metric_of(measured), **mode, "metrics": measured}
+
+
+def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
+    """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
+    if not len(source):
+        raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
+    measured = evaluate_pairs(
+        loaded,
+        source,
+        limit=None,
+        title=f"eval {config.split}",
+        quiet=control.quiet,
+        max_tokens=tuned_with(loaded.manifest, "max_tokens", 40),
+        batch_size=config.batch_size,
+        rerank=config.rerank,
+        seed=config.seed,
+    )
+    mode = "rerank" if config.rerank else "contrast"
+    return {
+        "metric": RERANKED if config.rerank else CONTRAST,
+        "mode": mode,
+        "rerank": config.rerank,
+        "seed": config.seed,
+        "metrics": measured,
+    }
 
 
 def metric_of(measured: dict[str, Any]) -> str:

@@ -67,7 +67,10 @@ def check_model(config: Export, loaded: Loaded) -> None:
     """:class:`BadInput` for a network that the format cannot express, or whose accuracy cannot be measured; looks at no weights."""
     if config.data and "vqa" not in loaded.tasks:
         raise BadInput(f"{config.model} answers no questions", "accuracy is measured of question answering only", "leave --data out")
-    if config.format == "onnx" and not loaded.tasks - {"pretraining"}:
+    if config.format == "onnx" and ("pretraining" in loaded.tasks or not loaded.tasks):
+        if loaded.manifest.config.get("task") == "retrieval":
+            why = f"of family {loaded.family.name} only question answering is exported as ONNX"
+            raise BadInput(f"{config.model} is tuned for retrieval", why, "use --format padded")
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
     if config.format == "hf":
         stock.uniform_config(loaded.family, loaded.model.config, config.model)
@@ -139,7 +142,7 @@ def _graphs(config: Export, control: Control, loaded: Loaded, description: Descr
     files, opset = {}, 0
     for graph in loaded.family.graphs(loaded.model):
         path = folder / f"{graph.name}.onnx"
-        opset = onnx_files.write(graph, path)
+        opset = onnx_files.write(graph, path, fuse=config.fuse)
         session = open_session(path)
         off = onnx_files.difference(graph, session)
         sizes = f"{len(graph.sizes)} sizes of {', '.join(graph.sizes[0])}"

@@ -116,7 +116,7 @@ def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tup
     return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
 
 
-def open_split(config: Pretrain, split: str, side: int | None) -> Any:
+def open_split(config: Any, split: str, side: int | None) -> Any:
     """The image-text pairs of `split`, images of `side` pixels."""
     return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=side)
 

@@ -127,7 +127,7 @@ def scores(config: Prune, tuning: Tuning, scope: Scope) -> Tensor:
         for step in range(config.calibration_batches):
             for batch in tuning.feed(step):
                 losses = task({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
-                (losses["task"] / config.calibration_batches).backward()
+                (losses["loss"] / config.calibration_batches).backward()
         ranks.average_gradients(model.parameters())
     values = importance_scores(config.method, model, scope.units, seed=config.seed)
     model.zero_grad(set_to_none=True)

@@ -20,9 +20,9 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
-from efficientvlm.stages.answering import Answerer, evaluate_on, open_task
 from efficientvlm.stages.common import Loaded, load, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, scope_of
+from efficientvlm.stages.tasks import TASKS
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -35,13 +35,14 @@ def run(config: Prune, control: Control) -> Manifest:
         TargetMissed: the sparsity cannot be reached.
     """
     assert config.from_gates
-    pruned = load(config.from_gates)
+    pruned, task = load(config.from_gates), TASKS[config.task]
     tensors = read_tensors(pruned, GATES)
+    check_task(config, pruned)
     dense = (pruned.path / DENSE).is_file()
     if dense:
         pruned.model = dense_model(pruned)
     scope, keep = choose(config, pruned, tensors, dense=dense)
-    source = open_task(config, "val", pruned.sizes.image_size)
+    source = task.open(config, "val", pruned.sizes.image_size)
     output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
     if output.up_to_date:
         return require_complete(output.path)
@@ -51,9 +52,7 @@ def run(config: Prune, control: Control) -> Manifest:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
         save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.family, pruned.model, keep)
-        val = evaluate_on(
-            Answerer(pruned, twice=config.quirks.first_token_twice), source, limit=config.eval_limit, title="validate", quiet=control.quiet
-        )
+        val = task.validate(config, pruned, source, control.quiet)
         return write(
             output,
             pruned.family,
@@ -65,6 +64,13 @@ def run(config: Prune, control: Control) -> Manifest:
             metrics={"val": val},
             extra=extra,
         )
+
+
+def check_task(config: Prune, pruned: Loaded) -> None:
+    """:class:`BadInput` for gates that were learnt on another task than `config` measures."""
+    if config.task not in pruned.tasks:
+        does = " and ".join(sorted(pruned.tasks - {"pretraining"})) or "no task"
+        raise BadInput(f"{pruned.path} is not of task {config.task}", f"it was pruned for {does}", "give --task as that run did")
 
 
 def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: bool) -> tuple[Scope, Tensor]:

@@ -1,0 +1,218 @@
+"""Does a smaller X-VLM-base run as much faster as its multiply-adds promise? Three models in five forms take turns in one process.
+
+python benchmarks/latency.py [--work runs/latency] [--prepare]
+
+Teacher, student (half of every tower) and the student without 40 % of its prunable weights have random weights: their shapes are what is
+timed. `--prepare` makes them and their ONNX graphs, and times nothing; what is there already is used. A call goes from image and question
+tensors to the answer ranked first. In a round every variant runs once, in shuffled order; speed-ups are medians of ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from published import ROOT, as_csv, csv_of
+
+from efficientvlm import bench
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.config import STAGES, Bench
+from efficientvlm.control import Control
+from efficientvlm.errors import EvlmError
+from efficientvlm.export import onnx_files
+from efficientvlm.families import blocks, xvlm_model
+from efficientvlm.families.exported import ONNX
+from efficientvlm.files import write_atomic
+from efficientvlm.manifest import code, now, peak_memory_bytes, read_json
+from efficientvlm.progress import Bar
+from efficientvlm.stages.bench import ranking
+from efficientvlm.stages.common import load
+from efficientvlm.stages.run import module_of
+
+MODELS = ("teacher", "student", "sliced")
+FORMS = {
+    "torch eager fp32": ("torch", "fp32"),
+    "torch sdpa fp32": ("torch", "fp32"),
+    "torch sdpa bf16": ("torch", "bf16"),
+    "onnx fp32": ("onnx", "fp32"),
+    "onnx int8": ("int8", "fp32"),
+}
+REFERENCE = ("teacher", "torch eager fp32")
+ROUNDS = {1: 15, 8: 6}
+WARMUP = 1
+TEXT_LENGTH = 12
+ANSWERS = ["yes", "no", "black", "gray", "red", "green", "blue", "yellow", "teal", "brown", "circle", "rectangle", "triangle"]
+VOCABULARY = 30522  # BERT's
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BASE = {"image_size": 384, "settings": {"decoder_layers": 6, "heads": []}}
+CUT = {"task": "none", "method": "magnitude", "sparsity": 0.4, "round_to": 16}
+
+Variant = tuple[str, str]
+
+
+def prepare(work: Path) -> None:
+    """The three checkpoints in `work`, each with a folder of fp32 and one of int8 graphs."""
+    vocabulary = work / "bert" / "vocab.txt"
+    if not vocabulary.is_file():
+        vocabulary.parent.mkdir(parents=True, exist_ok=True)
+        words = [*SPECIAL, *ANSWERS]
+        write_atomic(vocabulary, "".join(f"{word}\n" for word in [*words, *map("unused{}".format, range(VOCABULARY - len(words)))]).encode())
+    stage("init", work / "teacher", size="base", tokenizer=str(vocabulary.parent), **BASE)
+    stage("shrink", work / "student", model=str(work / "teacher"))
+    stage("prune", work / "sliced", model=str(work / "student"), **CUT)
+    for name in MODELS:
+        stage("export", work / f"{name}-onnx", model=str(work / name), format="onnx", rounds=0)
+        quantise(work / f"{name}-onnx", work / f"{name}-int8")
+
+
+def stage(name: str, out: Path, **settings: Any) -> None:
+    config = STAGES[name](out=str(out), **settings)
+    module_of(name).run(config, Control())
+
+
+def quantise(source: Path, target: Path) -> None:
+    """What `evlm export --int8` writes, from graphs that are there."""
+    if (target / "evlm_manifest.json").is_file():
+        return
+    unfinished = target.with_name(f".{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.onnx", "*.onnx.data", ONNX))
+    description = read_json(source / ONNX)
+    for graph in description["graphs"].values():
+        onnx_files.quantise(source / graph["file"], unfinished / graph["file"])
+    description["precision"] = "int8"
+    write_atomic(unfinished / ONNX, json.dumps(description, indent=2).encode())
+    unfinished.rename(target)
+
+
+def calls(work: Path) -> dict[Variant, Callable[[int], object]]:
+    """Variant → function of the batch size, its inputs prepared."""
+    made: dict[Variant, Callable[[int], object]] = {}
+    for name in MODELS:
+        for form, (kind, precision) in FORMS.items():
+            folder = work / (name if kind == "torch" else f"{name}-{kind}")
+            config = Bench(models=[str(folder)], batch_sizes=list(ROUNDS), text_length=TEXT_LENGTH, precision=precision)
+            call = ranking(opened(folder), config, torch.device("cpu"), ANSWERS)
+            made[name, form] = eager(call) if "eager" in form else call
+    return made
+
+
+def opened(folder: Path, found: dict[Path, Any] = {}) -> Any:  # noqa: B006 - one copy of a checkpoint for all its forms
+    if folder not in found:
+        found[folder] = load(str(folder), exported=True)
+    return found[folder]
+
+
+def eager(call: Callable[[int], object]) -> Callable[[int], object]:
+    """`call` with the explicit softmax that is used where maps are kept; they are dropped at once."""
+
+    def attend(q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, maps: Any = None) -> Any:
+        return blocks.attend(q, k, v, mask, dropout, [])
+
+    def run(size: int) -> object:
+        with mock.patch.object(xvlm_model, "attend", attend):
+            return call(size)
+
+    return run
+
+
+def measure(made: dict[Variant, Callable[[int], object]], rounds: dict[int, int]) -> dict[int, dict[Variant, list[float]]]:
+    """Seconds by batch size and variant, one a round."""
+    draw, done = random.Random(0), 0
+    seconds: dict[int, dict[Variant, list[float]]] = {size: {variant: [] for variant in made} for size in rounds}
+    with Bar("latency", sum(rounds.values()) + WARMUP * len(rounds)) as bar, torch.inference_mode(), bench.no_garbage_collection():
+        for size, count in rounds.items():
+            for number in range(-WARMUP, count):
+                for variant in draw.sample(list(made), len(made)):
+                    began = time.perf_counter()
+                    made[variant](size)
+                    if number >= 0:
+                        seconds[size][variant].append(time.perf_counter() - began)
+                bar.update(done := done + 1)
+    return seconds
+
+
+def rows(work: Path, seconds: dict[int, dict[Variant, list[float]]], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record a batch size and variant."""
+    costs = {name: require_complete(work / name).accounting for name in MODELS}
+    macs = {name: cost["macs"]["total"] for name, cost in costs.items()}
+    records = []
+    for size, by_variant in seconds.items():
+        for (name, form), own in by_variant.items():
+            record: dict[str, Any] = {
+                "model": name,
+                "form": form,
+                "batch": size,
+                "parameters": costs[name]["parameters"]["total"],
+                "macs": macs[name],
+                "median_ms": 1e3 * statistics.median(own),
+                "q1_ms": 1e3 * float(np.percentile(own, 25)),
+                "q3_ms": 1e3 * float(np.percentile(own, 75)),
+                "samples_per_s": size / statistics.median(own),
+            }
+            low, middle, high = np.percentile(np.array(by_variant[REFERENCE]) / np.array(own), [25, 50, 75])
+            record |= {"speedup": float(middle), "speedup_q1": float(low), "speedup_q3": float(high)}
+            for other in MODELS[:2]:  # the same form of a larger model
+                ratio = float(np.median(np.array(by_variant[other, form]) / np.array(own)))
+                promised = macs[other] / macs[name]
+                record |= {f"over_{other}": ratio, f"macs_over_{other}": promised, f"over_{other}_of_macs": ratio / promised}
+            records.append({**record, "rounds": len(own), **about})
+    return records
+
+
+def surroundings(threads: int) -> dict[str, Any]:
+    """What the figures hold for."""
+    import onnxruntime
+
+    machine = bench.machine(torch.device("cpu"))
+    return {
+        "image_size": BASE["image_size"],
+        "text_length": TEXT_LENGTH,
+        "answers": len(ANSWERS),
+        "processor": machine["name"],
+        "cpus": machine["cpus"],
+        "threads": threads,
+        "peak_memory_gib": peak_memory_bytes() / 2**30,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "efficientvlm": code().version,
+        "commit": code().commit,
+        "date": now()[:10],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Latency of X-VLM-base, its student and the pruned student, in five forms.")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/latency", help="folder of the checkpoints, 6 GB")
+    parser.add_argument("--prepare", action="store_true", help="make the checkpoints and graphs only")
+    options = parser.parse_args()
+    try:
+        prepare(options.work)
+        if options.prepare:
+            return 0
+        with bench.threads(None) as threads:
+            seconds = measure(calls(options.work), ROUNDS)
+    except EvlmError as error:
+        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
+        return error.exit_code
+    about = surroundings(threads)
+    path = ROOT / csv_of("latency", about["processor"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, as_csv(rows(options.work, seconds, about)))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

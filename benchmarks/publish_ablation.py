@@ -1,0 +1,168 @@
+"""Publish the ablation: a table with verdicts and two plots of the rows that lie in the CSVs. Nothing is measured or typed here.
+
+python benchmarks/publish_ablation.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from published import RESULTS, ROOT, rows_of, with_block
+
+from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.files import write_atomic
+
+PAGE = Path("docs/ablation.md")
+PICTURES = {"parameters": Path("docs/ablation-parameters.png"), "latency": Path("docs/ablation-latency.png")}
+METHOD, MAIN = "method", ("method", "scratch", "no-kd", "magnitude")
+COLOURS = {"method": "#2a6fbb", "scratch": "#8a5cc2", "no-kd": "#d9822b", "magnitude": "#2e9e6b"}
+OTHERS = "#aeb6c1"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one arm on one task at one sparsity; they differ in their seeds."""
+
+    task: str
+    arm: str
+    sparsity: float
+    lines: tuple[dict[str, str], ...]
+
+    def of(self, column: str) -> list[float]:
+        return [float(line[column]) for line in self.lines]
+
+    @property
+    def spread(self) -> float:
+        """Best minus worst accuracy over the seeds."""
+        values = self.of("accuracy")
+        return max(values) - min(values)
+
+
+def groups(lines: Iterable[dict[str, str]]) -> list[Group]:
+    """The lines by task, arm and sparsity, in the order of their first appearance; the first task's first."""
+    found: dict[tuple[str, str, float], list[dict[str, str]]] = {}
+    for line in lines:
+        found.setdefault((line["task"], line["arm"], float(line["sparsity"])), []).append(line)
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    return sorted((Group(*name, tuple(some)) for name, some in found.items()), key=lambda group: tasks.index(group.task))
+
+
+def verdict(method: Group, other: Group) -> str:
+    """How `other` does against `method`: better, worse, or a tie if the means differ by no more than either's seeds do."""
+    gap = mean(other.of("accuracy")) - mean(method.of("accuracy"))
+    if abs(gap) <= max(method.spread, other.spread):
+        return "tie"
+    return "better" if gap > 0 else "worse"
+
+
+def table(found: list[Group], task: str) -> list[str]:
+    """Markdown rows: an arm at a sparsity, what is left of the teacher, and the verdict."""
+    mine = [group for group in found if group.task == task]
+    methods = {group.sparsity: group for group in mine if group.arm == METHOD}
+    head = (
+        *("arm", "sparsity", "of the teacher's parameters", "accuracy (%)", "seeds: worst to best"),
+        *("of the teacher's accuracy", "against the method"),
+    )
+    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for group in sorted(mine, key=lambda group: (group.sparsity, group.arm not in MAIN)):
+        accuracy = [100 * value for value in group.of("accuracy")]
+        against = "–" if group.arm == METHOD or group.sparsity not in methods else verdict(methods[group.sparsity], group)
+        seeds = f"{min(accuracy):.2f} to {max(accuracy):.2f} ({len(accuracy)})" if len(accuracy) > 1 else "one seed"
+        out.append(
+            f"| {group.arm} | {100 * mean(group.of('achieved_sparsity')):.1f} % | {100 * mean(group.of('parameters_of_teacher')):.1f} %"
+            f" | {mean(accuracy):.2f} | {seeds} | {100 * mean(group.of('accuracy_of_teacher')):.1f} % | {against} |"
+        )
+    return out
+
+
+def block(found: list[Group], name: Path) -> str:
+    """What stands between the markers of the page."""
+    parts: list[str] = []
+    for task in dict.fromkeys(group.task for group in found):
+        line = next(group for group in found if group.task == task).lines[0]
+        teacher = f"Teacher: {100 * float(line['teacher_accuracy']):.2f} % of {line['questions']} questions of the test split."
+        parts += [f"### {task}", "", f"Data: `{line['data']}`. {teacher}", "", *table(found, task), ""]
+    parts += [f"Every run: [{name.name}](../{name.as_posix()}).", ""]
+    parts += [f"![Accuracy over {what}]({path.name})" for what, path in PICTURES.items()]
+    return "\n".join(parts)
+
+
+def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path) -> None:
+    """Accuracy over what is left of the teacher: its parameters in percent, or its latency at batch 8 in percent. A panel a task.
+
+    A point is a run; lines join the means of the main arms.
+    """
+    from matplotlib.figure import Figure
+
+    batch8 = {(t["task"], t["arm"], float(t["sparsity"]), t["seed"]): 100 / float(t["speedup"]) for t in timed if t["batch"] == "8"}
+
+    def place(group: Group, line: dict[str, str]) -> float | None:
+        if what == "parameters":
+            return 100 * float(line["parameters_of_teacher"])
+        return batch8.get((group.task, group.arm, group.sparsity, line["seed"]))
+
+    tasks = list(dict.fromkeys(group.task for group in found))
+    figure = Figure(figsize=(6.4 * len(tasks), 4.6), dpi=130, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        joined: dict[str, list[tuple[float, float]]] = {}
+        for group in (group for group in found if group.task == task):
+            points = [(x, 100 * float(line["accuracy"])) for line in group.lines if (x := place(group, line)) is not None]
+            if not points:
+                continue
+            main, seen = group.arm in MAIN, group.arm in joined
+            style: dict[str, Any] = {"color": COLOURS.get(group.arm, OTHERS), "s": 26 if main else 18, "zorder": 3 if main else 2}
+            axes.scatter(*zip(*points, strict=True), **style, label=group.arm if main and not seen else None)
+            joined.setdefault(group.arm, []).append((mean(x for x, _ in points), mean(y for _, y in points)))
+            if not main:
+                axes.annotate(group.arm, points[0], textcoords="offset points", xytext=(5, -3), fontsize=6.5, color="#5f6b7a")
+        for arm in (arm for arm in MAIN if arm in joined):
+            axes.plot(*zip(*sorted(joined[arm]), strict=True), color=COLOURS[arm], linewidth=1.2, alpha=0.6)
+        teacher = next(float(group.lines[0]["teacher_accuracy"]) for group in found if group.task == task)
+        axes.axhline(100 * teacher, color="#1f2733", linewidth=0.8, linestyle=":")
+        axes.annotate("teacher", (axes.get_xlim()[0], 100 * teacher), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        axes.set(title=task, ylabel="accuracy (%)")
+        axes.set_xlabel("parameters (% of the teacher's)" if what == "parameters" else "latency at batch 8 (% of the teacher's)")
+        axes.grid(alpha=0.25)
+        if joined:
+            axes.legend(frameon=False, loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def publish(root: Path = ROOT) -> list[Path]:
+    """Write the page's block and the plots below `root` from the CSVs there; the files written.
+
+    Raises:
+        BadInput: no CSV or more than one (which machine's is published?), or a page without the two markers.
+    """
+    tables = sorted(path for path in (root / RESULTS).glob("vqa_ablation_*.csv") if "latency" not in path.name)
+    if len(tables) != 1:
+        fix = "run benchmarks/vqa_ablation.py, or move the others away"
+        raise BadInput(f"{len(tables)} CSVs of the ablation", "one machine's is published", fix)
+    found = groups(rows_of(tables[0]))
+    timed = rows_of(tables[0].with_name(tables[0].name.replace("vqa_ablation_", "vqa_ablation_latency_")))
+    page = with_block((root / PAGE).read_text("utf-8"), "ablation", block(found, RESULTS / tables[0].name))
+    for what, path in PICTURES.items():
+        plot(found, timed, what, root / path)
+    write_atomic(root / PAGE, page.encode())
+    return [root / PAGE, *(root / path for path in PICTURES.values())]
+
+
+def main() -> int:
+    try:
+        written = publish()
+    except EvlmError as error:
+        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
+        return error.exit_code
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

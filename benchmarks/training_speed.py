@@ -1,0 +1,223 @@
+"""Where the time of a training step goes, before and after a change of the code.
+
+python benchmarks/training_speed.py [--code LABEL=FOLDER ...] [--threads 1] [--out FILE.csv]
+
+Every (size, stage) is measured in fresh processes, with the given versions of the code in alternation. A version is a checkout of this
+project; by default this one alone, called `after`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART, WIDE = "quickstart", "width-768"
+DISTILL, PRUNE, CACHED = "distill", "prune", "prune, cached teacher"
+MATRIX = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "mkldnn_linear")
+NORMS = ("softmax", "layer_norm", "norm")
+MOVES = ("copy", "cat", "index", "gather", "clone", "scatter", "embedding", "stack", "select_backward", "slice_backward", "fill", "zero")
+UPDATE = ("fused_adam", "foreach")
+BATCH = {QUICKSTART: 32, WIDE: 4}
+ROUNDS = {QUICKSTART: 20, WIDE: 4}
+WARMUP = 3
+CYCLE = 2  # batches that are read again and again, so that the teacher has seen them
+
+
+def kind_of(op: str) -> str:
+    """The kind of work that a profiled operator does itself."""
+    name = op.removeprefix("aten::").lstrip("_")
+    if not op.startswith("aten::"):
+        return "python"
+    if any(part in name for part in UPDATE):
+        return "optimizer"
+    if name.startswith(MATRIX) or "convolution" in name or "scaled_dot_product" in name:
+        return "matrix"
+    if any(part in name for part in NORMS):
+        return "norm"
+    return "moves" if any(part in name for part in MOVES) else "elementwise"
+
+
+def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
+    """Objective, optimizers, batches by step and configuration of a stage of the quickstart, on random weights of the given size."""
+    import torch
+
+    from efficientvlm import recipe
+    from efficientvlm.planning.measure import ready
+    from efficientvlm.planning.parts import Run
+    from efficientvlm.stages.answering import open_task
+    from efficientvlm.stages.pretrain import open_split
+
+    general = stage == DISTILL
+    wanted = "distilled" if general else "pruned"
+    (step,) = (step for step in recipe.validate(recipe.load_recipe("quickstart"), []) if step.name == wanted)
+    changes: dict[str, Any] = {"batch_size": BATCH[size]}
+    changes |= {"cache_teacher": True, "weights": logits_only(step.config.weights)} if stage == CACHED else {}
+    changes |= {"limit": 256} if size == WIDE else {}
+    config = step.config.model_copy(update=changes)
+    student, teacher, new = networks(size, general)
+    side = student.sizes.image_size
+    source = open_split(config, "train", side) if general else open_task(config, "train", side)
+    return *ready(Run(config, student, teacher, {"train": source}, new), torch.device("cpu")), config
+
+
+def logits_only(weights: Any) -> Any:
+    return type(weights)(**{name: float(name == "logits") for name in type(weights).model_fields})
+
+
+def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
+    """Student (half the layers), teacher, and the names of the student's new tensors; shapes only."""
+    import torch
+
+    from efficientvlm.compression.layers import resolve_layers
+    from efficientvlm.stages.common import Loaded, load, shapes
+
+    base, tuned = (load(f"bundled:{name}", weights=False) for name in ("easy-vqa-pretrained", "easy-vqa"))
+    family, config = base.family, base.model.config
+    if size == WIDE:
+        config = family.fresh_config("base", {"image_size": 224}, 30522)
+    layers = resolve_layers(family.layer_counts(config), {})
+    student = shapes(family, family.with_layers(config, layers))
+    teacher, new = shapes(family, config), []
+    if not general:
+        with torch.device("meta"):
+            teacher = family.with_decoder(teacher, config.fusion_layers) if size == WIDE else tuned.model
+            student, new = family.for_vqa(student, teacher, "auto")
+    return (*(Loaded(base.path, family, model, base.tokenizer, base.manifest) for model in (student, teacher)), new)
+
+
+class Stepper:
+    """Trains a stage step by step, and says how long each phase took."""
+
+    def __init__(self, size: str, stage: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self.objective, self.optimizers, self.feed, self.config = prepare(size, stage)
+        self.objective.train()
+        self.number, self.cycle = 0, CYCLE if stage == CACHED else 1 << 30
+
+    def step(self) -> dict[str, float]:
+        """Milliseconds by phase, and the images and texts of the batch."""
+        from efficientvlm.stopwatch import TEACHER
+        from efficientvlm.training import update
+
+        number, self.number = self.number % self.cycle, self.number + 1
+        marks = [time.perf_counter()]
+        (batch,) = self.feed(number)
+        marks.append(time.perf_counter())
+        TEACHER.take()
+        loss = self.objective(batch, number)["loss"]
+        marks.append(time.perf_counter())
+        teacher = 1e3 * TEACHER.take()
+        loss.backward()
+        marks.append(time.perf_counter())
+        update(self.optimizers, 1e-6, self.config.clip, number)
+        marks.append(time.perf_counter())
+        data, forward, backward, optimizer = (1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+        texts = len(batch["question_ids" if "question_ids" in batch else "text_ids"])
+        return {
+            "data_ms": data,
+            "teacher_ms": teacher,
+            "student_forward_ms": forward - teacher,
+            "backward_ms": backward,
+            "optimizer_ms": optimizer,
+            "total_ms": 1e3 * (marks[-1] - marks[0]),
+            "images": len(batch["pixels"]),
+            "texts": texts,
+        }
+
+    def profile(self) -> dict[str, float]:
+        """Milliseconds of one step by kind of work; what no operator does itself is Python's, dispatch's and autograd's."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as made:
+            began = time.perf_counter()
+            self.step()
+            whole = 1e3 * (time.perf_counter() - began)
+        kinds: dict[str, float] = defaultdict(float)
+        for event in made.key_averages():
+            kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e3
+        kinds["python"] = whole - sum(value for name, value in kinds.items() if name != "python")
+        if "EVLM_OPS" in os.environ:
+            print(made.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", max_name_column_width=40, row_limit=60), file=sys.stderr)
+        return kinds
+
+
+def serve(size: str, stage: str, threads: int) -> None:
+    """Do what the lines of standard input ask for, an answer a line."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # whatever libraries print is no answer
+        stepper = Stepper(size, stage, threads)
+        for line in sys.stdin:
+            print(json.dumps(getattr(stepper, line.strip())()), file=answers, flush=True)
+
+
+class Worker:
+    """A process that runs the code in folder `code`."""
+
+    def __init__(self, code: Path, size: str, stage: str, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, __file__, "--serve", size, stage, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: str) -> dict[str, float]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, float] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def compare(codes: dict[str, Path], size: str, stage: str, threads: int) -> dict[str, dict[str, Any]]:
+    """What a step takes in each version of the code, in medians; they take turns step by step."""
+    workers = {label: Worker(code, size, stage, threads) for label, code in codes.items()}
+    taken: dict[str, list[dict[str, float]]] = {label: [] for label in workers}
+    for number in range(-WARMUP, ROUNDS[size]):
+        for label in sorted(workers, reverse=bool(number % 2)):
+            step = workers[label].ask("step")
+            if number >= 0:
+                taken[label].append(step)
+    result = {}
+    first = taken[next(iter(codes))]
+    for label, worker in workers.items():
+        middle = {name: median(step[name] for step in taken[label]) for name in taken[label][0]}
+        speedup = median(a["total_ms"] / b["total_ms"] for a, b in zip(first, taken[label], strict=True))
+        result[label] = {**middle, "speedup": speedup, "kinds": worker.ask("profile")}
+        worker.close()
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--code", action="append", metavar="LABEL=FOLDER", help="a checkout to measure, the first one is the reference")
+    parser.add_argument("--size", choices=(QUICKSTART, WIDE), action="append", help="both by default")
+    parser.add_argument("--stage", choices=(DISTILL, PRUNE, CACHED), action="append", help="all by default")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve, options.threads)
+        return 0
+    codes = {label: Path(folder).resolve() for label, _, folder in (text.partition("=") for text in options.code or [f"after={ROOT}"])}
+    for size in options.size or (QUICKSTART, WIDE):
+        for stage in options.stage or (DISTILL, PRUNE, CACHED):
+            for label, found in compare(codes, size, stage, options.threads).items():
+                print(size, stage, label, json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

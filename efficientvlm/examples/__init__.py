@@ -1,0 +1,1 @@
+"""Runs as `python -m`: what the recipes on real data start from."""

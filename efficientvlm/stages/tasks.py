@@ -1,0 +1,171 @@
+"""What a training stage does differently for each task; everything else is the same for all (`tuning.py`, `prune.py`, `recut.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from efficientvlm import ranks
+from efficientvlm.config import TaskStage
+from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
+from efficientvlm.data.plan import Plan
+from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
+from efficientvlm.objectives.efficientvlm_kd import Distillation
+from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.objectives.task import VQA
+from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
+from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of
+from efficientvlm.stages.pretrain import open_split
+from efficientvlm.stages.retrieving import check_able, evaluate_pairs, no_retrieval
+from efficientvlm.training import Batch
+
+
+class Task(Protocol):
+    """A task as `finetune` and `prune` learn it."""
+
+    name: str
+    data: str
+    """What a sample is, as opened by :meth:`open`: equal for tasks that read the same."""
+
+    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+        """The data of `split`."""
+
+    def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
+        """Every reason why `student` cannot be trained on the task, by `teacher` if there is one."""
+
+    def adapt(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """The student's model with what the task needs, and the names of its tensors that are new; :class:`BadInput` if it cannot be."""
+
+    def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
+        """Note in the student's configuration what its training data decide."""
+
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> nn.Module:
+        """What is minimised: the task's own losses, with `teacher` mixed with L_KD. It holds the student as `model`."""
+
+    def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
+        """Training batches by step."""
+
+    def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        """Metrics on held-out data; :class:`BadInput` for a model of another task."""
+
+
+class Answering:
+    """Visual question answering: a weighted loss over the accepted answers (X-VLM), an answer decoder, a closed list of answers."""
+
+    name, data = "vqa", "questions"
+
+    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+        return open_task(config, split, image_size)
+
+    def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
+        if teacher:
+            yield from pair_problems(student, teacher)
+            if "vqa" not in teacher.tasks:
+                yield no_answers(teacher, "teacher")
+
+    def adapt(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """A student without an answer decoder gets one: from the teacher's decoder by the layer map, or else from its own fusion layers."""
+        able = teacher is not None and "vqa" in teacher.tasks and teacher.family.name == student.family.name
+        tuned: tuple[Any, list[str]] = student.family.for_vqa(
+            student.model, teacher.model if teacher and able else None, config.decoder_init
+        )
+        return tuned
+
+    def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
+        student.model.config.answers, student.model.config.rank_top = answer_list(config, source), config.rank_top
+
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> VQA:
+        kd = settings_of(config, "kd", "weights", "quirks", "temperature")
+        return VQA(student.family, student.model, teacher.model if teacher else None, **kd, scale=config.scale_by_temperature)
+
+    def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
+        def feed(step: int) -> list[Batch]:
+            return [
+                vqa_batch(
+                    ranks.together(lambda: [source[index] for index in plan.batch(step)]),
+                    texts,
+                    seed=config.seed,
+                    step=step,
+                    augment_kind=config.augment,
+                    train=True,
+                    double_sep=config.quirks.double_sep,
+                    **settings_of(config, "questions_per_image", "max_answer_tokens"),
+                )
+            ]
+
+        return feed
+
+    def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        answer = Answerer(student, twice=config.quirks.first_token_twice)
+        return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet)
+
+
+class Retrieval:
+    """Image-text retrieval: contrast and matching with hard negatives (X-VLM), on one caption an image and step."""
+
+    name, data = "retrieval", "pairs"
+
+    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+        return open_split(config, split, image_size)
+
+    def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
+        if config.batch_size < 2:
+            yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
+        if teacher:
+            yield from pair_problems(student, teacher)
+            if "retrieval" not in teacher.tasks:
+                yield no_retrieval(teacher, "teacher")
+
+    def adapt(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """Heads of other tasks are left behind."""
+        if "retrieval" not in student.tasks:
+            raise no_retrieval(student)
+        return student.family.for_retrieval(student.model), []
+
+    def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
+        pass
+
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Pretraining | Distillation:
+        hard = Pretraining(student.family, student.model, losses=student.family.retrieval, seed=config.seed)
+        if teacher is None or not config.kd:
+            return hard
+        kd = settings_of(config, "kd", "quirks", "temperature")
+        return Distillation(hard, teacher.model, weights=config.retrieval_weights, **kd, scale=config.scale_by_temperature)
+
+    def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
+        def feed(step: int) -> list[Batch]:
+            items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
+            return [pair_batch(items, texts, seed=config.seed, step=step, augment_kind=config.augment, task=True)]
+
+        return feed
+
+    def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        check_able(student)
+        limit, tokens = config.eval_limit, config.max_tokens
+        return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, max_tokens=tokens)
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Answering(), Retrieval())}
+
+
+def answer_list(config: TaskStage, source: Any) -> list[str]:
+    """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name).
+
+    Raises:
+        BadInput: no answer is accepted by `min_answer_count` questions.
+    """
+    if config.answers:
+        return read_answers(resolve(config.answers))
+    counts: dict[str, float] = {}
+    questions: dict[str, int] = {}
+    for answer, weight in source.answers():
+        counts[answer] = counts.get(answer, 0.0) + weight
+        questions[answer] = questions.get(answer, 0) + 1
+    listed = [answer for answer in counts if questions[answer] >= config.min_answer_count]
+    if not listed:
+        most = max(questions.values(), default=0)
+        raise BadInput(f"min_answer_count {config.min_answer_count} leaves no answer", f"the most frequent one has {most}", "lower it")
+    return sorted(listed, key=lambda answer: (-counts[answer], answer))

@@ -1,0 +1,199 @@
+"""Image-text retrieval: recalls of both directions by contrast, again after matching has ranked the best anew, and matching accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientvlm.data.draw import generator
+
+TOP = (1, 5, 10)
+DIRECTIONS = ("image_to_text", "text_to_image")
+SCORES_AT_ONCE = 20_000_000  # elements of a block of the score matrix
+
+
+@dataclass
+class Gallery:
+    """Images and captions as a network sees them; equal captions are one, encoded once.
+
+    `image` [I, E] and `text` [C, E] are unit vectors; `own[i]` are the captions of image i (indices below C, each once), `owners` the image
+    of every annotated caption, which is caption `said` [A]. `image_states` and `text_states` with `text_mask` are what matching reads, None
+    where a network does not match.
+    """
+
+    ids: list[str]
+    image: Tensor
+    text: Tensor
+    own: list[list[int]]
+    said: Tensor
+    owners: Tensor
+    image_states: Tensor | None
+    text_states: Tensor | None
+    text_mask: Tensor
+
+
+@torch.inference_mode()
+def encode(
+    family: Any,
+    model: Any,
+    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[Sequence[str]]]],
+    tokens: Callable[[list[str]], tuple[Tensor, Tensor]],
+    batch_size: int,
+) -> Gallery:
+    """Every image and every distinct caption once.
+
+    Args:
+        batches: ids, pixels [B, 3, H, W] and the captions of some images.
+        tokens: distinct captions → ids and mask [C, L], all of one length, so that a batch does not change its rows.
+        batch_size: captions at a time.
+    """
+    matches, device = "itm" in family.retrieval, model.device
+    ids: list[str] = []
+    images: list[tuple[Tensor, Tensor]] = []
+    index: dict[str, int] = {}
+    own: list[list[int]] = []
+    said: list[int] = []
+    owners: list[int] = []
+    for names, pixels, captions in batches:
+        states, feature = family.image_features(model, pixels.to(device))
+        images.append((states if matches else states[:, :0], feature))
+        for name, texts in zip(names, captions, strict=True):
+            numbers = [index.setdefault(text, len(index)) for text in texts]
+            owners += [len(ids)] * len(numbers)
+            said += numbers
+            own.append(list(dict.fromkeys(numbers)))
+            ids.append(name)
+    text_ids, text_mask = (tensor.to(device) for tensor in tokens(list(index)))
+    texts_seen = [
+        family.text_features(model, text_ids[start : start + batch_size], text_mask[start : start + batch_size])
+        for start in range(0, len(text_ids), batch_size)
+    ]
+    image_states, image = (torch.cat(parts) for parts in zip(*images, strict=True))
+    text_states, text = (torch.cat(parts) for parts in zip(*texts_seen, strict=True))
+    return Gallery(
+        ids=ids,
+        image=image.float(),
+        text=text.float(),
+        own=own,
+        said=torch.tensor(said, device=device),
+        owners=torch.tensor(owners, device=device),
+        image_states=image_states if matches else None,
+        text_states=text_states if matches else None,
+        text_mask=text_mask,
+    )
+
+
+@torch.inference_mode()
+def evaluate(family: Any, model: Any, gallery: Gallery, *, batch_size: int, rerank: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Recalls at 1, 5 and 10 as fractions, and the accuracy of matching where the family matches.
+
+    `image_to_text_r5` is the part of the images with one of their captions among the 5 of highest cosine, out of the captions of all;
+    `text_to_image_r5` the part of the captions whose image is among the 5 images of highest cosine; `mean_recall` the mean of the six.
+    Equal scores rank in the order of the data. With `rerank` the same follow again as `reranked_...`, where the matching logit orders the
+    best `rerank` candidates of every query and the others stay behind them (ALBEF, X-VLM). `itm_accuracy` as :func:`matching_accuracy`.
+    """
+    result: dict[str, Any] = {"images": len(gallery.image), "captions": len(gallery.said)}
+    keep = max(rerank, TOP[-1])
+    for_image, for_text = best_captions(gallery, keep), best_images(gallery, keep)
+    result |= recalls(gallery, for_image, for_text)
+    if rerank:
+        count = len(gallery.text)
+        wanted = (_keys_of_captions(gallery, for_image[:, :rerank]), _keys_of_images(gallery, for_text[:, :rerank]))
+        keys = torch.cat([part.flatten() for part in wanted]).unique()
+        logits = match(family, model, gallery, keys // count, keys % count, batch_size)[:, 1]
+        for_image, for_text = (
+            reordered(order, logits[torch.searchsorted(keys, part)]) for order, part in zip((for_image, for_text), wanted, strict=True)
+        )
+        result |= {f"reranked_{name}": value for name, value in recalls(gallery, for_image, for_text).items()}
+    if gallery.image_states is not None:
+        result |= matching_accuracy(family, model, gallery, batch_size, seed)
+    return result
+
+
+def best_captions(gallery: Gallery, keep: int) -> Tensor:
+    """Annotated captions [I, min(keep, A)] of highest cosine for every image, best first."""
+    return _sorted(gallery.image, gallery.text, keep, gallery.said)
+
+
+def best_images(gallery: Gallery, keep: int) -> Tensor:
+    """Images [C, min(keep, I)] of highest cosine for every distinct caption, best first."""
+    return _sorted(gallery.text, gallery.image, keep)
+
+
+def _sorted(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
+    parts = []
+    for part in queries.split(max(1, SCORES_AT_ONCE // max(1, len(candidates if columns is None else columns)))):
+        scores = part @ candidates.T
+        scores = scores if columns is None else scores[:, columns]  # equal captions have the same score to the last bit
+        parts.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep])
+    return torch.cat(parts)
+
+
+def recalls(gallery: Gallery, for_image: Tensor, for_text: Tensor) -> dict[str, float]:
+    """Recalls of both directions and their mean; the candidates are those of :func:`best_captions` and :func:`best_images`."""
+    own = gallery.owners[for_image] == torch.arange(len(for_image), device=for_image.device)[:, None]
+    right = for_text[gallery.said] == gallery.owners[:, None]
+    found = {
+        f"{direction}_r{top}": float(hit[:, :top].any(1).double().mean())
+        for direction, hit in zip(DIRECTIONS, (own, right), strict=True)
+        for top in TOP
+    }
+    return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def reordered(order: Tensor, scores: Tensor) -> Tensor:
+    """`order` [Q, K] with its first k entries sorted by `scores` [Q, k], highest first."""
+    best = order[:, : scores.shape[1]].gather(1, scores.sort(dim=1, descending=True, stable=True).indices)
+    return torch.cat([best, order[:, scores.shape[1] :]], 1)
+
+
+def _keys_of_captions(gallery: Gallery, order: Tensor) -> Tensor:
+    return torch.arange(len(order), device=order.device)[:, None] * len(gallery.text) + gallery.said[order]
+
+
+def _keys_of_images(gallery: Gallery, order: Tensor) -> Tensor:
+    return order * len(gallery.text) + torch.arange(len(order), device=order.device)[:, None]
+
+
+def match(family: Any, model: Any, gallery: Gallery, images: Tensor, captions: Tensor, batch_size: int) -> Tensor:
+    """Matching logits [P, 2] (no, yes) of pairs, `batch_size` at a time; pairs of one image should follow each other."""
+    assert gallery.image_states is not None and gallery.text_states is not None
+    logits = []
+    for some, said in zip(images.split(batch_size), captions.split(batch_size), strict=True):
+        seen, rows = some.unique(return_inverse=True)
+        logits.append(family.match(model, gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
+    return torch.cat(logits)
+
+
+def matching_accuracy(family: Any, model: Any, gallery: Gallery, batch_size: int, seed: int) -> dict[str, float]:
+    """`itm_accuracy` on as many matched as unmatched pairs; empty where every image has the same captions.
+
+    Every image comes once with one of its captions, and once with a caption of another image that is none of its own; both are drawn from
+    (seed, id of the image). Chance is one half.
+    """
+    pairs = [drawn_pairs(gallery, at, seed) for at in range(len(gallery.ids))]
+    images = [at for at, pair in enumerate(pairs) if pair for _ in pair]
+    if not images:
+        return {}
+    device = gallery.said.device
+    captions = torch.tensor([caption for pair in pairs if pair for caption in pair], device=device)
+    logits = match(family, model, gallery, torch.tensor(images, device=device), captions, batch_size)
+    matched = torch.arange(len(captions), device=device) % 2 == 0
+    return {"itm_accuracy": float((logits.argmax(-1) == matched.long()).double().mean())}
+
+
+def drawn_pairs(gallery: Gallery, image: int, seed: int) -> tuple[int, int] | None:
+    """A caption of the image and one of another image, as numbers of distinct captions; None if all captions are its own."""
+    own = gallery.own[image]
+    others = len(gallery.said) - int(torch.isin(gallery.said, torch.tensor(own, device=gallery.said.device)).sum())
+    if not others or not own:
+        return None
+    draw = generator(seed, gallery.ids[image], "matching")
+    true = own[int(draw.integers(len(own)))]
+    while (false := int(gallery.said[int(draw.integers(len(gallery.said)))])) in own:
+        pass
+    return true, false

@@ -1,0 +1,133 @@
+"""The ablation's published figures: verdicts, tables and plots from the CSV, and the page that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_pages import ROOT, script
+
+from efficientvlm.errors import BadInput
+
+PAGE = "docs/ablation.md"
+
+
+def line(arm: str, accuracy: float, seed: int = 0, sparsity: float = 0.6, task: str = "easy-vqa") -> dict[str, Any]:
+    about = {"data": "easy-vqa", "questions": 9673, "teacher_accuracy": 0.998}
+    shares = {"achieved_sparsity": sparsity, "parameters_of_teacher": 0.25, "accuracy_of_teacher": accuracy / 0.998}
+    return {"task": task, "arm": arm, "sparsity": f"{sparsity:g}", "seed": seed, "accuracy": accuracy, **about, **shares}
+
+
+def project(tmp_path: Path, lines: list[dict[str, Any]]) -> Path:
+    published = script("benchmarks/published.py")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / PAGE).write_text((ROOT / PAGE).read_text("utf-8"))
+    for record in lines:
+        published.append(tmp_path / "benchmarks/results/vqa_ablation_some-cpu.csv", record)
+    timed = {"batch": 8, "speedup": 4.0}
+    for record in lines:
+        name = {key: record[key] for key in ("task", "arm", "sparsity", "seed")}
+        published.append(tmp_path / "benchmarks/results/vqa_ablation_latency_some-cpu.csv", {**name, **timed})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "is_"),
+    [
+        ((0.99, 0.98, 0.985), (0.90, 0.91, 0.92), "worse"),
+        ((0.90, 0.91, 0.92), (0.99, 0.98, 0.985), "better"),
+        ((0.99, 0.98, 0.985), (0.976, 0.98, 0.981), "tie"),
+        ((0.99, 0.98, 0.985), (0.90, 0.99, 0.91), "tie"),  # the other's own seeds differ by more than the means do
+        ((0.99, 0.98, 0.985), (0.97,), "worse"),
+        ((0.99, 0.98, 0.985), (0.976,), "tie"),
+    ],
+)
+def test_a_difference_within_the_spread_of_the_seeds_is_a_tie(method: tuple[float, ...], other: tuple[float, ...], is_: str) -> None:
+    ablation = script("benchmarks/publish_ablation.py")
+    lines = [line("method", value, seed) for seed, value in enumerate(method)] + [
+        line("x", value, seed) for seed, value in enumerate(other)
+    ]
+    assert ablation.verdict(*ablation.groups(lines)) == is_
+
+
+def test_tables_and_plots_are_made_from_the_rows(tmp_path: Path) -> None:
+    ablation = script("benchmarks/publish_ablation.py")
+    lines = [
+        line(arm, value + seed / 1000, seed, 0.6, task)
+        for task in ("easy-vqa", "shapes")
+        for arm, value in (("method", 0.99), ("scratch", 0.9))
+        for seed in (0, 1)
+    ]
+    root = project(tmp_path, [*lines, line("taylor", 0.991), line("method", 0.9925, sparsity=0.4)])
+    for _ in range(2):  # the second time it replaces what it wrote
+        written = ablation.publish(root)
+    page = (root / PAGE).read_text("utf-8")
+    assert "| method | 60.0 % | 25.0 % | 99.05 | 99.00 to 99.10 (2) | 99.2 % | – |" in page
+    assert "| scratch | 60.0 % | 25.0 % | 90.05 | 90.00 to 90.10 (2) | 90.2 % | worse |" in page
+    assert "| taylor | 60.0 % | 25.0 % | 99.10 | one seed | 99.3 % | tie |" in page
+    assert page.index("| method | 40.0 %") < page.index("| method | 60.0 %") < page.index("### shapes")
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:]) and len(written) == 3
+
+
+def test_one_csv_is_published_and_the_page_needs_its_markers(tmp_path: Path) -> None:
+    ablation = script("benchmarks/publish_ablation.py")
+    with pytest.raises(BadInput, match="0 CSVs"):
+        ablation.publish(tmp_path)
+    root = project(tmp_path, [line("method", 0.99)])
+    (root / PAGE).write_text("no markers")
+    with pytest.raises(BadInput, match="no place for the ablation"):
+        ablation.publish(root)
+
+
+def test_the_page_shows_what_the_csv_says() -> None:
+    ablation, published = script("benchmarks/publish_ablation.py"), script("benchmarks/published.py")
+    (name,) = (path for path in (ROOT / published.RESULTS).glob("vqa_ablation_*.csv") if "latency" not in path.name)
+    found = ablation.groups(published.rows_of(name))
+    assert published.block_of((ROOT / PAGE).read_text("utf-8"), "ablation").strip() == ablation.block(found, published.RESULTS / name.name)
+    assert all((ROOT / path).is_file() for path in ablation.PICTURES.values())
+    sparsities = [(float(line["sparsity"]), float(line["achieved_sparsity"]), line["arm"]) for group in found for line in group.lines]
+    assert all(abs(wanted - got) <= 0.005 for wanted, got, arm in sparsities if arm != "quirks")
+
+
+def test_every_arm_is_run_at_every_seed_it_needs() -> None:
+    ablation = script("benchmarks/vqa_ablation.py")
+    planned = [run.key for run in ablation.runs(["easy-vqa", "shapes"])]
+    assert len(planned) == len(set(planned)) == 2 * (4 * 2 * 3 + 9)
+    for task in ("easy-vqa", "shapes"):
+        for arm in ("method", "scratch", "no-kd", "magnitude"):
+            assert {(sparsity, seed) for t, a, sparsity, seed in planned if (t, a) == (task, arm) and sparsity != "0.8"} == {
+                (sparsity, seed) for sparsity in ("0.4", "0.6") for seed in "012"
+            }
+
+
+@pytest.mark.slow
+def test_the_runs_append_rows_of_equal_size_and_are_passed_over_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to a small model, in a few steps: learnt gates, random weights, a structure cut out, Torch-Pruning, the quirks."""
+    ablation, published = script("benchmarks/vqa_ablation.py"), script("benchmarks/published.py")
+    shapes = "shapes:difficulty=2,size=40"
+    for name, value in {
+        "ROOT": tmp_path,
+        "PAIRS": shapes,
+        "DATA": {"shapes": ablation.Data("shapes", shapes, "bundled:easy-vqa", tested=8)},
+        "DISTILL_STEPS": 1,
+        "PRUNE_STEPS": 4,
+        "FINETUNE_STEPS": 1,
+        "TRAINING": {**ablation.TRAINING, "batch_size": 4, "eval_limit": 4},
+        "TIMED": {**ablation.TIMED, "rounds": 1},
+    }.items():
+        monkeypatch.setattr(ablation, name, value)
+    arms = [*ablation.MAIN, *(ablation.ARMS[name] for name in ("tower-budgets", "no-logits", "taylor"))]
+    monkeypatch.setattr(ablation, "runs", lambda names: [ablation.Run(ablation.DATA["shapes"], arm, 0.6, 0) for arm in arms])
+    out = ["--out", str(tmp_path / "runs")]
+    assert ablation.main(out) == 0
+    (path,) = (tmp_path / published.RESULTS).iterdir()
+    rows, before = published.rows_of(path), path.read_bytes()
+    assert [row["arm"] for row in rows] == [arm.name for arm in arms]
+    assert all(abs(float(row["achieved_sparsity"]) - 0.6) <= 0.005 for row in rows)
+    by_arm = {row["arm"]: row for row in rows}
+    assert by_arm["method"]["parameters"] == by_arm["scratch"]["parameters"] == by_arm["no-kd"]["parameters"]
+    assert ablation.main(out) == 0 and path.read_bytes() == before
+    assert ablation.main([*out, "--latency"]) == 0
+    (timed,) = (tmp_path / published.RESULTS).glob("vqa_ablation_latency_*")
+    assert len(published.rows_of(timed)) == 2 * len(arms)

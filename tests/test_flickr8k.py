@@ -1,0 +1,129 @@
+"""The recipe for photos with captions: on stand-ins for the pretrained towers and the photos, and how its figures are published."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET
+from datasets import Dataset, Image
+from doc_pages import ROOT, evlm, script
+from PIL import Image as Pictures
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+from efficientvlm.checkpoint import require_complete
+from efficientvlm.config import Strict
+from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
+from efficientvlm.errors import BadInput
+from efficientvlm.recipe import load_recipe, validate
+from efficientvlm.stages.run import module_of
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
+SHORT = (
+    *(f"{stage}.max_steps={steps}" for stage, steps in {"teacher": 4, "distilled": 2, "pruned": 3, "final": 2, "no-kd": 7}.items()),
+    *("teacher.batch_size=8", "batch_size=4", "data=photos", "start.image_size=28", "pruned.round_to=1", "cut.round_to=1"),
+)
+
+
+def captions(colour: str) -> list[str]:
+    return [f"a {colour} wall", f"a wall that is {colour}", f"someone painted it {colour}", f"{colour} all over", f"nothing but {colour}"]
+
+
+def photos(path: Path, count: int, seed: int) -> None:
+    """A parquet file in the layout of the photos: `image`, five `captions`, `image_id`."""
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        pixels = (np.array(COLOURS[colour]) + rng.integers(-25, 15, (20, 26, 3))).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Pictures.fromarray(pixels).save(file, "JPEG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "captions": captions(colour), "image_id": f"{seed}-{number}"})
+    path.parent.mkdir(exist_ok=True)
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `towers` of as many layers as the real ones, and `photos`."""
+    root = tmp_path_factory.mktemp("flickr8k")
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(**size, num_hidden_layers=12, image_size=42, patch_size=7)).save_pretrained(root / "towers" / "dinov2-small")
+    tokenizer = train_wordpiece([text for colour in COLOURS for text in captions(colour)], 100)
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "num_hidden_layers": 6, "intermediate_size": 96}
+    BertModel(BertConfig(**size, **words)).save_pretrained(root / "towers" / "minilm")
+    save_tokenizer(tokenizer, root / "towers" / "minilm")
+    photos(root / "photos" / "train.parquet", 24, 0)
+    photos(root / "photos" / "val.parquet", 8, 1)
+    return root
+
+
+def test_the_recipe_is_planned_on_any_photos(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    sets = [part for override in SHORT for part in ("--set", override)]
+    code, out, err = evlm(["plan", "flickr8k", *sets, "--json"])
+    assert code == 0, err
+    stages = {stage["name"]: stage for stage in json.loads(out)["stages"]}
+    assert list(stages) == [stage["name"] for stage in load_recipe("flickr8k").stages]
+    code, _, err = evlm(["plan", "flickr8k"])
+    assert code == 3 and "flickr8k" in err, "without data= it is the folder flickr8k, which is not there"
+
+
+def test_both_students_are_trained_alike() -> None:
+    steps: dict[str, Any] = {step.name: step.config for step in validate(load_recipe("flickr8k"))}
+    method, plain = [steps[name] for name in ("distilled", "pruned", "final")], steps["no-kd"]
+    assert sum(config.max_steps for config in method) == plain.max_steps and plain.teacher is None
+    for key in ("lr", "new_lr_mult", "batch_size", "max_tokens", "augment", "data", "seed"):
+        assert {getattr(config, key) for config in method} == {getattr(plain, key)}, key
+    assert steps["cut"].model == steps["distilled"].model == steps["student"].out
+    assert (steps["cut"].sparsity, steps["cut"].round_to) == (steps["pruned"].sparsity, steps["pruned"].round_to) == (0.4, 16)
+
+
+def run(config: Strict, stage: str) -> Any:
+    return module_of(stage).run(config, QUIET)
+
+
+@pytest.mark.slow
+def test_the_recipe_from_towers_to_published_figures(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    steps = validate(load_recipe("flickr8k"), SHORT)
+    for step in steps:
+        run(step.config, step.stage)
+    runs = world / "runs" / "flickr8k"
+    for name in ("pruned", "final", "cut", "no-kd"):
+        assert abs(require_complete(runs / name).accounting["sparsity"]["achieved"] - 0.4) < 0.005, name
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "own-data.md", tmp_path / "docs")
+    publisher = script("benchmarks/flickr8k.py")
+    path, page = publisher.publish(runs, tmp_path)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["teacher", "no-kd", "method"] and {row["images"] for row in rows.values()} == {"8"}
+    assert [rows[name]["steps"] for name in rows] == ["4", "7", "7"] and {row["captions"] for row in rows.values()} == {"40"}
+    assert rows["method"]["mean_recall"] == f"{json.loads((runs / 'final-val.json').read_text())['metrics']['mean_recall']:.6g}"
+    assert publisher.table(list(rows.values())) in page.read_text("utf-8")
+
+    other = json.loads((runs / "no-kd-val.json").read_text())
+    other["provenance"]["inputs"]["model"] = "0" * 64
+    (runs / "no-kd-val.json").write_text(json.dumps(other))
+    with pytest.raises(BadInput, match="out of date"):
+        publisher.publish(runs, tmp_path)
+
+
+def test_the_published_table_is_that_of_the_csv() -> None:
+    publisher, published = script("benchmarks/flickr8k.py"), script("benchmarks/published.py")
+    block = published.block_of((ROOT / "docs" / "own-data.md").read_text("utf-8"), "flickr8k")
+    if "results/flickr8k_" not in block:
+        assert block.strip().startswith("_The table"), "neither a table nor the sentence that stands in for it"
+        return
+    (found,) = [path for path in (ROOT / "benchmarks" / "results").glob("flickr8k_*.csv") if path.name in block]
+    rows = published.rows_of(found)
+    assert publisher.table(rows) in block
+    assert {row["data"] for row in rows} == {"flickr8k val"} and {row["images"] for row in rows} == {"1000"}
