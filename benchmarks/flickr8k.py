@@ -138,10 +138,14 @@ def table(records: list[dict[str, str]]) -> str:
         share, rest = percent(record["parameters_of_teacher"]), (percent(record["mean_recall"]), percent(record["itm_accuracy"]))
         cells = (record["model"], f"{int(record['parameters']) / 1e6:.1f} M", f"{share} %", *recalls, *rest)
         lines.append(f"| {' | '.join(cells)} |")
+    images = int(records[0]["images"])
+    by_photo = " / ".join(percent(1 - (1 - 1 / images) ** top) for top in (1, 5, 10))  # each caption is one of its own with this chance
+    by_caption = " / ".join(percent(top / images) for top in (1, 5, 10))
+    lines.append(f"| by chance | | | {by_photo} | {by_caption} | | 50.0 |")
     return "\n".join(lines)
 
 
-def percent(fraction: str) -> str:
+def percent(fraction: str | float) -> str:
     return f"{100 * float(fraction):.1f}"
 
 

@@ -23,7 +23,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from published import ROOT, as_csv, csv_of
+from published import ROOT, as_csv, csv_of, with_block
 
 from efficientvlm import bench
 from efficientvlm.checkpoint import require_complete
@@ -33,13 +33,14 @@ from efficientvlm.errors import EvlmError
 from efficientvlm.export import onnx_files
 from efficientvlm.families import blocks, xvlm_model
 from efficientvlm.families.exported import ONNX
-from efficientvlm.files import write_atomic
-from efficientvlm.manifest import code, now, peak_memory_bytes, read_json
+from efficientvlm.files import sha256, write_atomic
+from efficientvlm.manifest import MANIFEST, FileRecord, code, now, peak_memory_bytes, read_json
 from efficientvlm.progress import Bar
 from efficientvlm.stages.bench import ranking
 from efficientvlm.stages.common import load
 from efficientvlm.stages.run import module_of
 
+PAGE = ROOT / "docs/export.md"
 MODELS = ("teacher", "student", "sliced")
 FORMS = {
     "torch eager fp32": ("torch", "fp32"),
@@ -49,7 +50,7 @@ FORMS = {
     "onnx int8": ("int8", "fp32"),
 }
 REFERENCE = ("teacher", "torch eager fp32")
-ROUNDS = {1: 15, 8: 6}
+ROUNDS = {1: 9, 8: 5}
 WARMUP = 1
 TEXT_LENGTH = 12
 ANSWERS = ["yes", "no", "black", "gray", "red", "green", "blue", "yellow", "teal", "brown", "circle", "rectangle", "triangle"]
@@ -67,7 +68,9 @@ def prepare(work: Path) -> None:
     if not vocabulary.is_file():
         vocabulary.parent.mkdir(parents=True, exist_ok=True)
         words = [*SPECIAL, *ANSWERS]
-        write_atomic(vocabulary, "".join(f"{word}\n" for word in [*words, *map("unused{}".format, range(VOCABULARY - len(words)))]).encode())
+        write_atomic(
+            vocabulary, "".join(f"{word}\n" for word in [*words, *map("unused{}".format, range(VOCABULARY - len(words)))]).encode()
+        )
     stage("init", work / "teacher", size="base", tokenizer=str(vocabulary.parent), **BASE)
     stage("shrink", work / "student", model=str(work / "teacher"))
     stage("prune", work / "sliced", model=str(work / "student"), **CUT)
@@ -77,22 +80,28 @@ def prepare(work: Path) -> None:
 
 
 def stage(name: str, out: Path, **settings: Any) -> None:
-    config = STAGES[name](out=str(out), **settings)
-    module_of(name).run(config, Control())
+    if not is_complete(out):
+        module_of(name).run(STAGES[name](out=str(out), **settings), Control())
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 def quantise(source: Path, target: Path) -> None:
     """What `evlm export --int8` writes, from graphs that are there."""
-    if (target / "evlm_manifest.json").is_file():
+    if is_complete(target):
         return
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.onnx", "*.onnx.data", ONNX))
+    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.onnx", "*.onnx.data", ONNX, MANIFEST))
     description = read_json(source / ONNX)
     for graph in description["graphs"].values():
         onnx_files.quantise(source / graph["file"], unfinished / graph["file"])
     description["precision"] = "int8"
     write_atomic(unfinished / ONNX, json.dumps(description, indent=2).encode())
+    files = {path.name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size) for path in unfinished.iterdir()}
+    write_atomic(unfinished / MANIFEST, require_complete(source).model_copy(update={"files": files}).dump())
     unfinished.rename(target)
 
 
@@ -171,6 +180,20 @@ def rows(work: Path, seconds: dict[int, dict[Variant, list[float]]], about: dict
     return records
 
 
+def table(records: list[dict[str, Any]], name: Path) -> str:
+    """The largest batch as a table in Markdown: milliseconds, speed-up over the reference, part of what the multiply-adds promise."""
+    size = max(record["batch"] for record in records)
+    timed = {(record["model"], record["form"]): record for record in records if record["batch"] == size}
+    lines = [f"| batch of {size} | parameters | multiply-adds | {' | '.join(FORMS)} |", f"| {' | '.join(['---'] * (3 + len(FORMS)))} |"]
+    for model in MODELS:
+        own = timed[model, REFERENCE[1]]
+        part = {form: "" if model == "teacher" else f" ({timed[model, form]['over_teacher_of_macs']:.0%})" for form in FORMS}
+        cells = [f"{timed[model, form]['median_ms']:.0f} ms, {timed[model, form]['speedup']:.1f}×{part[form]}" for form in FORMS]
+        lines.append(f"| {model} | {own['parameters'] / 1e6:.0f} M | {own['macs'] / 1e9:.1f} G | {' | '.join(cells)} |")
+    where = f"{own['processor']}, {own['threads']} threads, torch {own['torch']}, ONNX Runtime {own['onnxruntime']}, on {own['date']}"
+    return "\n".join([*lines, "", f"Measured on {where}. The same figures, and those of one image: [{name.name}](../{name.as_posix()})."])
+
+
 def surroundings(threads: int) -> dict[str, Any]:
     """What the figures hold for."""
     import onnxruntime
@@ -207,10 +230,12 @@ def main() -> int:
         print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
         return error.exit_code
     about = surroundings(threads)
-    path = ROOT / csv_of("latency", about["processor"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, as_csv(rows(options.work, seconds, about)))
-    print(path)
+    name = csv_of("latency", about["processor"])
+    records = rows(options.work, seconds, about)
+    (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(ROOT / name, as_csv(records))
+    write_atomic(PAGE, with_block(PAGE.read_text("utf-8"), "latency", table(records, name)).encode())
+    print(ROOT / name)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Publish the ablation: a table with verdicts and two plots of the rows that lie in the CSVs. Nothing is measured or typed here.
+"""Publish the ablation: tables with verdicts and two plots of the rows that lie in the CSVs. Nothing is measured or typed here.
 
 python benchmarks/publish_ablation.py
 """
@@ -92,6 +92,26 @@ def block(found: list[Group], name: Path) -> str:
     return "\n".join(parts)
 
 
+def summary(found: list[Group]) -> str:
+    """The block of the README: the main arms, the mean accuracy of their seeds in percent of the teacher's, and the verdict."""
+    cases = sorted({(group.task, group.sparsity) for group in found if group.arm in MAIN and len(group.lines) > 1})
+    by_name = {(group.arm, group.task, group.sparsity): group for group in found}
+    head = [f"{task}, sparsity {sparsity:g}" for task, sparsity in cases]
+    out = [f"| of the teacher's accuracy | {' | '.join(head)} |", "| --- " * (len(cases) + 1) + "|"]
+    methods = [by_name.get((METHOD, *case)) for case in cases]
+    sizes = [f"{100 * mean(group.of('parameters_of_teacher')):.1f} %" if group else "–" for group in methods]
+    out.append(f"| parameters, of the teacher's | {' | '.join(sizes)} |")
+    for arm in MAIN:
+        cells = []
+        for case, method in zip(cases, methods, strict=True):
+            group = by_name.get((arm, *case))
+            share = f"{100 * mean(group.of('accuracy_of_teacher')):.1f} % ({len(group.lines)})" if group else "–"
+            compared = group and method and arm != METHOD
+            cells.append(f"{share} {verdict(method, group)}" if compared else share)
+        out.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path) -> None:
     """Accuracy over what is left of the teacher: its parameters in percent, or its latency at batch 8 in percent. A panel a task.
 
@@ -135,7 +155,7 @@ def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path)
 
 
 def publish(root: Path = ROOT) -> list[Path]:
-    """Write the page's block and the plots below `root` from the CSVs there; the files written.
+    """Write the blocks of the page and the README and the plots below `root` from the CSVs there; the files written.
 
     Raises:
         BadInput: no CSV or more than one (which machine's is published?), or a page without the two markers.
@@ -149,8 +169,10 @@ def publish(root: Path = ROOT) -> list[Path]:
     page = with_block((root / PAGE).read_text("utf-8"), "ablation", block(found, RESULTS / tables[0].name))
     for what, path in PICTURES.items():
         plot(found, timed, what, root / path)
-    write_atomic(root / PAGE, page.encode())
-    return [root / PAGE, *(root / path for path in PICTURES.values())]
+    readme = with_block((root / "README.md").read_text("utf-8"), "ablation", summary(found))
+    for path, text in ((PAGE, page), (Path("README.md"), readme)):
+        write_atomic(root / path, text.encode())
+    return [root / PAGE, root / "README.md", *(root / path for path in PICTURES.values())]
 
 
 def main() -> int:

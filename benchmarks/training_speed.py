@@ -1,9 +1,9 @@
 """Where the time of a training step goes, before and after a change of the code.
 
-python benchmarks/training_speed.py [--code LABEL=FOLDER ...] [--threads 1] [--out FILE.csv]
+python benchmarks/training_speed.py [--code LABEL=FOLDER ...] [--size NAME] [--stage NAME] [--threads 1]
 
-Every (size, stage) is measured in fresh processes, with the given versions of the code in alternation. A version is a checkout of this
-project; by default this one alone, called `after`.
+Every (size, stage) is measured in fresh processes, one for each version of the code, which take turns step by step. A version is a checkout
+of this project; by default this one alone, called `after`. Rows of the CSV that are measured again are replaced.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from published import ROOT, as_csv, csv_of, rows_of
+
+from efficientvlm.bench import processor
+from efficientvlm.files import write_atomic
+
 QUICKSTART, WIDE = "quickstart", "width-768"
 DISTILL, PRUNE, CACHED = "distill", "prune", "prune, cached teacher"
 MATRIX = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "mkldnn_linear")
@@ -27,9 +32,12 @@ NORMS = ("softmax", "layer_norm", "norm")
 MOVES = ("copy", "cat", "index", "gather", "clone", "scatter", "embedding", "stack", "select_backward", "slice_backward", "fill", "zero")
 UPDATE = ("fused_adam", "foreach")
 BATCH = {QUICKSTART: 32, WIDE: 4}
-ROUNDS = {QUICKSTART: 20, WIDE: 4}
-WARMUP = 3
-CYCLE = 2  # batches that are read again and again, so that the teacher has seen them
+ROUNDS = {QUICKSTART: 20, WIDE: 3}
+PROFILED = {QUICKSTART: 5, WIDE: 1}
+WARMUP = 2  # and as many batches of a cached teacher
+SIZES, STAGES = (QUICKSTART, WIDE), (DISTILL, PRUNE, CACHED)
+PHASES = ("data_ms", "teacher_ms", "student_forward_ms", "backward_ms", "optimizer_ms", "total_ms")
+KINDS = ("matrix", "norm", "elementwise", "moves", "optimizer", "python")
 
 
 def kind_of(op: str) -> str:
@@ -51,6 +59,7 @@ def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     import torch
 
     from efficientvlm import recipe
+    from efficientvlm.config import TaskWeights
     from efficientvlm.planning.measure import ready
     from efficientvlm.planning.parts import Run
     from efficientvlm.stages.answering import open_task
@@ -60,17 +69,15 @@ def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     wanted = "distilled" if general else "pruned"
     (step,) = (step for step in recipe.validate(recipe.load_recipe("quickstart"), []) if step.name == wanted)
     changes: dict[str, Any] = {"batch_size": BATCH[size]}
-    changes |= {"cache_teacher": True, "weights": logits_only(step.config.weights)} if stage == CACHED else {}
+    if stage == CACHED:
+        logits = {name: float(name == "logits") for name in TaskWeights.model_fields}
+        changes |= {"cache_teacher": True, "augment": "none", "weights": TaskWeights(**logits)}
     changes |= {"limit": 256} if size == WIDE else {}
-    config = step.config.model_copy(update=changes)
+    config: Any = step.config.model_copy(update=changes)
     student, teacher, new = networks(size, general)
     side = student.sizes.image_size
     source = open_split(config, "train", side) if general else open_task(config, "train", side)
     return *ready(Run(config, student, teacher, {"train": source}, new), torch.device("cpu")), config
-
-
-def logits_only(weights: Any) -> Any:
-    return type(weights)(**{name: float(name == "logits") for name in type(weights).model_fields})
 
 
 def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
@@ -91,7 +98,8 @@ def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
         with torch.device("meta"):
             teacher = family.with_decoder(teacher, config.fusion_layers) if size == WIDE else tuned.model
             student, new = family.for_vqa(student, teacher, "auto")
-    return (*(Loaded(base.path, family, model, base.tokenizer, base.manifest) for model in (student, teacher)), new)
+    ours, theirs = (Loaded(base.path, family, model, base.tokenizer, base.manifest) for model in (student, teacher))
+    return ours, theirs, new
 
 
 class Stepper:
@@ -104,7 +112,7 @@ class Stepper:
         torch.manual_seed(0)
         self.objective, self.optimizers, self.feed, self.config = prepare(size, stage)
         self.objective.train()
-        self.number, self.cycle = 0, CYCLE if stage == CACHED else 1 << 30
+        self.number, self.cycle = 0, WARMUP if stage == CACHED else 1 << 30
 
     def step(self) -> dict[str, float]:
         """Milliseconds by phase, and the images and texts of the batch."""
@@ -123,24 +131,25 @@ class Stepper:
         marks.append(time.perf_counter())
         update(self.optimizers, 1e-6, self.config.clip, number)
         marks.append(time.perf_counter())
-        data, forward, backward, optimizer = (1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+        data, forward, backward, optimizer = (1e3 * (b - a) for a, b in pairwise(marks))
         texts = len(batch["question_ids" if "question_ids" in batch else "text_ids"])
-        return {
-            "data_ms": data,
-            "teacher_ms": teacher,
-            "student_forward_ms": forward - teacher,
-            "backward_ms": backward,
-            "optimizer_ms": optimizer,
-            "total_ms": 1e3 * (marks[-1] - marks[0]),
-            "images": len(batch["pixels"]),
-            "texts": texts,
-        }
+        phases = (data, teacher, forward - teacher, backward, optimizer, 1e3 * (marks[-1] - marks[0]))
+        return {**dict(zip(PHASES, phases, strict=True)), "images": len(batch["pixels"]), "texts": texts}
+
+    def about(self) -> dict[str, str]:
+        """What was measured, and on what."""
+        import torch
+
+        from efficientvlm.manifest import code
+
+        made = code()
+        return {"commit": (made.commit or made.version)[:12] + "+" * bool(made.dirty), "torch": torch.__version__, "processor": processor()}
 
     def profile(self) -> dict[str, float]:
         """Milliseconds of one step by kind of work; what no operator does itself is Python's, dispatch's and autograd's."""
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as made:
+        with profile(activities=[ProfilerActivity.CPU]) as made:
             began = time.perf_counter()
             self.step()
             whole = 1e3 * (time.perf_counter() - began)
@@ -148,8 +157,6 @@ class Stepper:
         for event in made.key_averages():
             kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e3
         kinds["python"] = whole - sum(value for name, value in kinds.items() if name != "python")
-        if "EVLM_OPS" in os.environ:
-            print(made.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", max_name_column_width=40, row_limit=60), file=sys.stderr)
         return kinds
 
 
@@ -170,11 +177,11 @@ class Worker:
         command = [sys.executable, __file__, "--serve", size, stage, "--threads", str(threads)]
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, what: str) -> dict[str, float]:
+    def ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        answer: dict[str, float] = json.loads(self.process.stdout.readline())
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 
     def close(self) -> None:
@@ -184,38 +191,87 @@ class Worker:
 def compare(codes: dict[str, Path], size: str, stage: str, threads: int) -> dict[str, dict[str, Any]]:
     """What a step takes in each version of the code, in medians; they take turns step by step."""
     workers = {label: Worker(code, size, stage, threads) for label, code in codes.items()}
-    taken: dict[str, list[dict[str, float]]] = {label: [] for label in workers}
+    taken: dict[str, list[dict[str, Any]]] = {label: [] for label in workers}
     for number in range(-WARMUP, ROUNDS[size]):
         for label in sorted(workers, reverse=bool(number % 2)):
             step = workers[label].ask("step")
             if number >= 0:
                 taken[label].append(step)
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, list[dict[str, float]]] = {label: [] for label in workers}
+    for _ in range(PROFILED[size]):
+        for label, worker in workers.items():
+            kinds[label].append(worker.ask("profile"))
     first = taken[next(iter(codes))]
     for label, worker in workers.items():
         middle = {name: median(step[name] for step in taken[label]) for name in taken[label][0]}
         speedup = median(a["total_ms"] / b["total_ms"] for a, b in zip(first, taken[label], strict=True))
-        result[label] = {**middle, "speedup": speedup, "kinds": worker.ask("profile")}
+        result[label] = {
+            **middle,
+            "speedup": speedup,
+            "kinds": {kind: median(one.get(kind, 0.0) for one in kinds[label]) for kind in KINDS},
+            "about": worker.ask("about"),
+        }
         worker.close()
     return result
 
 
+def rows(found: dict[str, dict[str, Any]], size: str, stage: str, threads: int) -> list[dict[str, Any]]:
+    """One record a version of the code; the kinds of work are per cent of a profiled step."""
+    records = []
+    for label, one in found.items():
+        whole, second = sum(one["kinds"].values()), one["total_ms"] / 1e3
+        records.append(
+            {
+                "size": size,
+                "stage": stage,
+                "code": label,
+                **{name: one[name] for name in PHASES},
+                "speedup": one["speedup"],
+                "images": int(one["images"]),
+                "texts": int(one["texts"]),
+                "images_per_s": one["images"] / second,
+                "texts_per_s": one["texts"] / second,
+                **{f"{kind}_percent": 100 * one["kinds"].get(kind, 0.0) / whole for kind in KINDS},
+                "threads": threads,
+                **one["about"],
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            }
+        )
+    return records
+
+
+def keep(path: Path, records: list[dict[str, Any]]) -> None:
+    """Put `records` into the CSV in place of those of the same size, stage and threads."""
+    key = ("size", "stage", "threads")
+    new = {tuple(str(record[name]) for name in key) for record in records}
+    old: list[dict[str, Any]] = [row for row in rows_of(path) if tuple(row[name] for name in key) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, as_csv(sorted([*old, *records], key=lambda row: (int(row["threads"]), SIZES.index(row["size"]), row["stage"]))))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--code", action="append", metavar="LABEL=FOLDER", help="a checkout to measure, the first one is the reference")
-    parser.add_argument("--size", choices=(QUICKSTART, WIDE), action="append", help="both by default")
-    parser.add_argument("--stage", choices=(DISTILL, PRUNE, CACHED), action="append", help="all by default")
+    parser.add_argument("--code", action="append", metavar="LABEL=FOLDER", help="a checkout to measure; the first one is the reference")
+    parser.add_argument("--size", choices=SIZES, action="append", help="both by default")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="all by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(*options.serve, options.threads)
+        size, stage = options.serve
+        serve(size, stage, options.threads)
         return 0
     codes = {label: Path(folder).resolve() for label, _, folder in (text.partition("=") for text in options.code or [f"after={ROOT}"])}
-    for size in options.size or (QUICKSTART, WIDE):
-        for stage in options.stage or (DISTILL, PRUNE, CACHED):
-            for label, found in compare(codes, size, stage, options.threads).items():
-                print(size, stage, label, json.dumps(found), flush=True)
+    path = ROOT / csv_of("training_speed", processor())
+    for size in options.size or SIZES:
+        for stage in options.stage or STAGES:
+            records = rows(compare(codes, size, stage, options.threads), size, stage, options.threads)
+            keep(path, records)
+            for row in records:
+                said = f"{row['total_ms']:.0f} ms, {row['images_per_s']:.1f} images/s, {row['matrix_percent']:.0f} % matrix products"
+                print(f"{size} {stage} {row['code']}: {said}, {row['speedup']:.2f}x", file=sys.stderr, flush=True)
+    print(path)
     return 0
 
 

@@ -34,6 +34,10 @@ Kd = Annotated[float | None, typer.Option("--kd", help="Weight of the distillati
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Softens the logits that are compared.", rich_help_panel=KNOWLEDGE)
 ]
+CacheTeacher = Annotated[
+    bool | None,
+    typer.Option("--cache-teacher/--no-cache-teacher", help="Run the teacher once a sample; memory for time.", rich_help_panel=KNOWLEDGE),
+]
 
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the images.", rich_help_panel=TRAINING)]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Length in steps, instead of --epochs.", rich_help_panel=TRAINING)]

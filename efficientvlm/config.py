@@ -91,6 +91,14 @@ class ImportConfig(Stage):
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
 
 
+def _new_every_time(given: dict[str, Any], weights: str, kept: str) -> list[str]:
+    """Settings that a teacher needs whose outputs are to be kept: of all terms only `kept` has a weight, and pictures do not change."""
+    streamed = str(given.get("data", "")).startswith("stream:")
+    terms = [name for name, weight in given.get(weights, ()) if weight and name != kept]
+    wrong = ["data is no stream"] * streamed + ["augment=none"] * (given.get("augment", "none") != "none")
+    return wrong + [f"{weights}.{name}=0" for name in terms]
+
+
 class Pretrain(Stage, Data, Train):
     """Image-text pre-training without a teacher."""
 
@@ -125,6 +133,15 @@ class Distill(Pretrain):
     scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
     weights: DistillWeights = Field(default_factory=DistillWeights)
     quirks: Quirks = Field(default_factory=Quirks)
+    cache_teacher: bool = Field(False, description="run the teacher once a sample and keep what it says in memory; for itc_logits alone")
+
+    @field_validator("cache_teacher")
+    @classmethod
+    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
+        regions = "box" in info.data.get("losses", ()) and info.data.get("region_probability")
+        if cache and (wrong := [*_new_every_time(info.data, "weights", "itc_logits"), *(["region_probability=0"] if regions else [])]):
+            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
+        return cache
 
 
 class TaskWeights(Strict):
@@ -184,6 +201,23 @@ class TaskStage(Stage, Data, Train):
     min_answer_count: int = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
     rank_top: int = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
+    cache_teacher: bool = Field(
+        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
+    )
+
+    @field_validator("cache_teacher")
+    @classmethod
+    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
+        if cache and not info.data.get("teacher"):
+            raise ValueError("there is no teacher")
+        if info.data.get("task") == "retrieval":
+            wrong = _new_every_time(info.data, "retrieval_weights", "itc_logits")
+        else:
+            wrong = _new_every_time(info.data, "weights", "logits")
+            wrong += ["quirks.unmasked_padding=false"] if "quirks" in info.data and info.data["quirks"].unmasked_padding else []
+        if cache and wrong:
+            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
+        return cache
 
     @field_validator(*QUESTIONS_ONLY, "retrieval_weights")
     @classmethod

@@ -22,7 +22,8 @@ def line(arm: str, accuracy: float, seed: int = 0, sparsity: float = 0.6, task: 
 def project(tmp_path: Path, lines: list[dict[str, Any]]) -> Path:
     published = script("benchmarks/published.py")
     (tmp_path / "docs").mkdir()
-    (tmp_path / PAGE).write_text((ROOT / PAGE).read_text("utf-8"))
+    for page in (PAGE, "README.md"):
+        (tmp_path / page).write_text((ROOT / page).read_text("utf-8"))
     for record in lines:
         published.append(tmp_path / "benchmarks/results/vqa_ablation_some-cpu.csv", record)
     timed = {"batch": 8, "speedup": 4.0}
@@ -67,7 +68,9 @@ def test_tables_and_plots_are_made_from_the_rows(tmp_path: Path) -> None:
     assert "| scratch | 60.0 % | 25.0 % | 90.05 | 90.00 to 90.10 (2) | 90.2 % | worse |" in page
     assert "| taylor | 60.0 % | 25.0 % | 99.10 | one seed | 99.3 % | tie |" in page
     assert page.index("| method | 40.0 %") < page.index("| method | 60.0 %") < page.index("### shapes")
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:]) and len(written) == 3
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[2:]) and len(written) == 4
+    summary = script("benchmarks/published.py").block_of((root / "README.md").read_text("utf-8"), "ablation")
+    assert "| scratch | 90.2 % (2) worse | 90.2 % (2) worse |" in summary and "99.2 % (2) |" in summary
 
 
 def test_one_csv_is_published_and_the_page_needs_its_markers(tmp_path: Path) -> None:
@@ -85,6 +88,7 @@ def test_the_page_shows_what_the_csv_says() -> None:
     (name,) = (path for path in (ROOT / published.RESULTS).glob("vqa_ablation_*.csv") if "latency" not in path.name)
     found = ablation.groups(published.rows_of(name))
     assert published.block_of((ROOT / PAGE).read_text("utf-8"), "ablation").strip() == ablation.block(found, published.RESULTS / name.name)
+    assert published.block_of((ROOT / "README.md").read_text("utf-8"), "ablation").strip() == ablation.summary(found)
     assert all((ROOT / path).is_file() for path in ablation.PICTURES.values())
     sparsities = [(float(line["sparsity"]), float(line["achieved_sparsity"]), line["arm"]) for group in found for line in group.lines]
     assert all(abs(wanted - got) <= 0.005 for wanted, got, arm in sparsities if arm != "quirks")

@@ -353,6 +353,17 @@ def test_an_axis_that_the_code_turns_into_a_number_is_found(tmp_path: Path) -> N
         onnx_files.write(graph._replace(module=Fixed()), tmp_path / "graph.onnx")
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_attention_without_a_mask_is_one_operator_unless_standard_onnx_is_wanted(fuse: bool, tmp_path: Path) -> None:
+    family, model, _ = build("clip")
+    graph = next(graph for graph in family.graphs(model) if graph.name == "image")
+    onnx_files.write(graph, tmp_path / "image.onnx", fuse=fuse)
+    nodes = onnx.load(tmp_path / "image.onnx").graph.node
+    assert [node.domain for node in nodes if node.op_type == "MultiHeadAttention"] == ["com.microsoft"] * 2 * fuse
+    assert {node.domain for node in nodes} == ({"", "com.microsoft"} if fuse else {""})
+    assert onnx_files.difference(graph, open_session(tmp_path / "image.onnx")) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "nothing left"])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])

@@ -35,6 +35,7 @@ from efficientvlm.tasks.retrieval import Gallery, drawn_pairs, evaluate
 
 XVLM = families.get("xvlm")
 QUIET = Control(quiet=True)
+MATCHING = {"itm_accuracy", "itm_preferred"}
 METRICS = {f"{way}_r{top}" for way in ("image_to_text", "text_to_image") for top in (1, 5, 10)} | {"mean_recall"}
 
 
@@ -128,11 +129,13 @@ def test_matching_is_measured_on_as_many_wrong_pairs_as_right_ones() -> None:
     pairs = [drawn_pairs(found, at, seed=3) for at in range(13)]
     assert all(pair and pair[0] in own and pair[1] not in own for pair, own in zip(pairs, found.own, strict=True))
     assert pairs == [drawn_pairs(found, at, seed=3) for at in range(13)] != [drawn_pairs(found, at, seed=4) for at in range(13)]
-    right = 0
+    right = preferred = 0
     for at, pair in enumerate(pairs):
         scores = [-float(found.image[at] @ found.text[caption]) for caption in pair or ()]
         right += (scores[0] > 0) + (scores[1] <= 0)
-    assert evaluate(Matcher(), None, found, batch_size=4, seed=3)["itm_accuracy"] == pytest.approx(right / 26)
+        preferred += scores[0] > scores[1]
+    result = evaluate(Matcher(), None, found, batch_size=4, seed=3)
+    assert result["itm_accuracy"] == pytest.approx(right / 26) and result["itm_preferred"] == pytest.approx(preferred / 13)
     found.own = [[0, 1]] * 13
     found.said = found.said % 2
     assert "itm_accuracy" not in evaluate(Matcher(), None, found, batch_size=4), "nothing is known to be unmatched"
@@ -145,7 +148,7 @@ def test_a_batch_does_not_change_the_result(pairs: Path) -> None:
     assert results[0] == results[1] and results[0].keys() == {
         "images",
         "captions",
-        "itm_accuracy",
+        *MATCHING,
         *METRICS,
         *(f"reranked_{m}" for m in METRICS),
     }
@@ -160,7 +163,7 @@ def test_a_batch_does_not_change_the_result(pairs: Path) -> None:
     torch.testing.assert_close(one.text, other.text, rtol=1e-5, atol=1e-5)
     assert len(one.text) == len({caption for item in batches[0][2] for caption in item}) and one.own == other.own
     torch.testing.assert_close(one.image.norm(dim=1), torch.ones(11))
-    for metric in METRICS | {"itm_accuracy"}:
+    for metric in METRICS | MATCHING:
         assert results[0][metric] == pytest.approx(results[2][metric], abs=1e-5)
 
 
@@ -170,7 +173,7 @@ def test_a_tuned_model_keeps_the_heads_of_retrieval_and_counts_no_others(pairs: 
     assert model.config.heads == ["itc", "itm"] and load(str(pairs / "teacher")).tasks >= {"retrieval"}
     left = sum(p.numel() for name, p in source.named_parameters() if name.startswith(("mlm_head.", "box_head.")))
     assert after.accounting["parameters"]["total"] == before.accounting["parameters"]["total"] - left > 0
-    assert after.metrics["val"].keys() == {"images", "captions", "itm_accuracy", *METRICS}
+    assert after.metrics["val"].keys() == {"images", "captions", *MATCHING, *METRICS}
     assert after.metrics["train"].keys() == {"loss", "itc", "itm"}
     assert after.metrics["train"]["loss"] == pytest.approx(after.metrics["train"]["itc"] + after.metrics["train"]["itm"], rel=1e-4)
 

@@ -41,10 +41,10 @@ def _plain(
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """[B, H, T, D] attends to [B, H, S, D]: [B, H, T, D]. The operator takes [B, T, H·D]; the transpositions cancel with those around."""
+    """As torch's, of [B, H, T, D]. The operator takes and gives [B, T, H·D]: its transpositions cancel with those around it."""
     heads, width = query.shape[1], query.shape[3]
     packed = [tensor.transpose(1, 2).flatten(2) for tensor in (query, key, value)]
     settings = {"num_heads": int(heads), "scale": 1 / math.sqrt(width) if scale is None else float(scale)}
-    shape = packed[0].shape
+    shape = (*packed[0].shape[:2], packed[2].shape[2])
     out: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{OPERATOR}", packed, settings, dtype=query.dtype, shape=shape, version=1)
-    return out.unflatten(-1, (heads, width)).transpose(1, 2)
+    return out.unflatten(-1, (heads, value.shape[3])).transpose(1, 2)

@@ -6,6 +6,7 @@ gate multiplies it. Shrinking, gates, accounting, surgery and reports are writte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from efficientvlm.errors import BadInput
 
 HEAD, CROSS_HEAD, NEURON = "head", "cross_head", "neuron"
 KINDS = (HEAD, CROSS_HEAD, NEURON)
+LAYER = re.compile(r"(?<=attention)\.\d+$")
 
 
 class Site(NamedTuple):
@@ -231,14 +233,17 @@ class Family(Protocol):
 
 
 def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
-    """What `wanted` asks of `tower`, in any pass: hidden, self_attention, cross_attention."""
+    """What `wanted` asks of `tower`, in any pass: hidden, self_attention, cross_attention, or one layer's as `self_attention.3`."""
     return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
 
 
 def check_taps(family: Family, want: Iterable[str]) -> frozenset[str]:
-    """`want` as a set, or :class:`BadInput` naming the taps that this family does not have."""
+    """`want` as a set, or :class:`BadInput` naming the taps that this family does not have.
+
+    A map is asked for by its tap, of all layers, or by layer: `vision.self_attention.3`.
+    """
     wanted = frozenset(want)
-    unknown = sorted(tap for tap in wanted if tap.partition("@")[0] not in family.taps)
+    unknown = sorted(tap for tap in wanted if LAYER.sub("", tap.partition("@")[0]) not in family.taps)
     if unknown:
         raise BadInput(
             f"no such tap: {', '.join(unknown)}", f"family {family.name} has {', '.join(sorted(family.taps))}", "use one of these"

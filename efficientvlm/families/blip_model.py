@@ -37,6 +37,7 @@ from efficientvlm.families.blocks import (
     attend,
     no_maps,
     normalise,
+    take,
 )
 
 Maps = list[Tensor] | None
@@ -110,7 +111,7 @@ class TextHeads(BlipTextSelfAttention):
         if kv is None:
             no_maps(hidden_states, context.mask, maps)
             return hidden_states, None
-        k, v = kv if context.rows is None else (kv[0].index_select(0, context.rows), kv[1].index_select(0, context.rows))
+        k, v = kv if context.rows is None else (take(kv[0], context.rows), take(kv[1], context.rows))
         dropout = self.dropout.p if self.training else 0.0
         return attend(self._split(self.query(hidden_states)), k, v, context.mask, dropout, maps).transpose(1, 2).flatten(2), None
 
@@ -225,11 +226,10 @@ def see(model: Any, pixels: Tensor, keep: frozenset[str]) -> Encoded:
     x = normalise(pixels, model.config.image_mean, model.config.image_std, vision.post_layernorm.weight.dtype)
     x = vision.embeddings(x)
     out = Encoded(x)
-    maps = out.self_attention if SELF_ATTENTION in keep else None
-    for layer in vision.encoder.layers:
+    for i, layer in enumerate(vision.encoder.layers):
         if HIDDEN in keep:
             out.hidden.append(x)
-        x = x + layer.self_attn(layer.layer_norm1(x), fused=True, maps=maps)[0]
+        x = x + layer.self_attn(layer.layer_norm1(x), fused=True, maps=out.maps(SELF_ATTENTION, keep, i))[0]
         x = x + layer.mlp(layer.layer_norm2(x))
     if HIDDEN in keep:
         out.hidden.append(x)
@@ -252,13 +252,13 @@ def read(
     """
     x = bert.embeddings(ids, past_key_values_length=cache.length if cache else 0)
     out = Encoded(x)
-    own_maps, cross_maps = (getattr(out, kind) if kind in keep else None for kind in (SELF_ATTENTION, CROSS_ATTENTION))
     for i, layer in enumerate(bert.encoder.layer):
         if HIDDEN in keep:
             out.hidden.append(x)
         kv = layer.attention.self.project(x)
         if cache is not None:
             kv = cache.extend(i, kv)
+        own_maps, cross_maps = (out.maps(kind, keep, i) for kind in (SELF_ATTENTION, CROSS_ATTENTION))
         x = layer.attention.output(layer.attention.self(x, context=Context([kv], mask), maps=own_maps)[0], x)
         if seen is not None:
             one = Context([seen.kv[i]], seen.mask, seen.rows)

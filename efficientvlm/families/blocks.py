@@ -23,7 +23,8 @@ PADDING = 1.25  # slots a row: beyond this, copying keys and values costs less
 class Encoded:
     """States of one pass and what was asked to be kept.
 
-    `hidden[i]` is the input of layer i (the last is the output), [B, T, W]; maps are softmax probabilities before dropout, [B, H, T, S].
+    `hidden[i]` is the input of layer i (the last is the output), [B, T, W]; maps are softmax probabilities before dropout, [B, H, T, S], or
+    an empty tensor for a layer of which none is wanted.
     """
 
     states: Tensor
@@ -31,12 +32,22 @@ class Encoded:
     self_attention: list[Tensor] = field(default_factory=list)
     cross_attention: list[Tensor] = field(default_factory=list)
 
+    def maps(self, kind: str, keep: frozenset[str], layer: int) -> list[Tensor] | None:
+        """Where `layer` puts its maps of `kind`: nowhere unless `keep` has `kind` (of all layers) or `kind.layer`."""
+        found: list[Tensor] = getattr(self, kind)
+        if kind in keep or f"{kind}.{layer}" in keep:
+            return found
+        if any(wanted.startswith(kind) for wanted in keep):
+            found.append(self.states.new_empty(0))
+        return None
+
     def spread(self, rows: Tensor) -> Encoded:
         """Row `rows[i]` of everything as row i."""
         kept = (
-            [tensor.index_select(0, rows) for tensor in tensors] for tensors in (self.hidden, self.self_attention, self.cross_attention)
+            [take(tensor, rows) if len(tensor) else tensor for tensor in tensors]
+            for tensors in (self.hidden, self.self_attention, self.cross_attention)
         )
-        return Encoded(self.states.index_select(0, rows), *kept)
+        return Encoded(take(self.states, rows), *kept)
 
 
 class Bias(nn.Module):
@@ -63,6 +74,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     probabilities = scores.softmax(-1)
     maps.append(probabilities)
     return (F.dropout(probabilities, dropout) if dropout else probabilities) @ v
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_add_(0, rows, grad.contiguous()), None
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Row `rows[i]` of `x` as row i; its gradient is added up by whole rows, where `index_select` scatters number by number."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Take.apply(x, rows)
+    return x.index_select(0, rows)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -186,5 +217,5 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
 
 def tap(record: Record, tower: str, out: Encoded, keep: frozenset[str]) -> None:
     """Put what `out` kept into `record` as `tower.kind`."""
-    for kind in keep:
+    for kind in {name.partition(".")[0] for name in keep}:
         record[f"{tower}.{kind}"] = getattr(out, kind)

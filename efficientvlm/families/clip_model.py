@@ -214,10 +214,10 @@ class Sliced:
 def run(layers: Iterable[Any], x: Tensor, mask: Tensor | None, keep: frozenset[str]) -> Encoded:
     """States through the layers of a tower; `mask` is True where attention may go."""
     out = Encoded(x)
-    for layer in layers:
+    for i, layer in enumerate(layers):
         if HIDDEN in keep:
             out.hidden.append(x)
-        x = layer(x, mask, maps=out.self_attention if SELF_ATTENTION in keep else None)
+        x = layer(x, mask, maps=out.maps(SELF_ATTENTION, keep, i))
     if HIDDEN in keep:
         out.hidden.append(x)
     out.states = x

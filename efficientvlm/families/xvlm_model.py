@@ -26,6 +26,7 @@ from efficientvlm.families.blocks import (
     no_maps,
     normalise,
     quick_gelu,
+    take,
 )
 from efficientvlm.families.xvlm_config import XVLMConfig
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         q, dropout = self.q(x), self.dropout if self.training else 0.0
         if sharing is not None:
             return self.out(sharing.apart(self._share(q, kv, mask, dropout, maps, sharing)))
-        k, v = kv if rows is None else (kv[0].index_select(0, rows), kv[1].index_select(0, rows))
+        k, v = kv if rows is None else (take(kv[0], rows), take(kv[1], rows))
         return self.out(attend(self._split(q), k, v, mask, dropout, maps).transpose(1, 2).flatten(2))
 
     def _share(self, q: Tensor, kv: KeyValue, mask: Tensor | None, dropout: float, maps: list[Tensor] | None, sharing: Sharing) -> Tensor:
@@ -179,7 +180,7 @@ class Vision(nn.Module):
             if HIDDEN in keep:
                 out.hidden.append(x)
             if depth < len(self.layers):
-                x = self.layers[depth](x, mask, out.self_attention if SELF_ATTENTION in keep else None)
+                x = self.layers[depth](x, mask, out.maps(SELF_ATTENTION, keep, depth))
         out.states = self.post_norm(x)
         return out
 
@@ -222,11 +223,10 @@ class Stack(nn.Module):
         self, x: Tensor, mask: Tensor | None, context: Context | None = None, cache: Cache | None = None, keep: frozenset[str] = frozenset()
     ) -> Encoded:
         out = Encoded(x)
-        maps = (out.self_attention if SELF_ATTENTION in keep else None, out.cross_attention if CROSS_ATTENTION in keep else None)
         for i, layer in enumerate(self.layers):
             if HIDDEN in keep:
                 out.hidden.append(x)
-            x = layer(x, mask, context, i, cache, maps)
+            x = layer(x, mask, context, i, cache, (out.maps(SELF_ATTENTION, keep, i), out.maps(CROSS_ATTENTION, keep, i)))
         if HIDDEN in keep:
             out.hidden.append(x)
         out.states = x

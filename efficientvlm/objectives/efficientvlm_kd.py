@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from efficientvlm.config import DistillWeights, Quirks, RetrievalWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
-from efficientvlm.objectives.mapping import TowerMap, tower_maps
-from efficientvlm.objectives.pretraining import Pretraining, even_texts
+from efficientvlm.objectives.mapping import TowerMap, of_teacher, tower_maps
+from efficientvlm.objectives.pretraining import Negatives, Pretraining, even_texts
+from efficientvlm.objectives.teacher_cache import CachedFeatures
 from efficientvlm.stopwatch import TEACHER
 
 Weights = DistillWeights | RetrievalWeights
@@ -21,16 +22,29 @@ class Distillation(nn.Module):
     """L = (1 - kd) * L_hard + kd * L_KD (EfficientVLM: kd = 0.4).
 
     The student draws the hard negatives and the teacher sees the same ones; padding is left out of every term. `quirks` restores what the
-    published release does instead. The teacher is kept in evaluation mode, outside the module's parameters.
+    published release does instead. The teacher is kept in evaluation mode, outside the module's parameters. With `cache_teacher`, for which
+    `itc_logits` is the only term that may have a weight and batches have no regions, it sees a picture and a caption once.
     """
 
-    def __init__(self, hard: Pretraining, teacher: nn.Module, *, kd: float, weights: Weights, quirks: Quirks, **temperature: Any) -> None:
+    def __init__(
+        self,
+        hard: Pretraining,
+        teacher: nn.Module,
+        *,
+        kd: float,
+        weights: Weights,
+        quirks: Quirks,
+        cache_teacher: bool = False,
+        **temperature: Any,
+    ) -> None:
         super().__init__()
         self.hard, self.kd, self.weights, self.quirks, self.temperature = hard, kd, weights, quirks, temperature
         self._teacher = (teacher.eval().requires_grad_(False),)
         family = hard.family
         self.maps = tower_maps(family, hard.model.config, teacher.config)
+        self.cached = CachedFeatures(family, teacher) if cache_teacher else None
         self.want, self.runs = wanted(weights), hard.losses & compared(weights)
+        self.compared = of_teacher(self.want, self.maps)
 
     @property
     def model(self) -> nn.Module:
@@ -44,11 +58,14 @@ class Distillation(nn.Module):
         losses, ours, negatives = self.hard.passes(self.hard.model, batch, step, self.want)
         shared = None if self.quirks.independent_negatives else negatives
         with torch.inference_mode(), TEACHER:
-            _, theirs, _ = self.hard.passes(self._teacher[0], batch, step, self.want, shared, "teacher negatives", self.runs)
+            theirs = self.cached(batch) if self.cached else self._taught(batch, step, shared)
         terms = kd_terms(ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         hard = sum(losses.values(), torch.zeros(()))
         kd = weighted(terms, self.weights)
         return {"loss": (1 - self.kd) * hard + self.kd * kd, **losses, "kd": kd}
+
+    def _taught(self, batch: dict[str, Any], step: int, negatives: Negatives | None) -> Record:
+        return self.hard.passes(self._teacher[0], batch, step, self.compared, negatives, "teacher negatives", self.runs)[1]
 
 
 def wanted(weights: Weights) -> frozenset[str]:

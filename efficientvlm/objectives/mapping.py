@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,18 @@ def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[st
         hidden, attention = layer_map(layers)
         maps[tower] = TowerMap(list(hidden.items()), list(attention.items()), heads)
     return maps
+
+
+def of_teacher(want: Iterable[str], maps: Mapping[str, TowerMap]) -> frozenset[str]:
+    """What of `want` the teacher has to record: maps only of layers that are compared, nothing of towers that are not."""
+    taps: set[str] = set()
+    for tap in want:
+        tower, _, kind = tap.partition(".")
+        if kind == "hidden" or tower not in maps:
+            taps |= {tap} if tower in maps else set()
+        else:
+            taps |= {f"{tap}.{layer}" for _, layer in maps[tower].attention}
+    return frozenset(taps)
 
 
 def _shared(ours: list[int], theirs: list[int]) -> tuple[list[int], list[int]]:

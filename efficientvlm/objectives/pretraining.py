@@ -13,7 +13,7 @@ from efficientvlm import ranks
 from efficientvlm.data.draw import seed_of
 from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record, check_taps, kinds_of
-from efficientvlm.families.blocks import Encoded
+from efficientvlm.families.blocks import Encoded, take
 
 Negatives = tuple[Tensor, Tensor]
 
@@ -108,7 +108,7 @@ class Pretraining(nn.Module):
         text_rows, image_rows = torch.cat([p[1] for p in plan]), torch.cat([p[2] for p in plan])
         context = model.fusion.context(images, None if visible is None else visible[image_rows], image_rows)
         masks = masks[text_rows]
-        fused = model.fuse(texts.index_select(0, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
+        fused = model.fuse(take(texts, text_rows), masks, context, keep=kinds_of(wanted, "fusion"))
 
         start = 0
         first = model.pooled(fused.states, masks)

@@ -12,7 +12,8 @@ from efficientvlm import ranks
 from efficientvlm.config import Quirks, TaskWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
-from efficientvlm.objectives.mapping import TowerMap, tower_maps
+from efficientvlm.objectives.mapping import TowerMap, of_teacher, tower_maps
+from efficientvlm.objectives.teacher_cache import CachedAnswers
 from efficientvlm.stopwatch import TEACHER
 from efficientvlm.tasks.vqa import answer_loss
 
@@ -21,7 +22,8 @@ class VQA(nn.Module):
     """L = (1 - kd) * CE + kd * L_KD on a question-answering batch (EfficientVLM: kd = 0.4); without a teacher, CE alone.
 
     Inputs of `forward`: a batch of `data.collate.vqa_batch`. Returns `task`, with a teacher `kd`, and their sum `loss`.
-    The teacher sees the same batch, is kept in evaluation mode, and is not part of the module's parameters.
+    The teacher sees the same batch, is kept in evaluation mode, and is not part of the module's parameters. With `cache_teacher`, for which
+    `logits` is the only term that may have a weight, it sees a sample once.
     """
 
     def __init__(
@@ -33,17 +35,20 @@ class VQA(nn.Module):
         kd: float,
         weights: TaskWeights,
         quirks: Quirks,
+        cache_teacher: bool = False,
         **temperature: Any,
     ) -> None:
         super().__init__()
         self.family, self.model, self.kd, self.weights, self.quirks = family, model, kd, weights, quirks
         self.temperature = temperature
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None and kd > 0 else ()
+        self._teacher: tuple[nn.Module, ...] = (teacher.eval().requires_grad_(False),) if teacher is not None and kd > 0 else ()
         self.maps = tower_maps(family, model.config, teacher.config) if teacher is not None else {}
         self.want = frozenset(tap for term, tap in family.vqa_terms.items() if getattr(weights, term)) if self._teacher else frozenset()
 
-        compared = {term.partition("_")[0] for term, weight in weights if weight}
-        self.unseen = frozenset() if compared & {"logits", "decoder"} else frozenset({"answer_ids"})
+        self.compared = of_teacher(self.want, self.maps)
+        self.cached = CachedAnswers(family, self._teacher[0]) if self._teacher and cache_teacher else None
+        decodes = any(weight for term, weight in weights if term == "logits" or term.startswith("decoder_"))
+        self.unseen = frozenset() if decodes else frozenset({"answer_ids"})
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         ours = self.family.forward(self.model, batch, self.want)
@@ -52,10 +57,14 @@ class VQA(nn.Module):
         if not self._teacher:
             return {"loss": task, "task": task}
         with torch.inference_mode(), TEACHER:
-            theirs = self.family.forward(self._teacher[0], {name: batch[name] for name in batch.keys() - self.unseen}, self.want)
+            theirs = self.cached(batch) if self.cached else self._taught(batch)
         terms = kd_terms(self.family.vqa_terms, ours, theirs, self.maps, batch, self.quirks, **self.temperature)
         kd = sum((getattr(self.weights, name) * term for name, term in terms.items()), torch.zeros(()))
         return {"loss": (1 - self.kd) * task + self.kd * kd, "task": task, "kd": kd}
+
+    def _taught(self, batch: dict[str, Any]) -> Record:
+        record: Record = self.family.forward(self._teacher[0], {name: batch[name] for name in batch.keys() - self.unseen}, self.compared)
+        return record
 
 
 def kd_terms(

@@ -112,7 +112,7 @@ def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tup
     hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
     if teacher is None or not isinstance(config, Distill):
         return hard, hard
-    kd = settings_of(config, "kd", "weights", "quirks", "temperature")
+    kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
     return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
 
 

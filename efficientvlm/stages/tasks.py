@@ -78,7 +78,7 @@ class Answering:
         student.model.config.answers, student.model.config.rank_top = answer_list(config, source), config.rank_top
 
     def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> VQA:
-        kd = settings_of(config, "kd", "weights", "quirks", "temperature")
+        kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
         return VQA(student.family, student.model, teacher.model if teacher else None, **kd, scale=config.scale_by_temperature)
 
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
@@ -132,7 +132,7 @@ class Retrieval:
         hard = Pretraining(student.family, student.model, losses=student.family.retrieval, seed=config.seed)
         if teacher is None or not config.kd:
             return hard
-        kd = settings_of(config, "kd", "quirks", "temperature")
+        kd = settings_of(config, "kd", "quirks", "temperature", "cache_teacher")
         return Distillation(hard, teacher.model, weights=config.retrieval_weights, **kd, scale=config.scale_by_temperature)
 
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:

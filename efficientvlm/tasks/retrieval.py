@@ -173,7 +173,8 @@ def matching_accuracy(family: Any, model: Any, gallery: Gallery, batch_size: int
     """`itm_accuracy` on as many matched as unmatched pairs; empty where every image has the same captions.
 
     Every image comes once with one of its captions, and once with a caption of another image that is none of its own; both are drawn from
-    (seed, id of the image). Chance is one half.
+    (seed, id of the image). `itm_preferred` is the part of the images for which the first is the more probable match of the two, wherever
+    the network puts its threshold: training sees two unmatched pairs for a matched one. Chance is one half for both.
     """
     pairs = [drawn_pairs(gallery, at, seed) for at in range(len(gallery.ids))]
     images = [at for at, pair in enumerate(pairs) if pair for _ in pair]
@@ -183,7 +184,9 @@ def matching_accuracy(family: Any, model: Any, gallery: Gallery, batch_size: int
     captions = torch.tensor([caption for pair in pairs if pair for caption in pair], device=device)
     logits = match(family, model, gallery, torch.tensor(images, device=device), captions, batch_size)
     matched = torch.arange(len(captions), device=device) % 2 == 0
-    return {"itm_accuracy": float((logits.argmax(-1) == matched.long()).double().mean())}
+    true, false = (logits[:, 1] - logits[:, 0]).view(-1, 2).T
+    accuracy = (logits.argmax(-1) == matched.long()).double().mean()
+    return {"itm_accuracy": float(accuracy), "itm_preferred": float((true > false).double().mean())}
 
 
 def drawn_pairs(gallery: Gallery, image: int, seed: int) -> tuple[int, int] | None:
