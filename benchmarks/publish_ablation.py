@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import RESULTS, ROOT, rows_of, with_block
+from published import RESULTS, ROOT, rows_of, told, with_block
 
-from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
 
 PAGE = Path("docs/ablation.md")
 PICTURES = {"parameters": Path("docs/ablation-parameters.png"), "latency": Path("docs/ablation-latency.png")}
-METHOD, MAIN = "method", ("method", "scratch", "no-kd", "magnitude")
+METHOD, QUIRKS, MAIN = "method", "quirks", ("method", "scratch", "no-kd", "magnitude")
 COLOURS = {"method": "#2a6fbb", "scratch": "#8a5cc2", "no-kd": "#d9822b", "magnitude": "#2e9e6b"}
 OTHERS = "#aeb6c1"
 
@@ -52,12 +52,29 @@ def groups(lines: Iterable[dict[str, str]]) -> list[Group]:
     return sorted((Group(*name, tuple(some)) for name, some in found.items()), key=lambda group: tasks.index(group.task))
 
 
-def verdict(method: Group, other: Group) -> str:
-    """How `other` does against `method`: better, worse, or a tie if the means differ by no more than either's seeds do."""
+def verdict(method: Group | None, other: Group) -> str:
+    """How `other` does against `method`: better, worse, or a tie if the means differ by no more than either's seeds do.
+
+    A dash where the method has one seed or none, for then nothing says how much of a difference is chance.
+    """
+    if method is None or len(method.lines) < 2 or other.arm == METHOD:
+        return "–"
     gap = mean(other.of("accuracy")) - mean(method.of("accuracy"))
     if abs(gap) <= max(method.spread, other.spread):
         return "tie"
     return "better" if gap > 0 else "worse"
+
+
+def check(found: list[Group]) -> None:
+    """:class:`BadInput` for rows that cannot be compared: other lengths of training, another torch, a sparsity that was missed."""
+    for column in ("distill_steps", "task_steps", "torch"):
+        values = {line[column] for group in found for line in group.lines} - {"0"}
+        if len(values) > 1:
+            fix = "run them again with one version of the script"
+            raise BadInput("the runs cannot be compared", f"{column}: {', '.join(sorted(values))}", fix)
+    for group in found:
+        if group.arm != QUIRKS and any(abs(achieved - group.sparsity) > 0.005 for achieved in group.of("achieved_sparsity")):
+            raise BadInput(f"{group.arm} missed its sparsity", f"{group.of('achieved_sparsity')} instead of {group.sparsity}")
 
 
 def table(found: list[Group], task: str) -> list[str]:
@@ -71,7 +88,7 @@ def table(found: list[Group], task: str) -> list[str]:
     out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for group in sorted(mine, key=lambda group: (group.sparsity, group.arm not in MAIN)):
         accuracy = [100 * value for value in group.of("accuracy")]
-        against = "–" if group.arm == METHOD or group.sparsity not in methods else verdict(methods[group.sparsity], group)
+        against = verdict(methods.get(group.sparsity), group)
         seeds = f"{min(accuracy):.2f} to {max(accuracy):.2f} ({len(accuracy)})" if len(accuracy) > 1 else "one seed"
         out.append(
             f"| {group.arm} | {100 * mean(group.of('achieved_sparsity')):.1f} % | {100 * mean(group.of('parameters_of_teacher')):.1f} %"
@@ -106,8 +123,7 @@ def summary(found: list[Group]) -> str:
         for case, method in zip(cases, methods, strict=True):
             group = by_name.get((arm, *case))
             share = f"{100 * mean(group.of('accuracy_of_teacher')):.1f} % ({len(group.lines)})" if group else "–"
-            compared = group and method and arm != METHOD
-            cells.append(f"{share} {verdict(method, group)}" if compared else share)
+            cells.append(f"{share} {verdict(method, group)}".removesuffix(" –") if group else share)
         out.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(out)
 
@@ -165,6 +181,7 @@ def publish(root: Path = ROOT) -> list[Path]:
         fix = "run benchmarks/vqa_ablation.py, or move the others away"
         raise BadInput(f"{len(tables)} CSVs of the ablation", "one machine's is published", fix)
     found = groups(rows_of(tables[0]))
+    check(found)
     timed = rows_of(tables[0].with_name(tables[0].name.replace("vqa_ablation_", "vqa_ablation_latency_")))
     page = with_block((root / PAGE).read_text("utf-8"), "ablation", block(found, RESULTS / tables[0].name))
     for what, path in PICTURES.items():
@@ -175,16 +192,5 @@ def publish(root: Path = ROOT) -> list[Path]:
     return [root / PAGE, root / "README.md", *(root / path for path in PICTURES.values())]
 
 
-def main() -> int:
-    try:
-        written = publish()
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(publish))

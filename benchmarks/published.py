@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficientvlm.errors import BadInput
+from efficientvlm import manifest
+from efficientvlm.errors import BadInput, EvlmError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
@@ -38,12 +42,21 @@ def as_csv(records: list[dict[str, Any]]) -> bytes:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line to the CSV `path`; several processes may share the file."""
+    """Add a line to the CSV `path`; several processes may share the file.
+
+    Raises:
+        BadInput: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with path.open("a+", encoding="utf-8", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, list(record)):
+            raise BadInput(f"{path} has other columns", "it was written by another version of the script", "move it away")
+        file.seek(0, os.SEEK_END)
         writer = csv.DictWriter(file, record, lineterminator="\n")
-        if file.tell() == 0:
+        if header is None:
             writer.writeheader()
         writer.writerow({key: _cell(value) for key, value in record.items()})
 
@@ -71,6 +84,23 @@ def block_of(readme: str, name: str) -> str:
 def markers(name: str) -> tuple[str, str]:
     """The comments around the block `name` of a page."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def told(work: Callable[[], list[Path]]) -> int:
+    """Print the files that `work` writes, or its error; the exit code."""
+    try:
+        written = work()
+    except EvlmError as error:
+        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
+        return error.exit_code
+    print(*written, sep="\n")
+    return 0
+
+
+def code() -> str:
+    """The commit that is run, with + if files have changed since; the version where there is no repository."""
+    found = manifest.code()
+    return f"{found.commit[:12]}{'+' * bool(found.dirty)}" if found.commit else found.version
 
 
 def _cell(value: Any) -> Any:

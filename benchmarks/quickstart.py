@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from published import ROOT, as_csv, csv_of, markers, with_block
+from published import ROOT, as_csv, csv_of, markers, told, with_block
 
 from efficientvlm.checkpoint import fingerprint
-from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
 
 BEGIN, END = markers("quickstart")
@@ -130,14 +130,8 @@ def block(table: str, summary: dict[str, Any], name: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Publish a finished quickstart in the README and in benchmarks/results.")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="folder of the recipe's stages")
-    try:
-        written = publish(parser.parse_args().run)
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
+    run = parser.parse_args().run
+    return told(lambda: publish(run))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import ROOT, append, as_csv, csv_of, rows_of
+from published import ROOT, append, as_csv, code, csv_of, rows_of
 
 from efficientvlm import checkpoint, manifest
 from efficientvlm.bench import processor
@@ -62,8 +62,8 @@ class Data:
 class Arm:
     """One way to a small model.
 
-    `start`: distilled, student (shrunk only), tuned (and trained on the task), sliced (the method's structure cut out of the student) or
-    random.
+    `start`: distilled, student (shrunk only), tuned (one of these, trained on the task), sliced (the method's structure cut out of the
+    student) or random.
     """
 
     name: str
@@ -90,6 +90,7 @@ MAIN = (
     Arm("magnitude", "shrink, task loss, Torch-Pruning magnitude to the same sparsity, task loss", "tuned", kd=False, method="magnitude"),
 )
 SINGLE = (
+    Arm("magnitude-kd", "the method with Torch-Pruning magnitude in place of learnt gates", "tuned", method="magnitude"),
     Arm("tower-budgets", "the method with a budget of its own for each tower"),
     Arm("quirks", "the method with every published quirk on", settings={"quirks": QUIRKS}),
     Arm("no-distill", "the method without the general distillation stage", start="student"),
@@ -163,7 +164,8 @@ class Chain:
         self.general.mkdir(parents=True, exist_ok=True)
         with (self.general / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            return self.distilled() if self.run.arm.start == "distilled" else self.student()
+            arm = self.run.arm
+            return self.distilled() if arm.start == "distilled" or (arm.start == "tuned" and arm.kd) else self.student()
 
     def final(self) -> Path:
         """The finished model of this run."""
@@ -180,7 +182,7 @@ class Chain:
             return out
         cut: dict[str, Any] = {"sparsity": run.sparsity, "method": arm.method, "keep_dense": False, **common}
         if arm.start == "tuned":
-            tuned = self.root / f"tuned-{run.seed}"
+            tuned = self.root / f"tuned{'-kd' * arm.kd}-{run.seed}"
             self.stage("finetune", tuned, model=self.start(), max_steps=PRUNE_STEPS, **common)
             self.stage("prune", out, model=str(tuned), max_steps=FINETUNE_STEPS, **cut)
             return out
@@ -195,8 +197,9 @@ class Chain:
         """A model of the method's architecture at this sparsity and seed."""
         return Chain(replace(self.run, arm=METHOD), self.root.parent).final()
 
-    def accuracy(self, model: str, split: str = "test") -> dict[str, Any]:
-        config = STAGES["eval"](model=model, data=self.run.data.questions, split=split, limit=self.run.data.tested)
+    def accuracy(self, model: str, out: Path) -> dict[str, Any]:
+        """Metrics on the test split, measured once."""
+        config = STAGES["eval"](model=model, data=self.run.data.questions, split="test", limit=self.run.data.tested, out=str(out))
         metrics: dict[str, Any] = module_of("eval").run(config, Control())["metrics"]
         return metrics
 
@@ -225,7 +228,7 @@ def structured(like: Path, source: str | None, teacher: str, out: Path, seed: in
             donor, _ = family.for_vqa(load(source).model, load(teacher).model, "auto")
             new = slice_model(family, donor, mask_vector(family.units(donor), family.kept(model.config)))
         new.config.answers, new.config.rank_top = model.config.answers, model.config.rank_top
-        write(output, family, new, wanted.tokenizer, control=Control(quiet=True), origin="random")
+        write(output, family, new, wanted.tokenizer, control=Control(quiet=True), **({} if source else {"origin": "random"}))
 
 
 def row(run: Run, root: Path) -> dict[str, Any]:
@@ -234,7 +237,8 @@ def row(run: Run, root: Path) -> dict[str, Any]:
     final = chain.final()
     seconds = time.process_time() - began
     done, teacher = checkpoint.require_complete(str(final)), checkpoint.require_complete(chain.teacher())
-    measured, reference = chain.accuracy(str(final)), chain.accuracy(chain.teacher())
+    measured = chain.accuracy(str(final), chain.folder / "test.json")
+    reference = chain.accuracy(chain.teacher(), chain.root / "teacher-test.json")
     parameters, of = done.accounting["parameters"]["total"], teacher.accounting["parameters"]["total"]
     return {
         "data": run.data.questions,
@@ -251,11 +255,11 @@ def row(run: Run, root: Path) -> dict[str, Any]:
         "teacher_accuracy": reference["accuracy"],
         "accuracy_of_teacher": measured["accuracy"] / reference["accuracy"],
         "questions": measured["questions"],
-        "distill_steps": DISTILL_STEPS if run.arm.start == "distilled" else 0,
+        "distill_steps": DISTILL_STEPS if run.arm.kd and run.arm.start != "student" else 0,
         "task_steps": PRUNE_STEPS + FINETUNE_STEPS,
         "cpu_seconds": round(seconds, 1),
         "what": run.arm.what,
-        "commit": manifest.code().commit or manifest.code().version,
+        "commit": code(),
         "torch": manifest.environment()["torch"],
         "date": manifest.now()[:10],
     }

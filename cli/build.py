@@ -14,7 +14,7 @@ def init(
     out: o.Out = None,
     family: Annotated[str | None, typer.Option("--family", help="xvlm or blip.")] = None,
     size: Annotated[str | None, typer.Option("--size", help="tiny, small or base: random weights.")] = None,
-    vision_from: Annotated[str | None, typer.Option("--vision-from", help="Folder of a CLIP or DINOv2 vision model.", metavar="DIR")] = None,
+    vision_from: Annotated[str | None, typer.Option("--vision-from", help="Folder of a CLIP or DINOv2 image model.", metavar="DIR")] = None,
     text_from: Annotated[str | None, typer.Option("--text-from", help="Folder of a BERT model.", metavar="DIR")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Folder of a tokenizer, or train.", metavar="DIR|train")] = None,
     data: o.DataSpec = None,

@@ -99,6 +99,17 @@ def _new_every_time(given: dict[str, Any], weights: str, kept: str) -> list[str]
     return wrong + [f"{weights}.{name}=0" for name in terms]
 
 
+PASSES = {
+    "itc_logits": ("itc",),
+    "itm_logits": ("itm",),
+    "mlm_logits": ("mlm",),
+    "fusion_hidden": ("itm", "mlm"),
+    "fusion_attention": ("itm", "mlm"),
+    "cross_attention": ("itm", "mlm"),
+}
+"""Distillation term → the losses in whose passes it compares something; any of them will do."""
+
+
 class Pretrain(Stage, Data, Train):
     """Image-text pre-training without a teacher."""
 
@@ -134,6 +145,17 @@ class Distill(Pretrain):
     weights: DistillWeights = Field(default_factory=DistillWeights)
     quirks: Quirks = Field(default_factory=Quirks)
     cache_teacher: bool = Field(False, description="run the teacher once a sample and keep what it says in memory; for itc_logits alone")
+
+    @field_validator("weights")
+    @classmethod
+    def _of_these_losses(cls, weights: DistillWeights, info: ValidationInfo) -> DistillWeights:
+        """A weight that was left at its default is no mistake where its loss is left out: it does nothing there."""
+        usual, losses = DistillWeights(), set(info.data.get("losses", ()))
+        chosen = [name for name, value in weights if value and value != getattr(usual, name)]
+        wrong = [f"{name} needs {' or '.join(PASSES[name])}" for name in chosen if name in PASSES and losses.isdisjoint(PASSES[name])]
+        if losses and wrong:
+            raise ValueError(f"{', '.join(wrong)} among the losses")
+        return weights
 
     @field_validator("cache_teacher")
     @classmethod

@@ -14,7 +14,7 @@ PAGE = "docs/ablation.md"
 
 
 def line(arm: str, accuracy: float, seed: int = 0, sparsity: float = 0.6, task: str = "easy-vqa") -> dict[str, Any]:
-    about = {"data": "easy-vqa", "questions": 9673, "teacher_accuracy": 0.998}
+    about = {"data": "easy-vqa", "questions": 9673, "teacher_accuracy": 0.998, "distill_steps": "0", "task_steps": "9", "torch": "2"}
     shares = {"achieved_sparsity": sparsity, "parameters_of_teacher": 0.25, "accuracy_of_teacher": accuracy / 0.998}
     return {"task": task, "arm": arm, "sparsity": f"{sparsity:g}", "seed": seed, "accuracy": accuracy, **about, **shares}
 
@@ -42,6 +42,7 @@ def project(tmp_path: Path, lines: list[dict[str, Any]]) -> Path:
         ((0.99, 0.98, 0.985), (0.90, 0.99, 0.91), "tie"),  # the other's own seeds differ by more than the means do
         ((0.99, 0.98, 0.985), (0.97,), "worse"),
         ((0.99, 0.98, 0.985), (0.976,), "tie"),
+        ((0.99,), (0.90, 0.91), "–"),
     ],
 )
 def test_a_difference_within_the_spread_of_the_seeds_is_a_tie(method: tuple[float, ...], other: tuple[float, ...], is_: str) -> None:
@@ -73,6 +74,18 @@ def test_tables_and_plots_are_made_from_the_rows(tmp_path: Path) -> None:
     assert "| scratch | 90.2 % (2) worse | 90.2 % (2) worse |" in summary and "99.2 % (2) |" in summary
 
 
+def test_rows_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    ablation, published = script("benchmarks/publish_ablation.py"), script("benchmarks/published.py")
+    fine = [line("method", 0.99), {**line("quirks", 0.9), "achieved_sparsity": 0.3, "distill_steps": "200"}]
+    ablation.check(ablation.groups(fine))
+    for wrong in ({"task_steps": "10"}, {"torch": "3"}, {"achieved_sparsity": 0.594}):
+        with pytest.raises(BadInput):
+            ablation.check(ablation.groups([*fine, {**line("method", 0.99, seed=1), **wrong}]))
+    root = project(tmp_path, fine)
+    with pytest.raises(BadInput, match="other columns"):
+        published.append(root / "benchmarks/results/vqa_ablation_some-cpu.csv", {"task": "easy-vqa"})
+
+
 def test_one_csv_is_published_and_the_page_needs_its_markers(tmp_path: Path) -> None:
     ablation = script("benchmarks/publish_ablation.py")
     with pytest.raises(BadInput, match="0 CSVs"):
@@ -97,7 +110,7 @@ def test_the_page_shows_what_the_csv_says() -> None:
 def test_every_arm_is_run_at_every_seed_it_needs() -> None:
     ablation = script("benchmarks/vqa_ablation.py")
     planned = [run.key for run in ablation.runs(["easy-vqa", "shapes"])]
-    assert len(planned) == len(set(planned)) == 2 * (4 * 2 * 3 + 9)
+    assert len(planned) == len(set(planned)) == 2 * (4 * 2 * 3 + 10)
     for task in ("easy-vqa", "shapes"):
         for arm in ("method", "scratch", "no-kd", "magnitude"):
             assert {(sparsity, seed) for t, a, sparsity, seed in planned if (t, a) == (task, arm) and sparsity != "0.8"} == {
@@ -121,7 +134,7 @@ def test_the_runs_append_rows_of_equal_size_and_are_passed_over_afterwards(tmp_p
         "TIMED": {**ablation.TIMED, "rounds": 1},
     }.items():
         monkeypatch.setattr(ablation, name, value)
-    arms = [*ablation.MAIN, *(ablation.ARMS[name] for name in ("tower-budgets", "no-logits", "taylor"))]
+    arms = [*ablation.MAIN, *(ablation.ARMS[name] for name in ("magnitude-kd", "tower-budgets", "no-logits", "taylor"))]
     monkeypatch.setattr(ablation, "runs", lambda names: [ablation.Run(ablation.DATA["shapes"], arm, 0.6, 0) for arm in arms])
     out = ["--out", str(tmp_path / "runs")]
     assert ablation.main(out) == 0

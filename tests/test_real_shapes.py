@@ -40,18 +40,18 @@ dense = dense_model(pruned)
 masks = {}
 units = family.units(dense)
 for unit, stays in zip(units, mask_vector(units, family.kept(pruned.model.config)).tolist(), strict=True):
-    gate = unit.gate_point
+    gate = unit.gate
     module = dense.get_submodule(gate.module)
     if module not in masks:
         masks[module] = torch.ones(module.in_features)
         module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * masks[module],))
     masks[module][gate.start : gate.stop] = float(stays)
 with torch.inference_mode():
-    open_gates, small = family.forward(dense, batch)["logits"], family.forward(pruned.model, batch)["logits"]
+    masked, small = family.forward(dense, batch)["logits"], family.forward(pruned.model, batch)["logits"]
     for mask in masks.values():
         mask.fill_(1)
     whole = family.forward(dense, batch)["logits"]
-print(float((open_gates - small).abs().max()), float((whole - small).abs().max()), float(small.abs().max()))
+print(float((masked - small).abs().max()), float((whole - small).abs().max()), float(small.abs().max()))
 """
 
 

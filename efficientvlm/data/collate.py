@@ -83,7 +83,7 @@ def pair_batch(
     max_tokens: int | None = None,
     task: bool = False,
 ) -> Batch:
-    """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task.
+    """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task, and masks nothing.
 
     Returns:
         pixels uint8 `[B, 3, H, W]`; text_ids, text_mask, masked_ids `[B, L]`; masked_positions, masked_labels `[B, M]` (label -100 where
@@ -97,6 +97,8 @@ def pair_batch(
         images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=task).image)
         captions.append(caption)
     batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
+    if task:
+        return batch | _plain_texts(captions, texts, max_tokens)
     draws = [generator(seed, step, item.id, "mask") for item in items]
     return batch | _masked_texts(captions, texts, max_tokens, draws, mask_probability, max_masks)
 
@@ -253,17 +255,14 @@ def _keys(names: Sequence[str]) -> Tensor:
     return torch.tensor([seed_of(0, name) for name in names], dtype=torch.int64)
 
 
+def _plain_texts(captions: list[str], texts: Texts, max_tokens: int | None) -> Batch:
+    text_ids, text_mask = texts.batch(captions, max_tokens)
+    return {"text_ids": text_ids, "text_mask": text_mask, "caption_ids": _keys(captions), "captions": captions}
+
+
 def _masked_texts(
     captions: list[str], texts: Texts, max_tokens: int | None, draws: list[np.random.Generator], probability: float, max_masks: int
 ) -> Batch:
-    text_ids, text_mask = texts.batch(captions, max_tokens)
-    masked, positions, labels = mask_tokens(text_ids, text_mask, texts.tokenizer, draws, probability, max_masks)
-    return {
-        "text_ids": text_ids,
-        "text_mask": text_mask,
-        "masked_ids": masked,
-        "masked_positions": positions,
-        "masked_labels": labels,
-        "caption_ids": _keys(captions),
-        "captions": captions,
-    }
+    batch = _plain_texts(captions, texts, max_tokens)
+    masked, positions, labels = mask_tokens(batch["text_ids"], batch["text_mask"], texts.tokenizer, draws, probability, max_masks)
+    return {**batch, "masked_ids": masked, "masked_positions": positions, "masked_labels": labels}

@@ -210,17 +210,14 @@ def check_settings(config: Any) -> None:
     """What a stage that trains on a stream must be told, because the stream cannot.
 
     Raises:
-        BadInput: naming everything that is missing.
+        BadInput: naming everything that is missing, or a stage that does not train.
     """
-    missing = [option for option, given in (("--max-steps N", config.max_steps), ("--val DATA", config.val)) if not given]
-    if hasattr(config, "answers") and not config.answers:
-        missing.append("--answers FILE")
+    if not hasattr(config, "max_steps"):
+        raise BadInput(f"data {config.data} is a stream", "nothing says where it ends", "measure on a file or folder")
+    needed = {"--max-steps N": (config.max_steps, "length"), "--val DATA": (config.val, "held-out part")}
+    if getattr(config, "task", None) == "vqa":
+        needed["--answers FILE"] = (config.answers, "list of answers")
+    missing = {option: what for option, (given, what) in needed.items() if not given}
     if missing:
-        raise BadInput(
-            f"data {config.data} is a stream",
-            "it has no length, no held-out part and no list of answers"
-            if len(missing) > 1
-            else "nothing says in advance "
-            + {"--max": "how long it is", "--val": "which part to validate on", "--ans": "which answers it has"}[missing[0][:5]],
-            f"give {', '.join(missing)}",
-        )
+        why = "it has " + " and ".join(f"no {what}" for what in missing.values())
+        raise BadInput(f"data {config.data} is a stream", why, f"give {', '.join(missing)}")

@@ -25,7 +25,8 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and _plain(*args[3:], **kwargs):
-            return _attention(*args[:3], scale=kwargs.get("scale"))
+            query, key, value = args[:3]
+            return _attention(query, key, value, kwargs.get("scale"))
         return func(*args, **kwargs)
 
 
@@ -44,7 +45,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
     """As torch's, of [B, H, T, D]. The operator takes and gives [B, T, H·D]: its transpositions cancel with those around it."""
     heads, width = query.shape[1], query.shape[3]
     packed = [tensor.transpose(1, 2).flatten(2) for tensor in (query, key, value)]
-    settings = {"num_heads": int(heads), "scale": 1 / math.sqrt(width) if scale is None else float(scale)}
+    settings: dict[str, Any] = {"num_heads": int(heads), "scale": 1 / math.sqrt(width) if scale is None else float(scale)}
     shape = (*packed[0].shape[:2], packed[2].shape[2])
     out: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{OPERATOR}", packed, settings, dtype=query.dtype, shape=shape, version=1)
     return out.unflatten(-1, (heads, value.shape[3])).transpose(1, 2)

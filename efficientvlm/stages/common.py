@@ -101,9 +101,12 @@ def check_precision(loaded: Loaded, precision: str) -> None:
 
 
 def no_answers(loaded: Loaded, role: str = "") -> BadInput:
-    """What to say of a model that has no answer decoder: whether it can get one, or else what it is for."""
+    """What to say of a model that has no answer decoder: how it can get one, or else what it is for."""
     what = f"{role} {loaded.path} answers no questions".lstrip()
     other = sorted(loaded.tasks - {"vqa"}) if "pretraining" not in loaded.tasks else []
+    if not other and "mlm" not in loaded.model.config.heads:
+        fix = "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
+        return BadInput(what, "it has neither an answer decoder nor an MLM head to start one from", fix)
     if not other:
         return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
     return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")

@@ -65,7 +65,8 @@ def check(config: InitConfig) -> None:
     if (config.size is None) == (config.vision_from is None) or (config.vision_from is None) != (config.text_from is None):
         raise BadInput("init needs a size or two towers", "", "give --size tiny, or both --vision-from DIR and --text-from DIR")
     if config.vision_from and config.family != TOWERS_MAKE:
-        raise BadInput(f"no {config.family} is built from towers", f"a CLIP or DINOv2 and a BERT make an {TOWERS_MAKE}", "give --size instead")
+        why = f"a CLIP or DINOv2 and a BERT make an {TOWERS_MAKE}"
+        raise BadInput(f"no {config.family} is built from towers", why, "give --size instead")
     if config.text_from and config.tokenizer == "train":
         why = "BERT's word embeddings belong to its own vocabulary"
         raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")

@@ -54,7 +54,7 @@ def evaluate_pairs(
     model, texts = loaded.model.eval(), texts_of(loaded, max_tokens)
     with Bar(title, count, quiet=quiet) as bar:
         batches = captioned_batches(source, count, batch_size, bar.update)
-        gallery = encode(loaded.family, model, batches, partial(Texts.batch, texts), batch_size)
+        gallery = encode(loaded.family, model, batches, partial(Texts.batch, texts), batch_size, count)
         return evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,25 @@ class Gallery:
     text_mask: Tensor
 
 
+class Rows:
+    """Tensors put one after another into one that is long enough from the start, so that they are never there twice."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 0
+        self._all: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        if self._all is None:
+            self._all = rows.new_empty(self.most, *rows.shape[1:])
+        self._all[self.count : self.count + len(rows)] = rows
+        self.count += len(rows)
+
+    @property
+    def tensor(self) -> Tensor:
+        assert self._all is not None
+        return self._all[: self.count]
+
+
 @torch.inference_mode()
 def encode(
     family: Any,
@@ -43,6 +63,7 @@ def encode(
     batches: Iterable[tuple[Sequence[str], Tensor, Sequence[Sequence[str]]]],
     tokens: Callable[[list[str]], tuple[Tensor, Tensor]],
     batch_size: int,
+    count: int,
 ) -> Gallery:
     """Every image and every distinct caption once.
 
@@ -50,17 +71,20 @@ def encode(
         batches: ids, pixels [B, 3, H, W] and the captions of some images.
         tokens: distinct captions → ids and mask [C, L], all of one length, so that a batch does not change its rows.
         batch_size: captions at a time.
+        count: images, at most.
     """
     matches, device = "itm" in family.retrieval, model.device
     ids: list[str] = []
-    images: list[tuple[Tensor, Tensor]] = []
+    image_states, image = Rows(count), Rows(count)
     index: dict[str, int] = {}
     own: list[list[int]] = []
     said: list[int] = []
     owners: list[int] = []
     for names, pixels, captions in batches:
         states, feature = family.image_features(model, pixels.to(device))
-        images.append((states if matches else states[:, :0], feature))
+        image.add(feature.float())
+        if matches:
+            image_states.add(states)
         for name, texts in zip(names, captions, strict=True):
             numbers = [index.setdefault(text, len(index)) for text in texts]
             owners += [len(ids)] * len(numbers)
@@ -68,21 +92,21 @@ def encode(
             own.append(list(dict.fromkeys(numbers)))
             ids.append(name)
     text_ids, text_mask = (tensor.to(device) for tensor in tokens(list(index)))
-    texts_seen = [
-        family.text_features(model, text_ids[start : start + batch_size], text_mask[start : start + batch_size])
-        for start in range(0, len(text_ids), batch_size)
-    ]
-    image_states, image = (torch.cat(parts) for parts in zip(*images, strict=True))
-    text_states, text = (torch.cat(parts) for parts in zip(*texts_seen, strict=True))
+    text_states, text = Rows(len(text_ids)), Rows(len(text_ids))
+    for start in range(0, len(text_ids), batch_size):
+        states, feature = family.text_features(model, text_ids[start : start + batch_size], text_mask[start : start + batch_size])
+        text.add(feature.float())
+        if matches:
+            text_states.add(states)
     return Gallery(
         ids=ids,
-        image=image.float(),
-        text=text.float(),
+        image=image.tensor,
+        text=text.tensor,
         own=own,
         said=torch.tensor(said, device=device),
         owners=torch.tensor(owners, device=device),
-        image_states=image_states if matches else None,
-        text_states=text_states if matches else None,
+        image_states=image_states.tensor if matches else None,
+        text_states=text_states.tensor if matches else None,
         text_mask=text_mask,
     )
 
@@ -127,7 +151,8 @@ def best_images(gallery: Gallery, keep: int) -> Tensor:
 def _sorted(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
     parts = []
     for part in queries.split(max(1, SCORES_AT_ONCE // max(1, len(candidates if columns is None else columns)))):
-        scores = part @ candidates.T
+        with torch.autocast(part.device.type, enabled=False):  # in bfloat16 close candidates would be equal
+            scores = part @ candidates.T
         scores = scores if columns is None else scores[:, columns]  # equal captions have the same score to the last bit
         parts.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep])
     return torch.cat(parts)
@@ -138,11 +163,16 @@ def recalls(gallery: Gallery, for_image: Tensor, for_text: Tensor) -> dict[str, 
     own = gallery.owners[for_image] == torch.arange(len(for_image), device=for_image.device)[:, None]
     right = for_text[gallery.said] == gallery.owners[:, None]
     found = {
-        f"{direction}_r{top}": float(hit[:, :top].any(1).double().mean())
+        f"{direction}_r{top}": _part(hit[:, :top].any(1))
         for direction, hit in zip(DIRECTIONS, (own, right), strict=True)
         for top in TOP
     }
     return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def _part(hits: Tensor) -> float:
+    """The part of `hits` that is true; counted on the CPU, since not every device has float64."""
+    return float(hits.cpu().double().mean())
 
 
 def reordered(order: Tensor, scores: Tensor) -> Tensor:
@@ -176,7 +206,7 @@ def matching_accuracy(family: Any, model: Any, gallery: Gallery, batch_size: int
     (seed, id of the image). `itm_preferred` is the part of the images for which the first is the more probable match of the two, wherever
     the network puts its threshold: training sees two unmatched pairs for a matched one. Chance is one half for both.
     """
-    pairs = [drawn_pairs(gallery, at, seed) for at in range(len(gallery.ids))]
+    pairs = drawn_pairs(gallery, seed)
     images = [at for at, pair in enumerate(pairs) if pair for _ in pair]
     if not images:
         return {}
@@ -185,18 +215,21 @@ def matching_accuracy(family: Any, model: Any, gallery: Gallery, batch_size: int
     logits = match(family, model, gallery, torch.tensor(images, device=device), captions, batch_size)
     matched = torch.arange(len(captions), device=device) % 2 == 0
     true, false = (logits[:, 1] - logits[:, 0]).view(-1, 2).T
-    accuracy = (logits.argmax(-1) == matched.long()).double().mean()
-    return {"itm_accuracy": float(accuracy), "itm_preferred": float((true > false).double().mean())}
+    return {"itm_accuracy": _part(logits.argmax(-1) == matched.long()), "itm_preferred": _part(true > false)}
 
 
-def drawn_pairs(gallery: Gallery, image: int, seed: int) -> tuple[int, int] | None:
-    """A caption of the image and one of another image, as numbers of distinct captions; None if all captions are its own."""
-    own = gallery.own[image]
-    others = len(gallery.said) - int(torch.isin(gallery.said, torch.tensor(own, device=gallery.said.device)).sum())
-    if not others or not own:
-        return None
-    draw = generator(seed, gallery.ids[image], "matching")
-    true = own[int(draw.integers(len(own)))]
-    while (false := int(gallery.said[int(draw.integers(len(gallery.said)))])) in own:
-        pass
-    return true, false
+def drawn_pairs(gallery: Gallery, seed: int) -> list[tuple[int, int] | None]:
+    """For every image a caption of it and one of another image, as numbers of distinct captions; None if all captions are its own."""
+    said = gallery.said.tolist()
+    times = Counter(said)
+    pairs: list[tuple[int, int] | None] = []
+    for name, own in zip(gallery.ids, gallery.own, strict=True):
+        if not own or sum(times[caption] for caption in own) == len(said):
+            pairs.append(None)
+            continue
+        draw = generator(seed, name, "matching")
+        true = own[int(draw.integers(len(own)))]
+        while (false := said[int(draw.integers(len(said)))]) in own:
+            pass
+        pairs.append((true, false))
+    return pairs
