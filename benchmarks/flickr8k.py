@@ -110,12 +110,15 @@ def steps(trained: Manifest) -> int:
 def block(records: list[dict[str, str]], name: Path) -> str:
     """What stands between the markers of the page, from the lines of the CSV `name`."""
     teacher, student = records[0], records[-1]
+    images, captions, found = int(teacher["images"]), int(teacher["captions"]), float(student["image_to_text_r10"])
+    error = percent((found * (1 - found) / images) ** 0.5)
     return "\n".join(
         [
             table(records),
             "",
-            f"Of {teacher['images']} photos and {teacher['captions']} captions that were not trained on; one run, seed {student['seed']},",
+            f"In per cent, of {images:,} photos and {captions:,} captions that were not trained on. One run, seed {student['seed']},",
             f"training in {student['training_precision']}: {teacher['steps']} steps of the teacher, {student['steps']} of each student.",
+            f"The standard error of R@10 by photo is {error} points; differences that are not well above it say nothing.",
             f"All of it as CSV: [{name.name}](../{name.as_posix()}).",
         ]
     )

@@ -10,9 +10,7 @@ tensors to the answer ranked first. In a round every variant runs once, in shuff
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import shutil
 import statistics
 import sys
 import time
@@ -23,24 +21,22 @@ from unittest import mock
 
 import numpy as np
 import torch
-from published import ROOT, as_csv, csv_of, with_block
+from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, told, with_block
 
 from efficientvlm import bench
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import STAGES, Bench
 from efficientvlm.control import Control
-from efficientvlm.errors import EvlmError
-from efficientvlm.export import onnx_files
+from efficientvlm.errors import BadInput
 from efficientvlm.families import blocks, xvlm_model
-from efficientvlm.families.exported import ONNX
-from efficientvlm.files import sha256, write_atomic
-from efficientvlm.manifest import MANIFEST, FileRecord, code, now, peak_memory_bytes, read_json
+from efficientvlm.files import write_atomic
+from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.progress import Bar
 from efficientvlm.stages.bench import ranking
 from efficientvlm.stages.common import load
 from efficientvlm.stages.run import module_of
 
-PAGE = ROOT / "docs/export.md"
+PAGE = "docs/export.md"
 MODELS = ("teacher", "student", "sliced")
 FORMS = {
     "torch eager fp32": ("torch", "fp32"),
@@ -50,7 +46,7 @@ FORMS = {
     "onnx int8": ("int8", "fp32"),
 }
 REFERENCE = ("teacher", "torch eager fp32")
-ROUNDS = {1: 9, 8: 5}
+ROUNDS = {1: 15, 8: 6}
 WARMUP = 1
 TEXT_LENGTH = 12
 ANSWERS = ["yes", "no", "black", "gray", "red", "green", "blue", "yellow", "teal", "brown", "circle", "rectangle", "triangle"]
@@ -75,8 +71,8 @@ def prepare(work: Path) -> None:
     stage("shrink", work / "student", model=str(work / "teacher"))
     stage("prune", work / "sliced", model=str(work / "student"), **CUT)
     for name in MODELS:
-        stage("export", work / f"{name}-onnx", model=str(work / name), format="onnx", rounds=0)
-        quantise(work / f"{name}-onnx", work / f"{name}-int8")
+        for form, int8 in (("onnx", False), ("int8", True)):
+            stage("export", work / f"{name}-{form}", model=str(work / name), format="onnx", rounds=0, int8=int8)
 
 
 def stage(name: str, out: Path, **settings: Any) -> None:
@@ -86,23 +82,6 @@ def stage(name: str, out: Path, **settings: Any) -> None:
 
 def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
-
-
-def quantise(source: Path, target: Path) -> None:
-    """What `evlm export --int8` writes, from graphs that are there."""
-    if is_complete(target):
-        return
-    unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.onnx", "*.onnx.data", ONNX, MANIFEST))
-    description = read_json(source / ONNX)
-    for graph in description["graphs"].values():
-        onnx_files.quantise(source / graph["file"], unfinished / graph["file"])
-    description["precision"] = "int8"
-    write_atomic(unfinished / ONNX, json.dumps(description, indent=2).encode())
-    files = {path.name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size) for path in unfinished.iterdir()}
-    write_atomic(unfinished / MANIFEST, require_complete(source).model_copy(update={"files": files}).dump())
-    unfinished.rename(target)
 
 
 def calls(work: Path) -> dict[Variant, Callable[[int], object]]:
@@ -180,16 +159,53 @@ def rows(work: Path, seconds: dict[int, dict[Variant, list[float]]], about: dict
     return records
 
 
-def table(records: list[dict[str, Any]], name: Path) -> str:
+def publish(root: Path = ROOT) -> list[Path]:
+    """Write the blocks of the page and the README below `root` from the CSV there; the files written.
+
+    Raises:
+        BadInput: no CSV or more than one, or a page without the two markers.
+    """
+    tables = sorted((root / RESULTS).glob("latency_*.csv"))
+    if len(tables) != 1:
+        raise BadInput(f"{len(tables)} CSVs of latencies", "one machine's is published", "move the others away")
+    records, name = rows_of(tables[0]), RESULTS / tables[0].name
+    blocks = {PAGE: table(records, name), "README.md": summary(records, name)}
+    pages = {root / page: with_block((root / page).read_text("utf-8"), "latency", text) for page, text in blocks.items()}
+    for path, text in pages.items():
+        write_atomic(path, text.encode())
+    return list(pages)
+
+
+def summary(records: list[dict[str, str]], name: Path) -> str:
+    """The block of the README: what the largest batch gains, in words."""
+    batch = max(int(record["batch"]) for record in records)
+    by_name = {(record["model"], record["form"]): record for record in records if int(record["batch"]) == batch}
+    teacher, same, int8 = (by_name[variant] for variant in (REFERENCE, ("sliced", "torch sdpa fp32"), ("sliced", "onnx int8")))
+    before, after = (f"{int(record['parameters']) / 1e6:.0f} M" for record in (teacher, same))
+    gained, promised = (f"{float(same[column]):.2f}" for column in ("over_teacher", "macs_over_teacher"))
+    source = f"Random weights, {same['processor']}: [{name.name}]({name.as_posix()}), [all forms](docs/export.md)."
+    return "\n".join(
+        [
+            f"X-VLM-base at {same['image_size']} pixels, {before} parameters with its answer decoder, becomes a student of {after}.",
+            f"At a batch of {batch} on {same['threads']} cores it answers {gained} times as fast as the teacher in the same form, where",
+            f"the multiply-adds promise {promised}, and in int8 {float(int8['speedup']):.1f} times as fast as the teacher with plain",
+            f"attention in fp32. {source}",
+        ]
+    )
+
+
+def table(records: list[dict[str, str]], name: Path) -> str:
     """The largest batch as a table in Markdown: milliseconds, speed-up over the reference, part of what the multiply-adds promise."""
-    size = max(record["batch"] for record in records)
-    timed = {(record["model"], record["form"]): record for record in records if record["batch"] == size}
+    size = max(int(record["batch"]) for record in records)
+    timed = {(record["model"], record["form"]): record for record in records if int(record["batch"]) == size}
     lines = [f"| batch of {size} | parameters | multiply-adds | {' | '.join(FORMS)} |", f"| {' | '.join(['---'] * (3 + len(FORMS)))} |"]
     for model in MODELS:
         own = timed[model, REFERENCE[1]]
-        part = {form: "" if model == "teacher" else f" ({timed[model, form]['over_teacher_of_macs']:.0%})" for form in FORMS}
-        cells = [f"{timed[model, form]['median_ms']:.0f} ms, {timed[model, form]['speedup']:.1f}×{part[form]}" for form in FORMS]
-        lines.append(f"| {model} | {own['parameters'] / 1e6:.0f} M | {own['macs'] / 1e9:.1f} G | {' | '.join(cells)} |")
+        part = {form: "" if model == "teacher" else f" ({float(timed[model, form]['over_teacher_of_macs']):.0%})" for form in FORMS}
+        cells = [
+            f"{float(timed[model, form]['median_ms']):.0f} ms, {float(timed[model, form]['speedup']):.1f}×{part[form]}" for form in FORMS
+        ]
+        lines.append(f"| {model} | {int(own['parameters']) / 1e6:.0f} M | {int(own['macs']) / 1e9:.1f} G | {' | '.join(cells)} |")
     where = f"{own['processor']}, {own['threads']} threads, torch {own['torch']}, ONNX Runtime {own['onnxruntime']}, on {own['date']}"
     return "\n".join([*lines, "", f"Measured on {where}. The same figures, and those of one image: [{name.name}](../{name.as_posix()})."])
 
@@ -209,34 +225,31 @@ def surroundings(threads: int) -> dict[str, Any]:
         "peak_memory_gib": peak_memory_bytes() / 2**30,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "efficientvlm": code().version,
-        "commit": code().commit,
+        "commit": code(),
         "date": now()[:10],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Latency of X-VLM-base, its student and the pruned student, in five forms.")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/latency", help="folder of the checkpoints, 6 GB")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/latency", help="folder of the checkpoints and graphs, 6 GB")
     parser.add_argument("--prepare", action="store_true", help="make the checkpoints and graphs only")
     options = parser.parse_args()
-    try:
-        prepare(options.work)
-        if options.prepare:
-            return 0
-        with bench.threads(None) as threads:
-            seconds = measure(calls(options.work), ROUNDS)
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
+    return told(lambda: run(options.work, timed=not options.prepare))
+
+
+def run(work: Path, timed: bool) -> list[Path]:
+    """Make the models in `work` and, if `timed`, measure and publish; the files written."""
+    prepare(work)
+    if not timed:
+        return [work]
+    with bench.threads(None) as threads:
+        seconds = measure(calls(work), ROUNDS)
     about = surroundings(threads)
-    name = csv_of("latency", about["processor"])
-    records = rows(options.work, seconds, about)
-    (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(ROOT / name, as_csv(records))
-    write_atomic(PAGE, with_block(PAGE.read_text("utf-8"), "latency", table(records, name)).encode())
-    print(ROOT / name)
-    return 0
+    name = ROOT / csv_of("latency", about["processor"])
+    name.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(name, as_csv(rows(work, seconds, about)))
+    return [name, *publish()]
 
 
 if __name__ == "__main__":

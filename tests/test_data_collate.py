@@ -87,6 +87,9 @@ def test_pair_batch(texts: Texts) -> None:
     assert batch["text_ids"].shape == batch["masked_ids"].shape == batch["text_mask"].shape
     assert all(caption in item.captions for caption, item in zip(batch["captions"], items))
     assert equal(batch, pair_batch(items, texts, seed=0, step=0, augment_kind="none"))
+    plain = pair_batch(items, texts, seed=0, step=0, augment_kind="none", task=True)
+    assert batch.keys() - plain.keys() == {"masked_ids", "masked_positions", "masked_labels"}
+    assert equal(plain, {name: batch[name] for name in plain})
     assert len({tuple(pair_batch(items, texts, seed=0, step=step)["captions"]) for step in range(6)}) > 1
 
 

@@ -16,13 +16,14 @@ from test_data_files import jsonl, pictures, png
 from test_data_forms import CAPTIONS, QUESTIONS, add, as_csv, as_parquet, shards, written
 
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import Finetune, Pretrain
+from efficientvlm.config import Eval, Finetune, Pretrain
 from efficientvlm.data.images import open_image
 from efficientvlm.data.plan import IndexPlan, StreamPlan, plan_for
 from efficientvlm.data.sources import open_pairs, open_vqa, texts
 from efficientvlm.data.stream import Stream, check_settings
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
+from efficientvlm.stages.common import which
 
 COUNT = 30
 
@@ -187,7 +188,14 @@ def test_what_a_stream_must_be_told(tmp_path: Path) -> None:
     spec = f"stream:{pairs(tmp_path)}"
     with pytest.raises(BadInput) as caught:
         check_settings(Finetune(out="x", model="y", data=spec))
-    assert caught.value.fix == "give --max-steps N, --val DATA, --answers FILE"
+    assert caught.value.fix == "give --max-steps N, --val DATA, --answers FILE" and "no list of answers" in caught.value.why
+    with pytest.raises(BadInput) as caught:
+        check_settings(Finetune(out="x", model="y", data=spec, task="retrieval"))
+    assert caught.value.fix == "give --max-steps N, --val DATA" and "answers" not in caught.value.why
+    check_settings(Finetune(out="x", model="y", data=spec, task="retrieval", max_steps=3, val=spec))
+    with pytest.raises(BadInput, match="is a stream") as caught:
+        which(Eval(model="x", data=spec, split="train", task="retrieval"), "train")
+    assert caught.value.fix == "measure on a file or folder"
     with pytest.raises(BadInput) as caught:
         check_settings(Pretrain(out="x", model="y", data=spec, max_steps=3))
     assert caught.value.fix == "give --val DATA"
@@ -211,6 +219,8 @@ def test_stages_train_on_streams_and_list_what_they_skipped(tmp_path: Path, chai
     assert json.loads(line)["split"] == "train" and "line 4" in json.loads(line)["sample"]
     assert require_complete(str(tmp_path / "out")).files["skipped.jsonl"]
 
+    found = run_stage("finetune", out=str(tmp_path / "found"), model=str(chain / "init"), task="retrieval", val=val, **short)
+    assert found.data[0].skipped == 1 and found.metrics["val"]["images"] == 4
     asked = jsonl(tmp_path / "q.jsonl", [{"image": f"img/{n}.png", "question": "q?", "answer": "red"} for n in range(4, 20)])
     (tmp_path / "answers.txt").write_text("red\nblue\n")
     extra = {"answers": str(tmp_path / "answers.txt"), "val": asked, "kd": 0, "limit": 12}

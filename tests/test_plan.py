@@ -22,11 +22,12 @@ from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import STAGES
+from efficientvlm.config import STAGES, DistillWeights, TaskWeights
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.objectives import teacher_cache
 from efficientvlm.planning import costs
 from efficientvlm.planning.checks import preflight
 from efficientvlm.planning.forecast import uniform_cut
@@ -335,6 +336,39 @@ def test_too_little_space(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs.shutil, "disk_usage", lambda folder: usage(10**9, 0, needed["peak"] - 1))
     made = plan(steps)
     assert "too little space" in said(made) and made.problems.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_the_memory_of_a_cached_teacher(name: str, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: dict[str, Any] = {"finetune": TaskWeights, "distill": DistillWeights}
+    only = {"logits", "itc_logits"}
+    weights = {term: float(term in only) for term in kinds[name].model_fields}
+    roles = {"finetune": ("pruned", "teacher"), "distill": ("student", "init")}[name]
+    models = dict(zip(("model", "teacher"), (str(chain / role) for role in roles), strict=True))
+    more = {"questions_per_image": 99} if name == "finetune" else {"region_probability": 0}
+    short = {"batch_size": 8, "epochs": 1, "augment": "none", "eval_limit": 4}
+    caching = step(name, **models, data=SHAPES, weights=weights, cache_teacher=True, **more, **short)
+    (found,) = plan([caching]).stages
+    assert found.memory is not None
+    kept: list[Any] = []
+    monkeypatch.setattr(teacher_cache, "look_up", spied(teacher_cache.look_up, kept))
+    run_stage(name, **caching.config.model_dump())
+    real = sum(value.numel() * value.element_size() for cache in {id(c): c for c in kept}.values() for value in cache.values())
+    assert 0 < real <= found.memory["teacher cache"] <= 1.5 * real
+    parts = {part: count for part, count in found.memory.items() if part != "total"}
+    assert found.memory["total"] == sum(parts.values())
+    monkeypatch.setattr("efficientvlm.planning.teacher_cache.main_memory", lambda: real - 1)
+    (problem,) = plan([step(name, **{**caching.config.model_dump(), "out": "out/other"})]).problems.found
+    assert problem.error.what == "cache_teacher takes too much memory"
+    assert not plan([step(name, **{**caching.config.model_dump(), "out": "out/other", "cache_teacher": False})]).problems.found
+
+
+def spied(look_up: Any, kept: list[Any]) -> Any:
+    def spy(cache: Any, *args: Any) -> Any:
+        kept.append(cache)
+        return look_up(cache, *args)
+
+    return spy
 
 
 def test_a_batch_that_the_processes_cannot_share(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,10 @@ def test_options_and_settings_in_the_text_exist(page: Path, help_of: dict[str, s
         program, *words = shlex.split(code) if code.startswith("evlm ") else code.split()
         if program == "make":
             assert run(code)[0] == 0, f"{page.name}: `{code}`"
+        if words and (script := ROOT / "benchmarks" / program).is_file():
+            text = script.read_text("utf-8")
+            assert all(f'"{word}"' in text for word in words if word.startswith("--")), f"{page.name}: `{code}`"
+            continue
         command = words[0] if program == "evlm" and words and not words[0].startswith("-") else None
         assert command in (None, "recipes") or command in help_of, f"{page.name}: `{code}`"
         texts = [help_of[command]] if command in help_of else help_of.values()

@@ -271,6 +271,31 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("losses", "weights", "message"),
+    [
+        (["itm", "mlm"], {"itc_logits": 1}, "itc_logits needs itc among"),
+        (
+            ["itc"],
+            {"itm_logits": 2, "mlm_logits": 2, "image_hidden": 2, "fusion_hidden": 2},
+            "itm_logits needs itm, mlm.*, fusion_hidden needs",
+        ),
+        (["itc", "mlm"], {"itc_logits": 1, "fusion_hidden": 2, "itm_logits": 0}, None),
+        (["box"], {}, None),
+    ],
+)
+def test_a_weight_needs_the_loss_in_whose_pass_its_term_is_compared(
+    losses: list[str], weights: dict[str, float], message: str | None
+) -> None:
+    given = {"model": "m", "teacher": "t", "data": "d", "out": "o", "losses": losses, "weights": weights}
+    if message is None:
+        parsed = parse(STAGES["distill"], given, "test")
+        parse(STAGES["distill"], parsed.model_dump(), "what is recorded")
+    else:
+        with pytest.raises(BadInput, match=message):
+            parse(STAGES["distill"], given, "test")
+
+
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
 def test_a_teacher_is_not_cached_where_it_would_say_something_else(name: str, changes: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"model": "m", "teacher": "t", "data": "shapes", "out": "o", "augment": "none", "cache_teacher": True}

@@ -47,6 +47,14 @@ def memory(
     return {**parts, "total": sum(parts.values())}
 
 
+def main_memory() -> int | None:
+    """Bytes of memory in this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def disk(output: Any, *, trained: Any = None, gates: int = 0, dense: bool = False, recut: bool = False) -> dict[str, int]:
     """Bytes of the finished folder and, while the stage runs, at its fullest.
 

@@ -11,7 +11,7 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.data.plan import plan_for
 from efficientvlm.data.sources import BUILT_IN
-from efficientvlm.planning import costs
+from efficientvlm.planning import costs, teacher_cache
 from efficientvlm.planning.chain import PLANNED, Chain
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
@@ -143,6 +143,12 @@ def training(
     spread = run.config.parallel == "fsdp" and processes > 1
     found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes, spread=spread)
     status = chain.status(step, inputs, digests(chain, run.config, run.sources))
+    sound = not any(problem.stage == step.name for problem in chain.problems.found)
+    if teacher is not None and sound and run.config.cache_teacher and run.config.kd:
+        kept = teacher_cache.bytes_kept(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
+        found.memory |= {"teacher cache": kept, "total": found.memory["total"] + kept}
+        if status != "up to date" and (problem := teacher_cache.problem(kept)):
+            chain.problems.add(step.name, problem)
     found.run = None if status == "up to date" else run
     finish(chain, step, found, result or student, status, trained=student.model, **sizes)
 

@@ -37,10 +37,11 @@ class Gallery:
     text_mask: Tensor
 
 
-class Rows:
+class Collected:
     """Tensors put one after another into one that is long enough from the start, so that they are never there twice."""
 
     def __init__(self, most: int) -> None:
+        """At most `most` rows."""
         self.most, self.count = most, 0
         self._all: Tensor | None = None
 
@@ -75,7 +76,7 @@ def encode(
     """
     matches, device = "itm" in family.retrieval, model.device
     ids: list[str] = []
-    image_states, image = Rows(count), Rows(count)
+    image_states, image = Collected(count), Collected(count)
     index: dict[str, int] = {}
     own: list[list[int]] = []
     said: list[int] = []
@@ -92,7 +93,7 @@ def encode(
             own.append(list(dict.fromkeys(numbers)))
             ids.append(name)
     text_ids, text_mask = (tensor.to(device) for tensor in tokens(list(index)))
-    text_states, text = Rows(len(text_ids)), Rows(len(text_ids))
+    text_states, text = Collected(len(text_ids)), Collected(len(text_ids))
     for start in range(0, len(text_ids), batch_size):
         states, feature = family.text_features(model, text_ids[start : start + batch_size], text_mask[start : start + batch_size])
         text.add(feature.float())
@@ -163,9 +164,7 @@ def recalls(gallery: Gallery, for_image: Tensor, for_text: Tensor) -> dict[str, 
     own = gallery.owners[for_image] == torch.arange(len(for_image), device=for_image.device)[:, None]
     right = for_text[gallery.said] == gallery.owners[:, None]
     found = {
-        f"{direction}_r{top}": _part(hit[:, :top].any(1))
-        for direction, hit in zip(DIRECTIONS, (own, right), strict=True)
-        for top in TOP
+        f"{direction}_r{top}": _part(hit[:, :top].any(1)) for direction, hit in zip(DIRECTIONS, (own, right), strict=True) for top in TOP
     }
     return {**found, "mean_recall": sum(found.values()) / len(found)}
 
