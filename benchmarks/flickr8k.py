@@ -18,10 +18,11 @@ from published import ROOT, as_csv, csv_of, with_block
 
 from efficientvlm.bench import machine
 from efficientvlm.checkpoint import fingerprint, require_complete
-from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
 from efficientvlm.hardware import pick_device
 from efficientvlm.manifest import Manifest
+from efficientvlm.script import told
 from efficientvlm.stages.results import read_result
 
 # row → its checkpoint, the stages that were trained for it (after the teacher), and what it is
@@ -155,14 +156,8 @@ def percent(fraction: str | float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Publish a finished recipe flickr8k in benchmarks/results.")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/flickr8k"), help="folder of the recipe's stages")
-    try:
-        written = publish(parser.parse_args().run)
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
+    run = parser.parse_args().run
+    return told(lambda: publish(run))
 
 
 if __name__ == "__main__":

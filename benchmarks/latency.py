@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, told, with_block
+from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
 
 from efficientvlm import bench
 from efficientvlm.checkpoint import require_complete
@@ -32,8 +32,9 @@ from efficientvlm.families import blocks, xvlm_model
 from efficientvlm.files import write_atomic
 from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.progress import Bar
+from efficientvlm.script import told
 from efficientvlm.stages.bench import ranking
-from efficientvlm.stages.common import load
+from efficientvlm.stages.common import Loaded, load
 from efficientvlm.stages.run import module_of
 
 PAGE = "docs/export.md"
@@ -87,19 +88,16 @@ def is_complete(folder: Path) -> bool:
 def calls(work: Path) -> dict[Variant, Callable[[int], object]]:
     """Variant → function of the batch size, its inputs prepared."""
     made: dict[Variant, Callable[[int], object]] = {}
+    opened: dict[Path, Loaded] = {}
     for name in MODELS:
         for form, (kind, precision) in FORMS.items():
             folder = work / (name if kind == "torch" else f"{name}-{kind}")
+            if folder not in opened:  # one copy of a checkpoint for all its forms
+                opened[folder] = load(str(folder), exported=True)
             config = Bench(models=[str(folder)], batch_sizes=list(ROUNDS), text_length=TEXT_LENGTH, precision=precision)
-            call = ranking(opened(folder), config, torch.device("cpu"), ANSWERS)
+            call = ranking(opened[folder], config, torch.device("cpu"), ANSWERS)
             made[name, form] = eager(call) if "eager" in form else call
     return made
-
-
-def opened(folder: Path, found: dict[Path, Any] = {}) -> Any:  # noqa: B006 - one copy of a checkpoint for all its forms
-    if folder not in found:
-        found[folder] = load(str(folder), exported=True)
-    return found[folder]
 
 
 def eager(call: Callable[[int], object]) -> Callable[[int], object]:

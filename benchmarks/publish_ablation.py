@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import RESULTS, ROOT, rows_of, told, with_block
+from published import RESULTS, ROOT, rows_of, with_block
 
 from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
+from efficientvlm.script import told
 
 PAGE = Path("docs/ablation.md")
 PICTURES = {"parameters": Path("docs/ablation-parameters.png"), "latency": Path("docs/ablation-latency.png")}

@@ -7,13 +7,11 @@ import fcntl
 import io
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest
-from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
@@ -84,17 +82,6 @@ def block_of(readme: str, name: str) -> str:
 def markers(name: str) -> tuple[str, str]:
     """The comments around the block `name` of a page."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
-def told(work: Callable[[], list[Path]]) -> int:
-    """Print the files that `work` writes, or its error; the exit code."""
-    try:
-        written = work()
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
-    print(*written, sep="\n")
-    return 0
 
 
 def code() -> str:

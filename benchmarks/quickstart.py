@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from published import ROOT, as_csv, csv_of, markers, told, with_block
+from published import ROOT, as_csv, csv_of, markers, with_block
 
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
+from efficientvlm.script import told
 
 BEGIN, END = markers("quickstart")
 PICTURE = Path("docs/quickstart-structure.png")

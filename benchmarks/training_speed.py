@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ from typing import Any
 from published import ROOT, as_csv, csv_of, rows_of
 
 from efficientvlm.bench import processor
+from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
 
 QUICKSTART, WIDE = "quickstart", "width-768"
@@ -181,16 +184,26 @@ class Worker:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            raise BadInput("a measured process has ended", "its error stands above", "measure a checkout whose tests pass")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def close(self) -> None:
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.communicate()
 
 
 def compare(codes: dict[str, Path], size: str, stage: str, threads: int) -> dict[str, dict[str, Any]]:
     """What a step takes in each version of the code, in medians; they take turns step by step."""
-    workers = {label: Worker(code, size, stage, threads) for label, code in codes.items()}
+    with ExitStack() as stack:
+        return _compare({label: stack.enter_context(Worker(code, size, stage, threads)) for label, code in codes.items()}, size)
+
+
+def _compare(workers: dict[str, Worker], size: str) -> dict[str, dict[str, Any]]:
     taken: dict[str, list[dict[str, Any]]] = {label: [] for label in workers}
     for number in range(-WARMUP, ROUNDS[size]):
         for label in sorted(workers, reverse=bool(number % 2)):
@@ -202,7 +215,7 @@ def compare(codes: dict[str, Path], size: str, stage: str, threads: int) -> dict
     for _ in range(PROFILED[size]):
         for label, worker in workers.items():
             kinds[label].append(worker.ask("profile"))
-    first = taken[next(iter(codes))]
+    first = taken[next(iter(workers))]
     for label, worker in workers.items():
         middle = {name: median(step[name] for step in taken[label]) for name in taken[label][0]}
         speedup = median(a["total_ms"] / b["total_ms"] for a, b in zip(first, taken[label], strict=True))
@@ -212,7 +225,6 @@ def compare(codes: dict[str, Path], size: str, stage: str, threads: int) -> dict
             "kinds": {kind: median(one.get(kind, 0.0) for one in kinds[label]) for kind in KINDS},
             "about": worker.ask("about"),
         }
-        worker.close()
     return result
 
 
@@ -263,16 +275,27 @@ def main() -> int:
         serve(size, stage, options.threads)
         return 0
     codes = {label: Path(folder).resolve() for label, _, folder in (text.partition("=") for text in options.code or [f"after={ROOT}"])}
+    from efficientvlm.script import told  # not in every checkout that is measured
+
+    return told(lambda: measure(codes, options.size or SIZES, options.stage or STAGES, options.threads))
+
+
+def measure(codes: dict[str, Path], sizes: Sequence[str], stages: Sequence[str], threads: int) -> list[Path]:
+    """Write the CSV, stage by stage; the file written."""
+    for label, folder in codes.items():
+        if not (folder / "efficientvlm").is_dir():
+            raise BadInput(
+                f"no checkout in {folder}", f"--code {label}=… names a folder that holds efficientvlm/", "git worktree add makes one"
+            )
     path = ROOT / csv_of("training_speed", processor())
-    for size in options.size or SIZES:
-        for stage in options.stage or STAGES:
-            records = rows(compare(codes, size, stage, options.threads), size, stage, options.threads)
+    for size in sizes:
+        for stage in stages:
+            records = rows(compare(codes, size, stage, threads), size, stage, threads)
             keep(path, records)
             for row in records:
                 said = f"{row['total_ms']:.0f} ms, {row['images_per_s']:.1f} images/s, {row['matrix_percent']:.0f} % matrix products"
                 print(f"{size} {stage} {row['code']}: {said}, {row['speedup']:.2f}x", file=sys.stderr, flush=True)
-    print(path)
-    return 0
+    return [path]
 
 
 if __name__ == "__main__":

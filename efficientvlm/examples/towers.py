@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from efficientvlm.errors import BadInput, EvlmError
+from efficientvlm.errors import BadInput
+from efficientvlm.script import told
 
 VISION, TEXT = "dinov2-small", "minilm"
 TOWERS = {
@@ -120,14 +121,8 @@ def backbone(source: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("towers"), help="folder of the two folders")
-    try:
-        written = write_towers(parser.parse_args().out)
-    except EvlmError as error:
-        print("\n".join(filter(None, (f"error: {error.what}", error.why, error.fix))), file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
+    out = parser.parse_args().out
+    return told(lambda: write_towers(out))
 
 
 if __name__ == "__main__":
