@@ -120,6 +120,7 @@ class Pretrain(Stage, Data, Train):
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: int = Field(8, ge=1, description="at most so many of them")
     max_tokens: int = Field(40, ge=4)
+    freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
 
 class DistillWeights(Strict):

@@ -34,7 +34,7 @@ from efficientvlm.planning.forecast import uniform_cut
 from efficientvlm.planning.measure import measure, ready
 from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
-from efficientvlm.stages.common import shapes
+from efficientvlm.stages.common import load, shapes
 from efficientvlm.state import tensors_of
 from efficientvlm.training import update
 
@@ -386,6 +386,15 @@ def test_spread_parameters_take_less_memory(chain: Path, monkeypatch: pytest.Mon
     assert copies.memory and spread.memory
     assert spread.memory["optimizer"] == pytest.approx(copies.memory["optimizer"] / 4, abs=8)
     assert spread.memory["weights"] == copies.memory["weights"] and spread.memory["total"] < copies.memory["total"]
+
+
+def test_frozen_towers_take_no_gradients_and_learn_in_the_next_stage(chain: Path) -> None:
+    frozen = step("frozen", "pretrain", model=str(chain / "init"), data=SHAPES, freeze=["vision"], **TRAIN)
+    after = step("after", "pretrain", model="out/frozen", data=SHAPES, **TRAIN)
+    first, second = (found.memory for found in plan([frozen, after]).stages)
+    assert first and second and first["weights"] == second["weights"]
+    vision = load(str(chain / "init")).model.vision
+    assert second["gradients"] - first["gradients"] == 4 * sum(parameter.numel() for parameter in vision.parameters())
 
 
 def test_two_recuts_with_other_columns_are_planned_apart(chain: Path) -> None:

@@ -84,6 +84,15 @@ def test_the_seed_changes_the_result_and_nothing_else_does(chain: Path, tmp_path
     assert any(not torch.equal(same[name], other[name]) for name in same)
 
 
+@pytest.mark.parametrize("name", ["pretrain", "distill"])
+def test_frozen_towers_stay_as_they_are(name: str, chain: Path, tmp_path: Path) -> None:
+    settings = stages(chain)[name]
+    run_stage(name, out=str(tmp_path / "out"), freeze=["vision", "text"], **settings, **TRAIN)
+    before, after = load_file(Path(settings["model"], "model.safetensors")), load_file(tmp_path / "out/model.safetensors")
+    moved = {tensor for tensor in after if not torch.equal(before[tensor], after[tensor])}
+    assert {tensor.split(".")[0] for tensor in moved} == {tensor.split(".")[0] for tensor in after} - {"vision", "text"}
+
+
 def test_other_settings_do_not_resume_a_state(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
     stop_at(monkeypatch, [2])

@@ -121,7 +121,10 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
         raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
-    training(chain, step, found, Run(config, student, teacher, sources, student.manifest.extra.get("new", [])), inputs)
+    with on_meta():
+        trained = replace(student, model=student.family.build(student.model.config))  # its own: what is frozen here learns in later stages
+    pretrain.freeze(trained.model, config.freeze)
+    training(chain, step, found, Run(config, trained, teacher, sources, student.manifest.extra.get("new", [])), inputs, result=student)
 
 
 def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:

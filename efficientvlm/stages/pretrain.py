@@ -108,12 +108,23 @@ def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Itera
 
 
 def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[Pretraining, nn.Module]:
-    """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD."""
+    """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD. Towers in `freeze` are frozen."""
+    freeze(student.model, config.freeze)
     hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
     if teacher is None or not isinstance(config, Distill):
         return hard, hard
     kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
     return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
+
+
+def freeze(model: nn.Module, towers: Sequence[str]) -> None:
+    """Take the weights of `towers` out of training; the heads on them still learn.
+
+    Contrast with a frozen vision tower is locked-image tuning (LiT, Zhai et al. 2022): where pretrained towers meet few pairs it learns
+    faster, and a step goes back through the text tower alone.
+    """
+    for tower in towers:
+        model.get_submodule(tower).requires_grad_(False)
 
 
 def open_split(config: Any, split: str, side: int | None) -> Any:
