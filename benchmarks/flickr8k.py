@@ -27,13 +27,13 @@ from efficientvlm.stages.results import read_result
 
 # row → its checkpoint, the stages that were trained for it (after the teacher), and what it is
 ROWS = {
-    "teacher": ("teacher", ("teacher",), "pretrained towers, contrast and matching"),
+    "teacher": ("teacher", ("aligned", "teacher"), "pretrained towers, contrast, then contrast and matching"),
     "no-kd": ("no-kd", ("no-kd",), "shrunk teacher cut by magnitude, then trained without a teacher"),
     "method": ("final", ("distilled", "pruned", "final"), "shrunk teacher, distilled, pruned with learnt gates and KD, finetuned with KD"),
 }
 PAGE = Path("docs/own-data.md")
 DIRECTIONS = ("image_to_text", "text_to_image")
-METRICS = (*(f"{direction}_r{top}" for direction in DIRECTIONS for top in (1, 5, 10)), "mean_recall", "itm_accuracy")
+METRICS = (*(f"{direction}_r{top}" for direction in DIRECTIONS for top in (1, 5, 10)), "mean_recall", "itm_accuracy", "itm_preferred")
 
 
 def publish(run: Path, root: Path = ROOT) -> list[Path]:
@@ -135,17 +135,21 @@ def table(records: list[dict[str, str]]) -> str:
         "photos by caption, R@1 / 5 / 10",
         "mean recall",
         "matching",
+        "match preferred",
     )
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     for record in records:
         recalls = [" / ".join(percent(record[f"{direction}_r{top}"]) for top in (1, 5, 10)) for direction in DIRECTIONS]
-        share, rest = percent(record["parameters_of_teacher"]), (percent(record["mean_recall"]), percent(record["itm_accuracy"]))
+        share, rest = (
+            percent(record["parameters_of_teacher"]),
+            [percent(record[name]) for name in ("mean_recall", "itm_accuracy", "itm_preferred")],
+        )
         cells = (record["model"], f"{int(record['parameters']) / 1e6:.1f} M", f"{share} %", *recalls, *rest)
         lines.append(f"| {' | '.join(cells)} |")
     images = int(records[0]["images"])
     by_photo = " / ".join(percent(1 - (1 - 1 / images) ** top) for top in (1, 5, 10))  # each caption is one of its own with this chance
     by_caption = " / ".join(percent(top / images) for top in (1, 5, 10))
-    lines.append(f"| by chance | | | {by_photo} | {by_caption} | | 50.0 |")
+    lines.append(f"| by chance | | | {by_photo} | {by_caption} | | 50.0 | 50.0 |")
     return "\n".join(lines)
 
 
