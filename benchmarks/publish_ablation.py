@@ -147,6 +147,7 @@ def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path)
     figure = Figure(figsize=(6.4 * len(tasks), 4.6), dpi=130, layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         joined: dict[str, list[tuple[float, float]]] = {}
+        named: list[tuple[str, float, float]] = []
         for group in (group for group in found if group.task == task):
             points = [(x, 100 * float(line["accuracy"])) for line in group.lines if (x := place(group, line)) is not None]
             if not points:
@@ -156,7 +157,7 @@ def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path)
             axes.scatter(*zip(*points, strict=True), **style, label=group.arm if main and not seen else None)
             joined.setdefault(group.arm, []).append((mean(x for x, _ in points), mean(y for _, y in points)))
             if not main:
-                axes.annotate(group.arm, points[0], textcoords="offset points", xytext=(5, -3), fontsize=6.5, color="#5f6b7a")
+                named.append((group.arm, *points[0]))
         for arm in (arm for arm in MAIN if arm in joined):
             axes.plot(*zip(*sorted(joined[arm]), strict=True), color=COLOURS[arm], linewidth=1.2, alpha=0.6)
         teacher = next(float(group.lines[0]["teacher_accuracy"]) for group in found if group.task == task)
@@ -168,8 +169,21 @@ def plot(found: list[Group], timed: list[dict[str, str]], what: str, path: Path)
         if joined:
             axes.set_xlim(0, 1.2 * max(x for points in joined.values() for x, _ in points))
             axes.legend(frameon=False, loc="lower left", fontsize=8)
+        label(axes, named)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
+
+
+def label(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write the name of every point to its right, with a line to it, from the top down; each below the names it would run into."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    line, width = 0.028 * (high - low), 0.14 * (right - left)
+    placed: list[tuple[float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        at = min([y, *(other - line for near, other in placed if abs(near - x) < width)])
+        placed.append((x, at))
+        style = {"va": "center", "fontsize": 6.5, "color": "#5f6b7a", "arrowprops": {"arrowstyle": "-", "linewidth": 0.4, "color": OTHERS}}
+        axes.annotate(name, (x, y), xytext=(x + 0.025 * (right - left), at), **style)
 
 
 def publish(root: Path = ROOT) -> list[Path]:
