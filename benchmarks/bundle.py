@@ -5,6 +5,7 @@ python benchmarks/bundle.py runs/easy-vqa-teacher
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -14,21 +15,24 @@ from safetensors.torch import load_file, save_file
 
 from efficientvlm.card import model_card
 from efficientvlm.checkpoint import CARD, require_complete
+from efficientvlm.errors import BadInput
 from efficientvlm.files import BUNDLED, sha256
 from efficientvlm.lineage import known_data
 from efficientvlm.manifest import MANIFEST, FileRecord, Parent
+from efficientvlm.script import told
 
 NAMES = {"pretrained": "easy-vqa-pretrained", "teacher": "easy-vqa"}  # stage of the recipe → name in the package
 WEIGHTS = "model.safetensors"
 MOST_BYTES = 10_000_000
 
 
-def bundle(run: Path) -> None:
-    """Write both checkpoints; the second one's parent is the first."""
+def bundle(run: Path) -> list[Path]:
+    """Write both checkpoints, once both are there; the second one's parent is the first. Their folders."""
     parent: Parent | None = None
-    for stage, name in NAMES.items():
+    manifests = {stage: require_complete(run / stage) for stage in NAMES}
+    for stage, manifest in manifests.items():
+        name = NAMES[stage]
         source, target = run / stage, BUNDLED / name
-        manifest = require_complete(source)
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for file in sorted(manifest.files):
@@ -46,9 +50,12 @@ def bundle(run: Path) -> None:
         (target / WEIGHTS).chmod(0o644)
         size = sum(file.stat().st_size for file in target.iterdir())
         if size > MOST_BYTES:
-            raise SystemExit(f"{target} has {size} bytes, more than {MOST_BYTES}")
-        print(f"{target}: {size / 1e6:.2f} MB")
+            raise BadInput(f"{target} is too large for the package", f"{size:,} bytes, {MOST_BYTES:,} at most", "train a smaller teacher")
+    return [BUNDLED / name for name in NAMES.values()]
 
 
 if __name__ == "__main__":
-    bundle(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the recipe's stages")
+    run = parser.parse_args().run
+    sys.exit(told(lambda: bundle(run)))

@@ -5,6 +5,7 @@ python benchmarks/publish_ablation.py
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -209,4 +210,5 @@ def publish(root: Path = ROOT) -> list[Path]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(told(publish))

@@ -25,8 +25,7 @@ def console() -> Console:
 
 def emit(value: Any) -> None:
     """`value` as one JSON object."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:

@@ -120,6 +120,7 @@ class Pretrain(Stage, Data, Train):
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: int = Field(8, ge=1, description="at most so many of them")
     max_tokens: int = Field(40, ge=4)
+    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
     freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
 
@@ -429,7 +430,8 @@ def parse(model: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(model, item) for item in error.errors()]
+        items = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # it follows from another one
+        problems = [_describe(model, item) for item in items]
         raise BadInput(
             f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}",
             "\n  " + "\n  ".join(problems),
@@ -441,7 +443,7 @@ def _describe(model: type[BaseModel], item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)
     if item["type"] != "extra_forbidden":
-        return f"{name}: {item['msg'].lower()}"
+        return f"{name}: {item['msg'].lower().removeprefix('value error, ')}"
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

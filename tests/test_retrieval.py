@@ -317,7 +317,7 @@ def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_p
 def test_settings_of_another_task_are_refused(task: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as refused:
         parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task, **settings}, "here")
-    assert all(f"{name}: value error" in refused.value.why for name in settings)
+    assert all(f"{name}: " in refused.value.why for name in settings)
     parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task}, "here")
 
 

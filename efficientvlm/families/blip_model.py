@@ -22,6 +22,7 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextSelfAttention,
     BlipTextSelfOutput,
 )
+from transformers.utils import logging
 
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
@@ -40,6 +41,7 @@ from efficientvlm.families.blocks import (
     take,
 )
 
+logging.disable_progress_bar()
 Maps = list[Tensor] | None
 
 

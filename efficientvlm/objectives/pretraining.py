@@ -29,9 +29,10 @@ class Pretraining(nn.Module):
     Reference: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
     """
 
-    def __init__(self, family: Any, model: nn.Module, *, losses: Iterable[str], seed: int) -> None:
+    def __init__(self, family: Any, model: nn.Module, *, losses: Iterable[str], seed: int, hard_negatives: bool = True) -> None:
         super().__init__()
         self.family, self.model, self.losses, self.seed = family, model, frozenset(losses), seed
+        self.hard_negatives = hard_negatives
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         losses, _, _ = self.passes(self.model, even_texts(batch), step)
@@ -83,7 +84,8 @@ class Pretraining(nn.Module):
                 losses["itc"] = itc_loss(image_feature, text_feature, model.temp, same)
             if itm and negatives is None:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, draw))
-                drawn = draw_negatives(image_feature, text_feature, model.temp, same, generator)
+                temp = model.temp if self.hard_negatives else torch.full_like(model.temp, torch.inf)  # alike, however similar
+                drawn = draw_negatives(image_feature, text_feature, temp, same, generator)
                 negatives = ranks.agreed(drawn[0]), ranks.agreed(drawn[1])
 
         # rows of the one fusion batch: matched pairs, true text + drawn image, drawn text + true image, masked text + its image, boxes

@@ -113,11 +113,12 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
     sources: dict[str, Any] = {}
     with chain.problems.of(step.name), suppress(Blocked):
         sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, side), side)
-    for problem in pretrain.student_problems(config, student) if student else ():
+    wrong = list(pretrain.student_problems(config, student)) if student else []
+    for problem in wrong:
         chain.problems.add(step.name, problem)
     for problem in pretrain.teacher_problems(config, student, teacher) if student and teacher else ():
         chain.problems.add(step.name, problem)
-    if student is None or not sources or (isinstance(config, Distill) and teacher is None):
+    if student is None or wrong or not sources or (isinstance(config, Distill) and teacher is None):
         raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}

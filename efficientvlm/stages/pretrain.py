@@ -110,7 +110,7 @@ def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Itera
 def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[Pretraining, nn.Module]:
     """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD. Towers in `freeze` are frozen."""
     freeze(student.model, config.freeze)
-    hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed)
+    hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed, hard_negatives=config.hard_negatives)
     if teacher is None or not isinstance(config, Distill):
         return hard, hard
     kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
