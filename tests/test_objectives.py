@@ -247,6 +247,13 @@ def test_hard_negatives_are_drawn_as_often_as_their_weights_say():
     assert counts[0] == 0 and (counts / 400 - share).abs().max() < 0.08
 
 
+def test_without_hard_negatives_any_other_pair_is_drawn_as_often():
+    image, text = torch.eye(3), torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
+    for_text, for_image = negative_weights(image, text, torch.tensor(torch.inf), torch.eye(3, dtype=torch.bool))
+    assert torch.allclose(for_text, for_image) and for_text[0, 1] == for_text[0, 2] == for_text[1, 0]
+    assert (for_text.diagonal() == 0).all()
+
+
 def test_giou():
     def one(a: list[float], b: list[float]) -> float:
         return giou(torch.tensor([a]), torch.tensor([b])).item()

@@ -397,6 +397,12 @@ def test_frozen_towers_take_no_gradients_and_learn_in_the_next_stage(chain: Path
     assert second["gradients"] - first["gradients"] == 4 * sum(parameter.numel() for parameter in vision.parameters())
 
 
+def test_towers_of_a_model_that_cannot_be_pretrained_are_not_looked_for(tmp_path: Path) -> None:
+    run_stage("init", out=str(tmp_path / "blip"), family="blip", size="tiny", data=SHAPES, settings={**SIZES, "decoder_layers": 2})
+    refused = plan([step("pretrain", model=str(tmp_path / "blip"), data=SHAPES, freeze=["vision"], **TRAIN)])
+    assert "cannot be pre-trained" in said(refused) and [found.status for found in refused.stages] == ["cannot run"]
+
+
 def test_two_recuts_with_other_columns_are_planned_apart(chain: Path) -> None:
     rows = [{"image": "1.png", "question": "q?", "text": "other?", "answer": "car"}]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -317,7 +317,8 @@ def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_p
 def test_settings_of_another_task_are_refused(task: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as refused:
         parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task, **settings}, "here")
-    assert all(f"{name}: " in refused.value.why for name in settings)
+    assert all(f"{name}: " in refused.value.why for name in settings) and "value error" not in refused.value.why
+    assert f"{len(settings)} wrong setting" in refused.value.what
     parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task}, "here")
 
 
