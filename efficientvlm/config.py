@@ -217,6 +217,7 @@ class TaskStage(Stage, Data, Train):
     scale_by_temperature: bool = False
     weights: TaskWeights = Field(default_factory=TaskWeights, description="of VQA")
     retrieval_weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
+    hard_negatives: bool = Field(True, description="of retrieval: matching draws its negatives by similarity, as published; false: any")
     quirks: Quirks = Field(default_factory=Quirks)
     questions_per_image: int = Field(6, ge=1, description="questions that share one vision pass")
     max_tokens: int = Field(40, ge=4)
@@ -243,7 +244,7 @@ class TaskStage(Stage, Data, Train):
             raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
         return cache
 
-    @field_validator(*QUESTIONS_ONLY, "retrieval_weights")
+    @field_validator(*QUESTIONS_ONLY, "retrieval_weights", "hard_negatives")
     @classmethod
     def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)

@@ -91,7 +91,7 @@ def test_both_students_are_trained_alike() -> None:
     steps: dict[str, Any] = {step.name: step.config for step in validate(load_recipe("flickr8k"))}
     method, plain = [steps[name] for name in ("distilled", "pruned", "final")], steps["no-kd"]
     assert sum(config.max_steps for config in method) == plain.max_steps and plain.teacher is None
-    for key in ("lr", "new_lr_mult", "batch_size", "max_tokens", "augment", "data", "seed"):
+    for key in ("lr", "new_lr_mult", "batch_size", "max_tokens", "augment", "data", "seed", "hard_negatives"):
         assert {getattr(config, key) for config in method} == {getattr(plain, key)}, key
     assert steps["cut"].model == steps["distilled"].model == steps["student"].out
     assert (steps["cut"].sparsity, steps["cut"].round_to) == (steps["pruned"].sparsity, steps["pruned"].round_to) == (0.4, 16)

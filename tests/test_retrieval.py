@@ -311,7 +311,7 @@ def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_p
     ("task", "settings"),
     [
         ("retrieval", {"answers": "a.txt", "rank_top": 3, "weights": {"logits": 2}, "quirks": {"double_sep": True}}),
-        ("vqa", {"retrieval_weights": {"itm_logits": 2}}),
+        ("vqa", {"retrieval_weights": {"itm_logits": 2}, "hard_negatives": False}),
     ],
 )
 def test_settings_of_another_task_are_refused(task: str, settings: dict[str, Any]) -> None:

@@ -129,7 +129,8 @@ class Retrieval:
         pass
 
     def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Pretraining | Distillation:
-        hard = Pretraining(student.family, student.model, losses=student.family.retrieval, seed=config.seed)
+        losses, hard_negatives = student.family.retrieval, config.hard_negatives
+        hard = Pretraining(student.family, student.model, losses=losses, seed=config.seed, hard_negatives=hard_negatives)
         if teacher is None or not config.kd:
             return hard
         kd = settings_of(config, "kd", "quirks", "temperature", "cache_teacher")
