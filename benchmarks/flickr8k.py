@@ -118,7 +118,8 @@ def block(records: list[dict[str, str]], name: Path) -> str:
             table(records),
             "",
             f"In per cent, of {images:,} photos and {captions:,} captions that were not trained on. One run, seed {student['seed']},",
-            f"training in {student['training_precision']}: {teacher['steps']} steps of the teacher, {student['steps']} of each student.",
+            f"training in {student['training_precision']}: {teacher['steps']} steps of the teacher, {student['steps']} of each student,",
+            f"{sum(int(record['seconds']) for record in records) / 60:.0f} minutes in all.",
             f"The standard error of R@10 by photo is {error} points; differences that are not well above it say nothing.",
             f"All of it as CSV: [{name.name}](../{name.as_posix()}).",
         ]
