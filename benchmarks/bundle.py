@@ -50,7 +50,12 @@ def bundle(run: Path) -> list[Path]:
         (target / WEIGHTS).chmod(0o644)
         size = sum(file.stat().st_size for file in target.iterdir())
         if size > MOST_BYTES:
-            raise BadInput(f"{target} is too large for the package", f"{size:,} bytes, {MOST_BYTES:,} at most", "train a smaller teacher")
+            shutil.rmtree(target)
+            raise BadInput(
+                f"{target} is too large for the package",
+                f"{size:,} bytes, {MOST_BYTES:,} at most",
+                "train a smaller teacher; git restores the old one",
+            )
     return [BUNDLED / name for name in NAMES.values()]
 
 

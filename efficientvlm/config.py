@@ -123,6 +123,13 @@ class Pretrain(Stage, Data, Train):
     hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
     freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
+    @field_validator("hard_negatives")
+    @classmethod
+    def _of_matching(cls, hard: bool, info: ValidationInfo) -> bool:
+        if not hard and "itm" not in info.data.get("losses", ["itm"]):
+            raise ValueError("it needs itm among the losses")
+        return hard
+
 
 class DistillWeights(Strict):
     """Weights inside L_KD of the general distillation stage; 0 switches a term off."""

@@ -194,7 +194,7 @@ def code() -> Code:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "--verify", "HEAD")
-    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") if commit else None
     return Code(version=release, commit=commit, dirty=None if changes is None else bool(changes))
 
 

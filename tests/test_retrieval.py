@@ -12,6 +12,7 @@ import torch
 from compression_cases import FAMILIES, tiny_xvlm
 from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
+from torch import Tensor
 
 from efficientvlm import families, report
 from efficientvlm.checkpoint import fingerprint, require_complete
@@ -19,11 +20,12 @@ from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import STAGES, Finetune, RetrievalWeights, parse
+from efficientvlm.config import STAGES, Finetune, Pretrain, RetrievalWeights, parse
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch
 from efficientvlm.data.sources import open_pairs
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.objectives import pretraining
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
@@ -305,6 +307,29 @@ def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_p
     with pytest.raises(BadInput, match="is tuned for retrieval"):
         run_stage("export", out=out, model=str(pairs / "teacher"), format="onnx")
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("name", ["pretrain", "distill", "finetune"])
+def test_negatives_are_drawn_by_similarity_or_not(
+    name: str, hard: bool, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, draw = [], pretraining.draw_negatives
+
+    def watch(image: Tensor, text: Tensor, temperature: Tensor, *rest: Any) -> Any:
+        seen.append(bool(temperature.isinf()))
+        return draw(image, text, temperature, *rest)
+
+    monkeypatch.setattr(pretraining, "draw_negatives", watch)
+    more: dict[str, Any] = {"distill": {"teacher": str(chain / "init")}, "finetune": {"task": "retrieval"}}.get(name, {})
+    run_stage(name, out=str(tmp_path / "out"), model=str(chain / "init"), data=SHAPES, hard_negatives=hard, **more, **TRAIN)
+    assert seen and set(seen) == {not hard}
+
+
+def test_negatives_of_no_matching_are_refused() -> None:
+    with pytest.raises(BadInput) as refused:
+        parse(Pretrain, {"out": "o", "model": "m", "data": "d", "losses": ["itc"], "hard_negatives": False}, "here")
+    assert "hard_negatives: it needs itm among the losses" in refused.value.why
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class Pretraining(nn.Module):
                 losses["itc"] = itc_loss(image_feature, text_feature, model.temp, same)
             if itm and negatives is None:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, draw))
-                temp = model.temp if self.hard_negatives else torch.full_like(model.temp, torch.inf)  # alike, however similar
+                temp = model.temp if self.hard_negatives else torch.full_like(model.temp, torch.inf)  # every other pair is as likely
                 drawn = draw_negatives(image_feature, text_feature, temp, same, generator)
                 negatives = ranks.agreed(drawn[0]), ranks.agreed(drawn[1])
 

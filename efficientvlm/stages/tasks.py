@@ -104,7 +104,7 @@ class Answering:
 
 
 class Retrieval:
-    """Image-text retrieval: contrast and matching with hard negatives (X-VLM), on one caption an image and step."""
+    """Image-text retrieval: contrast and matching, by default with hard negatives (X-VLM), on one caption an image and step."""
 
     name, data = "retrieval", "pairs"
 
