@@ -57,22 +57,21 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
-    code = _started()
+    try:
+        several = ranks.launched() > 1
+        ranks.rank()
+    except EvlmError as error:
+        several, code = False, _fail(error.exit_code, error.what, error.why, error.fix)
+    else:
+        code = _run_with_others() if several else _run()
     deaf()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
+    if several:
+        ranks.leave(code)
     sys.exit(code)
-
-
-def _started() -> int:
-    try:
-        several = ranks.launched() > 1
-        ranks.rank()
-    except EvlmError as error:
-        return _fail(error.exit_code, error.what, error.why, error.fix)
-    return _run_with_others() if several else _run()
 
 
 def _run_with_others() -> int:

@@ -6,12 +6,14 @@ processes travel as JSON, never as pickles.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from efficientvlm import errors
 from efficientvlm.errors import BadInput, EvlmError
@@ -114,6 +116,19 @@ def end(code: int) -> bool:
     if dist.is_initialized() and code != 1:  # after an unexpected error a collective may be pending, for which this would wait
         dist.destroy_process_group()
     return report
+
+
+def leave(code: int) -> NoReturn:
+    """Exit, one of several processes, once all that is registered for the end of a process has run.
+
+    The interpreter is not taken down: DDP keeps the process group beyond its end, and a thread of gloo that lets go of its last tensor
+    while that happens aborts the process.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # closed or full: the code says how the work went
+            stream.flush()
+    os._exit(code)
 
 
 def tell(value: Any, source: int = 0) -> Any:

@@ -304,6 +304,26 @@ def test_a_launcher_that_sets_nonsense(
         assert ended.value.code == 0 and out.startswith("evlm ") and err == ""
 
 
+def test_one_of_several_processes_ends_without_taking_the_interpreter_down() -> None:
+    """There, a thread of gloo that still holds a tensor would abort the process."""
+    program = """
+import atexit
+from efficientvlm.cli.main import main
+class Ghost:
+    def __del__(self):
+        print("destroyed with the interpreter")
+ghost = Ghost()
+atexit.register(print, "registered for the end")
+main()
+"""
+    for variables, code in (({"WORLD_SIZE": "2", "RANK": "0"}, 3), ({}, 0)):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")} | variables
+        command = [sys.executable, "-c", program, "inspect", "--help"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and ("the processes do not find one another" in done.stderr) == bool(variables), done.stderr
+        assert "registered for the end" in done.stdout and ("destroyed" in done.stdout) != bool(variables)
+
+
 def test_a_traceback_on_request(evlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVLM_DEBUG", "1")
     code, _, err = evlm("inspect", "nowhere")
