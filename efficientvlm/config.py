@@ -255,16 +255,17 @@ class TaskStage(Stage, Data, Train):
     @classmethod
     def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
-        other, task = ("vqa", "retrieval") if name in QUESTIONS_ONLY else ("retrieval", "vqa")
-        if info.data.get("task") == task and value != cls.model_fields[name].get_default(call_default_factory=True, validated_data={}):
-            raise ValueError(f"it belongs to task {other}")
+        task = "vqa" if name in QUESTIONS_ONLY else "retrieval"
+        usual = cls.model_fields[name].get_default(call_default_factory=True, validated_data={})
+        if info.data.get("task", task) != task and value != usual:
+            raise ValueError(f"it belongs to task {task}")
         return value
 
     @field_validator("quirks")
     @classmethod
     def _quirks_of_this_task(cls, quirks: Quirks, info: ValidationInfo) -> Quirks:
         wrong = [name for name in QUESTION_QUIRKS if getattr(quirks, name)]
-        if wrong and info.data.get("task") == "retrieval":
+        if wrong and info.data.get("task", "vqa") != "vqa":
             raise ValueError(f"{', '.join(wrong)} belong to task vqa")
         return quirks
 
@@ -355,9 +356,9 @@ class Eval(Strict):
     @field_validator("mode", "answers", "rank_top", "first_token_twice", "rerank")
     @classmethod
     def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
-        other, task = ("retrieval", "vqa") if info.field_name == "rerank" else ("vqa", "retrieval")
-        if info.data.get("task") == task and value != cls.model_fields[str(info.field_name)].default:
-            raise ValueError(f"it belongs to task {other}")
+        task = "retrieval" if info.field_name == "rerank" else "vqa"
+        if info.data.get("task", task) != task and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"it belongs to task {task}")
         return value
 
 

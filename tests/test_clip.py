@@ -444,6 +444,8 @@ def test_pruning_without_a_task(imported, tmp_path, method):
         ({"method": "magnitude", "teacher": "x"}, "a teacher has no use"),
         ({"method": "magnitude", "from_gates": "x"}, "leave task out"),
         ({"method": "magnitude", "task": "vqa"}, "data, which was not given"),
+        ({"method": "magnitude", "hard_negatives": False}, "it belongs to task retrieval"),
+        ({"method": "magnitude", "weights": {"logits": 2}}, "it belongs to task vqa"),
     ],
 )
 def test_settings_that_need_training_are_refused_without_a_task(settings, message):

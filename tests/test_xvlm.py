@@ -335,6 +335,8 @@ def test_a_saved_folder_is_the_same_network(tmp_path, kept):
         (lambda f: edit(f, kept={"vision.0.head": "0-7"}), "not ascending within"),
         (lambda f: spoil_weights(f, lambda t: t.pop("temp")), "1 missing keys, first temp"),
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
+        (lambda f: spoil_weights(f, lambda t: t["temp"].fill_(math.nan)), "holds NaN or infinite weights: 1 tensors, first temp"),
+        (lambda f: spoil_weights(f, lambda t: t.update(temp=torch.tensor(-math.inf))), "first temp"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
@@ -345,6 +347,13 @@ def test_folders_whose_weights_do_not_fit(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(BadInput, match=message):
         FAMILY.load(tmp_path)
+
+
+def test_large_weights_are_finite(tmp_path):
+    """Their sum is not."""
+    build().save_pretrained(tmp_path)
+    spoil_weights(tmp_path, lambda tensors: tensors["fusion.layers.0.attention.q.bias"].fill_(3e38))
+    assert FAMILY.load(tmp_path).fusion.layers[0].attention.q.bias.max() > 1e38
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput
@@ -62,7 +63,7 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
     """Float32 model of class `kind` with the weights in folder `path`, evaluation mode.
 
     Raises:
-        BadInput: weights that are missing, surplus or of another shape than `config` says, or not readable.
+        BadInput: weights that are missing, surplus, of another shape than `config` says, not finite, or not readable.
     """
     try:
         with silent():
@@ -81,7 +82,14 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
     if problems:
         summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
         raise BadInput(f"{path}: weights do not fit config.json", summary, advice(path))
+    if broken := [name for name, values in model.state_dict().items() if not _finite(values)]:
+        raise BadInput(f"{path} holds NaN or infinite weights", f"{len(broken)} tensors, first {broken[0]}", advice(path))
     return model.eval()
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all values are finite numbers; a finite sum, which is fast to make, says so already."""
+    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any]) -> dict[str, Any]:
