@@ -50,6 +50,16 @@ WRONG: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_models_are_saved_and_opened_in_silence(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers would draw a bar for each."""
+    family, model, _ = build(name)
+    capfd.readouterr()
+    family.save(model, tmp_path)
+    family.load(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_stored_sizes_and_statistics(tmp_path: Path, name: str) -> None:
     FAMILIES[name][0].save(build(name)[1], tmp_path)
     before = (tmp_path / "config.json").read_text()

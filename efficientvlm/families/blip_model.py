@@ -22,7 +22,6 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextSelfAttention,
     BlipTextSelfOutput,
 )
-from transformers.utils import logging
 
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
@@ -41,7 +40,6 @@ from efficientvlm.families.blocks import (
     take,
 )
 
-logging.disable_progress_bar()
 Maps = list[Tensor] | None
 
 

@@ -12,14 +12,11 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMLP
-from transformers.utils import logging
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import HEAD, NEURON
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Bias, Encoded, attend, no_maps, normalise
 from efficientvlm.families.structure import Cuttable
-
-logging.disable_progress_bar()
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text

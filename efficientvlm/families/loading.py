@@ -12,11 +12,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import logging as said
 
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_channels
 
+said.disable_progress_bar()  # progress is ours to show
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 
 
@@ -28,8 +30,6 @@ def advice(folder: Path) -> str:
 @contextmanager
 def silent() -> Iterator[None]:
     """transformers says nothing in the block: what matters of it is in our own words."""
-    from transformers.utils import logging as said
-
     level = said.get_verbosity()
     said.set_verbosity(said.CRITICAL)
     try:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import logging
 
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.families.blocks import (
@@ -29,8 +28,6 @@ from efficientvlm.families.blocks import (
     take,
 )
 from efficientvlm.families.xvlm_config import XVLMConfig
-
-logging.disable_progress_bar()
 
 
 class Attention(nn.Module):
