@@ -141,10 +141,8 @@ def table(records: list[dict[str, str]]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     for record in records:
         recalls = [" / ".join(percent(record[f"{direction}_r{top}"]) for top in (1, 5, 10)) for direction in DIRECTIONS]
-        share, rest = (
-            percent(record["parameters_of_teacher"]),
-            [percent(record[name]) for name in ("mean_recall", "itm_accuracy", "itm_preferred")],
-        )
+        share = percent(record["parameters_of_teacher"])
+        rest = [percent(record[name]) for name in ("mean_recall", "itm_accuracy", "itm_preferred")]
         cells = (record["model"], f"{int(record['parameters']) / 1e6:.1f} M", f"{share} %", *recalls, *rest)
         lines.append(f"| {' | '.join(cells)} |")
     images = int(records[0]["images"])

@@ -267,9 +267,11 @@ def main() -> int:
     parser.add_argument("--code", action="append", metavar="LABEL=FOLDER", help="a checkout to measure; the first one is the reference")
     parser.add_argument("--size", choices=SIZES, action="append", help="both by default")
     parser.add_argument("--stage", choices=STAGES, action="append", help="all by default")
-    parser.add_argument("--threads", type=int, default=1, choices=range(1, 257), metavar="N")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads < 1:
+        parser.error("argument --threads: 1 or more")
     if options.serve:
         size, stage = options.serve
         serve(size, stage, options.threads)

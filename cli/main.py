@@ -65,13 +65,22 @@ def main() -> None:
     else:
         code = _run_with_others() if several else _run()
     deaf()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
+    code = _printed(code)
     if several:
         ranks.leave(code)
     sys.exit(code)
+
+
+def _printed(code: int) -> int:
+    """The exit code, once all that was printed is out; 1 instead of 0 if it went nowhere, unless the reader had enough."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
+        if not isinstance(error, BrokenPipeError):
+            why = (error.strerror or "unknown reason").lower()
+            return code or _fail(1, "the output could not be written", why, "print to another place")
+    return code
 
 
 def _run_with_others() -> int:

@@ -119,15 +119,15 @@ def end(code: int) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit, one of several processes, once all that is registered for the end of a process has run.
+    """Exit, one of several processes, once the functions registered with `atexit` have run; other threads are not waited for.
 
     The interpreter is not taken down: DDP keeps the process group beyond its end, and a thread of gloo that lets go of its last tensor
     while that happens aborts the process.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # closed or full: the code says how the work went
-            stream.flush()
+        with suppress(OSError, ValueError):  # full or closed by what has just run: the code says how the work went
+            print(end="", file=stream, flush=True)
     os._exit(code)
 
 

@@ -429,6 +429,17 @@ def test_a_reader_that_goes_away_is_no_error(line: str) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_goes_nowhere_is_an_error(buffered: bool) -> None:
+    command = [sys.executable, *(() if buffered else ("-u",)), "-m", "efficientvlm.cli.main", "--version"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "no space left on device" in done.stderr.lower()
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 3
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_without_a_state_exits_130(tmp_path: Path) -> None:
     script = """

@@ -163,7 +163,10 @@ def test_the_commit_is_recorded_only_in_a_checkout_of_this_package(tmp_path: Pat
     """A package that is installed somewhere below an unrelated repository must not take that repository's commit."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    (tmp_path / "pyproject.toml").write_text("")
+    results, module = tmp_path / "benchmarks" / "results" / "a.csv", tmp_path / "efficientvlm" / "a.py"
+    for file in (tmp_path / "pyproject.toml", results, module):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
     for place, known in (("efficientvlm", True), ("lib/site-packages/efficientvlm", False)):
@@ -171,4 +174,9 @@ def test_the_commit_is_recorded_only_in_a_checkout_of_this_package(tmp_path: Pat
         manifests.code.cache_clear()
         code = manifests.code()
         assert (code.commit is not None, code.dirty) == ((True, False) if known else (False, None))
+    monkeypatch.setattr(manifests, "__file__", str(module))
+    for changed, dirty in ((results, False), (module, True)):  # a script that writes figures does not change the code that they are of
+        changed.write_text("changed")
+        manifests.code.cache_clear()
+        assert manifests.code().dirty is dirty
     manifests.code.cache_clear()

@@ -397,6 +397,13 @@ def test_frozen_towers_take_no_gradients_and_learn_in_the_next_stage(chain: Path
     assert second["gradients"] - first["gradients"] == 4 * sum(parameter.numel() for parameter in vision.parameters())
 
 
+def test_a_stage_with_a_wrong_setting_does_not_hide_what_is_wrong_behind_it(chain: Path) -> None:
+    wrong = step("wrong", "pretrain", model=str(chain / "init"), data=SHAPES, **{**TRAIN, "batch_size": 1})
+    behind = step("behind", "shrink", model="out/wrong", layers={"vision": 99})
+    found = said(plan([wrong, behind]))
+    assert "batch_size 1" in found and "vision" in found and "cannot be planned" not in found
+
+
 def test_towers_of_a_model_that_cannot_be_pretrained_are_not_looked_for(tmp_path: Path) -> None:
     run_stage("init", out=str(tmp_path / "blip"), family="blip", size="tiny", data=SHAPES, settings={**SIZES, "decoder_layers": 2})
     refused = plan([step("pretrain", model=str(tmp_path / "blip"), data=SHAPES, freeze=["vision"], **TRAIN)])

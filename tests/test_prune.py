@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_the_output_is_really_small_and_states_its_budget(chain: Path) -> None:
     assert removed == sparsity["initial"] - sparsity["kept"] > 0
     assert sum(t.numel() for t in tensors.values()) == manifest.accounting["parameters"]["total"]
     assert manifest.teacher is not None and student.accounting["sparsity"]["achieved"] == 0
+
+
+@pytest.mark.parametrize("name", ["dense.safetensors", "gates.safetensors"])
+def test_nothing_is_cut_again_from_what_is_not_finite(name: str, chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(chain / "pruned", tmp_path / "pruned")
+    tensors = load_file(chain / "pruned" / name)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_tensors(tensors, tmp_path / "pruned" / name)
+    with pytest.raises(BadInput, match=f"{name} holds NaN or infinite values"):
+        recut(tmp_path / "pruned", tmp_path / "out", 0.3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_metrics_show_the_sparsity_on_its_way_to_the_target(chain: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers.utils import logging as said
 
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_channels
+from efficientvlm.families.weights import require_finite
 
 said.disable_progress_bar()  # progress is ours to show
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
@@ -82,14 +82,8 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
     if problems:
         summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in problems.items())
         raise BadInput(f"{path}: weights do not fit config.json", summary, advice(path))
-    if broken := [name for name, values in model.state_dict().items() if not _finite(values)]:
-        raise BadInput(f"{path} holds NaN or infinite weights", f"{len(broken)} tensors, first {broken[0]}", advice(path))
+    require_finite(model.state_dict(), path)
     return model.eval()
-
-
-def _finite(values: Tensor) -> bool:
-    """Whether all values are finite numbers; a finite sum, which is fast to make, says so already."""
-    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any]) -> dict[str, Any]:

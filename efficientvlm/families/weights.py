@@ -97,6 +97,18 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return {renewed(name): tensor for file in files for name, tensor in read_file(file).items()}
 
 
+def finite(values: Tensor) -> bool:
+    """Whether all values are finite numbers; a finite sum, which is fast to make, says so already. True on the meta device."""
+    return values.is_meta or bool(values.sum().isfinite() or values.isfinite().all())
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """:class:`BadInput` if one of the tensors of `where` holds NaN or an infinity."""
+    if broken := [name for name, values in tensors.items() if not finite(values)]:
+        why = f"{broken[0]} does, the first of {len(broken)} tensors"
+        raise BadInput(f"{where} holds NaN or infinite values", why, "make it again, or restore it")
+
+
 def renewed(name: str) -> str:
     """A tensor's name with the LayerNorm names of old BERT files (gamma, beta) replaced."""
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[old[1]], name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blocks import resize_positions
-from efficientvlm.families.weights import AGAIN, read_file, renewed
+from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm_config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import first_fusion_layer, published_name
@@ -133,7 +133,7 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
             unknown.append(name)
         elif ours in state:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file")
-        elif not tensor.is_floating_point() or not (tensor.is_meta or bool(tensor.isfinite().all())):
+        elif not (tensor.is_floating_point() and finite(tensor)):
             raise BadInput(f"{path} is damaged", f"{name} is not all finite floats", AGAIN)
         else:
             state[ours] = tensor.detach().to(torch.float32).contiguous()

@@ -15,7 +15,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.loading import image_statistics
 from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
-from efficientvlm.families.weights import read_folder
+from efficientvlm.families.weights import finite, read_folder
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
 from efficientvlm.families.xvlm_model import XVLMModel
@@ -178,7 +178,7 @@ def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Pat
                 f"{name} has shape {list(tensor.shape)}, {needed} is needed",
                 "save or download the model again",
             )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not (tensor.is_floating_point() and finite(tensor)):
             raise BadInput("the weights of a tower are damaged", f"{name} is not all finite floats", "fetch them again")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     return new

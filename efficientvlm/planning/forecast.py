@@ -118,13 +118,14 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
         chain.problems.add(step.name, problem)
     for problem in pretrain.teacher_problems(config, student, teacher) if student and teacher else ():
         chain.problems.add(step.name, problem)
-    if student is None or wrong or not sources or (isinstance(config, Distill) and teacher is None):
+    if student is None or not sources or (isinstance(config, Distill) and teacher is None):
         raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
     with on_meta():
         trained = replace(student, model=student.family.build(student.model.config))  # its own: what is frozen here learns in later stages
-    pretrain.freeze(trained.model, config.freeze)
+    if not wrong:  # it may lack the towers
+        pretrain.freeze(trained.model, config.freeze)
     training(chain, step, found, Run(config, trained, teacher, sources, student.manifest.extra.get("new", [])), inputs, result=student)
 
 

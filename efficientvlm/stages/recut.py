@@ -18,6 +18,7 @@ from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
+from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import Loaded, load, making, open_output, write
@@ -126,11 +127,13 @@ def dense_model(pruned: Loaded) -> Any:
 
 
 def read_tensors(pruned: Loaded, name: str) -> dict[str, Tensor]:
-    """A safetensors file of the folder; :class:`BadInput` if it is missing or damaged."""
+    """A safetensors file of the folder; :class:`BadInput` if it is missing, damaged or not finite."""
     path = pruned.path / name
     if not path.is_file():
         raise BadInput(f"{pruned.path} has no {name}", "it was not written by prune with --method l0", "give the folder of such a run")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"cannot read {path}", str(error).splitlines()[0], "check the folder with `evlm verify`") from None
+    require_finite(tensors, path)
+    return tensors
