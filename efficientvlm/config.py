@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -11,10 +11,26 @@ from efficientvlm.errors import BadInput
 
 Device = str
 Precision = Literal["fp32", "bf16"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (allowed, *get_args(allowed)):
+            raise ValueError(f"it is no switch that could be {str(value).lower()}")
+        return value
+
+    @field_validator("out", check_fields=False)
+    @classmethod
+    def _somewhere(cls, out: str | None) -> str | None:
+        if out is not None and not out.strip():
+            raise ValueError("it is empty, and names no place")
+        return out
 
 
 class Train(Strict):
@@ -52,7 +68,7 @@ class Data(Strict):
 
 class Stage(Strict):
     out: str
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "fp32"
 
@@ -325,6 +341,8 @@ class Prune(TaskStage):
     def _learnt_on_a_task(cls, from_gates: str | None, info: ValidationInfo) -> str | None:
         if from_gates and info.data.get("task") == "none":
             raise ValueError("gates were learnt on a task; leave task out")
+        if from_gates and info.data.get("method", "l0") != "l0":
+            raise ValueError("the gates that were learnt choose; leave method out")
         return from_gates
 
 
@@ -351,7 +369,7 @@ class Eval(Strict):
     rerank: int = Field(0, ge=0, description="retrieval: so many candidates of every query are ranked anew by matching; 0: none")
     device: Device = "auto"
     precision: Precision = "fp32"
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("mode", "answers", "rank_top", "first_token_twice", "rerank")
     @classmethod
@@ -372,7 +390,7 @@ class Bench(Strict):
     out: str | None = None
     device: Device = "auto"
     precision: Precision = "fp32"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Export(Strict):
@@ -392,7 +410,7 @@ class Export(Strict):
     batch_sizes: list[int] = Field([1, 8], min_length=1, description="batches that are timed")
     rounds: int = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")
     text_length: int = Field(12, ge=3, description="tokens a question that is timed")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class Targets(Strict):

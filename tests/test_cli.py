@@ -15,6 +15,7 @@ import pytest
 from efficientvlm import control
 from efficientvlm.checkpoint import MANIFEST, Output
 from efficientvlm.cli import main as cli
+from efficientvlm.config import STAGES, parse
 from efficientvlm.errors import BadInput, Interrupted, TargetMissed
 from efficientvlm.manifest import DataRecord
 
@@ -427,6 +428,24 @@ def test_a_reader_that_goes_away_is_no_error(line: str) -> None:
     script = f"{sys.executable} -m efficientvlm.cli.main {line} | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"out": ""}, "out: it is empty"),
+        ({"out": "  "}, "out: it is empty"),
+        ({"lr": True}, "lr: it is no switch that could be true"),
+        ({"limit": False}, "limit: it is no switch that could be false"),
+        ({"weights": {"logits": True}}, "weights.logits: it is no switch"),
+        ({"seed": 2**63}, "seed: input should be less than"),
+        ({"from_gates": "pruned", "method": "random"}, "from_gates: the gates that were learnt choose; leave method out"),
+    ],
+)
+def test_values_that_mean_nothing(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadInput, match=why) as refused:
+        parse(STAGES["prune"], {"model": "m", "data": "easy-vqa", "out": "o", **options}, "evlm prune")
+    assert refused.value.what == "evlm prune has 1 wrong setting"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
