@@ -12,7 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
 TREE := build/types/efficientvlm
 
-.PHONY: quickstart test test-slow lint types format install clean
+OTHERS := test-oldest test-newest test-latest
+
+.PHONY: quickstart test test-slow $(OTHERS) lint types format pins install clean
 
 quickstart: $(STAMP)
 	$(BIN)/evlm run quickstart $(if $(OUT),--out "$(OUT)")
@@ -22,6 +24,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The tests with other versions than the pinned ones, each in an environment of its own: all lower bounds; the newest within the bounds; the
+# newest there is (of torch within its bounds), which is how a bound is raised.
+$(OTHERS): test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -51,6 +58,22 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# A fresh environment each time that the bounds change, or when it is removed: what is newest changes with the day.
+OTHER_PIP = $(VENV)-$*/bin/python -m pip --disable-pip-version-check install -qq
+$(VENV)-%/.installed: pyproject.toml tests/bounds.py
+	@rm -rf $(VENV)-$* && $(PYTHON) -m venv $(VENV)-$*
+	@$(OTHER_PIP) packaging
+	@$(VENV)-$*/bin/python tests/bounds.py $* > $(VENV)-$*/versions.txt
+	@echo "installing the $* versions"
+	@$(OTHER_PIP) "$$(grep '^torch[<>=]' $(VENV)-$*/versions.txt)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(OTHER_PIP) --requirement $(VENV)-$*/versions.txt
+	@$(OTHER_PIP) --no-deps --editable .
+	@touch $@
+
+# constraints.txt from what is installed in $(VENV); the lines of comment stay.
+pins: $(STAMP)
+	@{ grep '^#' constraints.txt; $(BIN)/python tests/bounds.py pins; } > constraints.new && mv constraints.new constraints.txt
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-latest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
