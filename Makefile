@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?=
+CASES ?=
+USERS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
@@ -14,7 +16,7 @@ TREE := build/types/efficientvlm
 
 OTHERS := test-oldest test-newest test-latest
 
-.PHONY: quickstart test test-slow $(OTHERS) lint types format pins install clean
+.PHONY: quickstart test test-slow cases $(OTHERS) lint types format pins install clean
 
 quickstart: $(STAMP)
 	$(BIN)/evlm run quickstart $(if $(OUT),--out "$(OUT)")
@@ -73,6 +75,10 @@ $(VENV)-%/.installed: pyproject.toml tests/bounds.py
 # constraints.txt from what is installed in $(VENV); the lines of comment stay.
 pins: $(STAMP)
 	@{ grep '^#' constraints.txt; $(BIN)/python tests/bounds.py pins; } > constraints.new && mv constraints.new constraints.txt
+# Scripts that each show whether a fault is there: make cases CASES=FOLDER [USERS="root nobody"]
+cases: $(STAMP)
+	@test -n "$(CASES)" || { echo "which folder of cases? make cases CASES=FOLDER"; exit 2; }
+	$(BIN)/python tests/run_cases.py "$(CASES)" --evlm $(abspath $(BIN))/evlm $(addprefix --user ,$(USERS))
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-latest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
