@@ -6,18 +6,122 @@ import errno
 import hashlib
 import os
 import re
+import select
+import stat
+from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import MANIFEST, Parent
+
+if TYPE_CHECKING:
+    from efficientvlm.manifest import Parent
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
+MANIFEST = "evlm_manifest.json"
+MIB = 2**20
+CHUNK = MIB
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a pipe",
+}
+
+
+def kind(mode: int) -> str:
+    """What a file that is no regular one is, in words."""
+    return KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def unreadable(path: Path, error: OSError) -> BadInput:
+    """What to say where the system refuses to read `path`."""
+    return BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower(), "check the path and its permissions")
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """A regular file (or a link to one), open for reading; nothing else is opened, so nothing can wait for a writer or go on for ever.
+
+    Raises:
+        BadInput: a folder, pipe, device or socket, or a file that cannot be opened.
+    """
+    return os.fdopen(_opened(path, pipes=False), "rb")
+
+
+def read_limited(path: Path, limit: int, what: str) -> bytes:
+    """The bytes of a regular file, or of a pipe that somebody writes into.
+
+    Args:
+        limit: the most bytes that are read.
+        what: the kind of file the limit is for, for the message: "a manifest", "a list of answers".
+
+    Raises:
+        BadInput: more than `limit` bytes, a pipe without a writer, a folder, device or socket, or a file that cannot be read.
+    """
+    descriptor = _opened(path, pipes=True)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size > limit:
+            raise _too_large(path, f"it has {status.st_size:,} bytes", limit, what)
+        content = bytearray()
+        while chunk := _read(descriptor):
+            content += chunk
+            if len(content) > limit:
+                raise _too_large(path, "it goes on beyond that", limit, what)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    finally:
+        os.close(descriptor)
+    if stat.S_ISFIFO(status.st_mode) and not content:
+        raise BadInput(f"{path} cannot be read", "it is a pipe that nobody writes into", "give a file, or start what writes into it first")
+    return bytes(content)
+
+
+def _too_large(path: Path, found: str, limit: int, what: str) -> BadInput:
+    allowed = f"{limit // MIB} MiB" if limit >= MIB else f"{limit:,} bytes"
+    return BadInput(f"{path} is too large", f"{found}; {what} may have {allowed}", "check that it is the right file")
+
+
+def _opened(path: Path, *, pipes: bool) -> int:
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) or (pipes and stat.S_ISFIFO(status.st_mode)):  # looked at first: to open a device may change it
+            descriptor = os.open(
+                path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+            )
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) or (pipes and stat.S_ISFIFO(status.st_mode)):
+                return descriptor
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        raise BadInput(f"{str(path)!r} cannot be read", str(error), "check the path") from None
+    raise BadInput(f"{path} cannot be read", f"it is {kind(status.st_mode)}", "give a file")
+
+
+def _read(descriptor: int) -> bytes:
+    """The next bytes; none at the end, and none of a pipe without a writer. One that has a writer is waited for."""
+    while True:
+        try:
+            return os.read(descriptor, CHUNK)
+        except BlockingIOError:
+            select.select([descriptor], [], [])
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file's bytes.
+
+    Raises:
+        BadInput: it is no regular file, or cannot be read.
+    """
+    with open_plain(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(path, error) from None
 
 
 def fsync_dir(path: Path) -> None:

@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from efficientvlm.errors import BadInput
+from efficientvlm.files import MANIFEST as MANIFEST
+from efficientvlm.files import MIB, read_limited
 
-MANIFEST = "evlm_manifest.json"
 SCHEMA_VERSION = 1
+LARGEST_JSON = 64 * MIB
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "torch-pruning", "numpy", "pillow")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -123,14 +125,11 @@ def read_json(path: Path) -> Any:
     """Parsed JSON of a file.
 
     Raises:
-        BadInput: missing, unreadable, not UTF-8, not JSON, nested too deeply, or with NaN or infinite numbers.
+        BadInput: missing, unreadable, larger than 64 MiB, not UTF-8, not JSON, nested too deeply, or with NaN or infinite numbers.
     """
+    content = read_limited(path, LARGEST_JSON, "a manifest, configuration or result")
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read", (error.strerror or "unknown reason").lower(), "check the path and its permissions"
-        ) from None
+        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise BadInput(f"{path} is damaged", "it is not UTF-8 text", "restore it, or make the folder again") from None
     except RecursionError:
@@ -150,7 +149,7 @@ def read(folder: Path) -> Manifest:
         BadInput: there is none, it is damaged, or a newer version of this package wrote it.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise BadInput(
             f"{folder} is not a finished checkpoint", f"it holds no {MANIFEST}", "finish the stage that writes it, or use evlm import"
         )
