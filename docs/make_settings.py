@@ -63,6 +63,8 @@ def table(lines: list[str]) -> str:
 def values(kind: Any) -> str:
     """A type in plain words."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return values(inside[0])
     if origin is typing.Literal:
         return ", ".join(str(value) for value in inside)
     if origin in (types.UnionType, typing.Union):

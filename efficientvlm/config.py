@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 
 Device = str
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(le=1_000_000_000)]
+Size = Annotated[int, Field(le=1_000_000)]  # what is made once for each of them would fill the memory beyond
+Pixels = Annotated[int, Field(le=16_384)]
+Threads = Annotated[int, Field(le=4_096)]
+DEEPEST = 20  # levels of lists and mappings in a value
+
+
+def check_plain(value: Any, path: tuple[object, ...] = ()) -> None:
+    """Refuse what no setting can be or hold, at any depth: text that cannot be written as UTF-8, numbers without bound, other objects.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    wrong = ""
+    if isinstance(value, str):
+        if not _writable(value):
+            wrong = f"'{shorten(value)}' is no text that can be written as UTF-8"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            wrong = "it is no finite number"
+    elif isinstance(value, int):
+        if abs(value) >= 2**64:
+            wrong = "no number of that size has a meaning here"
+    elif isinstance(value, dict | list | tuple):
+        if len(path) == DEEPEST:
+            wrong = f"it is nested more than {DEEPEST} levels deep"
+        for name, part in () if wrong else value.items() if isinstance(value, dict) else enumerate(value):
+            check_plain(name, (*path, "key"))
+            check_plain(part, (*path, name))
+    elif value is not None and not isinstance(value, BaseModel):
+        wrong = f"a {type(value).__name__} is neither text, number, list nor mapping; put quotes around it"
+    if wrong:
+        raise ValueError(": ".join(filter(None, (".".join(map(str, path)), wrong))))
+
+
+def _writable(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else True
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+    """Base of all settings: closed; numbers are finite, text can be written as UTF-8, whatever holds it."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_flag_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         allowed = cls.model_fields[str(info.field_name)].annotation
+        grouped = isinstance(value, dict) and isinstance(allowed, type) and issubclass(allowed, Strict)
+        check_plain(dict.fromkeys(value) if grouped else value)  # a group looks at its own values, and names them
         if isinstance(value, bool) and bool not in (allowed, *get_args(allowed)):
             raise ValueError(f"it is no switch that could be {str(value).lower()}")
         return value
@@ -36,20 +78,20 @@ class Strict(BaseModel):
 class Train(Strict):
     """How long and how fast; one set of names for every training stage."""
 
-    epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="passes over the images")
-    max_steps: int | None = Field(None, ge=1, description="length of the schedule in steps, instead of epochs")
-    batch_size: int = Field(64, ge=1, description="images a step, over all processes")
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    epochs: float = Field(1.0, gt=0, le=1_000_000, description="passes over the images")
+    max_steps: Count | None = Field(None, ge=1, description="length of the schedule in steps, instead of epochs")
+    batch_size: Count = Field(64, ge=1, description="images a step, over all processes")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")
-    warmup: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="fraction of all steps")
-    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="none on biases and norms")
-    new_lr_mult: float = Field(2.0, gt=0, allow_inf_nan=False, description="learning-rate factor of newly initialised tensors")
-    clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="global gradient norm")
+    warmup: float = Field(0.1, ge=0, le=1, description="fraction of all steps")
+    weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
+    new_lr_mult: float = Field(2.0, gt=0, description="learning-rate factor of newly initialised tensors")
+    clip: float | None = Field(1.0, gt=0, description="global gradient norm")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="over several processes: a copy of everything in each, or spread over them")
     augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
-    log_every: int = Field(20, ge=1, description="steps a metrics line")
-    save_every: int = Field(200, ge=1, description="steps a resumable state")
-    eval_limit: int | None = Field(None, ge=1, description="validation images read at the end; all by default")
+    log_every: Count = Field(20, ge=1, description="steps a metrics line")
+    save_every: Count = Field(200, ge=1, description="steps a resumable state")
+    eval_limit: Count | None = Field(None, ge=1, description="validation images read at the end; all by default")
 
 
 class Data(Strict):
@@ -60,10 +102,10 @@ class Data(Strict):
     )
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
     val: str | None = Field(None, description="validation data; by default a held-out part of the training images")
-    val_fraction: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False)
-    limit: int | None = Field(None, ge=1, description="use only so many images")
-    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100")
-    shuffle_buffer: int = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    limit: Count | None = Field(None, ge=1, description="use only so many images")
+    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100")
+    shuffle_buffer: Count = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
 
 
 class Stage(Strict):
@@ -95,8 +137,8 @@ class InitConfig(Stage):
     tokenizer: str = Field("train", description="folder of a tokenizer, or `train`: WordPiece on the data")
     data: str | None = Field(None, description="data a tokenizer is trained on")
     columns: dict[str, str] = Field(default_factory=dict)
-    vocab_size: int = Field(8192, ge=16)
-    image_size: int | None = Field(None, ge=8)
+    vocab_size: Size = Field(8192, ge=16)
+    image_size: Pixels | None = Field(None, ge=8)
     settings: dict[str, Any] = Field(default_factory=dict, description="any size of the family: image_size, vision_layers, text_heads, ...")
 
 
@@ -132,10 +174,10 @@ class Pretrain(Stage, Data, Train):
     model: str
     losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
     region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
-    regions_per_image: int = Field(5, ge=1)
+    regions_per_image: Size = Field(5, ge=1)
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
-    max_masks: int = Field(8, ge=1, description="at most so many of them")
-    max_tokens: int = Field(40, ge=4)
+    max_masks: Size = Field(8, ge=1, description="at most so many of them")
+    max_tokens: Size = Field(40, ge=4)
     hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
     freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
@@ -242,12 +284,12 @@ class TaskStage(Stage, Data, Train):
     retrieval_weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
     hard_negatives: bool = Field(True, description="of retrieval: matching draws its negatives by similarity, as published; false: any")
     quirks: Quirks = Field(default_factory=Quirks)
-    questions_per_image: int = Field(6, ge=1, description="questions that share one vision pass")
-    max_tokens: int = Field(40, ge=4)
-    max_answer_tokens: int = Field(10, ge=3)
+    questions_per_image: Size = Field(6, ge=1, description="questions that share one vision pass")
+    max_tokens: Size = Field(40, ge=4)
+    max_answer_tokens: Size = Field(10, ge=3)
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
-    min_answer_count: int = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
-    rank_top: int = Field(128, ge=1, description="candidates kept after the first token")
+    min_answer_count: Count = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
+    rank_top: Count = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
     cache_teacher: bool = Field(
         False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
@@ -305,20 +347,20 @@ class Prune(TaskStage):
     task: Literal["vqa", "retrieval", "none"] = Field(  # type: ignore[assignment]
         "vqa", description="none: cut by the weights alone, without training"
     )
-    sparsity: float = Field(0.4, ge=0, lt=1, allow_inf_nan=False, description="part of the prunable weights to remove")
+    sparsity: float = Field(0.4, ge=0, lt=1, description="part of the prunable weights to remove")
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
     freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
     gates: Gates = Field(default_factory=Gates)
     kinds: list[Literal["head", "cross_head", "neuron"]] = Field(["head", "cross_head", "neuron"], min_length=1)
     towers: list[str] | None = Field(None, description="towers that may be pruned; all by default")
-    min_heads: int = Field(0, ge=0, description="floor of heads a layer and kind")
-    min_neurons: int = Field(0, ge=0, description="floor of neurons a layer")
+    min_heads: Count = Field(0, ge=0, description="floor of heads a layer and kind")
+    min_neurons: Count = Field(0, ge=0, description="floor of neurons a layer")
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
-    round_to: int = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
+    round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     from_gates: str | None = Field(None, description="re-cut this prune output without training")
     keep_dense: bool = True
-    calibration_batches: int = Field(8, ge=1, description="batches of the Taylor criterion")
+    calibration_batches: Count = Field(8, ge=1, description="batches of the Taylor criterion")
 
     @field_validator("task")
     @classmethod
@@ -348,7 +390,7 @@ class Prune(TaskStage):
 
 class Shrink(Stage):
     model: str
-    layers: dict[str, int | list[int]] = Field(default_factory=dict, description="tower → layer count or list; half by default")
+    layers: dict[str, Count | list[Count]] = Field(default_factory=dict, description="tower → layer count or list; half by default")
 
 
 class Eval(Strict):
@@ -357,16 +399,16 @@ class Eval(Strict):
     columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["train", "val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: int | None = Field(None, ge=1)
-    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
+    limit: Count | None = Field(None, ge=1)
+    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
     task: Literal["vqa", "retrieval"] = "vqa"
     out: str | None = Field(None, description="JSON file for the result")
-    batch_size: int = Field(64, ge=1)
+    batch_size: Count = Field(64, ge=1)
     mode: Literal["rank", "generate"] = "rank"
     answers: str | None = None
-    rank_top: int | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
+    rank_top: Count | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
     first_token_twice: bool | None = None
-    rerank: int = Field(0, ge=0, description="retrieval: so many candidates of every query are ranked anew by matching; 0: none")
+    rerank: Count = Field(0, ge=0, description="retrieval: so many candidates of every query are ranked anew by matching; 0: none")
     device: Device = "auto"
     precision: Precision = "fp32"
     seed: Seed = 0
@@ -382,11 +424,11 @@ class Eval(Strict):
 
 class Bench(Strict):
     models: list[str] = Field(min_length=1)
-    batch_sizes: list[int] = Field([1, 8], min_length=1)
-    text_length: int = Field(12, ge=3, description="tokens a question")
-    rounds: int = Field(20, ge=1)
-    warmup_rounds: int = Field(3, ge=0)
-    threads: int | None = Field(None, ge=1)
+    batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1)
+    text_length: Size = Field(12, ge=3, description="tokens a question")
+    rounds: Count = Field(20, ge=1)
+    warmup_rounds: Count = Field(3, ge=0)
+    threads: Threads | None = Field(None, ge=1)
     out: str | None = None
     device: Device = "auto"
     precision: Precision = "fp32"
@@ -404,12 +446,12 @@ class Export(Strict):
     columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: int | None = Field(None, ge=1, description="use only so many images")
-    max_bad: int | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
-    batch_size: int = Field(64, ge=1, description="images at a time for accuracy")
-    batch_sizes: list[int] = Field([1, 8], min_length=1, description="batches that are timed")
-    rounds: int = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")
-    text_length: int = Field(12, ge=3, description="tokens a question that is timed")
+    limit: Count | None = Field(None, ge=1, description="use only so many images")
+    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
+    batch_size: Count = Field(64, ge=1, description="images at a time for accuracy")
+    batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1, description="batches that are timed")
+    rounds: Count = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")
+    text_length: Size = Field(12, ge=3, description="tokens a question that is timed")
     seed: Seed = 0
 
 
@@ -470,7 +512,8 @@ def _describe(model: type[BaseModel], item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)
     if item["type"] != "extra_forbidden":
-        return f"{name}: {item['msg'].lower().removeprefix('value error, ')}"
+        message = str(item["msg"]).removeprefix("Value error, ")
+        return f"{name}: {message[:1].lower()}{message[1:]}"
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -485,22 +528,14 @@ def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     Raises:
         BadInput: an assignment without `=` or through a value that is no mapping.
     """
-    import yaml
+    from efficientvlm.plain_yaml import parse_yaml
 
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     for assignment in assignments:
         key, found, text = assignment.partition("=")
         if not found or not key:
             raise BadInput(f"--set {assignment}", "it is not key=value", "write for example --set lr=3e-4")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BadInput(f"--set {assignment}", "the value is not YAML", "put quotes around it") from None
-        if isinstance(value, str):
-            try:
-                value = float(value)  # YAML 1.1 reads 3e-4 as a string
-            except ValueError:
-                pass
+        value = parse_yaml(text, f"--set {assignment}", "put quotes around the value")
         target = merged
         *path, last = key.split(".")
         for part in path:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import Field
 
 from efficientvlm import config as configs
 from efficientvlm.errors import BadInput
+from efficientvlm.plain_yaml import parse_yaml
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
 LARGEST = 1_000_000
@@ -38,25 +38,6 @@ class Step(NamedTuple):
     name: str
     stage: str
     config: configs.Strict
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key twice in one mapping is an error, and so are anchors, which can grow without bound."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(None, None, "references with * are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a text", node.value[position][0].start_mark)
-            if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", node.value[position][0].start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _packaged() -> dict[str, Path]:
@@ -103,16 +84,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         BadInput: not found, not YAML, not a mapping, or unknown and missing keys.
     """
     text = source(name_or_path)
-    try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark else ""
-        raise BadInput(
-            f"recipe {name_or_path} is not valid YAML", f"{place}{getattr(error, 'problem', None) or error}", "correct that line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"recipe {name_or_path} is not valid YAML", str(error) or "nested too deeply", "correct the file") from None
+    values = parse_yaml(text, f"recipe {name_or_path}", "correct the file")
     if not isinstance(values, dict):
         raise BadInput(f"recipe {name_or_path} is not a recipe", "it is not a mapping of keys to values", "see evlm recipes cat quickstart")
     return configs.parse(Recipe, {"name": Path(name_or_path).stem, **values}, f"recipe {name_or_path}")

@@ -18,7 +18,7 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
-from efficientvlm.errors import EvlmError, Interrupted
+from efficientvlm.errors import Diverged, Interrupted
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.meter import Meter
@@ -108,7 +108,7 @@ def train(
 
     Raises:
         Interrupted: stopped by a signal after the state was written.
-        EvlmError: a loss that is not finite.
+        Diverged: a loss that is not finite.
     """
     objective.to(hardware.device)
     torches = [optimizer.torch for optimizer in optimizers]
@@ -179,9 +179,9 @@ def averages(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 def check_finite(number: float, what: str, step: int) -> None:
-    """:class:`EvlmError` if `number` is NaN or infinite."""
+    """:class:`Diverged` if `number` is NaN or infinite."""
     if not math.isfinite(number):
-        raise EvlmError(f"the {what} is {number} at step {step}", "training diverged", "try a smaller --lr, with --force")
+        raise Diverged(f"the {what} is {number} at step {step}", "training diverged", "try a smaller --lr, with --force")
 
 
 def sharding_of(options: Any) -> Any:
@@ -205,7 +205,7 @@ def update(
     `clip_gradients` takes parameters and the norm allowed, and returns the norm there was.
 
     Raises:
-        EvlmError: a gradient that is not finite; no weight has changed then.
+        Diverged: a gradient that is not finite; no weight has changed then.
     """
     for optimizer in optimizers:
         for group, base in zip(optimizer.torch.param_groups, optimizer.base, strict=True):

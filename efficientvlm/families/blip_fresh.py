@@ -9,30 +9,33 @@ from pydantic import Field
 
 from efficientvlm.config import Strict, parse
 from efficientvlm.families.blip_config import BlipAnswerConfig
+from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 
-Size = Annotated[int, Field(ge=1)]
-Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+Real = Annotated[float, Field(ge=0)]
 Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class Sizes(Strict):
     """What can be set; the defaults are BLIP-base as published (12 heads, not transformers' 8; norms of vision with 1e-6)."""
 
-    image_size: Size = 384
-    patch_size: Size = 16
+    image_size: Pixels = 384
+    patch_size: Pixels = 16
     image_mean: Colours = list(CLIP_MEAN)
     image_std: Colours = list(CLIP_STD)
     vision_width: Size = 768
-    vision_layers: Size = 12
+    vision_layers: Layers = 12
     vision_heads: Size = 12
     vision_intermediate: Size = 3072
     vision_eps: Real = 1e-6
     text_width: Size = 768
-    text_layers: Size = 12
-    decoder_layers: Size | None = Field(None, description="those of the text tower by default")
+    text_layers: Layers = 12
+    decoder_layers: Layers | None = Field(None, description="those of the text tower by default")
     text_heads: Size = 12
     text_intermediate: Size = 3072
     text_eps: Real = 1e-12

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 
 CORRECT = "correct it there"
 HUGE = 1e30  # less than the largest float32; a comparison takes any integer, and NaN fails it
-MOST_LAYERS = 1000  # a damaged number is not to be counted out
+# a damaged number is not to be counted out
+MOST = 10_000_000  # of anything: tokens, positions, columns
+MOST_LAYERS = 1000
+MOST_PIXELS = 16_384  # a side
+MOST_UNITS = 4_000_000  # heads and neurons of a network
 
 
 def check_config(family: Any, config: Any, where: str) -> None:
@@ -22,22 +26,25 @@ def check_config(family: Any, config: Any, where: str) -> None:
         check_channels(name, getattr(config, name), where)
     sizes = family.sizes(config)
     for name in ("image_size", "patch_size"):
-        if not _whole(getattr(sizes, name), 1):
-            raise BadInput(f"{where}: {name} is {getattr(sizes, name)!r}", "images and patches are square: one number, 1 or more", CORRECT)
+        if not _whole(getattr(sizes, name), 1, MOST_PIXELS):
+            why = f"images and patches are square: one number, 1 to {MOST_PIXELS}"
+            raise BadInput(f"{where}: {name} is {shorten(getattr(sizes, name))}", why, CORRECT)
     if sizes.patch_size > sizes.image_size:
         raise BadInput(f"{where}: patches of {sizes.patch_size} px", f"images have {sizes.image_size} px", CORRECT)
     for tower, count in family.layer_counts(config).items():
-        if not _whole(count, 0) or count > MOST_LAYERS:
-            raise BadInput(f"{where}: {count!r} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)
+        if not _whole(count, 0, MOST_LAYERS):
+            raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)
     for tower, width in sizes.widths.items():
         if not _whole(width, 1) or not _whole(sizes.heads[tower], 1) or width % sizes.heads[tower]:
-            why = f"{width!r} columns cannot be shared evenly by so many heads"
-            raise BadInput(f"{where}: {sizes.heads[tower]!r} {tower} heads", why, CORRECT)
+            why = f"{shorten(width)} columns cannot be shared evenly by so many heads"
+            raise BadInput(f"{where}: {shorten(sizes.heads[tower])} {tower} heads", why, CORRECT)
     counts = {"positions for tokens": sizes.max_positions, "tokens in the vocabulary": sizes.vocab_size}
     counts |= {f"units in {group}": count for group, count in family.original_counts(config).items()}
     for what, count in {**counts, "answers to rank (rank_top)": config.rank_top}.items():
         if not _whole(count, 1):
-            raise BadInput(f"{where}: {count!r} {what}", "it must be a whole number, 1 or more", CORRECT)
+            raise BadInput(f"{where}: {shorten(count)} {what}", f"it must be a whole number, 1 to {MOST:,}", CORRECT)
+    if (units := sum(family.original_counts(config).values())) > MOST_UNITS:
+        raise BadInput(f"{where}: {units:,} heads and neurons", f"no network of more than {MOST_UNITS:,} is opened", CORRECT)
 
 
 def check_channels(name: str, values: Any, where: str) -> None:
@@ -45,14 +52,14 @@ def check_channels(name: str, values: Any, where: str) -> None:
     three = isinstance(values, Sequence) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
     if not three or not all(abs(value) < HUGE and (value > 0 or name == "image_mean") for value in values):
         kind = "numbers above 0" if name == "image_std" else "finite numbers"
-        raise BadInput(f"{where}: {name} is {values!r}"[:200], f"there must be three {kind}, one a colour", CORRECT)
+        raise BadInput(f"{where}: {name} is {shorten(values)}", f"there must be three {kind}, one a colour", CORRECT)
 
 
 def check_id(name: str, value: Any, vocabulary: int, where: str) -> None:
     """Refuse a token id outside the vocabulary."""
     if not _whole(value, 0) or value >= vocabulary:
-        raise BadInput(f"{where}: {name} is {value!r}", f"the vocabulary has the ids 0 to {vocabulary - 1}", CORRECT)
+        raise BadInput(f"{where}: {name} is {shorten(value)}", f"the vocabulary has the ids 0 to {vocabulary - 1}", CORRECT)
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _whole(value: Any, least: int, most: int = MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.structure import Cuttable
 
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
@@ -125,12 +126,13 @@ def check_fields(values: Mapping[str, Any], where: str) -> None:
 
 @cache
 def _settings_schema() -> type[Strict]:
-    size, count = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+    size, count = Annotated[int, Field(ge=1, le=MOST)], Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     colours = Annotated[list[float], Field(min_length=3, max_length=3)]
-    kinds: dict[str, Any] = {"int": size, "float": Annotated[float, Field(ge=0, allow_inf_nan=False)], "list[str] | None": list[str] | None}
+    kinds: dict[str, Any] = {"int": size, "float": Annotated[float, Field(ge=0)], "list[str] | None": list[str] | None}
     special: dict[str, Any] = {
         **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
         **dict.fromkeys(("image_mean", "image_std"), colours),
+        **dict.fromkeys(("image_size", "patch_size"), Annotated[int, Field(ge=1, le=MOST_PIXELS)]),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
         "vision_pre_norm": bool,
         "vision_activation": Literal["quick_gelu", "gelu"],

@@ -16,6 +16,7 @@ from efficientvlm.families.base import Sizes
 from efficientvlm.families.loading import image_processor, read_json
 from efficientvlm.files import is_hub_id, resolve
 from efficientvlm.manifest import MANIFEST, Manifest
+from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.progress import say
 from efficientvlm.stages.common import making, open_output, shapes, write
 
@@ -118,12 +119,10 @@ def heads_of(values: Mapping[str, Any], sizes: Sizes) -> dict[str, str]:
 
 def licence_of(path: Path) -> str | None:
     """The licence that the head of the folder's model card names."""
-    import yaml
-
     try:
         text = (path / "README.md").read_text("utf-8")
-        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        header = parse_yaml(text.split("---")[1], "the model card", "correct its head") if text.startswith("---") else {}
+    except (BadInput, OSError, ValueError, IndexError):
         return None
     named = header.get("license_name") or header.get("license") if isinstance(header, dict) else None
     return str(named) if named else None
