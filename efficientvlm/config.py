@@ -353,7 +353,7 @@ class Prune(TaskStage):
     freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
     gates: Gates = Field(default_factory=Gates)
     kinds: list[Literal["head", "cross_head", "neuron"]] = Field(["head", "cross_head", "neuron"], min_length=1)
-    towers: list[str] | None = Field(None, description="towers that may be pruned; all by default")
+    towers: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="towers that may be pruned; all by default")
     min_heads: Count = Field(0, ge=0, description="floor of heads a layer and kind")
     min_neurons: Count = Field(0, ge=0, description="floor of neurons a layer")
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
@@ -506,6 +506,15 @@ def parse(model: type[T], values: dict[str, Any], where: str) -> T:
             "\n  " + "\n  ".join(problems),
             "correct what is listed",
         ) from None
+
+
+def problems_with(model: type[Strict], name: str, value: Any) -> list[str]:
+    """What is wrong with one setting by itself, whatever the others are."""
+    try:
+        model.model_validate({name: value})
+    except ValidationError as error:
+        return [_describe(model, item) for item in error.errors() if item["loc"][:1] == (name,)]
+    return []
 
 
 def _describe(model: type[BaseModel], item: Any) -> str:

@@ -6,30 +6,46 @@ A value `@name` stands for what the earlier stage `name` writes.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from efficientvlm import config as configs
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 from efficientvlm.plain_yaml import parse_yaml
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
 LARGEST = 1_000_000
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+TITLE = re.compile(r"[^\W_][\w .-]*")
 
 
 class Recipe(configs.Strict):
     """A recipe as written: references and defaults are not resolved yet."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=100)
     description: str = ""
     out: str | None = Field(None, description="folder of all stages; runs/NAME by default")
     defaults: dict[str, Any] = Field(default_factory=dict, description="settings of every stage that has them")
-    stages: list[dict[str, Any]] = Field(min_length=1, description="name, stage and the settings of that stage")
+    stages: list[dict[str, Any]] = Field(min_length=1, max_length=1000, description="name, stage and the settings of that stage")
+
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, name: str) -> str:
+        if not TITLE.fullmatch(name):
+            raise ValueError("a name is of letters, digits, spaces and . - _ and begins with a letter or digit; it becomes a folder's name")
+        return name
+
+    @field_validator("out")
+    @classmethod
+    def _below_the_working_folder(cls, out: str | None) -> str | None:
+        if out is not None and _leaves(out):
+            raise ValueError(f"{shorten(out)} is not inside the working folder; give --out to write there")
+        return out
 
 
 class Step(NamedTuple):
@@ -38,6 +54,17 @@ class Step(NamedTuple):
     name: str
     stage: str
     config: configs.Strict
+
+
+def _place(path: str) -> Path:
+    """Where `path` is, as far as its text says: links are not followed."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _leaves(path: str) -> bool:
+    """Whether `path` is not below the working folder. Where else is written, only who starts a recipe may say, not who wrote it."""
+    here = Path.cwd()
+    return _place(path) == here or here not in _place(path).parents
 
 
 def _packaged() -> dict[str, Path]:
@@ -107,7 +134,7 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
     """
     problems: list[str] = []
     root = folder(recipe, out)
-    known = [str(item.get("name")) for item in recipe.stages]
+    known = {str(item.get("name")) for item in recipe.stages}
     own: dict[str, list[str]] = {}
     general = []
     for override in overrides:
@@ -119,12 +146,13 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
     defaults = configs.merge(recipe.defaults, general)
     problems += _unused(recipe, defaults, general)
 
+    problems += _hidden_defaults(recipe, defaults)
     steps: list[Step] = []
     outputs: dict[str, str] = {}
     for number, item in enumerate(recipe.stages, 1):
         settings = dict(item)
         name, kind = settings.pop("name", None), settings.pop("stage", None)
-        where = str(name or f"stage {number}")
+        where = shorten(name or f"stage {number}")
         if not isinstance(name, str) or not NAME.fullmatch(name):
             problems.append(f"{where}: a stage needs a name of letters, digits, - and _")
             continue
@@ -134,23 +162,61 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
         if model is None:
             near = difflib.get_close_matches(str(kind), configs.STAGES, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(configs.STAGES)}"
-            problems.append(f"{where}: stage: {'missing' if kind is None else f'unknown stage {kind!r}'}, {hint}")
+            wrong = "missing" if kind is None else f"unknown stage '{shorten(kind)}'"
+            problems.append(f"{where}: stage: {wrong}, {hint}")
             outputs[name] = f"{root}/{name}"
             continue
         applicable = {key: value for key, value in defaults.items() if key in model.model_fields}
         merged = configs.merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
+        if "out" in settings and merged["out"] == settings["out"] and isinstance(settings["out"], str) and _leaves(settings["out"]):
+            problems.append(
+                f"{where}: out: {shorten(settings['out'])} is not inside the working folder; --set {name}.out= may name another"
+            )
         values = _follow(merged, outputs, where, problems)
         outputs[name] = str(values["out"])
         try:
             steps.append(Step(name, str(kind), configs.parse(model, values, where)))
         except BadInput as error:
             problems += [f"{where}: {line.strip()}" for line in error.why.strip().splitlines()]
+    problems += _overlaps(steps)
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise BadInput(
             f"recipe {recipe.name} has {count}", "\n  " + "\n  ".join(problems), "correct them; evlm recipes validate checks again"
         )
     return steps
+
+
+def _overlaps(steps: Sequence[Step]) -> list[str]:
+    """Problems of stages that write into one place, or one into the output of another."""
+    places: dict[Path, str] = {}
+    problems = []
+    for step in steps:
+        out = getattr(step.config, "out", None)
+        if out is None:
+            continue
+        other = places.setdefault(_place(out), step.name)
+        if other != step.name:
+            problems.append(f"{step.name}: out: {other} writes to {shorten(out)} too")
+    for place, name in places.items():
+        for above in place.parents:
+            if above in places:
+                problems.append(f"{name}: out: it is inside the output of {places[above]}")
+    return problems
+
+
+def _hidden_defaults(recipe: Recipe, defaults: dict[str, Any]) -> list[str]:
+    """Problems of defaults that every stage sets itself: no stage's configuration would show them."""
+    problems = []
+    for key, value in defaults.items():
+        takers = [item for item in recipe.stages if key in _fields(item.get("stage"))]
+        if takers and all(key in item for item in takers):
+            problems += [f"defaults: {line}" for line in configs.problems_with(configs.STAGES[takers[0]["stage"]], key, value)]
+    return problems
+
+
+def _fields(kind: Any) -> Collection[str]:
+    return configs.STAGES[kind].model_fields if isinstance(kind, str) and kind in configs.STAGES else ()
 
 
 def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> list[str]:
@@ -181,6 +247,6 @@ def _follow(value: Any, outputs: dict[str, str], where: str, problems: list[str]
     if not isinstance(value, str) or not value.startswith("@"):
         return value
     if value[1:] not in outputs:
-        earlier = f"earlier are {', '.join(outputs)}" if outputs else "it is the first"
-        problems.append(f"{where}: {value} is no earlier stage; {earlier}")
+        earlier = f"earlier are {', '.join(list(outputs)[-10:])}" if outputs else "it is the first"
+        problems.append(f"{where}: {shorten(value)} is no earlier stage; {earlier}")
     return outputs.get(value[1:], value)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm import recipe as recipes
-from efficientvlm.config import Distill, Prune
+from efficientvlm.config import Distill, InitConfig, Prune, merge, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.recipe import load_recipe, validate
 
@@ -164,3 +165,85 @@ def test_the_recipes_of_the_package_are_valid(name: str) -> None:
     loaded = load_recipe(name)
     assert loaded.name == name and loaded.description
     assert validate(loaded)
+
+
+@pytest.mark.parametrize("name", ["../../ESC", "/tmp/x", "..", "a/b", ".hidden", "", "x" * 100_000, "a\nb", "a\\b"])
+def test_a_name_is_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput, match="name: ") as error:
+        recipe(tmp_path, yaml.safe_dump({"name": name, "stages": [{"name": "a", "stage": "init"}]}))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("out", ["/", "..", ".", "a/../..", "../beside", "~", "~/runs", "/elsewhere"])
+def test_who_wrote_a_recipe_does_not_choose_a_place_outside_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="not inside the working folder"):
+        recipe(tmp_path, f"name: a\nout: {out!r}\nstages: [{{name: a, stage: init}}]\n")
+    mine = recipe(tmp_path, f"name: a\nout: runs/../x\nstages: [{{name: a, stage: shrink, model: m, out: {out!r}}}]\n")
+    assert "not inside the working folder" in problems(mine)[0]
+    (step,) = validate(mine, [f"a.out={out}"])
+    assert step.config.model_dump()["out"] == out
+
+
+def test_outputs_do_not_overlap(tmp_path: Path) -> None:
+    text = """
+stages:
+  - {name: a, stage: shrink, model: m, out: o}
+  - {name: b, stage: shrink, model: m, out: o/b}
+  - {name: c, stage: eval, model: m, data: d, out: "x/../o/e.json"}
+  - {name: d, stage: shrink, model: m, out: ./o/}
+  - {name: e, stage: prune, model: m, data: d, towers: []}
+"""
+    assert problems(recipe(tmp_path, text)) == [
+        "e: towers: list should have at least 1 item after validation, not 0",
+        "d: out: a writes to ./o/ too",
+        "b: out: it is inside the output of a",
+        "c: out: it is inside the output of a",
+    ]
+
+
+def test_a_default_that_every_stage_overrides_is_looked_at_too(tmp_path: Path) -> None:
+    text = "defaults: {model: [[1]], seed: -1}\nstages: [{name: a, stage: shrink, model: m, seed: 1}]\n"
+    found = problems(recipe(tmp_path, text))
+    assert [line[:22] for line in found] == ["defaults: model: input", "defaults: seed: input "]
+
+
+def test_a_recipe_of_many_wrong_stages_is_a_short_message(tmp_path: Path) -> None:
+    loaded = recipe(
+        tmp_path, "stages:\n" + "".join(f"  - {{name: s{number}, stage: nope, model: '@{'x' * 500}'}}\n" for number in range(900))
+    )
+    with pytest.raises(BadInput) as error:
+        validate(loaded)
+    assert "900 problems" in error.value.what and len(error.value.why) < 20_000 and "and 850 more" in error.value.why
+    with pytest.raises(BadInput, match="stages: list should have at most 1000"):
+        recipe(tmp_path, "stages:\n" + "  - {a: b}\n" * 20_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("!!int ''", "!!float ''", "!!int '+'", "!!timestamp x", "!!bool x", "!!set [a]", "!!map [1]", '"\\UFFFFFFFF"', "2001-99-99"),
+        *("1" + ":59" * 5000 + ".5", "9" * 5000, "[" * 3000, "!!binary '\u00e9'", "!!omap 1", "!!pairs [[1]]", "!!str {a: 1}"),
+        *("<<: 1", "!!python/name:os.system x"),
+    ],
+)
+def test_what_the_yaml_library_fails_on_is_bad_input_at_every_door(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadInput):
+        validate(recipe(tmp_path, f"description: {text}\nstages: [{{name: a, stage: init}}]\n"))
+    with pytest.raises(BadInput):
+        parse(InitConfig, merge({"out": "o"}, [f"seed={text}"]), "init")
+
+
+def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:
+    keys = 20_000
+    text = "description: {" + ", ".join(f"k{number}: 1" for number in range(keys)) + "}\nstages: [{name: a, stage: init}]\n"
+    with pytest.raises(BadInput, match="description"):
+        recipe(tmp_path, text)
+    with pytest.raises(BadInput, match="k5 is there twice"):
+        recipe(tmp_path, text.replace("k7:", "k5:"))
+
+
+def test_numbers_with_an_exponent_are_numbers() -> None:
+    assert merge({}, ["lr=3e-4", "name=e4", "many=1E3"]) == {"lr": 3e-4, "name": "e4", "many": 1000.0}
