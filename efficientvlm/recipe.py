@@ -16,10 +16,11 @@ from pydantic import Field, field_validator
 
 from efficientvlm import config as configs
 from efficientvlm.errors import BadInput, shorten
+from efficientvlm.files import MIB, read_limited
 from efficientvlm.plain_yaml import parse_yaml
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
-LARGEST = 1_000_000
+LARGEST = MIB
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 TITLE = re.compile(r"[^\W_][\w .-]*")
 
@@ -90,14 +91,7 @@ def source(name_or_path: str) -> str:
         near = difflib.get_close_matches(name_or_path, packaged, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "evlm recipes ls lists them; a file of your own ends in .yaml"
         raise BadInput(f"there is no recipe {name_or_path!r}", f"this package has {', '.join(packaged) or 'none'}", hint)
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"recipe {name_or_path!r} cannot be read", getattr(error, "strerror", None) or str(error), "check the path"
-        ) from None
-    if len(content) > LARGEST:
-        raise BadInput(f"recipe {name_or_path} cannot be read", f"it is larger than {LARGEST:,} bytes", "is this the right file?")
+    content = read_limited(path, LARGEST, "a recipe")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -168,10 +162,10 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
             continue
         applicable = {key: value for key, value in defaults.items() if key in model.model_fields}
         merged = configs.merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
-        if "out" in settings and merged["out"] == settings["out"] and isinstance(settings["out"], str) and _leaves(settings["out"]):
-            problems.append(
-                f"{where}: out: {shorten(settings['out'])} is not inside the working folder; --set {name}.out= may name another"
-            )
+        written = settings.get("out", recipe.defaults.get("out"))
+        asked = any(override.startswith("out=") for override in (*own.get(name, ()), *general))
+        if isinstance(written, str) and not asked and _leaves(written):
+            problems.append(f"{where}: out: {shorten(written)} is not inside the working folder; --set {name}.out= may name another")
         values = _follow(merged, outputs, where, problems)
         outputs[name] = str(values["out"])
         try:

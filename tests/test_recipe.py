@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, reason: str) -> No
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
-    (tmp_path / "huge.yaml").write_bytes(b"#" * 1_000_001)
+    (tmp_path / "huge.yaml").write_bytes(b"#" * (2**20 + 1))
     (tmp_path / "folder.yaml").mkdir()
     for name in ("latin.yaml", "huge.yaml", "folder.yaml", "missing.yaml", "nul\0.yaml"):
-        with pytest.raises(BadInput, match="cannot be read"):
+        with pytest.raises(BadInput, match="cannot be read|is too large"):
             load_recipe(str(tmp_path / name))
     with pytest.raises(BadInput, match="there is no recipe 'quikstart'") as error:
         load_recipe("quikstart")
@@ -183,7 +184,7 @@ def test_who_wrote_a_recipe_does_not_choose_a_place_outside_the_working_folder(
         recipe(tmp_path, f"name: a\nout: {out!r}\nstages: [{{name: a, stage: init}}]\n")
     mine = recipe(tmp_path, f"name: a\nout: runs/../x\nstages: [{{name: a, stage: shrink, model: m, out: {out!r}}}]\n")
     assert "not inside the working folder" in problems(mine)[0]
-    (step,) = validate(mine, [f"a.out={out}"])
+    (step,) = validate(mine, [f"a.out='{out}'"])
     assert step.config.model_dump()["out"] == out
 
 
@@ -216,7 +217,7 @@ def test_a_recipe_of_many_wrong_stages_is_a_short_message(tmp_path: Path) -> Non
     )
     with pytest.raises(BadInput) as error:
         validate(loaded)
-    assert "900 problems" in error.value.what and len(error.value.why) < 20_000 and "and 850 more" in error.value.why
+    assert "900 problems" in error.value.what and len(error.value.why) < 20_000 and "and 851 more" in error.value.why
     with pytest.raises(BadInput, match="stages: list should have at most 1000"):
         recipe(tmp_path, "stages:\n" + "  - {a: b}\n" * 20_000)
 
@@ -234,6 +235,16 @@ def test_what_the_yaml_library_fails_on_is_bad_input_at_every_door(tmp_path: Pat
         validate(recipe(tmp_path, f"description: {text}\nstages: [{{name: a, stage: init}}]\n"))
     with pytest.raises(BadInput):
         parse(InitConfig, merge({"out": "o"}, [f"seed={text}"]), "init")
+
+
+def test_a_recipe_has_a_limit_and_is_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(8_000_000_000)
+    os.symlink("/dev/zero", tmp_path / "device.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, reason in (("sparse", "too large"), ("device", "a device"), ("pipe", "nobody writes")):
+        with pytest.raises(BadInput, match=reason):
+            load_recipe(str(tmp_path / f"{name}.yaml"))
 
 
 def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:
