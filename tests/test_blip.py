@@ -166,11 +166,13 @@ def test_greedy_answers_are_those_that_transformers_generates():
 @each
 @pytest.mark.parametrize("state", ["whole", "cut"])
 def test_networks_work_as_transformers_ones(name, state):
-    """forward, generate, captured outputs: of a cut network as of the same with zeros, in transformers' class."""
+    """forward, generate, captured outputs: of a cut network as of the same with zeros, in transformers' class.
+
+    Questions are of one length: transformers attends to their padding."""
     ours = whole(name) if state == "whole" else cut(whole(name))
     stock = stock_of(pad_model(FAMILY, ours))
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    ids, mask = texts(ours.config)
+    ids, mask = texts(ours.config, lengths=(5, 5, 5)) if name == "blip-qa" else texts(ours.config)
     more = {"decoder_input_ids": ids, "labels": ids} if name == "blip-qa" else {}
     with torch.no_grad():
         mine, theirs = (
@@ -273,6 +275,25 @@ def test_padding_changes_nothing():
             "answer_index": torch.tensor([0]),
         }
         torch.testing.assert_close(FAMILY.forward(model, one)["logits"][0], logits[row, :length], **CLOSE)
+
+
+@pytest.mark.parametrize("state", ["whole", "cut"])
+def test_padding_changes_nothing_when_called_as_transformers_calls_it(state):
+    """Loss and generated answers to a padded question in a batch are those to the question alone."""
+    model = whole("blip-qa") if state == "whole" else cut(whole("blip-qa"))
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    ids, mask = texts(model.config)
+    answers = texts(model.config, lengths=(5, 5, 5))[0].flip(1)
+    with torch.no_grad():
+        generated = model.generate(pixel_values=pixels, input_ids=ids, attention_mask=mask, max_new_tokens=5)
+        for row, length in enumerate(mask.sum(1).tolist()):
+            one = {"pixel_values": pixels[row : row + 1]}
+            alone = {**one, "input_ids": ids[row : row + 1, :length], "attention_mask": mask[row : row + 1, :length]}
+            padded = {**one, "input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+            losses = [model(**given, labels=answers[row : row + 1]).loss for given in (alone, padded)]
+            torch.testing.assert_close(*losses, **CLOSE)
+            words = model.generate(**alone, max_new_tokens=5)[0]
+            assert torch.equal(generated[row, : len(words)], words)
 
 
 def test_answers_step_by_step_are_those_at_once():

@@ -75,7 +75,8 @@ def test_the_numbers_are_those_of_transformers(name, end):
     ours.load_state_dict(dense.state_dict())
     stock_config = STOCK[name].config_class(text_config=config.text_config.to_dict(), vision_config=config.vision_config.to_dict())
     stock_config.projection_dim = 8
-    theirs = STOCK[name]._from_config(stock_config, attn_implementation="eager").eval()
+    theirs = STOCK[name](stock_config).eval()
+    theirs.set_attn_implementation("eager")
     theirs.load_state_dict(ours.state_dict())
     with torch.no_grad():
         record = FAMILY.forward(ours, example(config), FAMILY.taps)
@@ -99,8 +100,11 @@ def test_the_forward_pass_of_transformers_works_on_cut_networks(name, attention)
     model.set_attn_implementation(attention)
     with torch.no_grad():
         expected = FAMILY.forward(model, example(model.config))["logits"]
-        output = model(**stock_inputs(model.config))
-    torch.testing.assert_close(output.logits_per_image, expected, **CLOSE)
+        output = model(**stock_inputs(model.config), output_attentions=True)
+        plain = model(**stock_inputs(model.config))
+    for given in (output, plain):
+        torch.testing.assert_close(given.logits_per_image, expected, **CLOSE)
+    assert output.vision_model_output.attentions[0].shape[1] == len(KEPT["vision.0.head"]) and plain.vision_model_output.attentions is None
 
 
 @both

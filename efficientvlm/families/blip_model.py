@@ -11,7 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering, BlipTextConfig, BlipVisionConfig
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipTextConfig,
+    BlipVisionConfig,
+    EncoderDecoderCache,
+)
 from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipMLP, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import (
     BlipTextAttention,
@@ -103,26 +110,52 @@ class TextHeads(BlipTextSelfAttention):
         """Keys and values [B, H, S, D] of `states` [B, S, W]; None where no head is left."""
         return (self._split(self.key(states)), self._split(self.value(states))) if self.num_attention_heads else None
 
-    def forward(self, hidden_states: Tensor, *args: Any, context: Context | None = None, maps: Maps = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        context: Context | None = None,
+        maps: Maps = None,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """(heads' outputs [B, T, H * D], map): as transformers calls it, or attending to the only entry of `context.kv`, without a map."""
-        if context is None:
-            return super().forward(hidden_states, *args, **kwargs) if self.num_attention_heads else self._nothing(hidden_states, **kwargs)
-        (kv,) = context.kv
-        if kv is None:
-            no_maps(hidden_states, context.mask, maps)
-            return hidden_states, None
-        k, v = kv if context.rows is None else (take(kv[0], context.rows), take(kv[1], context.rows))
-        dropout = self.dropout.p if self.training else 0.0
-        return attend(self._split(self.query(hidden_states)), k, v, context.mask, dropout, maps).transpose(1, 2).flatten(2), None
+        if context is not None:
+            (kv,) = context.kv
+            if kv is not None and context.rows is not None:
+                kv = take(kv[0], context.rows), take(kv[1], context.rows)
+            return self._attend(hidden_states, kv, context.mask, maps), None
+        kv = self._remembered(hidden_states, encoder_hidden_states, cache_of(named))
+        mask = None if attention_mask is None else visible(attention_mask)
+        found: list[Tensor] = []
+        return self._attend(hidden_states, kv, mask, found), found[-1]
 
-    def _nothing(self, x: Tensor, *, encoder_hidden_states: Tensor | None = None, past_key_values: Any = None, **_: Any) -> Any:
-        seen = x if encoder_hidden_states is None else encoder_hidden_states
-        length = seen.shape[1]
-        if past_key_values is not None and encoder_hidden_states is None:  # transformers reads the length of a cache off its first layer
-            states = x.new_zeros(len(x), 1, length, 1)
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            length = cache.update(states, states, self.layer_idx)[0].shape[2]
-        return x, x.new_zeros(len(x), 0, x.shape[1], length)
+    def _attend(self, x: Tensor, kv: KeyValue | None, mask: Tensor | None, maps: Maps) -> Tensor:
+        if kv is None:
+            no_maps(x, mask, maps)
+            return x
+        dropout = self.dropout.p if self.training else 0.0
+        return attend(self._split(self.query(x)), *kv, mask, dropout, maps).transpose(1, 2).flatten(2)
+
+    def _remembered(self, x: Tensor, images: Tensor | None, cache: Any) -> KeyValue | None:
+        """Keys and values of `x`, after those in `cache`, or of `images`, which a cache for both holds after the first step."""
+        if images is None:
+            if cache is None:
+                return self.project(x)
+            own = getattr(cache, "self_attention_cache", cache)
+            if (kv := self.project(x)) is not None:
+                return cast(KeyValue, own.update(*kv, self.layer_idx))
+            empty = x.new_zeros(len(x), 1, x.shape[1], 1)  # transformers reads the length of a cache off its first layer
+            own.update(empty, empty, self.layer_idx)
+            return None
+        both = isinstance(cache, EncoderDecoderCache)
+        if both and cache.is_updated.get(self.layer_idx):
+            held = cache.cross_attention_cache.layers[self.layer_idx]
+            return held.keys, held.values
+        if (kv := self.project(images)) is not None and both:
+            cache.is_updated[self.layer_idx] = True
+            cache.cross_attention_cache.update(*kv, self.layer_idx)
+        return kv
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
@@ -134,6 +167,11 @@ class TextAttention(BlipTextAttention):
         self.self = TextHeads(config, heads, context_width, index)
         self.output = BlipTextSelfOutput(config)
         self.output.dense = projection(self.self.all_head_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        """What :class:`TextHeads` gives, through the output projection and norm."""
+        heads, seen = self.self(hidden_states, *given, **named)
+        return self.output(heads, hidden_states), seen
 
 
 class TextLayer(BlipTextLayer):
@@ -147,6 +185,35 @@ class TextLayer(BlipTextLayer):
         self.output = BlipTextOutput(_sized(config, neurons))
         if not neurons:
             self.output.dense = Bias(config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Tensor:
+        """As transformers calls a layer of BLIP, which itself drops the mask of what is cross-attended to."""
+        x, cache = hidden_states, cache_of(named)
+        x = self.attention(x, attention_mask, cache=cache)[0]
+        if encoder_hidden_states is not None:
+            x = self.crossattention(x, encoder_attention_mask, encoder_hidden_states, cache=cache)[0]
+        return self.feed(x)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """`x` [B, T, W] through the feed-forward network."""
+        return self.output(self.intermediate(x), x)
+
+
+def cache_of(named: dict[str, Any]) -> Any:
+    """The key/value cache among keyword arguments of transformers, under its name of 5.24 or the one before."""
+    return named.get("cache", named.get("past_key_values"))
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Where attention may go, as booleans, from a mask that transformers adds to the scores."""
+    return mask if mask.dtype == torch.bool else mask >= 0
 
 
 def _sized(config: Any, neurons: int) -> Any:
@@ -166,8 +233,10 @@ def _without_layers(config: SlicedBlipConfig) -> SlicedBlipConfig:
 def _add_layers(model: Any, config: SlicedBlipConfig) -> None:
     """Give a network built :func:`_without_layers` those that are left of them, and fresh weights to these."""
     kept = {group: len(indices) for group, indices in config.kept_indices().items()}
-    config._attn_implementation = model.config._attn_implementation  # it decides on the form of masks
-    model.config = config
+    parts = ("vision_config", "text_config")
+    for part in parts:  # of the configuration that the network has, which knows how it attends
+        getattr(model.config, part).num_hidden_layers = getattr(config, part).num_hidden_layers
+    config = model.config
     vision = config.vision_config
     model.vision_model.config = model.vision_model.encoder.config = vision
     for i in range(config.layers()["vision"]):
@@ -195,6 +264,24 @@ class SlicedBlipForQuestionAnswering(BlipForQuestionAnswering):
     def __init__(self, config: BlipAnswerConfig) -> None:
         super().__init__(_without_layers(config))
         _add_layers(self, config)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Answers [B, L] to questions [B, Q], as transformers' `generate` with the same `options`, which here attend to no padding."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        seen = context(self.text_encoder, see(self, pixel_values, frozenset()).states, rows=rows)
+        question = read(self.text_encoder, input_ids, mask.bool()[:, None, None], seen, frozenset()).states
+        text = self.config.text_config
+        answer: Tensor = self.text_decoder.generate(
+            input_ids=input_ids.new_full((len(input_ids), 1), text.bos_token_id),
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            encoder_hidden_states=question,
+            encoder_attention_mask=mask,
+            **options,
+        )
+        return answer
 
 
 class SlicedBlipForConditionalGeneration(BlipForConditionalGeneration):
@@ -243,6 +330,13 @@ def context(bert: BlipTextModel, states: Tensor, mask: Tensor | None = None, row
     return Context(kv, None if mask is None else mask.bool()[:, None, None], rows)
 
 
+def embed(bert: BlipTextModel, ids: Tensor, offset: int) -> Tensor:
+    """Tokens [B, L], from position `offset` on, to states [B, L, W]."""
+    table = bert.embeddings
+    x = table.word_embeddings(ids) + table.position_embeddings.weight[offset : offset + ids.shape[1]]
+    return table.dropout(table.LayerNorm(x))
+
+
 def read(
     bert: BlipTextModel, ids: Tensor, mask: Tensor | None, seen: Context | None, keep: frozenset[str], cache: Cache | None = None
 ) -> Encoded:
@@ -250,7 +344,7 @@ def read(
 
     `mask` is True where attention may go, broadcast to [B, H, L, L]; with a `cache`, `ids` are the tokens that follow those in it.
     """
-    x = bert.embeddings(ids, past_key_values_length=cache.length if cache else 0)
+    x = embed(bert, ids, cache.length if cache else 0)
     out = Encoded(x)
     for i, layer in enumerate(bert.encoder.layer):
         if HIDDEN in keep:
@@ -263,7 +357,7 @@ def read(
         if seen is not None:
             one = Context([seen.kv[i]], seen.mask, seen.rows)
             x = layer.crossattention.output(layer.crossattention.self(x, context=one, maps=cross_maps)[0], x)
-        x = layer.feed_forward_chunk(x)
+        x = layer.feed(x)
     if HIDDEN in keep:
         out.hidden.append(x)
     out.states = x

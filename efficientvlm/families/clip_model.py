@@ -80,16 +80,18 @@ class AnyHeads:
         attention_mask: Tensor | None = None,
         is_causal: bool = False,
         maps: list[Tensor] | None = None,
+        output_attentions: bool | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the stock forward; maps are appended to `maps`, and returned where `attn_implementation` is eager."""
-        if eager := maps is None and self.config._attn_implementation == "eager":
+        """As the stock forward; maps are appended to `maps`, and returned where attentions are asked of the network."""
+        asked = self.config.output_attentions if output_attentions is None else output_attentions
+        if returned := maps is None and asked:
             maps = []
         split = (self.num_heads, self.head_dim)
         q, k, v = (part(hidden_states).unflatten(-1, split).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
         mask = visible(attention_mask, is_causal, hidden_states)
         out = attend(q, k, v, mask, self.dropout if self.training else 0.0, maps)  # type: ignore[attr-defined]
-        return self.out_proj(out.transpose(1, 2).flatten(2)), maps[0] if eager and maps else None
+        return self.out_proj(out.transpose(1, 2).flatten(2)), maps[0] if returned and maps else None
 
 
 class CLIPHeads(AnyHeads, CLIPAttention):
