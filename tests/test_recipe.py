@@ -143,7 +143,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "huge.yaml").write_bytes(b"#" * (2**20 + 1))
     (tmp_path / "folder.yaml").mkdir()
     for name in ("latin.yaml", "huge.yaml", "folder.yaml", "missing.yaml", "nul\0.yaml"):
-        with pytest.raises(BadInput, match="cannot be read|is too large"):
+        with pytest.raises(BadInput, match=r"cannot be read|is too large"):
             load_recipe(str(tmp_path / name))
     with pytest.raises(BadInput, match="there is no recipe 'quikstart'") as error:
         load_recipe("quikstart")

@@ -249,7 +249,6 @@ def test_predict_explains_what_it_cannot_read(folder: Path, picture: str, tmp_pa
 
 
 CHAIN = """
-out: {out}
 defaults: {{device: cpu, data: "{data}"}}
 stages:
   - {{name: student, stage: shrink, model: "{root}/start", layers: {{vision: 1}}}}
@@ -268,8 +267,8 @@ stages:
 @pytest.fixture
 def steps(folder: Path, tmp_path: Path) -> list[recipe.Step]:
     file = tmp_path / "chain.yaml"
-    file.write_text(CHAIN.format(out=tmp_path / "runs", data=DATA, root=folder))
-    return recipe.validate(recipe.load_recipe(str(file)))
+    file.write_text(CHAIN.format(data=DATA, root=folder))
+    return recipe.validate(recipe.load_recipe(str(file)), out=str(tmp_path / "runs"))
 
 
 def test_a_recipe_runs_to_its_report_and_then_has_nothing_to_do(steps: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
