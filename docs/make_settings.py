@@ -19,6 +19,9 @@ HEAD = """# Every setting
 Made from `efficientvlm/config.py` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, or in a recipe by its
 name, and many have an option of the same name (`--max-steps` for `max_steps`). Values are YAML. Under each title stand the stages that know
 the settings; a stage may stand under several.
+
+Settings with ° change nothing of what is learnt. An unfinished stage is [resumed](checkpoints.md#stopped-resumed-crashed) with other values
+of them, which its manifest records, and a finished one is up to date. Any other change makes another model.
 """
 
 
@@ -52,7 +55,8 @@ def rows(fields: dict[str, FieldInfo], prefix: str = "") -> list[str]:
             continue
         default = info.get_default(call_default_factory=True, validated_data={})
         shown = "*needed*" if info.is_required() else "–" if default is None else f"`{json.dumps(default)}`"
-        lines.append(f"| `{prefix}{name}` | {values(group)} | {shown} | {(info.description or '').replace('|', '/')} |")
+        mark = " °" if any(isinstance(part, config.Aside) for part in info.metadata) else ""
+        lines.append(f"| `{prefix}{name}`{mark} | {values(group)} | {shown} | {(info.description or '').replace('|', '/')} |")
     return lines
 
 

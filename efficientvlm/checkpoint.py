@@ -25,7 +25,7 @@ from efficientvlm.files import fsync_dir, out_of_space, resolve, sha256, shown, 
 from efficientvlm.lineage import known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
-from efficientvlm.request import REQUEST, compare, read_request
+from efficientvlm.request import REQUEST, beside, compare, read_request
 
 STATE = "training_state"
 LOCK = "lock"
@@ -111,6 +111,7 @@ def _names(folder: Path) -> list[str]:
 class Output:
     """The folder one stage writes. Made by :meth:`open`, finished by :meth:`commit`, given up by :meth:`abandon`.
 
+    `differing` says in which settings, that do not change what is learnt, a result that is up to date was made otherwise.
     `mine` is False in the other processes of a distributed run: they know the folder, and write nothing into it.
     """
 
@@ -122,6 +123,7 @@ class Output:
     up_to_date: bool = False
     replaces: list[str] = field(default_factory=list)
     beside: bool = False
+    differing: list[str] = field(default_factory=list)
     mine: bool = True
 
     def __post_init__(self) -> None:
@@ -339,7 +341,8 @@ class Output:
     def _meet_finished(self, force: bool, request: dict[str, Any] | None) -> dict[str, Any] | None:
         try:
             old = manifests.read(self.path)
-            differences = self._differences({"stage": old.stage, "inputs": old.inputs, "config": old.config})
+            made = {"stage": old.stage, "inputs": old.inputs, "config": old.config}
+            differences, self.differing = self._differences(made), beside(self._key(), made)
             damage = _wrong_sizes(self.path, old)
         except BadInput:
             if not force:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from efficientvlm.errors import BadInput, shorten
 
-Device = str
+
+@dataclass(frozen=True)
+class Aside:
+    """Marks a setting that does not change what is learnt, only how it is watched, kept, measured or computed.
+
+    A run is resumed with another value, which its manifest records; a finished checkpoint made with another value is up to date.
+    `same_bits`: weights come out the same to the bit; else up to rounding.
+    """
+
+    same_bits: bool = True
+
+
+Device = Annotated[str, Aside(same_bits=False)]
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(le=1_000_000_000)]
@@ -87,11 +100,18 @@ class Train(Strict):
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
     new_lr_mult: float = Field(2.0, gt=0, description="learning-rate factor of newly initialised tensors")
     clip: float | None = Field(1.0, gt=0, description="global gradient norm")
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="over several processes: a copy of everything in each, or spread over them")
+    parallel: Annotated[Literal["ddp", "fsdp"], Aside(same_bits=False)] = Field(
+        "ddp", description="over several processes: a copy of everything in each, or spread over them"
+    )
     augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
-    log_every: Count = Field(20, ge=1, description="steps a metrics line")
-    save_every: Count = Field(200, ge=1, description="steps a resumable state")
-    eval_limit: Count | None = Field(None, ge=1, description="validation images read at the end; all by default")
+    log_every: Annotated[Count, Aside()] = Field(20, ge=1, description="steps a metrics line")
+    save_every: Annotated[Count, Aside()] = Field(200, ge=1, description="steps a resumable state")
+    eval_limit: Annotated[Count | None, Aside()] = Field(
+        None, ge=0, description="validation images read at the end; all by default, 0: none"
+    )
+    eval_batch_size: Annotated[Count | None, Aside()] = Field(
+        None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"
+    )
 
 
 class Data(Strict):
@@ -101,10 +121,12 @@ class Data(Strict):
         description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
-    val: str | None = Field(None, description="validation data; by default a held-out part of the training images")
+    val: Annotated[str | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
     val_fraction: float = Field(0.1, ge=0, lt=1)
     limit: Count | None = Field(None, ge=1, description="use only so many images")
-    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100")
+    max_bad: Annotated[Count | None, Aside()] = Field(
+        None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100"
+    )
     shuffle_buffer: Count = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
 
 
@@ -211,7 +233,9 @@ class Distill(Pretrain):
     scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
     weights: DistillWeights = Field(default_factory=DistillWeights)
     quirks: Quirks = Field(default_factory=Quirks)
-    cache_teacher: bool = Field(False, description="run the teacher once a sample and keep what it says in memory; for itc_logits alone")
+    cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
+        False, description="run the teacher once a sample and keep what it says in memory; for itc_logits alone"
+    )
 
     @field_validator("weights")
     @classmethod
@@ -289,9 +313,9 @@ class TaskStage(Stage, Data, Train):
     max_answer_tokens: Size = Field(10, ge=3)
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
     min_answer_count: Count = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
-    rank_top: Count = Field(128, ge=1, description="candidates kept after the first token")
+    rank_top: Annotated[Count, Aside()] = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
-    cache_teacher: bool = Field(
+    cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
         False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
     )
 
@@ -488,6 +512,12 @@ STAGES: dict[str, type[Strict]] = {
 }
 
 T = TypeVar("T", bound=Strict)
+
+
+def asides(stage: str) -> dict[str, Aside]:
+    """The settings of a stage that do not change what is learnt, by name."""
+    fields = STAGES[stage].model_fields if stage in STAGES else {}
+    return {name: mark for name, field in fields.items() for mark in field.metadata if isinstance(mark, Aside)}
 
 
 def parse(model: type[T], values: dict[str, Any], where: str) -> T:

@@ -72,6 +72,16 @@ class Cost(Record):
     peak_memory_bytes: Count | None = Field(None, description="largest resident size of the process")
 
 
+class Change(Record):
+    """Something that changed while a run was stopped, and that does not decide what is learnt."""
+
+    step: Count = Field(description="training steps done when it changed")
+    what: str = Field(description="a setting, or of the machine: device, processor, threads, processes, torch")
+    before: Any
+    now: Any
+    same_bits: bool = Field(description="whether the weights are those of a run without the change, to the bit; else up to rounding")
+
+
 class Manifest(Record):
     """Contents of `evlm_manifest.json`. It is written last: a folder that holds one is complete."""
 
@@ -89,6 +99,7 @@ class Manifest(Record):
     environment: dict[str, str] = Field(default_factory=dict)
     files: dict[FileName, FileRecord] = Field(default_factory=dict, description="every file but this one and the README")
     cost: Cost = Field(default_factory=Cost)
+    changes: list[Change] = Field(default_factory=list, description="what changed while the run was stopped")
     metrics: dict[str, Any] = Field(default_factory=dict)
     accounting: dict[str, Any] = Field(default_factory=dict, description="parameters, macs, units, sparsity")
     extra: dict[str, Any] = Field(default_factory=dict, description="what only this stage knows: layers, budget, ...")

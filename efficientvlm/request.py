@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest as manifests
+from efficientvlm.config import asides
 from efficientvlm.errors import BadInput
 
 REQUEST = "request.json"
@@ -37,17 +39,32 @@ def read_request(state_dir: Path, lenient: bool) -> dict[str, Any] | None:
 
 
 def compare(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """Why two runs, each a mapping with `stage`, `inputs` and `config`, are not the same run; empty if they are."""
+    """Why two runs, each a mapping with `stage`, `inputs` and `config`, are not the same run; empty if they are.
+
+    Settings that do not change what is learnt do not count: see :func:`beside`.
+    """
     if wanted["stage"] != there["stage"]:
         return [f"stage: {there['stage']} there, {wanted['stage']} now"]
-    roles = sorted({*wanted["inputs"], *there["inputs"]})
-    changed = [f"input {role} differs" for role in roles if wanted["inputs"].get(role) != there["inputs"].get(role)]
-    same = {"out", "max_bad", *roles}  # max_bad decides whether a run stops, not what comes out
-    for name in sorted({*wanted["config"], *there["config"]} - same):
+    return [text for text, aside in _changes(wanted, there) if not aside]
+
+
+def beside(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """What differs between two runs for which :func:`compare` finds nothing: settings that do not change what is learnt."""
+    return [text for text, aside in _changes(wanted, there) if aside]
+
+
+def _changes(wanted: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Every difference, and whether it leaves alone what is learnt."""
+    marked = asides(wanted["stage"])
+    roles = {*wanted["inputs"], *there["inputs"]}
+    for role in sorted(roles):
+        before, now = there["inputs"].get(role), wanted["inputs"].get(role)
+        if before != now:  # validation data in the place of none: then nothing is held out of the training data any more
+            yield f"input {role} differs", role in marked and None not in (before, now)
+    for name in sorted({*wanted["config"], *there["config"]} - {"out", *roles}):
         before, now = there["config"].get(name), wanted["config"].get(name)
-        if before != now:
-            changed.append(f"{name}: {_brief(before)} there, {_brief(now)} now")
-    return changed
+        if before != now and not (name in marked and name not in there["config"]):
+            yield f"{name}: {_brief(before)} there, {_brief(now)} now", name in marked
 
 
 def _brief(value: Any) -> str:

@@ -22,13 +22,18 @@ from efficientvlm.files import fsync_dir, write_atomic
 
 @dataclass
 class Spent:
-    """What a training run took, interruptions included; `open_line` sums the metrics line that is not written yet."""
+    """What a training run took, interruptions included; `open_line` sums the metrics line that is not written yet.
+
+    `conditions` are those it trained under last, `changes` what changed before (conditions.py).
+    """
 
     seconds: float = 0.0
     samples: int = 0
     steps: int = 0
     last: dict[str, float] = field(default_factory=dict)
     open_line: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def tensors_of(objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

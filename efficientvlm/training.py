@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
+from efficientvlm.conditions import changes, conditions, described
 from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import Diverged, Interrupted
@@ -114,6 +115,9 @@ def train(
     torches = [optimizer.torch for optimizer in optimizers]
     spent = restore(output.state_dir, objective, torches)
     begun, before = spent.steps, spent.seconds
+    now = conditions(options, output.stage, hardware.device)
+    changed = changes(spent.conditions, now, output.stage, begun, steps)
+    spent.conditions, spent.changes = now, spent.changes + [change.model_dump() for change in changed]
     sharded = sharding_of(options)
     if sharded:
         sharded.shard(objective, torches, hardware.device)
@@ -122,7 +126,7 @@ def train(
     objective.train()
     ranks.on_main(lambda: cut_metrics(output.metrics, begun))
     if begun:
-        say(f"{title}: resuming at step {begun} of {steps}", quiet=quiet)
+        say("\n  ".join([f"{title}: resuming at step {begun} of {steps}", *map(described, changed)]), quiet=quiet)
     meter, note = Meter(spent.open_line, hardware.device), ""
     started = time.monotonic()
     with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet) as bar:

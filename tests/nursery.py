@@ -144,6 +144,36 @@ def stops_one(which: list[int]) -> None:
         stops_at(which[1:])
 
 
+def in_phase(which: tuple[str, str]) -> None:
+    """In a phase ("training", "validation") this process is killed, or gets no more memory."""
+    from efficientvlm.stages import common
+
+    phase, what = which
+    real = common.enough_memory
+
+    @contextlib.contextmanager
+    def enough_memory(now: str, *rest: Any) -> Iterator[None]:
+        with real(now, *rest):
+            if now == phase and what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if now == phase:
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+                )
+            yield
+
+    common.enough_memory = enough_memory
+
+
+def never_trains(_: None) -> None:
+    """No step may be taken."""
+
+    def refuse(step: int) -> None:
+        raise AssertionError(f"trains at step {step}")
+
+    _before_step(refuse)
+
+
 def waits_at(which: tuple[int, str]) -> None:
     """Wait at a step for a file."""
     step_of_pause, path = which

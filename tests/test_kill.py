@@ -142,6 +142,27 @@ def test_a_run_stopped_at_an_epoch_boundary_and_in_between(stage: str, chain: Pa
     assert_same(out, tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize(
+    ("stage", "evaluation"), [("pretrain", {}), ("distill", {}), ("prune", {"eval_batch_size": 2}), ("finetune", {"eval_limit": 0})]
+)
+def test_finished_training_is_never_stranded(stage: str, evaluation: dict[str, Any], chain: Path, tmp_path: Path) -> None:
+    """Killed in validation, and out of memory there: what was learnt is kept, the end needs no step, and validation can be left out."""
+    settings = settings_of(stage, chain)
+    nursery.whole(stage, out=str(tmp_path / "whole" / "out"), **settings)
+    out = tmp_path / "killed" / "out"
+    assert nursery.finish(nursery.start(stage, fault=("in_phase", ("validation", "kill")), out=str(out), **settings)) == [-9]
+    assert nursery.finish(nursery.start(stage, fault=("in_phase", ("validation", "memory")), out=str(out), **settings)) == [3]
+    error = (out.parent / "out.error-0").read_text().splitlines()
+    assert error[0] == "out of memory in validation" and "DefaultCPUAllocator" in error[1] and "eval_limit=0" in error[2]
+    (out.parent / "out.error-0").unlink()
+    settings |= evaluation
+    assert nursery.finish(nursery.start(stage, fault=("never_trains", None), out=str(out), **settings)) == [0]
+    assert_same(out, tmp_path / "whole" / "out")
+    made = require_complete(out)
+    assert [(change.what, change.same_bits) for change in made.changes] == [(name, True) for name in evaluation]
+    assert (made.metrics["val"] == {"images": 0}) == (evaluation == {"eval_limit": 0})
+
+
 @pytest.mark.parametrize("stage", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_loses_nothing(stage: str, chain: Path, tmp_path: Path) -> None:
     """The state is larger than what may be written from the third step on; the one before it is resumed."""

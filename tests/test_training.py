@@ -18,9 +18,11 @@ from efficientvlm import training
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Train
 from efficientvlm.control import Control
-from efficientvlm.errors import BadInput, EvlmError, Interrupted
+from efficientvlm.errors import BadInput, EvlmError, Interrupted, OutOfMemory
 from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
+from efficientvlm.memory import enough_memory, out_of_memory
 from efficientvlm.meter import Meter
+from efficientvlm.request import compare
 from efficientvlm.state import Spent, restore, save, tensors_of
 from efficientvlm.stopwatch import TEACHER
 
@@ -102,6 +104,95 @@ def test_other_settings_do_not_resume_a_state(chain: Path, tmp_path: Path, monke
         run_stage("finetune", **{**settings, "lr": 0.5})
     run_stage("finetune", Control(quiet=True, resume=False), **settings)
     assert require_complete(tmp_path / "out").metrics["train"]["loss"] > 0
+
+
+def test_settings_that_change_nothing_learnt_may_change_on_resume(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN}
+    run_stage("finetune", out=str(tmp_path / "whole"), **settings)
+    stop_at(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        run_stage("finetune", out=str(tmp_path / "out"), **settings)
+    others = {"eval_limit": 0, "log_every": 3, "save_every": 1, "max_bad": 7, "rank_top": 5, "device": "cpu"}
+    made = run_stage("finetune", out=str(tmp_path / "out"), **{**settings, **others})
+    assert made.files["model.safetensors"] == require_complete(tmp_path / "whole").files["model.safetensors"]
+    assert {change.what: (change.step, change.before, change.now) for change in made.changes} == {
+        "eval_limit": (3, 4, 0),
+        "log_every": (3, 2, 3),
+        "max_bad": (3, None, 7),
+        "rank_top": (3, 128, 5),
+        "save_every": (3, 200, 1),
+    }
+    assert all(change.same_bits for change in made.changes) and made.metrics["val"] == {"images": 0}
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 6]
+
+
+def test_another_number_of_threads_is_recorded(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
+    stop_at(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        run_stage("finetune", **settings)
+    try:
+        torch.set_num_threads(2)
+        made = run_stage("finetune", **settings)
+    finally:
+        torch.set_num_threads(1)
+    assert [change.model_dump() for change in made.changes] == [{"step": 3, "what": "threads", "before": 1, "now": 2, "same_bits": False}]
+
+
+def test_a_finished_checkpoint_is_up_to_date_with_another_evaluation(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("efficientvlm.stages.tuning.train", lambda *_, **__: pytest.fail("trained again"))
+    run_stage("prune", Control(), out=str(chain / "pruned"), **PRUNE(chain), **{**TRAIN, "eval_limit": 5})
+    said = capsys.readouterr().err
+    assert "up to date" in said and "eval_limit: 4 there, 5 now" in said
+    with pytest.raises(BadInput, match="finished checkpoint of other settings"):
+        run_stage("prune", out=str(chain / "pruned"), **PRUNE(chain), **{**TRAIN, "batch_size": 5})
+
+
+def test_validation_data_may_change_but_not_come_or_go() -> None:
+    """Without any, a part of the training data is held out."""
+    one: dict[str, Any] = {"stage": "finetune", "inputs": {"data": "a", "val": "b"}, "config": {"val": "b", "lr": 1}}
+    assert compare(one, {**one, "inputs": {"data": "a", "val": "c"}, "config": {"val": "c", "lr": 1}}) == []
+    assert compare(one, {**one, "inputs": {"data": "a"}, "config": {"val": None, "lr": 1}}) == ["input val differs"]
+    assert compare(one, {**one, "inputs": {"data": "c", "val": "b"}}) == ["input data differs"]
+    assert compare(one, {**one, "config": {"val": "b", "lr": 2}}) == ["lr: 2 there, 1 now"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_its_errors(error: Exception) -> None:
+    with pytest.raises(OutOfMemory, match="out of memory in bench") as said, enough_memory("bench", "lower batch_sizes"):
+        raise error
+    assert said.value.exit_code == 3 and said.value.fix == "lower batch_sizes"
+    assert not out_of_memory(RuntimeError("shape mismatch")) and not out_of_memory(OSError(28, "No space left on device"))
+
+
+def test_memory_that_ran_out_in_training_keeps_the_state(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out"), "save_every": 2}
+    real = training.rate
+
+    def rate(step: int, *rest: Any) -> float:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(step, *rest)
+
+    monkeypatch.setattr(training, "rate", rate)
+    with pytest.raises(OutOfMemory, match="out of memory in training") as said:
+        run_stage("finetune", **settings)
+    assert "batch_size (now 4), questions_per_image (now 6)" in said.value.fix and "--force" in said.value.fix
+    monkeypatch.setattr(training, "rate", real)
+    assert run_stage("finetune", **settings).files
 
 
 def test_a_damaged_state_is_refused(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device, synchronise
+from efficientvlm.memory import enough_memory
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, check_precision, load
 from efficientvlm.stages.evaluate import counts_first_token_twice
@@ -59,7 +60,8 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         timed = partial(ranking, answers=answers) if answering else forward
         calls = {label: timed(loaded, config=config, device=device) for label, loaded in zip(labels, models, strict=True)}
         total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
-        with Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
+        lower = f"lower batch_sizes (now {', '.join(map(str, config.batch_sizes))}), or time fewer models at once"
+        with enough_memory("bench", lower), Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
             rows = bench.latency(
                 calls,
                 config.batch_sizes,

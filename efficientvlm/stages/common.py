@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,13 @@ from efficientvlm.data.sources import record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
-from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.errors import BadInput, Interrupted, OutOfMemory
 from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.exported import Exported, is_exported
 from efficientvlm.interrupt import sigterm_as_interrupt
-from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.memory import enough_memory, out_of_memory, reason
 from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say
 from efficientvlm.stages.image_settings import write_settings
@@ -168,7 +169,8 @@ def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str
     output = claimed[0] if claimed else Output(Path(config.out).expanduser(), stage, given, {}, settings, mine=False)
     output.up_to_date, output.beside = told["up_to_date"], told["beside"]
     if output.up_to_date:
-        say(f"{stage}: {output.path} is up to date", quiet=control.quiet)
+        others = ["what was learnt is the same; evlm eval measures it, --force makes it anew"] if output.differing else []
+        say("\n  ".join([f"{stage}: {output.path} is up to date", *output.differing, *others]), quiet=control.quiet)
     return output
 
 
@@ -182,8 +184,9 @@ def making(output: Output) -> Iterator[None]:
     """Give the output folder up if the block fails; a saved training state stays, and then a stop by signal is resumable.
 
     Raises:
-        Interrupted: stopped by Ctrl-C or SIGTERM outside the training loop, with a state saved.
+        Interrupted: stopped by a signal outside the training loop, with a state saved.
         BadInput: the disk is full; the last complete state stays.
+        OutOfMemory: likewise.
     """
     try:
         with sigterm_as_interrupt():
@@ -196,7 +199,40 @@ def making(output: Output) -> Iterator[None]:
             raise BadInput(
                 f"{output.path} cannot be written", "the disk is full", "free some space and run the same command again"
             ) from error
+        if out_of_memory(error):
+            raise OutOfMemory(f"out of memory in {output.stage}", reason(error), "use a smaller model, or a machine with more") from error
         raise
+
+
+@contextmanager
+def learning(config: Any, output: Output) -> Iterator[None]:
+    """Say what to lower where training takes more memory than there is.
+
+    Raises:
+        OutOfMemory: the last complete state stays.
+    """
+    names = [name for name in ("batch_size", "questions_per_image", "max_tokens") if name in type(config).model_fields]
+    if getattr(config, "task", "vqa") != "vqa":
+        names.remove("questions_per_image")
+    lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
+    if getattr(config, "cache_teacher", False):
+        lower = f"leave cache_teacher out, or {lower}"
+    with enough_memory("training", lower, lambda: "; that begins anew, with --force" if output.resumable else ""):
+        yield
+
+
+def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -> dict[str, Any]:
+    """Metrics on validation data; none with `eval_limit` 0. What was trained has been saved before.
+
+    Raises:
+        OutOfMemory: saying how the same command comes to its end.
+    """
+    if config.eval_limit == 0:
+        say("validate: left out, as eval_limit is 0", quiet=quiet)
+        return {"images": 0}
+    fix = "run the same command with a smaller eval_batch_size or eval_limit (--set eval_limit=0: none); it does not train again"
+    with enough_memory("validation", fix):
+        return measure()
 
 
 def write(
@@ -223,6 +259,7 @@ def write(
         accounting=account(family, model, text_length=TEXT_LENGTH),
         data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
         cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
+        changes=[Change(**change) for change in spent.changes],
         **fields,
     )
     done = output.commit(manifest)

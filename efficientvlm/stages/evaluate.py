@@ -13,6 +13,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
+from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages.answering import Answerer, evaluate_on, read_answers, tuned_with
 from efficientvlm.stages.common import Loaded, check_precision, load, say_skipped
@@ -51,7 +52,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     loaded.model.to(device)
     began = time.monotonic()
     measure = pairs if config.task == "retrieval" else answers
-    with autocast(device, config.precision):
+    with enough_memory("evaluation", f"lower batch_size (now {config.batch_size})"), autocast(device, config.precision):
         found = measure(config, control, loaded, source)
     say_skipped(source, config.split, control.quiet)
     result: dict[str, Any] = {

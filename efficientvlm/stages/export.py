@@ -19,6 +19,7 @@ from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, open_session
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages.answering import open_task, tuned_with
 from efficientvlm.stages.common import Loaded, load, making, open_output, summary, write
@@ -97,7 +98,8 @@ def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, sour
         if config.int8:
             description = _quantised(control, loaded, description, fp32, output.staging)
             variants["onnx_int8"] = _opened(loaded, description, output.staging)
-        measured = measure(config, variants, source, control)
+        with enough_memory("measuring what was exported", f"lower batch_size (now {config.batch_size}) and batch_sizes, or set rounds=0"):
+            measured = measure(config, variants, source, control)
     differences = {name: graph.difference for name, graph in description.graphs.items()}
     split = {"split": config.split, "images": len(source)} if source else "not measured"
     description.measured = {**measured, "accuracy_of": split}

@@ -25,12 +25,14 @@ from efficientvlm.stages.common import (
     finished,
     gather_skipped,
     keep_skipped,
+    learning,
     load,
     making,
     open_output,
     pair_problems,
     settings_of,
     texts_of,
+    validated,
     which,
     write,
 )
@@ -64,21 +66,23 @@ def run(config: Pretrain, control: Control) -> Manifest:
         plan = plan_for(sources["train"], config.batch_size, config.seed, ranks.world(), ranks.rank())
         steps = config.max_steps or max(1, round(config.epochs * plan.batches_per_epoch))
         keep_skipped(output, sources, control.quiet)
-        spent = train(
-            objective,
-            feed_of(config, student, sources["train"], texts, plan),
-            [adamw(objective, config, new=student.manifest.extra.get("new", []))],
-            steps=steps,
-            options=config,
-            output=output,
-            hardware=hardware,
-            title=stage,
-            quiet=control.quiet,
-            before_save=lambda: gather_skipped(sources),
-        )
+        with learning(config, output):
+            spent = train(
+                objective,
+                feed_of(config, student, sources["train"], texts, plan),
+                [adamw(objective, config, new=student.manifest.extra.get("new", []))],
+                steps=steps,
+                options=config,
+                output=output,
+                hardware=hardware,
+                title=stage,
+                quiet=control.quiet,
+                before_save=lambda: gather_skipped(sources),
+            )
 
         def finish() -> Manifest:
-            metrics = {"train": spent.last, "val": validate(hard, config, sources["val"], texts)}
+            val = validated(config, lambda: validate(hard, config, sources["val"], texts), control.quiet)
+            metrics = {"train": spent.last, "val": val}
             common: dict[str, Any] = {"control": control, "spent": spent, "sources": sources, "metrics": metrics}
             return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common)
 
@@ -96,8 +100,9 @@ def student_problems(config: Pretrain, student: Loaded) -> Iterator[BadInput]:
         yield BadInput(
             f"{student.path} has no head for {', '.join(missing)}", "", f"leave it out: losses={sorted(student.model.config.heads)}"
         )
-    if config.batch_size < 2 and "itm" in config.losses:
-        yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(config, name) == 1 and "itm" in config.losses:
+            yield BadInput(f"{name} 1", "matching needs another pair as negative", "use 2 or more")
 
 
 def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
@@ -156,12 +161,13 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches."""
     model = objective.model.eval()
     device = next(model.parameters()).device
+    batch_size = config.eval_batch_size or config.batch_size
     count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
     totals: dict[str, float] = {}
     batches = images = 0
     if not count:
         return {"images": 0}
-    size = min(config.batch_size, count)
+    size = min(batch_size, count)
     for start in range(0, count - size + 1, size):
         items = usable(source, range(start, start + size))
         if len(items) < min(2, size):

@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.stages import recut, untrained
-from efficientvlm.stages.common import finished, making, open_output, settings_of
+from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
 from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, say_budget, scope_of
 from efficientvlm.stages.tuning import Tuning
 from efficientvlm.training import Optimizer, adamw
@@ -58,7 +58,8 @@ def run(config: Prune, control: Control) -> Manifest:
                 settle(snap(gates.p_open().detach().cpu(), scope))
 
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
-            settle(snap_scores(scores(config, tuning, scope), scope))
+            with learning(config, output):
+                settle(snap_scores(scores(config, tuning, scope), scope))
         hooks: dict[str, Any] = {"after_step": after_step, "describe": objective.describe} if learnt else {}
         spent = tuning.train(objective, optimizers(config, objective, tuning.new), output, control, **hooks)
 

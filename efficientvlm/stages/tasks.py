@@ -16,9 +16,11 @@ from efficientvlm.files import resolve
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.objectives.task import VQA
+from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
 from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of
 from efficientvlm.stages.pretrain import open_split
+from efficientvlm.stages.retrieving import EVAL_BATCH as PAIRS_BATCH
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs, no_retrieval
 from efficientvlm.training import Batch
 
@@ -100,7 +102,8 @@ class Answering:
 
     def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         answer = Answerer(student, twice=config.quirks.first_token_twice)
-        return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet)
+        size = config.eval_batch_size or QUESTIONS_BATCH
+        return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
 
 class Retrieval:
@@ -146,7 +149,8 @@ class Retrieval:
     def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         check_able(student)
         limit, tokens = config.eval_limit, config.max_tokens
-        return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, max_tokens=tokens)
+        size = config.eval_batch_size or PAIRS_BATCH
+        return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, max_tokens=tokens, batch_size=size)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Answering(), Retrieval())}

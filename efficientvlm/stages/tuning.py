@@ -21,8 +21,10 @@ from efficientvlm.stages.common import (
     data_inputs,
     gather_skipped,
     keep_skipped,
+    learning,
     load,
     texts_of,
+    validated,
     write,
 )
 from efficientvlm.stages.tasks import TASKS, Task
@@ -90,26 +92,29 @@ class Tuning:
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""
         keep_skipped(output, self.sources, control.quiet)
-        return train(
-            objective,
-            self.feed,
-            optimizers,
-            steps=self.steps,
-            options=self.config,
-            output=output,
-            hardware=self.hardware,
-            title=output.stage,
-            quiet=control.quiet,
-            before_save=lambda: gather_skipped(self.sources),
-            **hooks,
-        )
+        with learning(self.config, output):
+            return train(
+                objective,
+                self.feed,
+                optimizers,
+                steps=self.steps,
+                options=self.config,
+                output=output,
+                hardware=self.hardware,
+                title=output.stage,
+                quiet=control.quiet,
+                before_save=lambda: gather_skipped(self.sources),
+                **hooks,
+            )
 
     def finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
         """Validate the student and write it, on the main process."""
         return ranks.on_main(lambda: self._finish(output, control, spent, **fields), Manifest.model_validate)
 
     def _finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
-        val = self.task.validate(self.config, self.student, self.sources["val"], control.quiet)
+        val = validated(
+            self.config, lambda: self.task.validate(self.config, self.student, self.sources["val"], control.quiet), control.quiet
+        )
         student, metrics = self.student, {"train": spent.last, "val": val}
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "metrics": metrics}
         return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common, **fields)

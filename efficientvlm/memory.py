@@ -1,0 +1,49 @@
+"""Memory that ran out, as far as Python or torch notices: which errors mean it, and what to lower in the phase in which it happened."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from efficientvlm.errors import EvlmError, OutOfMemory
+
+SIGNS = (
+    "not enough memory",
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch, ONNX Runtime or a library in C says that there is no more memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, Exception) and not isinstance(error, EvlmError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+@contextmanager
+def enough_memory(phase: str, lower: str, more: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Say in which phase memory ran out, and what to lower; `more` is asked then for the end of that line.
+
+    Raises:
+        OutOfMemory: the block needs more memory than there is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory in {phase}", reason(error), lower + more()) from error
+
+
+def reason(error: BaseException) -> str:
+    """What the error says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    found = [at for sign in SIGNS if (at := text.lower().find(sign)) >= 0]
+    start = max(0, min(found, default=0) - 60)
+    return text[start : start + 200].strip() or "the machine has no more"
