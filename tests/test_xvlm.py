@@ -235,6 +235,12 @@ def test_the_first_token_decides_only_when_counted_twice():
     """Two answers: one has the likelier first token, the other the likelier whole."""
 
     class Fixed:
+        def sizes(self, config):
+            return FAMILY.sizes(XVLMConfig(**SIZES))
+
+        def layer_counts(self, config):
+            return {}
+
         def question(self, model, batch):
             return None, None
 
@@ -251,10 +257,10 @@ def test_the_first_token_decides_only_when_counted_twice():
             return table.log()[ids] - table.sum(-1).log()[ids][..., None]
 
     ids = torch.tensor([[0, 1, 3], [0, 2, 3]])
-    batch = {"question_ids": torch.zeros(1, 1)}
+    batch = {"question_ids": torch.zeros(1, 1), "question_mask": torch.ones(1, 1), "pixels": torch.zeros(1, 3, 16, 16)}
     for twice, best in ((False, 1), (True, 0)):
         likelihood = [0.6 * 0.3 / 0.300004, 0.4 * 0.5 / 0.500004]
-        chosen, probabilities = rank(Fixed(), None, batch, (ids, torch.ones_like(ids)), top=2, first_token_twice=twice)
+        chosen, probabilities = rank(Fixed(), build(), batch, (ids, torch.ones_like(ids)), top=2, first_token_twice=twice)
         score = [value * (first if twice else 1) for value, first in zip(likelihood, (0.6, 0.4), strict=True)]
         assert sorted(probabilities[0].tolist()) == pytest.approx(sorted(value / sum(score) for value in score), rel=1e-3)
         assert chosen[0, 0].item() == max((0, 1), key=lambda c: score[c]), best

@@ -173,6 +173,15 @@ class Context:
     rows: Tensor | None = None
     sharing: Sharing | None = None
 
+    def of(self, rows: Tensor) -> Context:
+        """For queries that attend to the entries `rows` [B]; where these are a run of entries, no key or value is copied."""
+        kv, mask = self.kv, None if self.mask is None else self.mask[rows]
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or not len(rows):
+            return Context(kv, mask, rows)
+        first, last = int(rows.min()), int(rows.max()) + 1
+        kv, rows = [pair and (pair[0][first:last], pair[1][first:last]) for pair in kv], rows - first
+        return Context(kv, mask, rows, Sharing.of(rows, last - first))
+
 
 class Cache:
     """Keys and values of the answer tokens decoded so far, layer by layer."""

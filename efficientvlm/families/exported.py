@@ -135,6 +135,11 @@ class Exported:
     def sizes(self, config: Description) -> Sizes:
         return Sizes(**config.sizes)
 
+    def layer_counts(self, config: Description) -> dict[str, int]:
+        """Layers whose keys and values lie between the graphs; what a graph holds while it runs is the runtime's own."""
+        context = config.graphs["question"].outputs if "question" in config.graphs else {}
+        return {"decoder": sum(name.startswith("key_") for name in context)}
+
     def tasks(self, config: Description) -> frozenset[str]:
         return frozenset(config.tasks)
 

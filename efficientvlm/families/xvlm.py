@@ -185,8 +185,7 @@ class XVLM(Described):
         self, model: XVLMModel, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
-        seen = context.mask if rows is None or context.mask is None else context.mask[rows]
-        return model.decode(ids, mask, Context(context.kv, seen, rows), cache)[0]
+        return model.decode(ids, mask, context if rows is None else context.of(rows), cache)[0]
 
     def new_cache(self, model: XVLMModel) -> Cache:
         return Cache()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficientvlm.families.footprint import Footprint, room, spans, tiles
 from efficientvlm.tasks.vqa_answers import normalised
 
 ANNOTATORS = 10  # a question with so many answers is one of VQAv2's kind
@@ -31,34 +32,91 @@ def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def rank(
-    family: Any, model: Any, batch: dict[str, Any], candidates: tuple[Tensor, Tensor], *, top: int, first_token_twice: bool = False
+    family: Any,
+    model: Any,
+    batch: dict[str, Any],
+    candidates: tuple[Tensor, Tensor],
+    *,
+    top: int,
+    first_token_twice: bool = False,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Closed-list answers: candidate indices [Q, K] and their probabilities among those K, best first (ALBEF / X-VLM).
 
     The probability of each candidate's first token picks K = min(top, candidates); the score of those is minus their sequence NLL, plus
     once more the first token's log probability when `first_token_twice` (as published). `candidates` are (ids, mask) [C, L].
+
+    The work is done in blocks of at most `most` bytes each, by default what the device has room for: some questions with their images,
+    and of those some candidates at a time. Memory does not grow with the batch, and the result does not depend on it.
     """
     ids, mask = candidates
+    top, most = min(top, len(ids)), most or room(ids.device)
+    size = Footprint.of(family, model.config)
+    parts = [_rank(family, model, part, ids, mask, top, 1 + first_token_twice, size, most) for part in in_parts(batch, size, most)]
+    if not parts:
+        return ids.new_empty(0, top), torch.empty(0, top, device=ids.device)
+    chosen, probabilities = (torch.cat(found) for found in zip(*parts, strict=True))
+    return chosen, probabilities
+
+
+def _rank(
+    family: Any, model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
+) -> tuple[Tensor, Tensor]:
     _, context = family.question(model, batch)
-    questions, top = len(batch["question_ids"]), min(top, len(ids))
-    start, cache = ids[:1, :1].expand(questions, 1), family.new_cache(model)
+    questions, cache = len(batch["question_ids"]), family.new_cache(model)
+    start = ids[:1, :1].expand(questions, 1)
     first = family.answer(model, context, start, None, None, cache)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
     first_score, chosen = first.topk(top, dim=1)
-    rows = torch.arange(questions, device=ids.device).repeat_interleave(top)
-    picked, seen = ids[chosen.flatten()], mask[chosen.flatten()]
-    longest = int(seen.sum(1).max())
-    picked, seen = picked[:, :longest], seen[:, :longest]
-    score = first_score * (2 if first_token_twice else 1)
+    score = first_score * times
+    lengths = mask.sum(1)
+    by_length = lengths[chosen].argsort(dim=1, stable=True)  # candidates of about one length together, so that little is padding
+    longest = int(lengths[chosen].max())
     if longest > 2:  # the start is in the cache, and the last token of a sequence predicts nothing that is scored
-        logits = family.answer(model, context, picked[:, 1:-1], None, rows, cache.select(rows))
-        score = score - sequence_nll(logits, picked[:, 1:], seen[:, 1:]).view(questions, top)
+        one = size.answer(longest - 2, batch["question_ids"].shape[1])
+        for some, of_them in tiles(questions, top, one, most):
+            at = by_length[some, of_them]
+            part = chosen[some].gather(1, at)
+            rows = torch.arange(some.start, some.stop, device=ids.device).repeat_interleave(part.shape[1])
+            width = max(3, int(lengths[part].max()))
+            picked, seen = ids[part.flatten(), :width], mask[part.flatten(), :width]
+            logits = family.answer(model, context, picked[:, 1:-1], None, rows, cache.select(rows))
+            score[some].scatter_add_(1, at, -sequence_nll(logits, picked[:, 1:], seen[:, 1:]).view(part.shape))
     probabilities, order = score.softmax(1).sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), probabilities
 
 
+def in_parts(batch: dict[str, Any], size: Footprint, most: int) -> Iterator[dict[str, Tensor]]:
+    """What a network reads of a `vqa_batch`, in runs of questions with their images that take at most `most` bytes each."""
+    ids = batch["question_ids"]
+    index = batch["image_index"] if "image_index" in batch else torch.arange(len(ids), device=ids.device)
+    for start, stop in spans(index.tolist(), size.image, size.question(ids.shape[1]), most):
+        images, rows = index[start:stop].unique(return_inverse=True)
+        part = {"pixels": batch["pixels"][images], "image_index": rows}
+        part |= {name: batch[name][start:stop] for name in ("question_ids", "question_mask")}
+        if "distinct_index" in batch:
+            entries, at = batch["distinct_index"][start:stop].unique(return_inverse=True)
+            first = torch.empty_like(entries).scatter_(0, at.flip(0), torch.arange(stop - start, device=at.device).flip(0))
+            part |= {"distinct_questions": first, "distinct_index": at}
+        yield part
+
+
 @torch.inference_mode()
-def generate(family: Any, model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
-    """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator."""
+def generate(
+    family: Any, model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None
+) -> Tensor:
+    """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator.
+
+    Done in blocks of at most `most` bytes, as :func:`rank`.
+    """
+    device = batch["question_ids"].device
+    size = Footprint.of(family, model.config)
+    parts = [_generate(family, model, part, cls_id, sep_id, max_tokens) for part in in_parts(batch, size, most or room(device))]
+    longest = max((part.shape[1] for part in parts), default=0)
+    padded = [F.pad(part, (0, longest - part.shape[1]), value=sep_id) for part in parts]
+    return torch.cat(padded) if padded else batch["question_ids"].new_empty(0, 0)
+
+
+def _generate(family: Any, model: Any, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
     _, context = family.question(model, batch)
     questions = len(batch["question_ids"])
     cache = family.new_cache(model)

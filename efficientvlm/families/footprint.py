@@ -1,0 +1,82 @@
+"""Bytes that a pass without gradients holds, by formula from the sizes of a network (ours), so that work is cut into blocks that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLOAT = 4
+LAYER = 20  # values of a token in units of the width: input, norm, queries, keys, values, a feed-forward network and its activation
+BLOCK = {"cpu": 96 << 20}  # bytes; larger ones are no faster
+ELSEWHERE = 1 << 30
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a block of work may take on `device`."""
+    return BLOCK.get(device.type, ELSEWHERE)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one image, of one question token, of one answer token, and of what each row copies of that to which it attends."""
+
+    image: int
+    attended: int
+    question_token: int
+    vocabulary: int
+    answer_token: int
+
+    @classmethod
+    def of(cls, family: Any, config: Any) -> Footprint:
+        """For networks of `config`, pruned or not: as if nothing was removed."""
+        sizes = family.sizes(config)
+        layers = family.layer_counts(config)
+        text = max((width for tower, width in sizes.widths.items() if tower != "vision"), default=sizes.widths["vision"])
+        tokens, readers = (sizes.image_size // sizes.patch_size) ** 2 + 1, sum(n for tower, n in layers.items() if tower != "vision")
+        decoder = layers.get("decoder", 0)
+        return cls(
+            image=FLOAT * (tokens * (LAYER * sizes.widths["vision"] + 2 * text * readers) + 9 * sizes.image_size**2),
+            attended=FLOAT * tokens * 2 * text,
+            question_token=FLOAT * text * (LAYER + 2 * decoder),
+            vocabulary=FLOAT * 2 * sizes.vocab_size,
+            answer_token=FLOAT * (2 * sizes.vocab_size + text * (LAYER + 2 * decoder)),
+        )
+
+    def question(self, tokens: int) -> int:
+        """Of a question of `tokens` and the first token of its answer."""
+        return tokens * self.question_token + self.attended + self.vocabulary
+
+    def answer(self, tokens: int, question_tokens: int) -> int:
+        """Of one candidate of `tokens` that attends to a question."""
+        return tokens * self.answer_token + question_tokens * self.question_token // LAYER * 2
+
+
+def spans(image_index: list[int], image: int, question: int, most: int) -> Iterator[tuple[int, int]]:
+    """Runs of questions, start and stop, whose images and themselves take at most `most` bytes; at least one question each.
+
+    Args:
+        image_index: image of each question.
+        image, question: bytes of one.
+    """
+    start, seen = 0, set[int]()
+    for at, owner in enumerate(image_index):
+        wanted = seen | {owner}
+        if at > start and len(wanted) * image + (at + 1 - start) * question > most:
+            yield start, at
+            start, wanted = at, {owner}
+        seen = wanted
+    if start < len(image_index):
+        yield start, len(image_index)
+
+
+def tiles(rows: int, columns: int, one: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """A table of `rows` and `columns`, whose entries take `one` bytes each, in parts of at most `most`, as high as they can be."""
+    fit = max(1, most // one)
+    high = max(1, min(rows, fit))
+    wide = max(1, min(columns, fit // high))
+    for top in range(0, rows, high):
+        for left in range(0, columns, wide):
+            yield slice(top, min(rows, top + high)), slice(left, min(columns, left + wide))
