@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from typing import Annotated
 
 import typer
@@ -126,7 +126,8 @@ def _fail(code: int, what: str, why: str, fix: str) -> int:
         traceback.print_exc()
     several = "\n" in why
     reasons = [f"  why: {why}"] if not several else ["  why:", *(f"    {line.strip()}" for line in why.strip().splitlines())]
-    print("\n".join([f"error: {what}", *(reasons if why else []), *([f"  do:  {fix}"] if fix else [])]), file=sys.stderr)
+    with suppress(OSError):  # the terminal was closed: the code says the same
+        print("\n".join([f"error: {what}", *(reasons if why else []), *([f"  do:  {fix}"] if fix else [])]), file=sys.stderr)
     return code
 
 

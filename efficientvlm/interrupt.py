@@ -1,4 +1,5 @@
-"""A polite stop: the first Ctrl-C or SIGTERM sets a flag that the training loop polls, the second one ends the process at once.
+"""A polite stop: the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) sets a flag that the training loop polls, the second one ends
+the process at once. A SIGHUP that was to be ignored when the process began (`nohup`) is ignored.
 
 Under `torchrun` only the first one counts: it passes on each signal that the terminal has already sent to every process, and after half a
 minute ends what still runs.
@@ -15,6 +16,14 @@ from types import FrameType
 from efficientvlm.ranks import launched
 
 
+def _heard() -> list[signal.Signals]:
+    """The signals that ask for a stop."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
+
+
 class StopFlag:
     """Whether a stop was asked for."""
 
@@ -29,7 +38,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Catch SIGINT and SIGTERM while the block runs; off the main thread, where Python has no handlers, the flag stays down.
+    """Catch SIGINT, SIGTERM and SIGHUP while the block runs; off the main thread, where Python has no handlers, the flag stays down.
 
     Raises:
         KeyboardInterrupt: an earlier signal was lost.
@@ -39,7 +48,7 @@ def stop_flag() -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = {number: signal.signal(number, flag._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, flag._handle) for number in _heard()}
     try:
         yield flag
     finally:
@@ -49,7 +58,7 @@ def stop_flag() -> Iterator[StopFlag]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does; of several processes each is interrupted once.
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt while the block runs, as Ctrl-C does; of several processes each is interrupted once.
 
     Raises:
         KeyboardInterrupt: on entry, an earlier signal was lost.
@@ -59,7 +68,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
         return
     raise_lost()
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, _interrupt) for number in _heard()}
     try:
         yield
     except KeyboardInterrupt:
@@ -79,9 +88,9 @@ def raise_lost() -> None:
 
 
 def deaf() -> None:
-    """Ignore SIGINT and SIGTERM from now on: the work is done and the process ends with its own code."""
+    """Ignore SIGINT, SIGTERM and SIGHUP from now on: the work is done and the process ends with its own code."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _heard():
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -58,10 +58,18 @@ class Meter:
             for key, amount in ((prefix + name, value), (f"n:{prefix}{name}", 1)):
                 self.totals[key] = self.totals.get(key, 0.0) + amount
 
+    def means(self) -> dict[str, float]:
+        """Mean losses since the last metrics line."""
+        return {name: value / self.totals[f"n:{name}"] for name, value in self.totals.items() if not name.startswith("n:")}
+
+    def rate(self) -> float:
+        """Samples a second since the last metrics line."""
+        return self.images / max(1e-9, time.monotonic() - self.since)
+
     def line(self, more: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
         """(mean losses and `more`, speed), and start again."""
-        means = {name: value / self.totals[f"n:{name}"] for name, value in self.totals.items() if not name.startswith("n:")}
-        speed = {"samples_per_s": round(self.images / max(1e-9, time.monotonic() - self.since), 1)}
+        means = self.means()
+        speed = {"samples_per_s": round(self.rate(), 1)}
         speed |= {f"{name}_ms": round(1000 * value / max(1, self.watched), 2) for name, value in self.clock.items()}
         self.totals = {}
         self._restart()

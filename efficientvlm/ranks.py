@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # how long a process waits for one that evaluates or writes; one that dies is noticed at once
 FAREWELL = timedelta(seconds=20)
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENDED = "evlm: the main process has ended"
 
 _alone = 0
@@ -73,8 +74,14 @@ def alone() -> Iterator[None]:
 
 
 def start() -> None:
-    """Connect the processes, once; :class:`BadInput` where they were not started by `torchrun`."""
+    """Connect the processes, once; :class:`BadInput` where they were not started by `torchrun`.
+
+    A variable of the launcher that is empty counts as one that is not set, for the libraries that read it after us too.
+    """
     global _store
+    for variable in VARIABLES:
+        if not os.environ.get(variable, "unset").strip():
+            del os.environ[variable]
     from torch import distributed as dist
 
     if launched() == 1 or dist.is_initialized():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from efficientvlm.conditions import changes, conditions, described
 from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import Diverged, Interrupted
+from efficientvlm.families.weights import finite
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.meter import Meter
@@ -27,6 +28,7 @@ from efficientvlm.progress import Bar, say
 from efficientvlm.state import Spent, append, cut_metrics, restore, save, tensors_of
 
 Batch = dict[str, Any]
+DIVERGED = "training diverged", "try a smaller --lr"
 OF_MODEL = re.compile(r"^(inner\.|hard\.)*model\.")  # where objectives hold the model that they train
 
 
@@ -109,7 +111,7 @@ def train(
 
     Raises:
         Interrupted: stopped by a signal after the state was written.
-        Diverged: a loss that is not finite.
+        Diverged: a loss, gradient or weight that is not finite; the last good state stays.
     """
     objective.to(hardware.device)
     torches = [optimizer.torch for optimizer in optimizers]
@@ -127,7 +129,7 @@ def train(
     ranks.on_main(lambda: cut_metrics(output.metrics, begun))
     if begun:
         say("\n  ".join([f"{title}: resuming at step {begun} of {steps}", *map(described, changed)]), quiet=quiet)
-    meter, note = Meter(spent.open_line, hardware.device), ""
+    meter = Meter(spent.open_line, hardware.device)
     started = time.monotonic()
     with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet) as bar:
         for step in range(begun, steps):
@@ -154,18 +156,20 @@ def train(
             after_step(step)
             done = spent.steps = step + 1
             spent.seconds = before + time.monotonic() - started
+            shown, speed = meter.means(), {"samples_per_s": meter.rate()}
             if logged:
                 spent.last, speed = meter.line(describe(step))
-                note = " ".join(f"{name} {value:.3f}" for name, value in spent.last.items()) + f" · {speed['samples_per_s']:.0f} images/s"
                 line = {"step": done, "lr_factor": round(factor, 6), **spent.last, **speed}
                 ranks.on_main(lambda line=line: append(output.metrics, line))  # type: ignore[misc]
+                shown = spent.last
+            note = " ".join(f"{name} {value:.3f}" for name, value in shown.items()) + f" · {speed['samples_per_s']:.0f} images/s"
             bar.update(done, note)
             stop = ranks.any_of(flag.requested)
             if stop or done == steps or done % options.save_every == 0:
                 before_save()
                 spent.open_line = meter.totals
                 tensors = tensors_of(objective, torches)
-                ranks.on_main(lambda tensors=tensors: save(output.state_dir, tensors, spent))  # type: ignore[misc]
+                ranks.on_main(lambda tensors=tensors: keep(output, tensors, spent))  # type: ignore[misc]
             if stop:
                 raise Interrupted(
                     f"stopped at step {done} of {steps}", f"a resumable state is in {output.path}", "run the same command again"
@@ -185,7 +189,15 @@ def averages(losses: dict[str, Tensor]) -> dict[str, float]:
 def check_finite(number: float, what: str, step: int) -> None:
     """:class:`Diverged` if `number` is NaN or infinite."""
     if not math.isfinite(number):
-        raise Diverged(f"the {what} is {number} at step {step}", "training diverged", "try a smaller --lr, with --force")
+        raise Diverged(f"the {what} is {number} at step {step}", *DIVERGED)
+
+
+def keep(output: Output, tensors: Mapping[str, Tensor], spent: Spent) -> None:
+    """Save a state; :class:`Diverged` if a weight, or what an optimizer keeps, is NaN or infinite: the state before is worth more."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not finite(value):
+            raise Diverged(f"{name.partition('/')[2]} holds NaN or infinite values at step {spent.steps - 1}", *DIVERGED)
+    save(output.state_dir, tensors, spent)
 
 
 def sharding_of(options: Any) -> Any:

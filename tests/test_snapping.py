@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from efficientvlm.compression.anatomy import Anatomy, Groups
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Scope
-from efficientvlm.errors import TargetMissed
+from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.families.base import NEURON, GatePoint, Site, Unit
 
 ANATOMIES = {name: Anatomy.of(*build(name)[:2]) for name in FAMILIES}
@@ -138,7 +138,7 @@ def test_missed_target_and_bad_vectors():
         snap(torch.ones(4), scope)
     with pytest.raises(ValueError, match="expected 4 values"):
         snap(torch.ones(3), scope)
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(Diverged, match="not a number"):
         snap(torch.tensor([0.1, float("nan"), 0.3, 0.4]), scope)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import queue
 import signal
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,14 +18,15 @@ import torch
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from safetensors.torch import load_file
 
-from efficientvlm import training
+from efficientvlm import progress, training
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Train
 from efficientvlm.control import Control
-from efficientvlm.errors import BadInput, EvlmError, Interrupted, OutOfMemory
+from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
 from efficientvlm.memory import enough_memory, out_of_memory
 from efficientvlm.meter import Meter
+from efficientvlm.progress import Bar
 from efficientvlm.request import compare
 from efficientvlm.state import Spent, restore, save, tensors_of
 from efficientvlm.stopwatch import TEACHER
@@ -208,9 +213,26 @@ def test_a_damaged_state_is_refused(chain: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_loss_that_is_not_finite_stops_the_run(chain: Path, tmp_path: Path) -> None:
     settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
-    with pytest.raises(EvlmError, match="diverged"):
+    with pytest.raises(Diverged, match="diverged") as error:
         run_stage("finetune", **{**settings, "lr": 1e30, "clip": None})
-    assert not (tmp_path / "out" / "evlm_manifest.json").exists()
+    assert error.value.exit_code == 3 and error.value.fix == "try a smaller --lr"
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "save_every": 1}
+    run_stage("finetune", out=str(tmp_path / "whole"), **settings)
+    real = training.rate
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "rate", lambda step, *rest: float("nan") if step == 3 else real(step, *rest))
+        with pytest.raises(Diverged, match="holds NaN or infinite values at step 3") as error:
+            run_stage("finetune", out=str(tmp_path / "out"), **settings)
+    assert "the last good state is kept" in error.value.why and "--force" in error.value.fix
+    assert [path.name for path in (tmp_path / "out" / "training_state").glob("step-*")] == ["step-00000003"]
+    made = run_stage("finetune", out=str(tmp_path / "out"), **settings)
+    assert made.files["model.safetensors"] == require_complete(tmp_path / "whole").files["model.safetensors"]
 
 
 def test_a_finished_stage_is_up_to_date_and_costs_nothing(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +296,7 @@ def test_an_infinite_gradient_changes_nothing() -> None:
     before = layer.weight.detach().clone()
     optimizer = training.adamw(layer, Train(lr=0.1))
     layer.weight.grad = torch.full_like(layer.weight, float("inf"))
-    with pytest.raises(EvlmError, match="gradient norm is inf at step 3"):
+    with pytest.raises(Diverged, match="gradient norm is inf at step 3"):
         training.update([optimizer], 1.0, None, 3)
     assert torch.equal(layer.weight, before)
 
@@ -296,7 +318,7 @@ def test_processes_that_torchrun_did_not_start_are_refused(chain: Path, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int) -> None:
     """What a handler raises inside a callback goes no further, as it happens during imports."""
 
@@ -313,6 +335,57 @@ def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int) -> No
                 raise AssertionError("training started")
     with stop_flag() as flag:  # and it counts once
         assert not flag.requested
+
+
+def test_a_hangup_asks_for_a_stop_unless_it_is_to_be_ignored() -> None:
+    with stop_flag() as flag:
+        signal.raise_signal(signal.SIGHUP)
+    assert flag.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with sigterm_as_interrupt(), stop_flag() as flag:
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not flag.requested
+
+
+def test_empty_variables_of_a_launcher_count_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert training.accelerator("cpu").num_processes == 1
+
+
+def test_losses_are_shown_from_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("distill", 100) as bar:
+        for done in (1, 2, 3):
+            bar.update(done, f"loss {done}")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("distill 1/100") and said[0].endswith("loss 1")
+
+
+def test_what_takes_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(progress, "say", lambda text: told.put(text))
+    with progress.telling("opening the data x"):
+        pass
+    assert told.empty()
+    monkeypatch.setattr(progress, "PATIENCE", 0.001)
+    with progress.telling("opening the data x"):
+        assert told.get(timeout=60) == "opening the data x …"
+    with progress.telling("opening the data x", quiet=True):
+        pass
+
+
+def test_work_goes_on_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    progress.say("half done")
+    with Bar("finetune", 2) as bar:
+        bar.update(1, "loss 1")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the list of mapped files is Linux's")

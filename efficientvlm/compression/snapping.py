@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
+from efficientvlm.errors import Diverged
 from efficientvlm.compression.sparsity import Scope, Target
 from efficientvlm.families.base import NEURON
 
@@ -50,7 +51,8 @@ def _values(values: torch.Tensor, scope: Scope) -> Floats:
     if result.shape != (int(scope.active.sum()),):
         raise ValueError(f"expected {int(scope.active.sum())} values, got {result.shape}")
     if np.isnan(result).any():
-        raise ValueError("a probability or score is not a number")
+        why = "the gates diverged, or the model's gradients are not finite"
+        raise Diverged("a probability or score is not a number", why, "try a smaller --lr or gates.lr, or another --method")
     return result
 
 

@@ -23,7 +23,7 @@ from efficientvlm.data.sources import record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
-from efficientvlm.errors import BadInput, Interrupted, OutOfMemory
+from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.exported import Exported, is_exported
@@ -31,7 +31,7 @@ from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory, out_of_memory, reason
 from efficientvlm.metrics import TITLES, main_metric
-from efficientvlm.progress import say
+from efficientvlm.progress import say, telling
 from efficientvlm.stages.image_settings import write_settings
 from efficientvlm.training import Spent
 
@@ -165,7 +165,8 @@ def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str
         claimed.append(output)
         return {"up_to_date": output.up_to_date, "beside": output.beside}
 
-    told = ranks.on_main(claim)
+    with telling("hashing what is read", quiet=control.quiet):
+        told = ranks.on_main(claim)
     output = claimed[0] if claimed else Output(Path(config.out).expanduser(), stage, given, {}, settings, mine=False)
     output.up_to_date, output.beside = told["up_to_date"], told["beside"]
     if output.up_to_date:
@@ -206,19 +207,24 @@ def making(output: Output) -> Iterator[None]:
 
 @contextmanager
 def learning(config: Any, output: Output) -> Iterator[None]:
-    """Say what to lower where training takes more memory than there is.
+    """Say what to lower where training diverges or takes more memory than there is.
 
     Raises:
-        OutOfMemory: the last complete state stays.
+        Diverged, OutOfMemory: the last good state stays.
     """
+    again = "; that begins anew, with --force"
     names = [name for name in ("batch_size", "questions_per_image", "max_tokens") if name in type(config).model_fields]
     if getattr(config, "task", "vqa") != "vqa":
         names.remove("questions_per_image")
     lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
     if getattr(config, "cache_teacher", False):
         lower = f"leave cache_teacher out, or {lower}"
-    with enough_memory("training", lower, lambda: "; that begins anew, with --force" if output.resumable else ""):
-        yield
+    try:
+        with enough_memory("training", lower, lambda: again * output.resumable):
+            yield
+    except Diverged as error:
+        kept = "; the last good state is kept" * output.resumable
+        raise Diverged(error.what, error.why + kept, error.fix + again * output.resumable) from None
 
 
 def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -> dict[str, Any]:
@@ -248,21 +254,22 @@ def write(
     **fields: Any,
 ) -> Manifest:
     """Stage model, tokenizer and image settings (by default a square, resized image), and commit the folder with its accounting."""
-    model = model.to("cpu", torch.float32).eval()
-    family.save(model, output.staging)
-    save_tokenizer(tokenizer, output.staging)
-    write_settings(image_processor, family.sizes(model.config), output.staging)
     spent = spent or Spent()
-    list_skipped(output, sources or {}, control.quiet)
-    manifest = output.manifest(
-        family=family.name,
-        accounting=account(family, model, text_length=TEXT_LENGTH),
-        data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
-        cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
-        changes=[Change(**change) for change in spent.changes],
-        **fields,
-    )
-    done = output.commit(manifest)
+    with telling(f"writing {output.path}", quiet=control.quiet):
+        model = model.to("cpu", torch.float32).eval()
+        family.save(model, output.staging)
+        save_tokenizer(tokenizer, output.staging)
+        write_settings(image_processor, family.sizes(model.config), output.staging)
+        list_skipped(output, sources or {}, control.quiet)
+        manifest = output.manifest(
+            family=family.name,
+            accounting=account(family, model, text_length=TEXT_LENGTH),
+            data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
+            cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
+            changes=[Change(**change) for change in spent.changes],
+            **fields,
+        )
+        done = output.commit(manifest)
     say(f"{output.stage}: wrote {output.path} · {summary(done)}", quiet=control.quiet)
     return done
 

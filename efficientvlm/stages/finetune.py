@@ -12,7 +12,7 @@ from efficientvlm.training import adamw
 
 def run(config: Finetune, control: Control) -> Manifest:
     """Train on the task and write the tuned checkpoint, with its validation accuracy in the manifest."""
-    tuning = Tuning.open(config)
+    tuning = Tuning.open(config, quiet=control.quiet)
     output = open_output(config, "finetune", control, tuning.inputs)
     if output.up_to_date:
         return finished(output)

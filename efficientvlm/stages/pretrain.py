@@ -19,6 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.progress import telling
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
@@ -44,10 +45,12 @@ VALIDATION_BATCHES = 16
 def run(config: Pretrain, control: Control) -> Manifest:
     """Train `config.model` on image-text pairs; a :class:`Distill` configuration adds the teacher."""
     stage = "distill" if isinstance(config, Distill) else "pretrain"
-    student = load(config.model)
+    with telling(f"loading {config.model}", quiet=control.quiet):
+        student = load(config.model)
     for problem in student_problems(config, student):
         raise problem
-    sources = {split: open_split(config, split, student.sizes.image_size) for split in ("train", "val")}
+    with telling(f"opening the data {config.data}", quiet=control.quiet):
+        sources = {split: open_split(config, split, student.sizes.image_size) for split in ("train", "val")}
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
@@ -58,7 +61,8 @@ def run(config: Pretrain, control: Control) -> Manifest:
         texts = texts_of(student, config.max_tokens)
         teacher = None
         if isinstance(config, Distill):
-            teacher = load(config.teacher)
+            with telling(f"loading {config.teacher}", quiet=control.quiet):
+                teacher = load(config.teacher)
             for problem in teacher_problems(config, student, teacher):
                 raise problem
             teacher.model.to(hardware.device)

@@ -18,6 +18,7 @@ from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
+from efficientvlm.progress import telling
 from efficientvlm.stages import recut, untrained
 from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
 from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, say_budget, scope_of
@@ -36,7 +37,7 @@ def run(config: Prune, control: Control) -> Manifest:
     if config.task == "none":
         return ranks.on_main(lambda: untrained.run(config, control), Manifest.model_validate)
     check(config)
-    tuning = Tuning.open(config)
+    tuning = Tuning.open(config, quiet=control.quiet)
     student = tuning.student
     scope = scope_of(config, student.family, student.model)
     output = open_output(config, "prune", control, tuning.inputs)
@@ -58,7 +59,7 @@ def run(config: Prune, control: Control) -> Manifest:
                 settle(snap(gates.p_open().detach().cpu(), scope))
 
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
-            with learning(config, output):
+            with learning(config, output), telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet):
                 settle(snap_scores(scores(config, tuning, scope), scope))
         hooks: dict[str, Any] = {"after_step": after_step, "describe": objective.describe} if learnt else {}
         spent = tuning.train(objective, optimizers(config, objective, tuning.new), output, control, **hooks)

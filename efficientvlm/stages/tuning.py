@@ -16,6 +16,7 @@ from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
+from efficientvlm.progress import telling
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
@@ -42,16 +43,19 @@ class Tuning:
     sources: dict[str, Any]
 
     @classmethod
-    def open(cls, config: TaskStage) -> Tuning:
+    def open(cls, config: TaskStage, *, quiet: bool = False) -> Tuning:
         """Load what `config` names; nothing is written.
 
         Raises:
             BadInput: checkpoints or data that cannot be used together.
         """
         torch.manual_seed(config.seed)
-        student, teacher, new = load_for_task(config)
+        with telling(f"loading {config.model}{f' and {config.teacher}' if config.teacher else ''}", quiet=quiet):
+            student, teacher, new = load_for_task(config)
         opened = TASKS[config.task].open
-        return cls(config, student, teacher, new, {split: opened(config, split, student.sizes.image_size) for split in ("train", "val")})
+        with telling(f"opening the data {config.data}", quiet=quiet):
+            sources = {split: opened(config, split, student.sizes.image_size) for split in ("train", "val")}
+        return cls(config, student, teacher, new, sources)
 
     @property
     def task(self) -> Task:
