@@ -454,7 +454,7 @@ class Bench(Strict):
     warmup_rounds: Count = Field(3, ge=0)
     threads: Threads | None = Field(None, ge=1)
     out: str | None = None
-    device: Device = "auto"
+    device: str = "auto"
     precision: Precision = "fp32"
     seed: Seed = 0
 

@@ -18,6 +18,8 @@ from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
 from efficientvlm.stages import bench, evaluate, finetune, init, predict, report, run
 from efficientvlm.stages.common import load
 
@@ -195,6 +197,19 @@ def test_bench_keeps_finished_timings_unless_forced(folder: Path, tmp_path: Path
     with pytest.raises(BadInput, match=r"models\.1 differs"):
         bench.run(speed(folder, "vqa", "start", out=out), QUIET)
     assert bench.run(speed(folder, "vqa", out=out), FORCE)["latency"] != first["latency"]
+
+
+def test_timings_of_another_machine_stay_what_they_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a finished recipe can be run again, and planned, elsewhere."""
+    out = str(tmp_path / "speed.json")
+    first = bench.run(speed(folder, "vqa", out=out), QUIET)
+    monkeypatch.setattr("efficientvlm.bench.processor", lambda: "Another CPU")
+    assert [stage.status for stage in plan([Step("speed", "bench", speed(folder, "vqa", out=out))]).stages] == ["up to date"]
+    assert bench.run(speed(folder, "vqa", out=out), Control()) == first
+    assert f"of another machine ({first['machine']['name']}, " in capsys.readouterr().err
+    assert bench.run(speed(folder, "vqa", out=out), FORCE)["machine"]["name"] == "Another CPU"
 
 
 def test_bench_leaves_threads_as_they_were_and_runs_in_bf16(folder: Path) -> None:

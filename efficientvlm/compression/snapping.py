@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
-from efficientvlm.errors import Diverged
 from efficientvlm.compression.sparsity import Scope, Target
+from efficientvlm.errors import Diverged
 from efficientvlm.families.base import NEURON
 
 Floats = NDArray[np.float64]

@@ -22,7 +22,7 @@ from efficientvlm.memory import enough_memory
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, check_precision, load
 from efficientvlm.stages.evaluate import counts_first_token_twice
-from efficientvlm.stages.results import ResultFile
+from efficientvlm.stages.results import MACHINE, ResultFile
 from efficientvlm.tasks.vqa import rank
 
 RANKED = (
@@ -36,7 +36,8 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
 
     Where one of them has a list of answers, what is timed is ranking it, else the forward pass; `timed` says which. Then a task-agnostic
     checkpoint is timed with an untrained answer decoder, as deep as its fusion tower, and marked `trained: false`.
-    A finished result of the same checkpoints, settings and machine in `config.out` is returned as it is, unless forced.
+    A finished result of the same checkpoints and settings in `config.out` is returned as it is, unless forced; where it was measured on
+    another machine, that is said.
 
     Raises:
         BadInput: a question longer than a model reads, a model that cannot do what the others do, an `out` of another measurement.
@@ -45,10 +46,11 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
     with bench.threads(config.threads) as threads:
         machine = {**bench.machine(device), "threads": threads}
         inputs = {f"models.{number}": fingerprint(spec) for number, spec in enumerate(config.models)}
-        inputs["machine"] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
+        inputs[MACHINE] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
         file = ResultFile.open(config, "bench", inputs, force=control.force)
         if file.finished:
-            say(f"bench: {file.path} is up to date: these are its earlier timings, --force measures again", quiet=control.quiet)
+            where = "" if file.finished["machine"] == machine else f", of another machine ({described(file.finished['machine'])})"
+            say(f"bench: {file.path} is up to date: these are its earlier timings{where}, --force measures again", quiet=control.quiet)
             return file.finished
         models = [load(spec, exported=True) for spec in config.models]
         for loaded in models:
@@ -93,6 +95,11 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         "latency": rows,
     }
     return file.write(result)
+
+
+def described(machine: dict[str, Any]) -> str:
+    """Name, threads and torch of a machine."""
+    return f"{machine.get('name')}, {machine.get('threads')} threads, torch {machine.get('torch')}"
 
 
 def unique(names: list[str]) -> list[str]:

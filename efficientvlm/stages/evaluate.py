@@ -46,7 +46,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
         inputs["answers"] = fingerprint(config.answers)
     file = ResultFile.open(config, "eval", inputs, force=control.force)
     if file.finished:
-        say(f"eval: {file.path} is up to date", quiet=control.quiet)
+        say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
     device = pick_device(config.device)
     loaded.model.to(device)

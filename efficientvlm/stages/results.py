@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest
-from efficientvlm.config import Strict
+from efficientvlm.config import Strict, asides
 from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
+
+MACHINE = "machine"
+"""Role of the machine that measured. A result of another one stays what it is: it is up to date, and says where it comes from."""
 
 
 @dataclass
 class ResultFile:
-    """Where a result goes (`path` None: nowhere) and the finished result that lies there already, if it is the same measurement."""
+    """Where a result goes (`path` None: nowhere) and the finished result that lies there already, if it is the same measurement.
+
+    `differing` says in which settings, that do not count, the finished one was measured otherwise.
+    """
 
     path: Path | None
     stage: str
     inputs: dict[str, str]
     config: dict[str, Any]
     finished: dict[str, Any] | None = None
+    differing: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, config: Strict, stage: str, inputs: dict[str, str], *, force: bool) -> ResultFile:
@@ -67,13 +74,16 @@ class ResultFile:
             return
         there = earlier["provenance"]
         roles = {role.partition(".")[0] for role in (*self.inputs, *there["inputs"])}
-        names = sorted({*self.inputs, *there["inputs"]})
+        names = sorted({*self.inputs, *there["inputs"]} - {MACHINE})
         changed = [f"input {name} differs" for name in names if self.inputs.get(name) != there["inputs"].get(name)]
         for name in sorted({*self.config, *there["config"]} - roles):
             if self.config.get(name) != there["config"].get(name):
-                changed.append(f"{name}: {there['config'].get(name)} there, {self.config.get(name)} now")
+                text = f"{name}: {there['config'].get(name)} there, {self.config.get(name)} now"
+                (self.differing if name in asides(self.stage) else changed).append(text)
         if changed:
-            raise BadInput(f"{self.path} holds a result of other settings", "; ".join(changed[:5]), "use --force or another --out")
+            raise BadInput(
+                f"{self.path} holds a result of other settings", "; ".join(changed[:5]), "remove it, or use --force or another --out"
+            )
         self.finished = earlier
 
     def write(self, result: dict[str, Any]) -> dict[str, Any]:
