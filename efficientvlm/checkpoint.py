@@ -1,8 +1,9 @@
 """Checkpoint folders: found, checked, and written so that a crash never leaves a half-made one (what they come from: lineage.py).
 
-While a stage runs its folder holds `training_state/request.json`, which says what is being made and marks the folder as ours. Finished
-files are gathered in a sibling folder and renamed in; the manifest comes last. At every instant the folder is therefore the old checkpoint,
-an unfinished one that the same command completes, or the new checkpoint. `training_state/lock` keeps a second writer out.
+While a stage runs its folder holds `training_state/request.json`, which says what is being made and marks the folder as ours (who owns
+what: ownership.py). Finished files are gathered in `training_state` and renamed into place; the manifest comes last. At every instant the
+folder is therefore the old checkpoint, an unfinished one that the same command completes, or the new checkpoint. `training_state/lock`
+keeps a second writer out.
 """
 
 from __future__ import annotations
@@ -12,25 +13,24 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import files as places
 from efficientvlm import manifest as manifests
+from efficientvlm import ownership
 from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
-from efficientvlm.files import fsync_dir, out_of_space, resolve, sha256, shown, write_atomic
-from efficientvlm.lineage import known_data
+from efficientvlm.files import fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
+from efficientvlm.lineage import is_read, known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
-from efficientvlm.request import REQUEST, beside, compare, read_request
+from efficientvlm.ownership import CARD, LOCK, MARK, METRICS
+from efficientvlm.request import REQUEST, STATE, beside, compare, read_request, write_request
 
-STATE = "training_state"
-LOCK = "lock"
-METRICS = "metrics.jsonl"
-CARD = "README.md"
+STAGING = "staging-"
 
 
 def _fsync_file(path: Path) -> None:
@@ -57,6 +57,8 @@ def _wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name, record in manifest.files.items():
         path = folder / name
+        if name == CARD:
+            continue  # people may write into it: no model depends on it
         if not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != record.bytes:
@@ -72,13 +74,17 @@ def fingerprint(spec: str | Path) -> str:
     if str(spec).startswith("sha256:"):
         return str(spec).removeprefix("sha256:")
     path = resolve(spec)
-    if path.is_file():
+    if not path.is_dir():
         return sha256(path)
-    if (path / MANIFEST).is_file():
-        return sha256(path / MANIFEST)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+    try:
+        if (path / MANIFEST).is_file():
+            return sha256(path / MANIFEST)
+        os.listdir(path)
+        digest = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise unreadable(path, error) from None
     return digest.hexdigest()
 
 
@@ -107,6 +113,13 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 @dataclass
 class Output:
     """The folder one stage writes. Made by :meth:`open`, finished by :meth:`commit`, given up by :meth:`abandon`.
@@ -125,9 +138,11 @@ class Output:
     beside: bool = False
     differing: list[str] = field(default_factory=list)
     mine: bool = True
+    cards: list[str] = field(default_factory=list)  # digests of the model cards that a stage wrote here
 
     def __post_init__(self) -> None:
         self._lock = Lock(self.state_dir / LOCK)
+        self._made: list[Path] = []
 
     @classmethod
     def open(
@@ -147,23 +162,28 @@ class Output:
             BadInput: the folder is not ours, is an input, is finished or unfinished with other inputs or configuration, is being written
                 by another process, or cannot be made.
         """
-        out = Path(path).expanduser()
-        output = cls(out, stage, dict(inputs), {role: fingerprint(spec) for role, spec in inputs.items()}, config)
-        output._refuse_foreign()
-        output._look(force, resume)
-        if output.up_to_date:
-            return output
         try:
-            output._lock.take()
-            request = output._look(force, resume)  # again: another process may have finished meanwhile
-            if not output.up_to_date:
-                output._remove_litter()
+            out = Path(path).expanduser()
+            ownership.require_ours(out)
+            ownership.refuse_text(out, inputs, config)
+            ownership.refuse_inputs_inside(out, inputs, config)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{str(path)!r} cannot be written", str(error).lower(), "use another --out") from None
+        output = cls(out, stage, dict(inputs), {role: fingerprint(spec) for role, spec in inputs.items()}, config)
+        try:
+            request = output._look(force)
+            if output.up_to_date:
+                return output
+            output._refuse_others(request["replaces"] if request else [])
+            output._take_lock()
+            request = output._look(force)  # again: another process may have finished meanwhile
+            if output.up_to_date:
+                output._unlock()
+            else:
                 output._begin(request, force, resume)
         except OSError as error:
             output._unlock()
-            if out_of_space(error):
-                raise BadInput(f"{out} cannot be written", "the disk is full", "free some space, or use another --out") from None
-            raise BadInput(f"{out} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+            raise unwritable(out, error) from None
         except BaseException:
             output._unlock()
             raise
@@ -181,10 +201,14 @@ class Output:
 
     @property
     def staging(self) -> Path:
-        """Sibling folder in which the stage writes its final files; made on first use."""
+        """Folder in which the stage writes its final files; made on first use."""
+        return self.working(f"{STAGING}{os.getpid()}")
+
+    def working(self, name: str) -> Path:
+        """A folder beside the state for files under way, which go with it; made on first use."""
         assert self.mine
-        path = _staging_of(self.path, os.getpid())
-        path.mkdir(parents=True, exist_ok=True)
+        path = self.state_dir / name
+        path.mkdir(exist_ok=True)
         return path
 
     @property
@@ -223,18 +247,20 @@ class Output:
             raise ValueError(f"stage {self.stage} staged no files")
         if self.metrics.is_file():
             shutil.copyfile(self.metrics, staging / METRICS)
-        for name in _names(staging):
+        final = manifest.model_copy(update={"created": manifests.now()})
+        (staging / CARD).write_text(model_card(final, self.path.resolve().name, known_data(self.path, final)), encoding="utf-8")
+        placed = _names(staging)
+        for name in placed:
             (staging / name).chmod(_readable())  # the safetensors writer makes files that only their owner can read
             _fsync_file(staging / name)
-        files = {name: FileRecord(sha256=sha256(staging / name), bytes=(staging / name).stat().st_size) for name in _names(staging)}
-        final = manifest.model_copy(update={"files": files, "created": manifests.now()})
-        content = final.dump()
-        card = staging / CARD
-        card.write_text(model_card(final, self.path.resolve().name, known_data(self.path, final)), encoding="utf-8")
-        _fsync_file(card)
+        files = {name: FileRecord(sha256=sha256(staging / name), bytes=(staging / name).stat().st_size) for name in placed}
+        content = final.model_copy(update={"files": files}).dump()
+        write_new(staging / MANIFEST, content)
+        self._look_at_targets(placed)
+        self._keep_card()
 
-        placed = _names(staging)
         self.replaces = sorted({*self.replaces, *placed})
+        self.cards = [*self.cards, files[CARD].sha256]
         self._claim()
         (self.path / MANIFEST).unlink(missing_ok=True)
         fsync_dir(self.path)
@@ -246,90 +272,137 @@ class Output:
             (self.path / name).unlink(missing_ok=True)
         for folder in {(self.path / name).parent for name in placed}:
             fsync_dir(folder)
-        write_atomic(self.path / MANIFEST, content)
-        shutil.rmtree(staging)
-        shutil.rmtree(self.state_dir)
+        os.replace(staging / MANIFEST, self.path / MANIFEST)
+        fsync_dir(self.path)
+        self._drop_state()
         self._lock.release()
         return Manifest.model_validate_json(content)
 
+    def _look_at_targets(self, placed: Collection[str]) -> None:
+        """Refuse before anything is replaced what would be lost: files that no stage wrote, and whatever lies behind a link."""
+        ownership.refuse_links(self.path, [*placed, *self.replaces])
+        own = {*self.replaces, CARD, *([] if self.beside else [METRICS])}
+        if others := [name for name in placed if name not in own and os.path.lexists(self.path / name)]:
+            why = f"no stage wrote {', '.join(others[:3])}, which would be replaced"
+            raise BadInput(f"{self.path} holds files of others", why, "move them away and run the same command again")
+
+    def _keep_card(self) -> None:
+        """Keep a model card that a person has changed beside the new one."""
+        card = self.path / CARD
+        if not os.path.lexists(card) or sha256(card) in self.cards:
+            return
+        number = 1
+        while os.path.lexists(old := self.path / (f"{CARD}.old" if number == 1 else f"{CARD}.old-{number}")):
+            if old.is_file() and not old.is_symlink() and sha256(old) == sha256(card):
+                return
+            number += 1
+        copied = self.working(f"{STAGING}{os.getpid()}-card") / CARD
+        shutil.copyfile(card, copied)
+        _fsync_file(copied)
+        os.rename(copied, old)
+        print(f"{self.path}: {CARD} is not as a stage wrote it; it is kept as {old.name}", file=sys.stderr)
+
     def abandon(self) -> None:
         """Give up: remove the staged files, and every trace of the stage if no training state was saved."""
-        if not self.mine:
+        if not self.mine or self.up_to_date:
             return
-        shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
-        if not self.path.is_dir() or self.up_to_date:
-            return
-        others = [path for path in self.path.iterdir() if path.name != STATE and path != self.metrics]
-        if not self.resumable and ((self.path / MANIFEST).exists() or not others):
-            self.metrics.unlink(missing_ok=True)
-            shutil.rmtree(self.state_dir, ignore_errors=True)
+        if self.state_dir.is_dir():
+            self._remove_staged(f"{STAGING}{os.getpid()}")
+            others = [path for path in self.path.iterdir() if path.name != STATE and path != self.metrics]
+            if not self.resumable and ((self.path / MANIFEST).exists() or not others):
+                self.metrics.unlink(missing_ok=True)
+                self._drop_state()
         self._unlock()
 
-    def _unlock(self) -> None:
-        """Let others write the folder; remove it where nothing was in it but the lock."""
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            self.state_dir.rmdir()
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+    def _refuse_others(self, replaces: list[str]) -> None:
+        """Look at what would be written, locked and removed before any of it is touched."""
+        if os.path.lexists(self.state_dir) and self.state_dir.parent.is_dir() and not ownership.owns_state(self.path):
+            raise BadInput(
+                f"{self.state_dir} holds what no stage wrote", "a stage keeps its state there", "move it away, or use another --out"
+            )
+        ownership.refuse_links(self.path, [*self.replaces, *replaces])
 
-    def _look(self, force: bool, resume: bool) -> dict[str, Any] | None:
+    def _take_lock(self) -> None:
+        while True:
+            made = make_folders(self.state_dir, 0o700)
+            self._made += [folder for folder in made if folder not in self._made]
+            try:
+                self._lock.take()
+                return
+            except FileNotFoundError:  # the holder has just finished and removed the folder
+                continue
+
+    def _unlock(self) -> None:
+        """Let others write the folder; remove what was made for this stage where nothing is in it."""
+        self._lock.release()
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _look(self, force: bool) -> dict[str, Any] | None:
         """The unfinished stage that is in the folder, if any; sets `up_to_date`."""
-        request = read_request(self.state_dir, lenient=force or not resume)
-        return self._meet_finished(force, request) if (self.path / MANIFEST).exists() else request
+        request = read_request(self.state_dir / REQUEST)
+        return self._meet_finished(force, request) if os.path.lexists(self.path / MANIFEST) else request
 
     def _begin(self, request: dict[str, Any] | None, force: bool, resume: bool) -> None:
         """Go on with what `request` describes, or claim the folder anew."""
+        finished = os.path.lexists(self.path / MANIFEST)
         if request:
-            self.replaces, self.beside = request["replaces"], request["beside"]
             differences = self._differences(request)
+            self.replaces, self.beside, self.cards = request["replaces"], request["beside"], request["cards"]
+            self._made += [self.path] * (request["made"] and self.path not in self._made)
             if not resume or (differences and force):
                 request = None
             elif differences:
                 why = "; ".join(differences[:5])
                 raise BadInput(f"{self.path} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
+        ownership.refuse_links(self.path, self.replaces)
+        self._refuse_added(finished)
+        if self._lock.held:
+            self._remove_staged()
+        if os.path.lexists(self.path / MARK):
+            self._discard()
+            (self.path / MARK).unlink()
         if not request:
             self._discard()
             self._claim()
 
-    def _remove_litter(self) -> None:
-        """Remove what a killed process left behind: its staged files and its half-written temporary ones."""
-        resolved = self.path.resolve()
-        for path in resolved.parent.glob(f".{resolved.name}.staging-*"):
-            number = path.name.rpartition("-")[2]
-            if number.isdigit() and int(number) != os.getpid() and (self._lock.held or not _alive(int(number))):
-                shutil.rmtree(path, ignore_errors=True)
-        if self._lock.held:
-            for path in resolved.glob(".*.tmp-*"):
-                path.unlink(missing_ok=True)
+    def _refuse_added(self, finished: bool) -> None:
+        """Refuse at once what would be refused at the end: files that a model is opened with, in a folder that would then be ours."""
+        known = {*self.replaces, MANIFEST, CARD, MARK, *([] if finished else [METRICS])}
+        names = [path.name for path in self.path.iterdir() if path.name not in known and path.name != STATE]
+        if added := sorted(name for name in names if name == METRICS or is_read(name)):
+            raise BadInput(f"{self.path} holds files that no stage wrote", ", ".join(added[:5]), "move them away, or use another --out")
 
-    def _remove_state(self) -> None:
+    def _remove_staged(self, prefix: str = STAGING) -> None:
+        """Remove what a killed process, or this one, has staged."""
+        for path in self.state_dir.iterdir():
+            if path.name.startswith(prefix):
+                _remove(path)
+
+    def _drop_state(self) -> None:
+        """Remove the unfinished stage. Its request goes first, to where it tells the next command that the rest is to be removed."""
+        if os.path.lexists(self.state_dir / REQUEST):
+            os.replace(self.state_dir / REQUEST, self.path / MARK)
+            fsync_dir(self.path)
+        shutil.rmtree(self.state_dir)
+        (self.path / MARK).unlink(missing_ok=True)
+
+    def _remove_left_over(self) -> None:
         """Remove the state of a stage that was killed right after it had finished; not that of one that is at work."""
-        if not self._lock.held and self.state_dir.is_dir():
-            try:
-                self._lock.take()
-            except (BadInput, OSError):
-                return
-        self._remove_litter()
-        shutil.rmtree(self.state_dir, ignore_errors=True)
-        self._lock.release()
-
-    def _refuse_foreign(self) -> None:
-        resolved = self.path.resolve()
-        if places.BUNDLED in (resolved, *resolved.parents):
-            raise BadInput(f"{self.path} cannot be written", "it belongs to the installed package", "use another --out")
-        for role, spec in self.inputs.items():
-            given = None if spec.startswith("sha256:") else resolve(spec).resolve()
-            if given and (given == resolved or given in resolved.parents):
-                raise BadInput(f"{self.path} cannot be written", f"it is the {role} this stage reads", "use another --out")
+        if not os.path.lexists(self.state_dir):
+            (self.path / MARK).unlink(missing_ok=True)
+            return
+        if not ownership.owns_state(self.path):
+            return
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise BadInput(f"{self.path} cannot be written", "it is a file", "use another --out")
-            ours = not self.path.exists() or (self.path / MANIFEST).exists() or self.state_dir.is_dir() or not any(self.path.iterdir())
-        except OSError as error:
-            raise BadInput(f"{self.path} cannot be read", (error.strerror or "unknown reason").lower(), "use another --out") from None
-        if not ours:
-            raise BadInput(f"{self.path} is not empty", "it holds files that no stage wrote", "use another --out")
+            ownership.refuse_links(self.path, ())
+            self._lock.take()
+            self._drop_state()
+        except (BadInput, OSError):
+            return
+        finally:
+            self._lock.release()
 
     def _key(self) -> dict[str, Any]:
         """What two runs must share to be the same run, as it looks after a round trip through JSON."""
@@ -339,17 +412,11 @@ class Output:
         return compare(self._key(), other)
 
     def _meet_finished(self, force: bool, request: dict[str, Any] | None) -> dict[str, Any] | None:
-        try:
-            old = manifests.read(self.path)
-            made = {"stage": old.stage, "inputs": old.inputs, "config": old.config}
-            differences, self.differing = self._differences(made), beside(self._key(), made)
-            damage = _wrong_sizes(self.path, old)
-        except BadInput:
-            if not force:
-                raise
-            old, differences, damage = None, [], ["manifest"]
+        old = manifests.read(self.path)
+        made = {"stage": old.stage, "inputs": old.inputs, "config": old.config}
+        differences, self.differing = self._differences(made), beside(self._key(), made)
         if not force:
-            if damage:
+            if damage := _wrong_sizes(self.path, old):
                 raise BadInput(f"{self.path} is damaged", "; ".join(damage[:3]), "use --force to make it again")
             if differences:
                 why = "; ".join(differences[:5])
@@ -357,41 +424,38 @@ class Output:
                     f"{self.path} holds a finished checkpoint of other settings", why, "use --force to replace it, or another --out"
                 )
             if request is None or not self._differences(request):
-                self._remove_state()
+                self._remove_left_over()
             self.up_to_date = True
             return None
-        self.replaces = sorted(old.files) if old else []
+        self.replaces = sorted(old.files)
+        self.cards = [old.files[CARD].sha256] if CARD in old.files else []
         self.beside = True
         return request if request and request["beside"] else None
 
     def _claim(self) -> None:
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        content = {**self._key(), "replaces": self.replaces, "beside": self.beside}
-        write_atomic(self.state_dir / REQUEST, (json.dumps(content, indent=2) + "\n").encode())
+        made = self.path in self._made
+        request = {**self._key(), "replaces": self.replaces, "beside": self.beside, "made": made, "cards": self.cards}
+        write_request(self.state_dir, request)
 
     def _discard(self) -> None:
-        shutil.rmtree(_staging_of(self.path, os.getpid()), ignore_errors=True)
-        if self.metrics.exists():
+        """Remove state and metrics, not the request: the next claim replaces it, so that the folder never stops being ours."""
+        if os.path.lexists(self.metrics):
             self.metrics.unlink()
-        for path in self.state_dir.iterdir() if self.state_dir.is_dir() else ():
-            if path.name in (REQUEST, LOCK):
-                continue  # replaced by the next claim, so that the folder never stops being ours
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for path in self.state_dir.iterdir():
+            if path.name not in (REQUEST, LOCK):
+                _remove(path)
 
 
 class _Seen(Output):
     """An output that is only looked at."""
 
-    def _remove_state(self) -> None:
+    def _remove_left_over(self) -> None:
         return
 
 
 def check_place(path: str | Path) -> None:
     """:class:`BadInput` where a folder cannot be written, whatever it is to hold: it has files that no stage wrote, or is a file."""
-    _Seen(Path(path).expanduser(), "", {}, {}, {})._refuse_foreign()
+    ownership.require_ours(Path(path).expanduser())
 
 
 def examine(
@@ -415,12 +479,14 @@ def examine(
     out = Path(path).expanduser()
     given = {role: spec for role, spec in inputs.items() if role not in unread}
     output = _Seen(out, stage, given, {role: fingerprint(spec) for role, spec in given.items()}, config)
-    output._refuse_foreign()
-    request = read_request(output.state_dir, lenient=force or not resume)
+    ownership.require_ours(out)
+    ownership.refuse_text(out, inputs, config)
+    ownership.refuse_inputs_inside(out, inputs, config)
+    request = read_request(output.state_dir / REQUEST)
     finished = (out / MANIFEST).exists()
     before = manifests.read(out).inputs if finished and not force else request["inputs"] if request else {}
     output.digests |= {role: before[role] for role in unread if role in before}
-    request = output._look(force, resume)
+    request = output._look(force)
     if output.up_to_date:
         return "up to date"
     differences = output._differences(request) if request and resume else []
@@ -428,20 +494,3 @@ def examine(
         why = "; ".join(differences[:5])
         raise BadInput(f"{out} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
     return "resumes" if request and resume and not differences else "replaces" if finished else "new"
-
-
-def _staging_of(out: Path, pid: int) -> Path:
-    resolved = out.resolve()
-    return resolved.parent / f".{resolved.name}.staging-{pid}"
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt" or pid == os.getpid():
-        return pid == os.getpid()
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

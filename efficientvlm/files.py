@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efficientvlm.errors import BadInput
+from efficientvlm.scratch import private_folder
 
 if TYPE_CHECKING:
     from efficientvlm.manifest import Parent
@@ -136,17 +137,45 @@ def fsync_dir(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: after a crash it has its old content or the new one, never a mixture."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replace a file as a whole: after a crash it has its old content or the new one, never a mixture.
+
+    What stands at `path` is replaced whatever it is, a link itself and not what it leads to: the caller has looked.
+    """
+    with private_folder(path.parent, path) as folder:
+        write_new(folder / "content", data)
+        os.replace(folder / "content", path)
     fsync_dir(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that must not be there yet, down to the disk."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
+    """Make a folder and those above it; the ones that were not there, outermost first. `mode` is that of the last one."""
+    missing = [path]
+    while not os.path.lexists(missing[-1].parent) and missing[-1].parent != missing[-1]:
+        missing.append(missing[-1].parent)
+    made = []
+    for folder in reversed(missing):
+        try:
+            folder.mkdir(mode if folder == path else 0o777)
+            made.append(folder)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+    return made
+
+
+def unwritable(path: Path, error: OSError) -> BadInput:
+    """What to say where the system refuses to write `path`."""
+    if out_of_space(error):
+        return BadInput(f"{path} cannot be written", "the disk is full", "free some space, or use another --out")
+    return BadInput(f"{path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out")
 
 
 def out_of_space(error: BaseException) -> bool:

@@ -11,22 +11,16 @@ from efficientvlm.errors import BadInput
 from efficientvlm.files import locate, resolve, sha256
 from efficientvlm.manifest import MANIFEST, DataRecord, Manifest
 
-LOADABLE = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".py",
-    ".index.json",
-    "config.json",
-    "tokenizer.json",
-    "tokens.json",
-    "tokens_map.json",
-    ".onnx",
-    ".onnx.data",
-    "onnx.json",
-)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".msgpack", ".ot", ".gguf")
+GRAPHS = (".onnx", ".onnx.data", ".onnx_data", ".ort", ".xml")
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".pth", ".jinja", ".jinja2")
+SETTINGS = ("config.json", ".index.json", "tokenizer.json", "tokens.json", "tokens_map.json", "onnx.json", "template.json", "modules.json")
+VOCABULARIES = ("vocab.txt", "vocab.json", "vocab.bpe", "merges.txt", "encoder.json", ".model", ".tiktoken", ".spm")
+
+
+def is_read(name: str) -> bool:
+    """Whether some loader reads or runs a file of this name: weights, graphs, configuration, tokenizer, processor, template, code."""
+    return name.lower().endswith((*WEIGHTS, *GRAPHS, *CODE, *SETTINGS, *VOCABULARIES))
 
 
 @dataclass
@@ -110,7 +104,7 @@ def _changed_files(folder: Path, manifest: Manifest, hashes: bool) -> list[str]:
         elif path.stat().st_size != record.bytes or (hashes and sha256(path) != record.sha256):
             problems.append(f"{path} has changed since it was written")
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(LOADABLE) and path.name not in manifest.files:
+        if is_read(path.name) and path.name not in manifest.files:
             problems.append(f"{path} is not listed in the manifest")
     return problems
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from efficientvlm.errors import BadInput
+from efficientvlm.scratch import PROGRAM
 
 try:
     import fcntl
@@ -32,27 +33,23 @@ class Lock:
         return self._file is not None
 
     def take(self) -> None:
-        """Lock, making the file and its folder.
+        """Lock, making the file. A link in its place is not followed.
 
         Raises:
             BadInput: somebody else holds it.
+            FileNotFoundError: its folder is not there, or no longer: the holder may have just finished and removed it.
             OSError: the file cannot be made.
         """
         while not self.held:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            ours = not self.path.exists()
-            try:
-                file = self.path.open("a+", encoding="utf-8")
-            except FileNotFoundError:  # the holder has just finished and removed the folder
-                continue
+            ours = not os.path.lexists(self.path)
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+", encoding="utf-8")
             if fcntl is None:
                 self._give_up(file, ours)
                 return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read(200).strip() or "another process"
+                holder = file.readline().strip().removeprefix(f"{PROGRAM} ") or "another process"
                 file.close()
                 raise BadInput(
                     f"{self.path.parent.parent} is being written", f"by {holder}", "wait for it, stop it, or use another --out"
@@ -65,9 +62,9 @@ class Lock:
             else:  # removed by its holder between our opening and locking it
                 file.close()
         assert self._file
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now().isoformat(' ', 'seconds')}\n")
+        self._file.write(f"{PROGRAM} process {os.getpid()} on {socket.gethostname()} since {datetime.now().isoformat(' ', 'seconds')}\n")
         self._file.flush()
+        self._file.truncate()  # after, not before: at every moment it is ours by what it says
 
     def release(self) -> None:
         """Remove the file and let go."""
@@ -86,6 +83,6 @@ class Lock:
 
     def _is_current(self, file: IO[str]) -> bool:
         try:
-            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+            return os.path.samestat(os.fstat(file.fileno()), self.path.lstat())
         except FileNotFoundError:
             return False

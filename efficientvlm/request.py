@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,32 +11,57 @@ from typing import Any
 from efficientvlm import manifest as manifests
 from efficientvlm.config import asides
 from efficientvlm.errors import BadInput
+from efficientvlm.files import fsync_dir, write_new
+from efficientvlm.scratch import PROGRAM
 
+STATE = "training_state"
 REQUEST = "request.json"
+UNDER_WAY = "request.json.new"  # while it is being written
+BEGINNING = f'{{"program": "{PROGRAM}"'.encode()
 SHAPE = {"stage": str, "inputs": dict, "config": dict, "replaces": list, "beside": bool}
 
 
-def read_request(state_dir: Path, lenient: bool) -> dict[str, Any] | None:
-    """The request in a state folder; None if there is none, or with `lenient` if it cannot be used.
+def read_request(path: Path) -> dict[str, Any] | None:
+    """The request in a file; None if there is none.
 
     Raises:
-        BadInput: it is damaged.
+        BadInput: it is damaged, or a link.
     """
-    path = state_dir / REQUEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
+        if path.is_symlink():
+            raise BadInput(f"{path} is a link", "no stage makes one", "")
         request = manifests.read_json(path)
         if not isinstance(request, dict) or any(not isinstance(request.get(key), kind) for key, kind in SHAPE.items()):
-            raise BadInput(f"{path} is damaged", "it does not describe a stage", "use --force to drop it, or another --out")
+            raise BadInput(f"{path} is damaged", "it does not describe a stage", "")
+        request = {"made": False, "cards": [], **request}
+        if not all(isinstance(text, str) for text in (*request["replaces"], *request["inputs"].values())):
+            raise BadInput(f"{path} is damaged", "it does not describe a stage", "")
+        if not isinstance(request["made"], bool) or not isinstance(request["cards"], list):
+            raise BadInput(f"{path} is damaged", "it does not describe a stage", "")
         for name in request["replaces"]:
-            manifests.inside(str(name))
+            if manifests.inside(name).split("/")[0] in (STATE, manifests.MANIFEST):
+                raise BadInput(f"{path} is damaged", f"{name} is no file of a checkpoint", "")
     except (BadInput, ValueError) as error:
-        if lenient:
-            return None
-        what = f"{state_dir.parent} holds an unfinished stage that cannot be resumed"
-        raise BadInput(what, str(error), "use --no-resume to start it anew") from None
+        folder = path.parent.parent if path.name == REQUEST else path.parent
+        why = f"{error.what}: {error.why}" if isinstance(error, BadInput) else f"{path}: {error}"
+        fix = f"move or remove {path.parent if path.name == REQUEST else path} yourself, or use another --out"
+        raise BadInput(f"{folder} holds an unfinished stage that cannot be resumed", why, fix) from None
     return request
+
+
+def write_request(state_dir: Path, request: dict[str, Any]) -> None:
+    """Write the request of a stage, as a whole."""
+    under_way = state_dir / UNDER_WAY
+    under_way.unlink(missing_ok=True)
+    try:
+        write_new(under_way, json.dumps({"program": PROGRAM, **request}).encode())
+        os.replace(under_way, state_dir / REQUEST)
+    except OSError:
+        under_way.unlink(missing_ok=True)
+        raise
+    fsync_dir(state_dir)
 
 
 def compare(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from efficientvlm import ranks
@@ -91,8 +93,8 @@ def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, sour
     began = time.monotonic()
     description = _description(config, loaded)
     variants: dict[str, tuple[Loaded, int]] = {"torch_fp32": (loaded, _bytes(loaded.path, ".safetensors"))}
-    with TemporaryDirectory(prefix="evlm-export-") as temporary:
-        fp32 = Path(temporary) if config.int8 else output.staging
+    fp32 = output.working("fp32") if config.int8 else output.staging
+    with temporary_files_in(output.working("tmp")):  # the quantiser makes some of its own
         description = _graphs(config, control, loaded, description, fp32)
         variants["onnx_fp32"] = _opened(loaded, description, fp32)
         if config.int8:
@@ -118,6 +120,16 @@ def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, sour
     done = output.commit(manifest)
     say(f"export: wrote {output.path} · {summary(done)}", quiet=control.quiet)
     return done
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Have libraries keep their temporary files in a folder that goes with the output, also after a kill."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _description(config: Export, loaded: Loaded) -> Description:
