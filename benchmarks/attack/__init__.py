@@ -1,0 +1,1 @@
+"""What `benchmarks/hostile.py` is made of: sound inputs, damage, processes that may be killed, and a judge."""
