@@ -9,6 +9,7 @@ import typer
 
 from efficientvlm.cli import output, plan
 from efficientvlm.control import Control
+from efficientvlm.errors import BadInput
 
 CONTROL = {"resume", "force", "json", "quiet", "dry_run", "assignments", "column"}
 KEYS = {"eval": ("metrics",), "bench": ("latency",)}
@@ -31,7 +32,9 @@ def stage(name: str, options: dict[str, Any]) -> None:
     Options that were not given stay out of the configuration, so that its defaults rule; `--set` is applied last.
     """
     from efficientvlm import config as configs
+    from efficientvlm import idle
     from efficientvlm.planning.checks import preflight
+    from efficientvlm.progress import say
     from efficientvlm.recipe import Step
 
     given = {key: value for key, value in options.items() if key not in CONTROL and value not in (None, {}, [])}
@@ -44,12 +47,16 @@ def stage(name: str, options: dict[str, Any]) -> None:
             option = {"models": "model"}.get(key, key).replace("_", "-")
             raise typer.BadParameter("it is needed and was not given", param_hint=f"--{option}")
     config = configs.parse(model, values, f"evlm {name}")
-    steps = [Step(name, name, config)]
+    if wrong := idle.refused(config, values):
+        raise BadInput(f"evlm {name} has {len(wrong)} idle setting{'s' * (len(wrong) > 1)}", "\n  " + "\n  ".join(wrong), "leave them out")
+    steps = [Step(name, name, config, idle.said(config, values))]
     control = Control(force=options["force"], resume=options["resume"], quiet=options["quiet"] or options["json"], json=options["json"])
     if options["dry_run"]:
         plan.dry_run(f"evlm {name}", steps, control, recipe=False)
         return
     preflight(steps).raise_all(f"evlm {name}")
+    for note in steps[0].notes:
+        say(f"{name}: {note}", quiet=control.quiet)
     from efficientvlm import ranks
     from efficientvlm.stages.run import run_stage
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, field_validator
 
 from efficientvlm import config as configs
+from efficientvlm import idle
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import MIB, read_limited
 from efficientvlm.plain_yaml import parse_yaml
@@ -55,6 +56,7 @@ class Step(NamedTuple):
     name: str
     stage: str
     config: configs.Strict
+    notes: Sequence[str] = ()  # settings that have no effect
 
 
 def _place(path: str) -> Path:
@@ -169,7 +171,10 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
         values = _follow(merged, outputs, where, problems)
         outputs[name] = str(values["out"])
         try:
-            steps.append(Step(name, str(kind), configs.parse(model, values, where)))
+            config = configs.parse(model, values, where)
+            named = set(settings) | {re.split(r"[.=]", override, maxsplit=1)[0] for override in own.get(name, [])}
+            problems += [f"{where}: {line}" for line in idle.refused(config, named)]  # a default may be meant for the other stages
+            steps.append(Step(name, str(kind), config, idle.said(config, named)))
         except BadInput as error:
             problems += [f"{where}: {line.strip()}" for line in error.why.strip().splitlines()]
     problems += _overlaps(steps)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm import recipe as recipes
-from efficientvlm.config import Distill, InitConfig, Prune, merge, parse
+from efficientvlm.config import STAGES, Distill, InitConfig, Prune, merge, parse
 from efficientvlm.errors import BadInput
+from efficientvlm.idle import refused, said
 from efficientvlm.recipe import load_recipe, validate
 
 CHAIN = """
@@ -258,3 +259,54 @@ def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:
 
 def test_numbers_with_an_exponent_are_numbers() -> None:
     assert merge({}, ["lr=3e-4", "name=e4", "many=1E3"]) == {"lr": 3e-4, "name": "e4", "many": 1000.0}
+
+
+UNTRAINED = """
+name: cut
+out: runs/cut
+defaults: {lr: 1e-3, device: cuda, data: shapes, teacher: null}
+stages:
+  - {name: small, stage: prune, model: bundled:easy-vqa, task: none, method: magnitude%s}
+  - {name: tuned, stage: finetune, model: "@small", kd: 0.2, epochs: 2}
+"""
+
+
+def test_settings_that_do_nothing_are_refused_where_nothing_is_trained_and_said_elsewhere(tmp_path: Path) -> None:
+    steps = validate(recipe(tmp_path, UNTRAINED % ""))  # a default may be meant for the other stages
+    assert [list(step.notes) for step in steps] == [[], ["kd has no effect without a teacher"]]
+    loaded = recipe(tmp_path, UNTRAINED % ", epochs: 3, min_heads: 1, batch_size: 64")
+    assert problems(loaded, "small.device=cuda", "small.clip=2") == [
+        "small: clip: it has no effect, as nothing is trained with task none",
+        "small: device: it has no effect, as nothing is trained with task none",
+        "small: epochs: it has no effect, as nothing is trained with task none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "idle"),
+    [
+        ("shrink", {"model": "m", "precision": "bf16", "device": "cpu"}, ["precision"]),
+        ("shrink", {"model": "m", "device": "cuda"}, ["device"]),
+        ("init", {"tokenizer": "t", "vocab_size": 99, "size": "tiny"}, ["vocab_size"]),
+        (
+            "pretrain",
+            {"model": "m", "data": "d", "losses": ["itc"], "max_masks": 2, "regions_per_image": 2},
+            ["max_masks", "regions_per_image"],
+        ),
+        ("finetune", {"model": "m", "data": "d", "val": "v", "val_fraction": 0.5, "shuffle_buffer": 7}, ["shuffle_buffer", "val_fraction"]),
+        ("finetune", {"model": "m", "data": "stream:d", "teacher": "t", "kd": 0.1, "shuffle_buffer": 7}, []),
+        ("prune", {"model": "m", "data": "d", "method": "random", "freeze_at": 0.5}, ["freeze_at"]),
+        ("prune", {"model": "m", "data": "d", "freeze_at": 0.5, "calibration_batches": 3}, ["calibration_batches"]),
+        ("eval", {"model": "m", "data": "d", "mode": "generate", "rank_top": 5}, ["rank_top"]),
+        ("export", {"model": "m", "format": "hf", "rounds": 3}, ["rounds"]),
+    ],
+)
+def test_settings_that_have_no_effect_beside_others(stage: str, values: dict[str, Any], idle: list[str]) -> None:
+    config = STAGES[stage](**values, **({} if stage == "eval" else {"out": "o"}))
+    assert [line.split()[0] for line in said(config, config.model_fields_set)] == idle
+    assert refused(config, config.model_fields_set) == []
+
+
+def test_a_cut_from_learnt_gates_needs_no_training() -> None:
+    config = Prune(model="m", data="d", out="o", from_gates="m", lr=1, eval_limit=3, teacher="t", min_heads=1)
+    assert [line.partition(":")[0] for line in refused(config, config.model_fields_set)] == ["lr", "teacher"]

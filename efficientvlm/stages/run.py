@@ -44,7 +44,7 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for number, step in enumerate(steps, 1):
         out = Path(str(getattr(step.config, "out", None))).expanduser()
-        say(f"[{number}/{len(steps)}] {step.stage} → {out}", quiet=control.quiet)
+        say("\n  ".join([f"[{number}/{len(steps)}] {step.stage} → {out}", *step.notes]), quiet=control.quiet)
         before, began = _identity(out), time.monotonic()
         made = run_stage(step.stage, step.config, control)
         seconds = round(time.monotonic() - began, 2)

@@ -1,0 +1,71 @@
+"""Settings that have no effect beside the others: where nothing is trained they are refused, elsewhere it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from efficientvlm import config as configs
+from efficientvlm.config import Data, Eval, Export, InitConfig, Prune, Stage, Strict, TaskStage, Train
+
+OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
+OF_A_TEACHER = {"kd", "temperature", "scale_by_temperature", "weights", "retrieval_weights", "decoder_init"}
+OF_VALIDATION = {"eval_limit", "eval_batch_size"}
+UNTRAINED = {*Train.model_fields, *TaskStage.model_fields, *OF_THE_GATES, "calibration_batches"} - {
+    "out",
+    "seed",
+    "model",
+    "task",
+    "device",
+}
+CONTINUED = UNTRAINED - set(Data.model_fields) - OF_VALIDATION - {"precision", "max_tokens", "quirks", "rank_top"}
+"""What a cut from learnt gates does not need: it reads validation data and measures."""
+
+
+def refused(config: Strict, given: Collection[str]) -> list[str]:
+    """Problems of settings in `given` that do nothing, in a mode in which nothing is trained."""
+    if not isinstance(config, Prune) or not (config.from_gates or config.task == "none"):
+        return []
+    names, why = (CONTINUED, "the gates were learnt before") if config.from_gates else (UNTRAINED, "nothing is trained with task none")
+    wrong = _changed(config, names & set(given)) | ({"device"} & set(given) if config.device not in ("auto", "cpu") else set())
+    return [f"{name}: it has no effect, as {why}" for name in sorted(wrong)]
+
+
+def said(config: Strict, given: Collection[str]) -> list[str]:
+    """Lines about settings in `given` that do nothing beside the others."""
+    idle = {name: why for names, why in _idle(config) for name in _changed(config, names & set(given))}
+    return [f"{name} has no effect {why}" for name, why in sorted(idle.items())]
+
+
+def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
+    if isinstance(config, Stage) and not isinstance(config, Train):
+        yield {"precision"} | ({"device"} if config.device not in ("auto", "cpu") else set()), "in a stage that does not train"
+    if isinstance(config, InitConfig) and config.tokenizer != "train":
+        yield {"data", "columns", "vocab_size"}, "with a tokenizer that is there"
+    if isinstance(config, Data) and config.val:
+        yield {"val_fraction"}, "with validation data of its own"
+    if isinstance(config, Data) and not config.data.startswith("stream:"):
+        yield {"shuffle_buffer"}, "unless data is a stream"
+    if isinstance(config, configs.Pretrain) and "box" not in config.losses:
+        yield {"region_probability", "regions_per_image"}, "without box among the losses"
+    if isinstance(config, configs.Pretrain) and "mlm" not in config.losses:
+        yield {"mask_probability", "max_masks"}, "without mlm among the losses"
+    if isinstance(config, TaskStage) and not config.teacher:
+        yield OF_A_TEACHER, "without a teacher"
+    if isinstance(config, Prune) and config.task != "none" and not config.from_gates:
+        if config.method != "l0":
+            yield OF_THE_GATES, f"with method {config.method}"
+        if config.method != "taylor":
+            yield {"calibration_batches"}, f"with method {config.method}"
+    if isinstance(config, Train) and config.eval_limit == 0:
+        yield {"eval_batch_size"}, "with eval_limit 0"
+    if isinstance(config, Eval) and config.mode == "generate":
+        yield {"answers", "rank_top", "first_token_twice"}, "with mode generate"
+    if isinstance(config, Export) and config.format != "onnx":
+        yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"
+
+
+def _changed(config: Strict, names: set[str]) -> set[str]:
+    """Those of `names` that the stage knows and that are not left at their default."""
+    fields = type(config).model_fields
+    usual = {name: fields[name].get_default(call_default_factory=True, validated_data={}) for name in names & fields.keys()}
+    return {name for name, value in usual.items() if getattr(config, name) != value}
