@@ -72,3 +72,11 @@ class Interrupted(EvlmError):
     """Stopped on request after a resumable state was written."""
 
     exit_code = 75
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the machine has no more memory: Python's own, or torch's, which is a RuntimeError with words of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+        return True
+    return "RuntimeError" in names and any(words in str(error) for words in ("not enough memory", "out of memory", "bad_alloc"))

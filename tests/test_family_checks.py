@@ -12,6 +12,7 @@ from spoiling import edit
 from efficientvlm import families
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blip import BLIP
+from efficientvlm.families.loading import image_processor
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.stages.image_settings import fitted
 
@@ -85,3 +86,67 @@ def test_image_sizes_of_any_form_are_made_to_fit(size: Any) -> None:
     settings = {"size": size, "image_mean": list(config.image_mean), "image_std": list(config.image_std)}
     new = fitted(settings, family.sizes(config))["size"]
     assert new == size if size == [16, 16] else set(new.values()) == {16}
+
+
+HUGE = ("image_size", "vision_layers", "text_layers", "vision_intermediate", "vocab_size", "max_positions")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_compared_with_the_header_of_the_weights_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    """No network is built, so that a stored size takes no memory whatever it is."""
+    family, model, _ = build(name)
+    family.save(model, tmp_path)
+    stored = (tmp_path / "config.json").read_bytes()
+    wrong = [(size, value) for size in HUGE for value in (3, 900, 3 * 10**8)]
+    refused = 0
+    for size, value in wrong:
+        (tmp_path / "config.json").write_bytes(stored)
+        part, entry = (None, size) if name == "xvlm" else TRANSFORMERS[size]
+        edit(tmp_path, part, **{entry: value})
+        try:
+            config = family.read_config(tmp_path)
+        except BadInput as error:
+            refused += 1
+            assert len(str(error)) < 700
+        else:
+            assert family.sizes(config) == family.sizes(model.config) or size in ("vision_layers", "text_layers", "image_size")
+    assert refused > len(wrong) - 6  # those that are as they were, or have fewer layers than there are weights for
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_quantisation_and_text_that_is_none_are_refused(tmp_path: Path, name: str) -> None:
+    family, model, _ = build(name)
+    family.save(model, tmp_path)
+    stored = (tmp_path / "config.json").read_bytes()
+    for key, value, reason in (
+        ("num_labels", 300_000_000, "num_labels"),
+        ("num_labels", -1, "num_labels"),
+        ("num_labels", "many", "num_labels"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quantised"),
+        ("quantization_config", [1], "quantised"),
+        ("answers", ["\ud800"], "UTF-8"),
+        ("answers", "red", "answers"),
+        ("answers", [1, 2], "answers"),
+        ("anything", 10**400, "of that size"),
+    ):
+        (tmp_path / "config.json").write_bytes(stored)
+        edit(tmp_path, **{key: value})
+        with pytest.raises(BadInput, match=reason):
+            family.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pointers_to_code_are_said_and_not_carried_on(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    family, model, _ = build(name)
+    family.save(model, tmp_path / "a")
+    edit(tmp_path / "a", auto_map={"AutoModel": "attacker/repo--evil.Model"})
+    edit(tmp_path / "a", nested={"deep": [{"auto_map": {"AutoConfig": "evil.Config"}, "trust_remote_code": True}]})
+    (tmp_path / "a" / "preprocessor_config.json").write_text(
+        '{"auto_map": {"AutoImageProcessor": "evil.P"}, "image_mean": [0.5, 0.5, 0.5]}'
+    )
+    again = family.load(tmp_path / "a")
+    assert "auto_map" not in str(image_processor(tmp_path / "a"))
+    family.save(again, tmp_path / "b")
+    text = (tmp_path / "b" / "config.json").read_text()
+    assert "auto_map" not in text and "evil" not in text and "trust_remote_code" not in text
+    assert "points to code (auto_map, trust_remote_code)" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from efficientvlm.families.blip_graphs import blip_graphs
 from efficientvlm.families.blip_model import MODELS, context, decode, read, see, starting, text_model
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
 from efficientvlm.families.checks import check_config
+from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
 from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD, Described, kept_of_layers
 
@@ -88,7 +89,9 @@ class BLIP(Described):
                 "give a model of one of these classes",
             )
         values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD))
-        return self._checked(open_config(kind, values, file), str(file))
+        config = self._checked(open_config(kind, values, file), str(file))
+        check_shapes(self, config, path)
+        return config
 
     def _checked(self, config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         check_config(self, config, where)

@@ -24,6 +24,9 @@ def check_config(family: Any, config: Any, where: str) -> None:
     """
     for name in ("image_mean", "image_std"):
         check_channels(name, getattr(config, name), where)
+    answers = config.answers
+    if answers is not None and not (isinstance(answers, list) and answers and all(isinstance(text, str) and text for text in answers)):
+        raise BadInput(f"{where}: answers are {shorten(answers)}", "they are a list of texts", CORRECT)
     sizes = family.sizes(config)
     for name in ("image_size", "patch_size"):
         if not _whole(getattr(sizes, name), 1, MOST_PIXELS):

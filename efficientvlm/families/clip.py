@@ -25,6 +25,7 @@ from efficientvlm.families.clip_model import (
     SlicedSiglipModel,
 )
 from efficientvlm.families.graphs import Part
+from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
 from efficientvlm.families.structure import Described, kept_of_layers
 
@@ -72,6 +73,7 @@ class CLIP(Described):
                 "without its pooling head a SigLIP cannot compare images with texts",
                 "give a SigLIP that has one",
             )
+        check_shapes(self, config, path)
         return config
 
     def load(self, path: Path) -> Any:

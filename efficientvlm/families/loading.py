@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers.utils import logging as said
 
 from efficientvlm import manifest
-from efficientvlm.errors import BadInput
-from efficientvlm.families.checks import check_channels
+from efficientvlm.config import check_plain
+from efficientvlm.errors import BadInput, out_of_memory, shorten
+from efficientvlm.families.checks import CORRECT, check_channels
 from efficientvlm.families.weights import require_finite
+from efficientvlm.progress import say
 
 said.disable_progress_bar()  # progress is ours to show
-UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+CODE = {"auto_map", "custom_pipelines", "trust_remote_code", "code_revision", "attn_implementation", "_attn_implementation"}
+"""Keys of a configuration that make other programs fetch and run code; nothing here does."""
+MOST_LABELS = 100_000  # transformers makes a table of as many names; no network here has a classification head
 
 
 def advice(folder: Path) -> str:
@@ -43,20 +46,64 @@ logging.getLogger("transformers.configuration_utils").addFilter(lambda record: "
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; :class:`BadInput` if there is none."""
+    """The object in a JSON file of a model folder, without what points to code, which is said; :class:`BadInput` if there is none."""
     values = manifest.read_json(file)
     if not isinstance(values, dict):
         raise BadInput(f"cannot read {file}", "it is not a JSON object", advice(file.parent))
-    return values
+    if pointers := sorted(set(_pointers(values))):
+        _say_once(f"{file} points to code ({', '.join(pointers)}); it is not run, and not carried on")
+    without: dict[str, Any] = _without_code(values)
+    return without
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)
+
+
+def _pointers(value: Any) -> Iterator[str]:
+    """Those of :data:`CODE` in `value`, at any depth, that have a value."""
+    if isinstance(value, dict):
+        yield from (name for name in CODE & set(value) if value[name] not in (None, False, "eager", "sdpa", {}))
+        for part in value.values():
+            yield from _pointers(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _pointers(part)
+
+
+def _without_code(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_code(part) for name, part in value.items() if name not in CODE}
+    return [_without_code(part) for part in value] if isinstance(value, list) else value
 
 
 def open_config(kind: Any, values: Mapping[str, Any], file: Path) -> Any:
-    """Configuration of class `kind` from the content of `file`, whatever `model_type` that names; :class:`BadInput` if it does not fit."""
+    """Configuration of class `kind` from the content of `file`, whatever `model_type` that names: the one door for configurations.
+
+    Raises:
+        BadInput: it is quantised, holds what no configuration can, or the class does not take it.
+    """
+    try:
+        check_plain(values)
+    except ValueError as error:
+        raise BadInput(f"cannot read {file}", str(error), advice(file.parent)) from None
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        why = f"its weights are quantised ({shorten(method or 'quantization_config')}), and only floating-point weights are opened"
+        raise BadInput(f"{file.parent} cannot be opened", why, "give the model as it was before, in float32, float16 or bfloat16")
+    for name, part in (("", values), *((f"{name}.", part) for name, part in values.items() if isinstance(part, dict))):
+        labels = part.get("num_labels", 0)
+        if not isinstance(labels, int) or not 0 <= labels <= MOST_LABELS:
+            raise BadInput(f"{file}: {name}num_labels is {shorten(labels)}", f"it is 0 to {MOST_LABELS:,} where it means anything", CORRECT)
     try:
         with silent():
             return kind.from_dict({name: value for name, value in values.items() if name != "model_type"})
-    except UNUSABLE as error:
-        raise BadInput(f"cannot read {file}", " ".join(str(error).split())[:200], advice(file.parent)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a configuration class raises whatever a wrong value makes of it
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"cannot read {file}", shorten(why), advice(file.parent)) from None
 
 
 def open_model(kind: Any, path: Path, config: Any) -> Any:
@@ -76,7 +123,11 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
             )
-    except (*UNUSABLE, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         raise BadInput(f"cannot load {path}", (str(error).splitlines() or [type(error).__name__])[0], advice(path)) from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
+from efficientvlm.manifest import inside, read_json
 
 # what reading damaged bytes raises, tried on some thousand damaged files
 DAMAGED = (
@@ -84,17 +85,27 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     Raises:
         BadInput: no safetensors there, or damaged ones.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single]
-    if not single.is_file() and index.is_file():
-        try:
-            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-            files = [folder / Path(name).name for name in sorted(set(names))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"cannot read {index}", _first_line(error), AGAIN) from None
-    elif not single.is_file():
+    if not (files := weight_files(folder)):
         raise BadInput(f"no weights in {folder}", "it has no model.safetensors", "save the model there as safetensors")
     return {renewed(name): tensor for file in files for name, tensor in read_file(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a Hugging Face model folder, the shards that its index names, or none.
+
+    Raises:
+        BadInput: an index that is damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(single):
+        return [single]
+    if not os.path.lexists(index):
+        return []
+    try:
+        names = read_json(index)["weight_map"].values()
+        return [folder / inside(name) for name in sorted(set(names))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"cannot read {index}", _first_line(error), AGAIN) from None
 
 
 def finite(values: Tensor) -> bool:

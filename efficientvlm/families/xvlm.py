@@ -14,6 +14,7 @@ from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Grap
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, Sharing, tap
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.graphs import vqa_graphs
+from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, open_model, read_json
 from efficientvlm.families.structure import Described, kept_of_layers
 from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
@@ -64,7 +65,9 @@ class XVLM(Described):
         check_fields(values, str(file))
         config: XVLMConfig = open_config(XVLMConfig, values, file)
         check_config(self, config, str(file))
-        return check_sizes(config)
+        check_sizes(config)
+        check_shapes(self, config, path)
+        return config
 
     def save(self, model: XVLMModel, folder: Path) -> None:
         model.save_pretrained(folder)

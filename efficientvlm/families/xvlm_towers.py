@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 
-from efficientvlm.errors import BadInput
+from efficientvlm.data.tokenizer import load_tokenizer
+from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.blocks import resize_positions
-from efficientvlm.families.loading import image_statistics
+from efficientvlm.families.loading import image_statistics, open_config, read_json
 from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.weights import finite, read_folder
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
 from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
+from efficientvlm.progress import say
 
+MOST_PADDING = 128  # embeddings are padded to a multiple of 8, 64 or 128
 FREE = (
     *("vision_layers", "text_layers", "fusion_layers", "image_size", "image_mean", "image_std", "dropout", "local_attention_depth"),
     *("embed_dim", "heads", "temperature_init", "initializer_range", "text_pooling"),
@@ -37,7 +38,7 @@ def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str
     Args:
         vision: folder of a `CLIPModel`, `CLIPVisionModel` or `Dinov2Model`, safetensors.
         text: folder of a `BertModel` or `BertForMaskedLM` (whose prediction head becomes the MLM head), safetensors.
-        vocab_size: tokens of the tokenizer, which must be BERT's own.
+        vocab_size: tokens of the tokenizer, which must be BERT's own; embeddings beyond them are padding.
         settings: layers of each tower, image size and whatever else the towers do not decide.
 
     Raises:
@@ -60,13 +61,24 @@ def towers_config(vision: Path, text: Path, vocab_size: int, settings: Mapping[s
     """
     given = checked_settings(settings or {}, FREE, "follows from the towers")
     vit, bert = _vision_config(vision), _bert_config(text)
-    if bert.vocab_size != vocab_size:
+    padding = bert.vocab_size - vocab_size
+    if padding < 0 or (padding and padding >= MOST_PADDING and not _own_tokenizer_has(text, vocab_size)):
         why = f"BERT in {text} embeds {bert.vocab_size}, and its embeddings mean nothing for other tokens"
         raise BadInput(f"the tokenizer has {vocab_size} tokens", why, f"use BERT's own: --tokenizer {text}")
+    if padding:
+        say(f"init: BERT embeds {padding} more tokens than its tokenizer has; they are padding, stay, and are never read")
     config = _config(vision, vit, bert, given)
     _chosen(vision, vit.num_hidden_layers, config.vision_layers)
     _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
     return config, vit, bert
+
+
+def _own_tokenizer_has(folder: Path, tokens: int) -> bool:
+    """Whether the tokenizer in BERT's own folder, if there is one, is of `tokens` tokens."""
+    try:
+        return len(load_tokenizer(folder, bert=True)) == tokens
+    except BadInput:
+        return False
 
 
 def _config(vision: Path, vit: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:
@@ -206,30 +218,15 @@ def _bert_config(folder: Path) -> Any:
 
 
 def _kind(folder: Path, wanted: tuple[str, ...], what: str) -> str:
-    values = _json(folder / "config.json")
-    if values.get("model_type") not in wanted:
-        raise BadInput(f"{folder} is not {what}", f"its model_type is {values.get('model_type')}", f"give a folder of {what}")
-    return str(values["model_type"])
+    if not (folder / "config.json").exists():
+        why = "it has no config.json"
+        raise BadInput(f"{folder} is not a model folder", why, "give the folder of a model in transformers' format")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in wanted:
+        raise BadInput(f"{folder} is not {what}", f"its model_type is {shorten(kind)}", f"give a folder of {what}")
+    return str(kind)
 
 
 def _read_config(kind: Any, folder: Path) -> Any:
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise BadInput(
-            f"cannot read {folder / 'config.json'}", " ".join(str(error).split())[:200], "save or download the model again"
-        ) from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{file.parent} is not a model folder", f"it has no {file.name}", "give the folder of a model in transformers' format"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}", str(error), "save or download the model again") from None
-    if not isinstance(values, dict):
-        raise BadInput(f"cannot read {file}", "it is not a JSON object", "save or download the model again")
-    return values
+    file = folder / "config.json"
+    return open_config(kind, read_json(file), file)
