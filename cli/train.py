@@ -87,6 +87,10 @@ def prune(
     min_heads: Annotated[int | None, typer.Option("--min-heads", help="Heads every layer keeps.", rich_help_panel=UNITS)] = None,
     min_neurons: Annotated[int | None, typer.Option("--min-neurons", help="Neurons every layer keeps.", rich_help_panel=UNITS)] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="Keep neurons in multiples of this.", rich_help_panel=UNITS)] = None,
+    allow_blind: Annotated[
+        bool | None,
+        typer.Option("--allow-blind/--no-allow-blind", help="Let the last path of an input be cut as well.", rich_help_panel=UNITS),
+    ] = None,
     keep_dense: Annotated[
         bool | None, typer.Option("--keep-dense/--no-keep-dense", help="Store the unsliced weights for later cuts.", rich_help_panel=UNITS)
     ] = None,

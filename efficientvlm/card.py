@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from efficientvlm import influence
 from efficientvlm.manifest import DataRecord, Manifest
 
 
@@ -41,6 +42,7 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
     ]
     lines += _table("Size", ("measure", "value"), size_rows(manifest.accounting))
+    lines += said_of_inputs(manifest)
     lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in results(manifest.metrics)])
     if manifest.stage == "import" and manifest.extra.get("source"):
         lines += [f"Imported from `{manifest.extra['source']}`, licence: {manifest.extra.get('licence') or 'not stated'}.", ""]
@@ -58,6 +60,13 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
     ]
     return "\n".join(lines)
+
+
+def said_of_inputs(manifest: Manifest) -> list[str]:
+    """A section on inputs without influence, if there are any."""
+    measured = influence.read(influence.Influence, manifest.extra.get("influence"))
+    found = influence.problems(measured, influence.read(influence.Reach, manifest.accounting.get("reach")))
+    return ["## Inputs without influence", "", *(f"- {line}" for line in found), ""] if found else []
 
 
 def size_rows(accounting: dict[str, Any]) -> list[tuple[str, str]]:

@@ -382,6 +382,7 @@ class Prune(TaskStage):
     min_neurons: Count = Field(0, ge=0, description="floor of neurons a layer")
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
+    allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
     from_gates: str | None = Field(None, description="re-cut this prune output without training")
     keep_dense: bool = True
     calibration_batches: Count = Field(8, ge=1, description="batches of the Taylor criterion")

@@ -56,6 +56,9 @@ class Checked(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+SEES = {"samples": 32, "inputs": {name: {"outputs": {"answer": 1.0}, "said": 0.4} for name in ("image", "text")}}
+
+
 def write(path: Path, stage: str, *, lines: Any = (), data: str = "easy-vqa", config: Any = {}, extra: Any = {}, **more: Any) -> Path:
     """A checkpoint made by hand: real folder and manifest, no model. `layers`, `heads`, `neurons` and `parameters` are its counts."""
     roles = {role: str(more.pop(role)) for role in ("model", "teacher") if role in more}
@@ -69,7 +72,7 @@ def write(path: Path, stage: str, *, lines: Any = (), data: str = "easy-vqa", co
             accounting=counted(stage, **more).accounting,
             data=[DataRecord(name=data, split="train", count=3600, fingerprint="ab" * 32, licence="MIT")] if lines else [],
             metrics={"val": {"accuracy": 0.931}} if stage == "finetune" else {},
-            extra=extra,
+            extra={**({"influence": SEES} if stage in ("prune", "finetune") else {}), **extra},
         )
     )
     return path
@@ -163,6 +166,43 @@ def test_what_nobody_measured_is_said(runs: Path) -> None:
     assert "easy-vqa test" not in told.words and "accuracy, final / teacher not measured" in told.words
     (head,) = [line for line in told.words.split("Figures")[2].split("reference")[:1]]
     assert "latency accuracy, test accuracy, validation" in head
+
+
+def test_inputs_without_influence_are_a_problem_and_unmeasured_ones_no_clean_bill(runs: Path) -> None:
+    def notes(kind: str) -> list[str]:
+        return [problem.text for problem in page.tell_folder(runs).problems if problem.kind == kind]
+
+    def again(**changes: Any) -> None:
+        shutil.rmtree(runs / "final")
+        extra = {"influence": SEES | changes}
+        write(runs / "final", "finetune", model=runs / "pruned", teacher=runs / "teacher", layers=STUDENT, parameters=9, extra=extra)
+
+    assert not any("influence" in text for text in notes(DAMAGE) + notes(NOTE))
+    blind = {"outputs": {"answer": 0.0}, "said": 0.0}
+    again(inputs={**SEES["inputs"], "image": blind})
+    assert "final: the image has no influence on the answer: with that of another sample all is equal to the last bit" in notes(DAMAGE)
+    again(inputs={**SEES["inputs"], "image": {"outputs": {"answer": 1.0}, "said": 0.0}})
+    assert not any("influence" in text for text in notes(DAMAGE))
+    assert "final: the image changes none of 32 answers, though the scores behind them" in notes(NOTE)
+    again(inputs={}, not_measured="no images are held out")
+    unmeasured = "whether its inputs have any influence was not measured of final: evlm eval does that"
+    assert unmeasured in notes(NOTE) and "final: the influence of the inputs was not measured: no images are held out" in notes(NOTE)
+    result(runs, "final", 0.9, influence=SEES)
+    assert unmeasured not in notes(NOTE)
+    result(runs, "final", 0.9, influence={**SEES, "inputs": {"image": blind}})
+    assert any("the image has no influence" in text for text in notes(DAMAGE))
+    again(inputs={"image": {"outputs": {"answer": "much"}}})
+    assert any("cannot be read" in text for text in notes(DAMAGE)) and unmeasured in notes(NOTE)
+
+
+def test_no_problem_is_claimed_only_where_the_influence_was_measured() -> None:
+    from efficientvlm.page import facts
+
+    story = Story("t", "t", "", [], None, [], [], False)
+    assert "No problem was found." in Checked(str(facts.checks(story))).words
+    story.unmeasured.append("final")
+    words = Checked(str(facts.checks(story))).words
+    assert "No problem" not in words and "Whether its inputs have any influence was not measured of final." in words
 
 
 def test_the_page_needs_nothing_else(runs: Path) -> None:

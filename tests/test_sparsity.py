@@ -101,7 +101,7 @@ def test_what_went_before_counts(anatomy):
 
 
 def test_unreachable_targets_exit_4_with_the_numbers(anatomy):
-    Scope.of(anatomy, 1.0).check_feasible()
+    Scope.of(anatomy, 1.0, allow_blind=True).check_feasible()
     for limits in ({"min_heads": 2}, {"min_neurons": 1}, {"min_neurons": 1, "round_to": 4}, {"kinds": ["head"]}, {"towers": ["text"]}):
         with pytest.raises(TargetMissed, match=r"at most 0\.\d+") as caught:
             Scope.of(anatomy, 0.99, **limits).check_feasible()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Record, Site, Unit, check_taps
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, GatePoint, Record, Site, Unit, check_taps
 
 SHARED = 2  # query heads a key/value head
 
@@ -175,6 +175,10 @@ class ToyFamily:
 
     def kept(self, config: ToyConfig) -> dict[str, list[int]]:
         return {group: list(config.kept.get(group, range(count))) for group, count in self.original_counts(config).items()}
+
+    def flows(self, config: ToyConfig) -> list[Flow]:
+        crossing = tuple(f"text.{layer}.{CROSS_HEAD}" for layer, layout in enumerate(config.text_layers) if layout == "shared")
+        return [Flow("image", "vision"), Flow("vision", "text", crossing), Flow("text", "logits"), Flow("words", "text")]
 
     def with_kept(self, config: ToyConfig, kept: dict[str, list[int]]) -> ToyConfig:
         changed = copy.deepcopy(config)

@@ -6,7 +6,7 @@ Works on the meta device as well, where it allocates nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,22 +16,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficientvlm.compression.anatomy import Anatomy, tied
+from efficientvlm.compression.reach import of_config
 from efficientvlm.compression.surgery import whole
 from efficientvlm.families.base import Family
 
 
 def account(family: Family, model: Any, *, text_length: int = 12) -> dict[str, Any]:
-    """The `accounting` part of a manifest, JSON-ready: `parameters`, `macs`, `units`, `sparsity`.
+    """The `accounting` part of a manifest, JSON-ready: `parameters`, `macs`, `units`, `sparsity`, `reach`.
 
     Args:
         text_length: tokens of the example question the MACs are counted for, at the image size of the model's config.
     """
+    parameters, macs = count_parameters(family, model), count_macs(family, model, text_length=text_length)
+    reach = of_config(family, model.config)
     return {
-        "parameters": count_parameters(family, model),
-        "macs": count_macs(family, model, text_length=text_length),
+        "parameters": parameters,
+        "macs": macs,
         "units": count_units(family, model.config),
         "sparsity": count_sparsity(family, model),
+        "reach": {**reach, "wasted": wasted(reach["dead_towers"], parameters, macs)},
     }
+
+
+def wasted(dead_towers: Iterable[str], parameters: dict[str, Any], macs: dict[str, Any]) -> dict[str, float]:
+    """The parts of all parameters and multiply-accumulates that influence no output, since nothing of their towers reaches one."""
+    counts = {"parameters": parameters, "macs": macs}
+    return {name: sum(count["by_tower"].get(tower, 0) for tower in dead_towers) / max(count["total"], 1) for name, count in counts.items()}
 
 
 def count_parameters(family: Family, model: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientvlm.families.base import Family, Unit
+from efficientvlm.compression.reach import Reach
+from efficientvlm.families.base import Family, Flow, Unit
 
 Mask = NDArray[np.bool_]
 
@@ -59,6 +60,7 @@ class Anatomy:
         units: every unit that is present, the units of a group consecutive.
         shapes: shape of every tensor the sites name (more are allowed).
         aliases: name → canonical name, for tied tensors.
+        flows: how inputs reach outputs through the groups; without any, nothing is known of that.
 
     Attributes:
         costs: LongTensor [units], the elements each unit accounts for. Exact for units that share nothing; what is shared (an index with
@@ -69,8 +71,15 @@ class Anatomy:
         ValueError: a site names an unknown tensor or lies outside it.
     """
 
-    def __init__(self, units: Sequence[Unit], shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        shapes: Mapping[str, Sequence[int]],
+        aliases: Mapping[str, str] | None = None,
+        flows: Sequence[Flow] = (),
+    ) -> None:
         self.units = tuple(units)
+        self.reach = Reach(flows)
         self.groups = Groups(self.units)
         self.aliases = dict(aliases or {})
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -84,7 +93,8 @@ class Anatomy:
     def of(cls, family: Family, model: Any) -> Anatomy:
         """The anatomy of `model`; works on the meta device too."""
         tensors = model.state_dict(keep_vars=True)
-        return cls(family.units(model), {name: tensor.shape for name, tensor in tensors.items()}, tied(tensors))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return cls(family.units(model), shapes, tied(tensors), family.flows(model.config))
 
     def _index_sites(self) -> None:
         axes: dict[tuple[str, int], int] = {}
@@ -207,6 +217,11 @@ class Anatomy:
             wanted = set(towers)
             weight *= np.array([tower in wanted for tower in self._towers], dtype=bool)[self._slot_tower]
         return np.bincount(self._entry_unit, weight[self._entry_slot], minlength=len(self.units)).astype(np.float64)
+
+    def standing(self, keep: Any) -> set[str]:
+        """The groups of which `keep` (bool [units]) leaves at least one unit."""
+        kept = _mask(keep, len(self.units))
+        return {name for name, part in self.groups.slices.items() if kept[part].any()}
 
     def removed_mask(self, keep: Any) -> Mask:
         """bool [units] of what is removed when `keep` stays: a bool vector over the units, or a collection of units."""

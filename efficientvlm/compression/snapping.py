@@ -8,6 +8,9 @@ The rule (ours; the published one ends after step 1, wherever that leads):
 
 Hence achieved ≥ target, and no single closed unit can come back without missing it: with neurons closed, the excess is less than a neuron.
 Ties go by tower, layer, kind, index: the earlier unit stays. With `round_to` a "unit" of steps 2 and 3 is a block of so many neurons.
+
+Where that would cut an input off from an output, it is done again with the best unit of every group on the best path held open. Where the
+scope allows that (`allow_blind`), the path goes instead, for good: what reaches nothing any more then goes before anything else.
 """
 
 from __future__ import annotations
@@ -75,7 +78,15 @@ class _Blocks:
         return self.members[np.repeat(self.starts[blocks], sizes) + within], ends
 
 
-def _make_blocks(values: Floats, scope: Scope, round_counts: bool) -> _Blocks:
+@dataclass(frozen=True)
+class _Course:
+    """What is decided before units are counted: groups that keep their best unit, and groups that lose all of theirs."""
+
+    held: frozenset[str] = frozenset()
+    shut: frozenset[str] = frozenset()
+
+
+def _make_blocks(values: Floats, scope: Scope, round_counts: bool, course: _Course) -> _Blocks:
     positions = np.flatnonzero(scope.active)
     members, starts, falling, locked, opened, ragged = [], [0], [], [], [], []
     for name, part in Groups(scope.units).slices.items():
@@ -87,14 +98,14 @@ def _make_blocks(values: Floats, scope: Scope, round_counts: bool) -> _Blocks:
         lengths = np.diff(np.append(edges, len(row)))
         # Rounding must not let the mean of a later block exceed that of an earlier one.
         falling.append(np.minimum.accumulate(np.add.reduceat(row[order], edges) / lengths))
-        fixed = edges < scope.floor(kind)
-        count = int(np.floor(row.sum() / size + 0.5)) if round_counts else len(edges)
+        fixed = edges < scope.floor(name, course.held)
+        count = max(0, int(np.floor(row.sum() / size + 0.5))) if round_counts else len(edges)
         first = len(starts) - 1
         ragged.append(np.where(lengths < size, first, -1))
         members.append(positions[part][order])
         starts.extend((starts[-1] + np.cumsum(lengths)).tolist())
-        locked.append(fixed)
-        opened.append(fixed | (np.arange(len(edges)) < count))
+        locked.append(fixed | (name in course.shut))
+        opened.append(fixed | ((np.arange(len(edges)) < count) & (name not in course.shut)))
     if not members:
         nothing = np.empty(0, dtype=np.int64)
         return _Blocks(nothing, np.zeros(1, dtype=np.int64), nothing, nothing.astype(bool), nothing.astype(bool), nothing)
@@ -109,18 +120,37 @@ def _make_blocks(values: Floats, scope: Scope, round_counts: bool) -> _Blocks:
 
 
 def _cut(values: Floats, scope: Scope, round_counts: bool) -> torch.Tensor:
-    blocks = _make_blocks(values, scope, round_counts)
+    course = _Course()
+    keep = _meet(values, scope, round_counts, course)
+    while not scope.allow_blind and (lost := scope.cut_off(keep)):
+        course = _Course(course.held | scope.paths(values, lost, course.held))
+        keep = _meet(values, scope, round_counts, course)
+    if scope.cut_off(keep):
+        values, course = _unreachable_last(values, scope, keep)
+        keep = _meet(values, scope, round_counts, course)
+    return torch.from_numpy(keep)
+
+
+def _unreachable_last(values: Floats, scope: Scope, keep: Mask) -> tuple[Floats, _Course]:
+    """`values` with units that reach nothing under `keep` below all others, and the paths that `keep` has cut shut for good."""
+    standing = scope.anatomy.standing(keep)
+    dead = np.isin([unit.tower for unit in scope.units], scope.anatomy.reach.dead_towers(standing))
+    return np.where(dead, min(values.min(), 0.0) - 1, values), _Course(shut=scope.anatomy.reach.closed(standing))
+
+
+def _meet(values: Floats, scope: Scope, round_counts: bool, course: _Course) -> Mask:
+    blocks = _make_blocks(values, scope, round_counts, course)
     keep = np.ones(len(scope.anatomy.units), dtype=bool)
     keep[blocks.expand(np.flatnonzero(~blocks.opened))[0]] = False
     towers = np.array([unit.tower for unit in scope.anatomy.units])
     for target in scope.targets:
         movable = np.isin(towers[blocks.members[blocks.starts[:-1]]], target.towers) & ~blocks.locked
-        _close(keep, blocks, movable, scope, target)
+        _close(keep, blocks, movable, scope, target, course)
         _open(keep, blocks, movable, scope.anatomy, target)
-    return torch.from_numpy(keep)
+    return keep
 
 
-def _close(keep: Mask, blocks: _Blocks, movable: Mask, scope: Scope, target: Target) -> None:
+def _close(keep: Mask, blocks: _Blocks, movable: Mask, scope: Scope, target: Target, course: _Course) -> None:
     is_open = keep[blocks.members[blocks.starts[:-1]]]
     lowest_first = blocks.ranking[::-1]
     lowest_first = lowest_first[(is_open & movable)[lowest_first]]
@@ -128,7 +158,7 @@ def _close(keep: Mask, blocks: _Blocks, movable: Mask, scope: Scope, target: Tar
     path = scope.anatomy.removed_path(~keep, units, target.towers)[ends]
     closed = int(np.searchsorted(path, target.need))
     if closed == len(path):
-        raise scope.missed(target, int(path[-1]))
+        raise scope.missed(target, int(path[-1]), course.held)
     keep[units[: ends[closed]]] = False
 
 

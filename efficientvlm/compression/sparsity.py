@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
+from efficientvlm.compression.reach import Pair
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.base import KINDS, NEURON, Unit
 
@@ -72,7 +74,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Scope:
-    """What may be pruned and how much; see :meth:`of`. `active` is bool [units of the anatomy]."""
+    """What may be pruned and how much; see :meth:`of`. `active` is bool [units of the anatomy].
+
+    Unless `allow_blind`, the last path of every input to every output stays open, as a floor beside the others: whatever chooses the units,
+    one of each of the groups that the path goes through stays.
+    """
 
     anatomy: Anatomy
     active: Mask
@@ -80,6 +86,7 @@ class Scope:
     min_heads: int = 0
     min_neurons: int = 0
     round_to: int = 1
+    allow_blind: bool = False
 
     @classmethod
     def of(
@@ -93,6 +100,7 @@ class Scope:
         min_heads: int = 0,
         min_neurons: int = 0,
         round_to: int = 1,
+        allow_blind: bool = False,
         whole: Mapping[str, int] | None = None,
     ) -> Scope:
         """One budget over all towers, or a budget of its own for each tower of `tower_sparsity` and one at `sparsity` for the others.
@@ -101,6 +109,7 @@ class Scope:
             kinds, towers: what may be removed. The sparsity is always a part of *all* prunable elements of the budget's towers.
             min_heads, min_neurons: floors of a layer and kind (no more than it has).
             round_to: the neurons a layer keeps are a multiple of this, or all of them.
+            allow_blind: whether an input may be cut off from an output.
             whole: prunable elements by tower before anything was removed; by default those of `anatomy`.
 
         Raises:
@@ -123,16 +132,37 @@ class Scope:
             targets.append(Target(name if own else "all", names, value, size, size - sum(anatomy.totals.get(tower, 0) for tower in names)))
         chosen = set(kinds)
         active = np.array([unit.tower in allowed and unit.kind in chosen for unit in anatomy.units], dtype=bool)
-        return cls(anatomy, active, tuple(targets), min_heads, min_neurons, round_to)
+        return cls(anatomy, active, tuple(targets), min_heads, min_neurons, round_to, allow_blind)
 
     @property
     def units(self) -> list[Unit]:
         """The units that have a gate, in the order of the anatomy."""
         return [unit for unit, active in zip(self.anatomy.units, self.active, strict=True) if active]
 
-    def floor(self, kind: str) -> int:
-        """Fewest units a layer keeps of `kind`."""
-        return math.ceil(self.min_neurons / self.round_to) * self.round_to if kind == NEURON else self.min_heads
+    def floor(self, group: str, paths: Collection[str] = ()) -> int:
+        """Fewest units that are kept of `group`, when those of `paths` are needed as paths."""
+        least = int(group in paths)
+        if group.endswith(NEURON):
+            return math.ceil(max(self.min_neurons, least) / self.round_to) * self.round_to
+        return max(self.min_heads, least)
+
+    def cut_off(self, keep: Mask | torch.Tensor) -> frozenset[Pair]:
+        """Inputs and the outputs that they no longer reach when only `keep` (bool [units of the anatomy]) stays."""
+        reach = self.anatomy.reach
+        return reach.pairs(set(self.anatomy.groups.names)) - reach.pairs(self.anatomy.standing(keep))
+
+    def paths(self, values: NDArray[np.float64], wanted: Collection[Pair] | None = None, held: Collection[str] = ()) -> frozenset[str]:
+        """The groups that must keep a unit so that all of `wanted` gets through (by default all that does now), `held` open as well.
+
+        Of several ways the one with the units of highest `values` [units that have a gate].
+        """
+        reach, best = self.anatomy.reach, {}
+        for name, part in Groups(self.units).slices.items():
+            best[name] = values[part].max()
+        always = {*held, *(name for name in self.anatomy.groups.names if name not in best or self.floor(name))}
+        always |= self.anatomy.standing(~self.active)
+        ranking = sorted((name for name in reach.groups if name in best), key=lambda name: -best[name])
+        return reach.narrowest(reach.pairs(set(self.anatomy.groups.names)) if wanted is None else wanted, ranking, always)
 
     def achieved(self, keep: torch.Tensor) -> dict[str, float]:
         """Exact sparsity by budget when only `keep` (bool [units of the anatomy]) stays."""
@@ -141,19 +171,21 @@ class Scope:
 
     def check_feasible(self) -> None:
         """Raise :class:`TargetMissed` when a budget cannot be met even with every unit gone that may go."""
-        groups = Groups(self.anatomy.units)
         removed = self.active.copy()
-        for name, part in groups.slices.items():
-            removed[part.start : part.start + self.floor(name.rpartition(".")[2])] = False
+        cheapest = -self.anatomy.costs.double().numpy()[self.active]
+        paths = frozenset() if self.allow_blind else self.paths(cheapest)
+        for name, part in self.anatomy.groups.slices.items():
+            removed[part.start : part.start + self.floor(name, paths)] = False
         for target in self.targets:
             most = self.anatomy.removed_elements(removed & self._of(target), target.towers)
             if most < target.need:
-                raise self.missed(target, most)
+                raise self.missed(target, most, paths)
 
-    def missed(self, target: Target, most: int) -> TargetMissed:
+    def missed(self, target: Target, most: int, paths: Collection[str] = ()) -> TargetMissed:
         limits = [f"{len(self.units):,} of {len(self.anatomy.units):,} heads and neurons may be removed"]
         limits += [f"{name} {value}" for name, value in (("min_heads", self.min_heads), ("min_neurons", self.min_neurons)) if value]
         limits += [f"round_to {self.round_to}"] * (self.round_to > 1)
+        limits += ["the last path of every input stays open"] * bool(paths)
         best = (target.gone + most) / max(target.whole, 1)
         return TargetMissed(
             f"sparsity {target.sparsity:g} of {target.name} cannot be reached",

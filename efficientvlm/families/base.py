@@ -54,6 +54,24 @@ class Unit(NamedTuple):
         return f"{self.tower}.{self.layer}.{self.kind}"
 
 
+class Flow(NamedTuple):
+    """That what `source` knows gets into `target`.
+
+    A node is an input or an output (`image`, `answer`), or the states of some positions of a tower: `text`, `vision.patches`. What is there
+    once stays there through the residual stream, so that layers need no nodes of their own. `through` are the groups of which any one unit
+    carries it; None: it always gets there; empty: nothing could carry it.
+    """
+
+    source: str
+    target: str
+    through: tuple[str, ...] | None = None
+
+
+def groups_of(layers: Mapping[str, int], kind: str, *towers: str) -> tuple[str, ...]:
+    """The groups of `kind` in all layers of `towers`; `layers` is by tower."""
+    return tuple(f"{tower}.{layer}.{kind}" for tower in towers for layer in range(layers[tower]))
+
+
 class Record(dict[str, Any]):
     """What a forward pass was asked to keep, by tap name `tower.kind` or `tower.kind@pass`."""
 
@@ -153,6 +171,9 @@ class Family(Protocol):
 
     def original_counts(self, config: Any) -> dict[str, int]:
         """Units of each group (`tower.layer.kind`) before anything was removed."""
+
+    def flows(self, config: Any) -> list[Flow]:
+        """How every input gets to every output; what nothing flows into is an input, what flows into nothing an output."""
 
     def kept(self, config: Any) -> dict[str, list[int]]:
         """Original indices of the units still present, for every group."""

@@ -12,7 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.base import (
+    CROSS_HEAD,
+    HEAD,
+    NEURON,
+    Flow,
+    GatePoint,
+    Graph,
+    Record,
+    Site,
+    Sizes,
+    Unit,
+    check_taps,
+    groups_of,
+    kinds_of,
+)
 from efficientvlm.families.blip_config import (
     KINDS,
     BlipAnswerConfig,
@@ -147,6 +161,26 @@ class BLIP(Described):
                 gate = GatePoint(last.tensor.removesuffix(".weight"), last.start, last.stop)
                 units.append(Unit(tower, int(number), kind, index, unit_sites, gate))
         return units
+
+    def flows(self, config: SlicedBlipConfig) -> list[Flow]:
+        """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
+        layers = config.layers()
+        texts, answers = (groups_of(layers, CROSS_HEAD, tower) for tower in ("text", "decoder"))
+        seen = Flow("image", "vision.patches")
+        if "text" not in config.towers:
+            return [seen, Flow("vision.patches", "decoder", answers), Flow("text", "decoder"), Flow("decoder", "caption")]
+        if "decoder" in config.towers:
+            read = [seen, Flow("text", "text.tokens"), Flow("vision.patches", "text.tokens", texts)]
+            return [*read, Flow("text.tokens", "decoder", answers), Flow("decoder", "answer")]
+        mixing = groups_of(layers, HEAD, "text")
+        flows = [seen, Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
+        flows += [Flow("text", "text.tokens"), Flow("text.tokens", "text.alone", mixing), Flow("text.alone", "itc")]
+        return [
+            *flows,
+            Flow("text.tokens", "text.seeing", mixing),
+            Flow("vision.patches", "text.seeing", texts),
+            Flow("text.seeing", "itm"),
+        ]
 
     def with_layers(self, config: SlicedBlipConfig, layers: dict[str, list[int]]) -> SlicedBlipConfig:
         if empty := [tower for tower in config.towers if not layers[tower]]:

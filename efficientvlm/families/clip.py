@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.base import HEAD, Flow, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, groups_of, kinds_of
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.clip_model import (
@@ -127,6 +127,13 @@ class CLIP(Described):
                 sites = (*rows, Site(f"{module}.{out}.weight", 1, start, stop))
                 units.append(Unit(tower, int(number), kind, index, sites, GatePoint(f"{module}.{out}", start, stop)))
         return units
+
+    def flows(self, config: Any) -> list[Flow]:
+        """The pooled position of a tower sees the others by self-attention alone; SigLIP's pooling of the image is never pruned."""
+        pooled = None if isinstance(config, SlicedSiglipConfig) else groups_of(config.layers(), HEAD, "vision")
+        flows = [Flow("image", "vision.patches"), Flow("vision.patches", "vision.pooled", pooled), Flow("vision.pooled", "itc")]
+        mixing = groups_of(config.layers(), HEAD, "text")
+        return [*flows, Flow("text", "text.tokens"), Flow("text.tokens", "text.pooled", mixing), Flow("text.pooled", "itc")]
 
     def with_layers(self, config: Any, layers: dict[str, list[int]]) -> Any:
         source = {tower: list(chosen) for tower, chosen in layers.items()}

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, kinds_of
+from efficientvlm.families.base import (
+    CROSS_HEAD,
+    HEAD,
+    NEURON,
+    Flow,
+    GatePoint,
+    Graph,
+    Record,
+    Site,
+    Sizes,
+    Unit,
+    check_taps,
+    groups_of,
+    kinds_of,
+)
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, Sharing, tap
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.graphs import vqa_graphs
@@ -125,6 +139,25 @@ class XVLM(Described):
                     sites, gate = _head_sites(module, start, stop), GatePoint(f"{module}.out", start, stop)
                 units.append(Unit(tower, int(number), kind, index, sites, gate))
         return units
+
+    def flows(self, config: XVLMConfig) -> list[Flow]:
+        """Pictures reach texts by cross-attention alone, a pooled [CLS] sees other positions by self-attention alone."""
+        layers = config.layers()
+        crossing = groups_of(layers, CROSS_HEAD, "fusion")
+        flows = [Flow("image", "vision.patches"), Flow("text", "text.tokens")]
+        if layers["decoder"]:
+            flows += [Flow("text.tokens", "fusion.tokens"), Flow("vision.patches", "fusion.tokens", crossing)]
+            return [*flows, Flow("fusion.tokens", "decoder", groups_of(layers, CROSS_HEAD, "decoder")), Flow("decoder", "answer")]
+        pools = config.text_pooling == "cls"
+        if "itc" in config.heads:
+            flows += [Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
+            flows += [Flow("text.tokens", "text.pooled", groups_of(layers, HEAD, "text") if pools else None), Flow("text.pooled", "itc")]
+        mixing = groups_of(layers, HEAD, "text", "fusion")
+        for at, heads, through in (("pooled", ("itm", "box"), mixing if pools else None), ("masked", ("mlm",), mixing)):
+            if read := [head for head in heads if head in config.heads]:
+                flows += [Flow("text.tokens", f"fusion.{at}", through), Flow("vision.patches", f"fusion.{at}", crossing)]
+                flows += [Flow(f"fusion.{at}", head) for head in read]
+        return flows
 
     def with_layers(self, config: XVLMConfig, layers: dict[str, list[int]]) -> XVLMConfig:
         local = config.local_attention_depth

@@ -71,6 +71,11 @@ def banner(story: Story) -> Html | None:
     return tag("div", title, tag("ul", [tag("li", text) for text in wrong[:5]], more), class_="banner", role="alert")
 
 
+def _unmeasured(story: Story) -> str:
+    """What to say where nothing is wrong with the files, while nobody knows whether the models look at their inputs."""
+    return f"Nothing is wrong with the files. Whether its inputs have any influence was not measured of {', '.join(story.unmeasured)}."
+
+
 def checks(story: Story) -> Html:
     """What was checked, how far, and what came out."""
     how = (
@@ -85,5 +90,5 @@ def checks(story: Story) -> Html:
         if texts:
             groups.append([tag("h3", title, class_=style), tag("ul", [tag("li", text) for text in texts], class_="checks")])
     if not any(problem.kind == DAMAGE for problem in story.problems):
-        groups.insert(0, tag("p", "No problem was found.", class_="good"))
+        groups.insert(0, tag("p", "No problem was found.", class_="good") if not story.unmeasured else tag("p", _unmeasured(story)))
     return tag("section", tag("h2", "Checks"), tag("p", how), groups, id="checks")

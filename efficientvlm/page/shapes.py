@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from efficientvlm.influence import Influence, Reach
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -52,6 +54,7 @@ class Accounting(Shape):
     macs: Macs
     units: dict[Group, Units]
     sparsity: Sparsity
+    reach: Reach | None = None
 
 
 class Asked(Shape):
@@ -65,6 +68,7 @@ class Extra(Shape):
 
     budget: dict[str, Asked] | None = None
     layers: dict[str, list[Count]] | None = None
+    influence: Influence | None = None
 
 
 class Provenance(Shape):

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from efficientvlm.influence import Reach
 from efficientvlm.manifest import Manifest
 from efficientvlm.metrics import main_metric
 from efficientvlm.picture import Structure
@@ -25,6 +26,7 @@ class Chapter:
     manifest: Manifest | None
     sha256: str | None
     structure: Structure | None = None
+    reach: Reach | None = None
     lines: list[dict[str, float]] = field(default_factory=list)
     parents: list[tuple[str, Path]] = field(default_factory=list)
     problem: str | None = None
@@ -53,7 +55,10 @@ class Measurement:
 
 @dataclass
 class Story:
-    """Everything on the page. `chapters` go from parents to children; `summary` is that of :func:`efficientvlm.report.summarise`."""
+    """Everything on the page. `chapters` go from parents to children; `summary` is that of :func:`efficientvlm.report.summarise`.
+
+    `unmeasured` are the labels of pruned and tuned checkpoints of which nobody measured what their inputs do.
+    """
 
     title: str
     place: str
@@ -63,6 +68,7 @@ class Story:
     measurements: list[Measurement]
     problems: list[Problem]
     hashed: bool
+    unmeasured: list[str] = field(default_factory=list)
 
     def chapter(self, key: Path) -> Chapter:
         return next(chapter for chapter in self.chapters if chapter.key == key)

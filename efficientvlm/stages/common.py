@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, families, files, ranks
+from efficientvlm import checkpoint, families, files, influence, ranks
 from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
@@ -271,6 +271,8 @@ def write(
         )
         done = output.commit(manifest)
     say(f"{output.stage}: wrote {output.path} · {summary(done)}", quiet=control.quiet)
+    for note in influence.notes(None, influence.read(influence.Reach, done.accounting["reach"])):
+        say(f"{output.stage}: {note}", quiet=control.quiet)
     return done
 
 

@@ -25,13 +25,26 @@ def scope_of(config: Any, family: Any, model: Any) -> Scope:
     """What `config` allows to be pruned of `model`, checked to be reachable.
 
     Raises:
-        TargetMissed: floors, kinds or towers make the sparsity unreachable.
+        TargetMissed: floors, kinds or towers make the sparsity unreachable, or the last path of an input would have to go.
     """
     whole = {tower: part["initial"] for tower, part in count_sparsity(family, model)["by_tower"].items()}
-    limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to")
+    limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
     scope = Scope.of(Anatomy.of(family, model), config.sparsity, whole=whole, **limits)
     scope.check_feasible()
     return scope
+
+
+def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any]:
+    """What the manifest says of a cut: `budget`, and where an input is cut off on purpose `cut_off`, else None.
+
+    `cut_off` names `pairs` of input and output, the `towers` that then reach nothing, and the `share` of what is removed that was theirs.
+    """
+    anatomy, cut = scope.anatomy, scope.cut_off(keep)
+    removed = anatomy.removed_mask(keep)
+    towers = anatomy.reach.dead_towers(anatomy.standing(keep))
+    share = anatomy.removed_elements(removed, towers) / max(anatomy.removed_elements(removed), 1)
+    found = {"pairs": [list(pair) for pair in sorted(cut)], "towers": towers, "share": share} if cut else None
+    return {"budget": budget_report(scope, keep, gates), "cut_off": found}
 
 
 def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, dict[str, float]]:
@@ -58,7 +71,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     fsync_dir(path.parent)
 
 
-def say_budget(budget: dict[str, dict[str, float]], quiet: bool) -> None:
-    """A line for every budget of :func:`budget_report`."""
-    for name, part in budget.items():
+def say_cut(report: dict[str, Any], quiet: bool) -> None:
+    """A line for every budget of :func:`cut_report`, and what is cut off."""
+    for name, part in report["budget"].items():
         say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=quiet)
+    if cut := report["cut_off"]:
+        lost = ", ".join(f"the {name} to the {output}" for name, output in cut["pairs"])
+        gone = f"; {cut['share']:.1%} of what is removed is of {', '.join(cut['towers'])}, which reaches nothing" if cut["towers"] else ""
+        say(f"WARNING: prune: no path is left from {lost}{gone}")

@@ -15,8 +15,10 @@ from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
+from efficientvlm.stages import influence
 from efficientvlm.stages.answering import Answerer, evaluate_on, read_answers, tuned_with
 from efficientvlm.stages.common import Loaded, check_precision, load, say_skipped
+from efficientvlm.stages.influence import tell
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs
 from efficientvlm.stages.tasks import TASKS
@@ -54,6 +56,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     measure = pairs if config.task == "retrieval" else answers
     with enough_memory("evaluation", f"lower batch_size (now {config.batch_size})"), autocast(device, config.precision):
         found = measure(config, control, loaded, source)
+    tell("eval", found["influence"], control.quiet)
     say_skipped(source, config.split, control.quiet)
     result: dict[str, Any] = {
         "task": config.task,
@@ -79,20 +82,26 @@ def answers(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict
         raise BadInput(f"{config.data} has no questions", f"split {config.split} of {source.name}", "use another --split")
     ranked = {"answers": len(answer.answers), "top": min(answer.top, len(answer.answers)), "first_token_twice": twice}
     mode: dict[str, Any] = {"mode": config.mode, **(ranked if config.mode == "rank" else {})}
-    return {"metric": metric_of(measured), **mode, "metrics": measured}
+    return {
+        "metric": metric_of(measured),
+        **mode,
+        "influence": influence.of_answers(answer, source, config.batch_size),
+        "metrics": measured,
+    }
 
 
 def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
     """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
+    tokens = tuned_with(loaded.manifest, "max_tokens", 40)
     measured = evaluate_pairs(
         loaded,
         source,
         limit=None,
         title=f"eval {config.split}",
         quiet=control.quiet,
-        max_tokens=tuned_with(loaded.manifest, "max_tokens", 40),
+        max_tokens=tokens,
         batch_size=config.batch_size,
         rerank=config.rerank,
         seed=config.seed,
@@ -103,6 +112,7 @@ def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[s
         "mode": mode,
         "rerank": config.rerank,
         "seed": config.seed,
+        "influence": influence.of_pairs(loaded, source, tokens, config.batch_size),
         "metrics": measured,
     }
 

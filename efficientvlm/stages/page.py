@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import families, lineage, manifest, report
+from efficientvlm import families, influence, lineage, manifest, report
 from efficientvlm.checkpoint import METRICS, STATE
+from efficientvlm.compression.reach import of_config
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve, sha256, shown, write_atomic
 from efficientvlm.lineage import Node
@@ -181,6 +182,7 @@ def _read_more(chapter: Chapter, made: Manifest) -> list[Problem]:
     problems = []
     try:
         chapter.structure = structure_of(chapter.key)
+        chapter.reach = reach_of(chapter.key)
     except BadInput as error:
         problems.append(Problem(DAMAGE, here(f"{chapter.label}: which heads it kept cannot be read: {error.what}, {error.why}")))
     chapter.lines, broken = read_lines(chapter.key / METRICS)
@@ -260,7 +262,30 @@ def story_of(
         models = {first: models[first], **models}
     evals, bench, left = _choose(models, measurements)
     summary = report.summarise(models, evals, bench) if models else None
-    return Story(title, place, created, chapters, summary, measurements, unique([*problems, *left]), hashed)
+    blind, unmeasured = see_inputs(chapters, measurements)
+    return Story(title, place, created, chapters, summary, measurements, unique([*problems, *left, *blind]), hashed, unmeasured)
+
+
+def see_inputs(chapters: Sequence[Chapter], measurements: Sequence[Measurement]) -> tuple[list[Problem], list[str]]:
+    """Inputs without influence by manifests, results and structure; and the pruned and tuned checkpoints of which nobody measured it."""
+    problems, unmeasured = [], []
+    for chapter in chapters:
+        if chapter.manifest is None:
+            continue
+        results = [part.result for part in measurements if part.result["provenance"]["inputs"].get("model") == chapter.sha256]
+        records = [chapter.manifest.extra.get("influence"), *(result.get("influence") for result in results)]
+        measured: list[influence.Influence] = [r for value in records if (r := influence.read(influence.Influence, value))]
+        recorded = influence.read(influence.Reach, chapter.manifest.accounting.get("reach"))
+        told: list[influence.Influence | None] = [*measured] or [None]
+        for record in told:
+            problems += [Problem(DAMAGE, f"{chapter.label}: {text}") for text in influence.problems(record, recorded or chapter.reach)]
+            problems += [Problem(NOTE, f"{chapter.label}: {text}") for text in influence.notes(record, recorded)]
+        if not any(record.inputs for record in measured) and chapter.manifest.stage in influence.MEASURING:
+            unmeasured.append(chapter.label)
+    if unmeasured:
+        of = ", ".join(unmeasured)
+        problems.append(Problem(NOTE, f"whether its inputs have any influence was not measured of {of}: evlm eval does that"))
+    return problems, unmeasured
 
 
 def reference(chapters: Sequence[Chapter]) -> str:
@@ -301,6 +326,12 @@ def _choose(
     if len(benches) > 1:
         problems.append(Problem(NOTE, "there are several bench results; the table shows the one with most of these models"))
     return evals, bench, problems
+
+
+def reach_of(folder: Path) -> influence.Reach:
+    """What the inputs of a checkpoint reach, from its configuration alone; how much reaches nothing is not counted here."""
+    family = families.of_folder(folder)
+    return influence.Reach(**of_config(family, family.read_config(folder)))
 
 
 def structure_of(folder: Path) -> Structure:

@@ -21,7 +21,7 @@ from efficientvlm.objectives.gated import Gated
 from efficientvlm.progress import telling
 from efficientvlm.stages import recut, untrained
 from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
-from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, say_budget, scope_of
+from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.tuning import Tuning
 from efficientvlm.training import Optimizer, adamw
 
@@ -69,10 +69,9 @@ def run(config: Prune, control: Control) -> Manifest:
         if config.quirks.unfrozen_structure and learnt:
             keep[active] = gates.deterministic_published().cpu().bool()
         objective.hooks.remove()
-        budget = budget_report(scope, keep, gates if learnt else None)
-        extra = {"budget": budget, "dense_kept": student.model.config.kept}
+        extra = {**cut_report(scope, keep, gates if learnt else None), "dense_kept": student.model.config.kept}
         student.model = slice_model(student.family, student.model.cpu(), keep).to(tuning.hardware.device)
-        say_budget(budget, control.quiet)
+        say_cut(extra, control.quiet)
 
         def finish() -> Manifest:
             if learnt:

@@ -22,7 +22,8 @@ from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import Loaded, load, making, open_output, validated, write
-from efficientvlm.stages.cutting import DENSE, GATES, budget_report, save_tensors, scope_of
+from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
+from efficientvlm.stages.influence import observed
 from efficientvlm.stages.tasks import TASKS
 
 
@@ -48,12 +49,14 @@ def run(config: Prune, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        extra: dict[str, Any] = {"budget": budget_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
+        extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
+        say_cut(extra, control.quiet)
         if dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
         save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.family, pruned.model, keep)
         val = validated(config, lambda: task.validate(config, pruned, source, control.quiet), control.quiet)
+        extra["influence"] = observed("prune", config, lambda: task.influence(config, pruned, source), control.quiet)
         return write(
             output,
             pruned.family,

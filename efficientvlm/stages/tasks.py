@@ -16,9 +16,11 @@ from efficientvlm.files import resolve
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.objectives.task import VQA
+from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
 from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of
+from efficientvlm.stages.influence import Influence
 from efficientvlm.stages.pretrain import open_split
 from efficientvlm.stages.retrieving import EVAL_BATCH as PAIRS_BATCH
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs, no_retrieval
@@ -52,6 +54,9 @@ class Task(Protocol):
 
     def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         """Metrics on held-out data; :class:`BadInput` for a model of another task."""
+
+    def influence(self, config: TaskStage, student: Loaded, source: Any) -> Influence:
+        """What the inputs of some of the held-out samples do to the outputs."""
 
 
 class Answering:
@@ -105,6 +110,9 @@ class Answering:
         size = config.eval_batch_size or QUESTIONS_BATCH
         return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
+    def influence(self, config: TaskStage, student: Loaded, source: Any) -> Influence:
+        return influence.of_answers(Answerer(student, twice=config.quirks.first_token_twice), source, config.eval_batch_size)
+
 
 class Retrieval:
     """Image-text retrieval: contrast and matching, by default with hard negatives (X-VLM), on one caption an image and step."""
@@ -151,6 +159,9 @@ class Retrieval:
         limit, tokens = config.eval_limit, config.max_tokens
         size = config.eval_batch_size or PAIRS_BATCH
         return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, max_tokens=tokens, batch_size=size)
+
+    def influence(self, config: TaskStage, student: Loaded, source: Any) -> Influence:
+        return influence.of_pairs(student, source, config.max_tokens, config.eval_batch_size)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Answering(), Retrieval())}

@@ -28,6 +28,7 @@ from efficientvlm.stages.common import (
     validated,
     write,
 )
+from efficientvlm.stages.influence import observed
 from efficientvlm.stages.tasks import TASKS, Task
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
@@ -115,13 +116,14 @@ class Tuning:
         """Validate the student and write it, on the main process."""
         return ranks.on_main(lambda: self._finish(output, control, spent, **fields), Manifest.model_validate)
 
-    def _finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
-        val = validated(
-            self.config, lambda: self.task.validate(self.config, self.student, self.sources["val"], control.quiet), control.quiet
-        )
+    def _finish(self, output: Output, control: Control, spent: Spent, *, extra: dict[str, Any] | None = None) -> Manifest:
+        config, source, quiet = self.config, self.sources["val"], control.quiet
+        val = validated(config, lambda: self.task.validate(config, self.student, source, quiet), quiet)
+        found = observed(output.stage, config, lambda: self.task.influence(config, self.student, source), quiet)
         student, metrics = self.student, {"train": spent.last, "val": val}
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "metrics": metrics}
-        return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common, **fields)
+        common |= {"image_processor": student.image_processor, "extra": {**(extra or {}), "influence": found}}
+        return write(output, student.family, student.model, student.tokenizer, **common)
 
 
 def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.surgery import slice_model
@@ -9,7 +11,8 @@ from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages.common import load, making, open_output, write
-from efficientvlm.stages.cutting import budget_report, say_budget, scope_of
+from efficientvlm.stages.cutting import cut_report, say_cut, scope_of
+from efficientvlm.stages.influence import of_anything, tell
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -29,14 +32,10 @@ def run(config: Prune, control: Control) -> Manifest:
 
         assert config.method != "l0"
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
-        budget = budget_report(scope, keep, None)
-        say_budget(budget, control.quiet)
-        return write(
-            output,
-            family,
-            slice_model(family, model, keep),
-            loaded.tokenizer,
-            control=control,
-            image_processor=loaded.image_processor,
-            extra={"budget": budget, "dense_kept": model.config.kept},
-        )
+        extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}
+        say_cut(extra, control.quiet)
+        loaded.model = slice_model(family, model, keep)
+        extra["influence"] = of_anything(loaded)
+        tell("prune", extra["influence"], control.quiet)
+        common: dict[str, Any] = {"control": control, "image_processor": loaded.image_processor, "extra": extra}
+        return write(output, family, loaded.model, loaded.tokenizer, **common)

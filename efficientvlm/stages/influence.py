@@ -1,0 +1,172 @@
+"""Whether what a model says depends on its inputs: the same samples once more with one input taken from other samples (ours).
+
+An input has no influence when every output is then equal to the last bit. That is measured, not concluded: it holds for ONNX graphs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientvlm import influence
+from efficientvlm.data.collate import stack, vqa_batch
+from efficientvlm.data.sources import usable
+from efficientvlm.progress import say
+from efficientvlm.stages.answering import Answerer
+from efficientvlm.stages.common import Loaded, texts_of, validated
+from efficientvlm.training import Batch
+
+SAMPLES = 32
+TEXT_LENGTH = 12
+Influence = dict[str, Any]
+Run = Callable[[Batch], tuple[dict[str, Tensor], Sequence[str]]]
+
+
+def of_answers(answer: Answerer, source: Any, batch_size: int | None = None) -> Influence:
+    """What picture and question do to the answers to one question about each of the first images of `source`."""
+    items = [item for item in _first(source) if item.questions]
+    chosen = [replace(item, questions=[item.questions[number % len(item.questions)]]) for number, item in enumerate(items)]
+    if len(chosen) < 2:
+        return not_measured(f"there are {len(chosen)} images with questions, and 2 are needed")
+    whole = answer.on_device(vqa_batch(chosen, answer.texts, seed=0, step=0, train=False))
+    batch = {name: whole[name] for name in ("pixels", "question_ids", "question_mask")}
+    family, model = answer.loaded.family, answer.loaded.model
+
+    def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+        count, device = len(batch["pixels"]), answer.device
+        batch = {**batch, "image_index": torch.arange(count, device=device)}
+        start = torch.full((count, 1), answer.texts.start, device=device)
+        _, context = family.question(model, batch)
+        return {"answer": family.answer(model, context, start, None, None, family.new_cache(model))}, answer(batch)
+
+    return measure(run, batch, {"image": ("pixels",), "text": ("question_ids", "question_mask")}, batch_size)
+
+
+def of_pairs(loaded: Loaded, source: Any, max_tokens: int, batch_size: int | None = None) -> Influence:
+    """What picture and caption do to features and to matching, for the first images of `source` and one caption of each."""
+    items = [item for item in _first(source) if item.captions]
+    if len(items) < 2:
+        return not_measured(f"there are {len(items)} images with captions, and 2 are needed")
+    device = loaded.model.device
+    ids, mask = texts_of(loaded, max_tokens).batch([item.captions[number % len(item.captions)] for number, item in enumerate(items)])
+    pixels = stack([item.image for item in items])
+    batch = {"pixels": pixels.to(device), "text_ids": ids.to(device), "text_mask": mask.to(device)}
+    return _of_comparison(loaded, batch, batch_size)
+
+
+def of_anything(loaded: Loaded) -> Influence:
+    """The same without data: what random pictures and tokens do to the outputs, for a network of any task."""
+    family, model, sizes = loaded.family, loaded.model, loaded.sizes
+    draw = torch.Generator().manual_seed(0)
+    batch = family.example_batch(model.config, SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
+    batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=draw)
+    ids = next(name for name in ("text_ids", "question_ids") if name in batch)
+    drawn = torch.randint(0, len(loaded.tokenizer), batch[ids].shape, generator=draw)
+    batch[ids] = torch.cat([batch[ids][:, :1], drawn[:, 1:-1], batch[ids][:, -1:]], 1)  # the ends are what a network looks for
+    if "retrieval" in loaded.tasks and family.retrieval:
+        mask = ids.removesuffix("ids") + "mask"
+        found = _of_comparison(loaded, {"pixels": batch["pixels"], "text_ids": batch[ids], "text_mask": batch[mask]})
+    else:
+        text = tuple(name for name in batch if name.startswith(ids.removesuffix("ids")))
+
+        def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+            record = family.forward(model, batch)
+            output = "logits" if "logits" in record else "states"
+            return {output: record[output]}, []
+
+        found = measure(run, batch, {"image": ("pixels",), "text": text})
+    return {"inputs_drawn_at_random": True, **found}
+
+
+def _of_comparison(loaded: Loaded, batch: Batch, batch_size: int | None = None) -> Influence:
+    family, model = loaded.family, loaded.model
+
+    def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+        images, image = family.image_features(model, batch["pixels"])
+        texts, text = family.text_features(model, batch["text_ids"], batch["text_mask"])
+        outputs = {"itc": torch.cat([image, text], 1)}
+        if "itm" in family.retrieval:
+            rows = torch.arange(len(images), device=images.device)
+            outputs["itm"] = family.match(model, images, rows, texts, batch["text_mask"])
+        return outputs, []
+
+    return measure(run, batch, {"image": ("pixels",), "text": ("text_ids", "text_mask")}, batch_size)
+
+
+@torch.inference_mode()
+def measure(run: Run, batch: Batch, inputs: Mapping[str, tuple[str, ...]], batch_size: int | None = None) -> Influence:
+    """The part of the samples of which an output changes with an input, JSON-ready.
+
+    Args:
+        run: a batch to tensors [N, ...] by output, and what the model says of each sample, if it says something.
+        batch: tensors [N, ...].
+        inputs: input → entries of the batch that are it; each sample gets those of the next one that has others.
+        batch_size: samples at a time, by default all.
+
+    Returns:
+        `samples`; `inputs`: input → `outputs`, by output the part of the samples of which some bit is another, and `said`, the part that is
+        answered otherwise, where answers are given; or `not_measured`, why that could not be found out.
+    """
+    count = len(next(iter(batch.values())))
+    parts = torch.arange(count).split(batch_size or count)
+    before = [run(_rows(batch, rows)) for rows in parts]
+    found: dict[str, Any] = {}
+    for name, entries in inputs.items():
+        others = _others([b"".join(batch[entry][row].cpu().numpy().tobytes() for entry in entries) for row in range(count)])
+        if others is None:
+            found[name] = {"not_measured": "all samples have the same"}
+            continue
+        changed = {**batch, **{entry: batch[entry][others] for entry in entries}}
+        after = [run(_rows(changed, rows)) for rows in parts]
+        pairs = list(zip(before, after, strict=True))
+        moved = {output: [(old[0][output] != new[0][output]).flatten(1).any(1) for old, new in pairs] for output in before[0][0]}
+        found[name] = {"outputs": {output: _part(torch.cat(hits)) for output, hits in moved.items()}}
+        if before[0][1]:
+            said = [one != other for old, new in pairs for one, other in zip(old[1], new[1], strict=True)]
+            found[name]["said"] = _part(torch.tensor(said))
+    return {"samples": count, "inputs": found}
+
+
+def observed(title: str, config: Any, measurement: Callable[[], Influence], quiet: bool) -> Influence:
+    """The influence of the inputs at the end of a stage that validates, said; not measured where its validation is left out."""
+    found = not_measured("eval_limit is 0") if config.eval_limit == 0 else validated(config, measurement, quiet)
+    tell(title, found, quiet)
+    return found
+
+
+def not_measured(why: str) -> Influence:
+    """What stands in the place of a measurement that could not be made."""
+    return {"not_measured": why}
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    return {name: value[rows.to(value.device)] for name, value in batch.items()}
+
+
+def _first(source: Any) -> list[Any]:
+    return usable(source, range(min(len(source), SAMPLES)))
+
+
+def _others(contents: Sequence[bytes]) -> list[int] | None:
+    """For each row the next one, in a circle, with other contents; None where all are alike."""
+    if len(set(contents)) < 2:
+        return None
+    count = len(contents)
+    return [next(at % count for at in range(row + 1, row + count) if contents[at % count] != contents[row]) for row in range(count)]
+
+
+def _part(hits: Tensor) -> float:
+    return float(hits.cpu().double().mean())
+
+
+def tell(title: str, found: Influence, quiet: bool) -> None:
+    """Say what has no influence, also to who wants no progress; what was not measured; and what changes no answer."""
+    record = influence.read(influence.Influence, found)
+    for line in influence.problems(record, None):
+        say(f"WARNING: {title}: {line}")
+    for line in influence.notes(record, None):
+        say(f"{title}: {line}", quiet=quiet)
