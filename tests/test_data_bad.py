@@ -170,10 +170,9 @@ def test_bad_rows_of_csv(tmp_path: Path, kind: str) -> None:
         OPEN[kind](str(tmp_path / "d.csv"), "test")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_a_quote_that_is_not_closed_costs_one_row(tmp_path: Path, suffix: str) -> None:
+def test_a_quote_that_is_not_closed_costs_one_row(tmp_path: Path) -> None:
     pictures(tmp_path, 1)
-    mark = "," if suffix == ".csv" else "\t"
+    suffix, mark = ".csv", ","
     lines = [f"img/0.png{mark}caption {i}" for i in range(300)]
     lines[3] = f'img/0.png{mark}"over two\nlines"'
     for line, text in ((90, '"never closed'), (200, '"closed by another row'), (201, '"good"'), (299, '"at the end')):
@@ -212,8 +211,7 @@ def test_one_id_for_two_pictures_is_refused(tmp_path: Path, kind: str, suffix: s
     source = OPEN[kind](written(tmp_path, suffix, rows[::2]), "test")
     assert len(source) == 1, "the same row twice is no mistake"
     rows = [{**row, "image_id": None} for row in rows]
-    with pytest.raises(BadInput, match=r"no image_id|no usable"):
-        OPEN[kind](written(tmp_path, ".jsonl", rows), "test")
+    assert len(OPEN[kind](written(tmp_path, ".jsonl", rows), "test")) == 2, "without an id a picture is known by its path"
 
 
 def test_a_broken_shard_names_its_place_and_costs_what_is_lost(tmp_path: Path) -> None:

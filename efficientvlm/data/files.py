@@ -9,20 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from efficientvlm.data.cells import captions_of, places_of, question_of, regions_of
+from efficientvlm.data.cells import LEFT_OUT, captions_of, is_missing, places_of, question_of, regions_of, text_of
 from efficientvlm.data.draw import generator, seed_of
-from efficientvlm.data.forms import open_table
+from efficientvlm.data.forms import IMAGE_NAMES, open_table
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.items import PairItem, Pixels, VQAItem
 from efficientvlm.data.skips import Skips
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
+from efficientvlm.files import sha256
 
 T = TypeVar("T", VQAItem, PairItem)
 SPLIT_SEED = 20190719  # fixed, so that an image is held out in every stage or in none
 ATTEMPTS = 1000
 
 # role → names that are recognised without `--column`
-IMAGE = {"image": ("image", "image_path", "img", "binary", "file_name"), "image_id": ("image_id", "img_id")}
+IMAGE = {"image": IMAGE_NAMES, "image_id": ("image_id", "img_id")}
 VQA_ROLES = IMAGE | {"question": ("question",), "answer": ("answer", "answers", "multiple_choice_answer"), "weight": ("weight", "weights")}
 PAIR_ROLES = IMAGE | {"caption": ("caption", "captions", "text", "texts", "sentence", "sentences"), "regions": ("regions", "elems")}
 VQA_REQUIRED, PAIR_REQUIRED = ("image", "question", "answer"), ("image", "caption")
@@ -131,7 +132,7 @@ class _Files(Generic[T]):
         ids = self.table.column(self.columns["image_id"]) if "image_id" in self.columns else None
         for row in range(len(self.table)):
             try:
-                key = self._path_key(row) if ids is None else self._id_key(row, ids[row])
+                key = self._path_key(row) if ids is None or is_missing(ids[row]) else self._id_key(row, ids[row])
             except BadInput as error:
                 self.skips.add(error)
                 continue
@@ -139,15 +140,17 @@ class _Files(Generic[T]):
         return groups
 
     def _id_key(self, row: int, value: Any) -> str:
-        if value is None or isinstance(value, list | dict):
-            raise BadInput(self.table.where(row), f"it has no {self.columns['image_id']}", "write one, or remove the row")
-        return str(value)
+        key = text_of(value)
+        if key is None:
+            fix = "an image_id is a text or a number; --column image_id=none leaves the column out"
+            raise BadInput(self.table.where(row), f"its {self.columns['image_id']} is no name ({shorten(repr(value), 80)})", fix)
+        return key
 
     def _path_key(self, row: int) -> str:
         image = self.table.image(row, self.columns["image"])
         if isinstance(image, bytes):
             return hashlib.sha256(image).hexdigest()[:16]
-        return Path(os.path.relpath(image, self.table.base)).as_posix().encode("utf-8", "replace").decode()
+        return Path(os.path.relpath(image, self.table.base)).as_posix().encode("utf-8", "backslashreplace").decode()
 
     def _keep(self, key: str, rows: list[int]) -> None:
         """Add the image `key` with those of its rows that can be used."""
@@ -246,25 +249,27 @@ class FilePairs(_Files[PairItem]):
 def find_columns(
     have: Sequence[str], roles: Mapping[str, tuple[str, ...]], required: Sequence[str], columns: Mapping[str, str], spec: str
 ) -> dict[str, str]:
-    """role → column, by `columns` or by the usual names.
+    """role → column, by `columns` or by the usual names; a role that `columns` gives no name, or `none`, is left out.
 
     Raises:
         BadInput: an unknown role, a column that is not there, or a required role without one; lists the columns found.
     """
-    listed = f"columns found: {', '.join(have) or 'none'}"
+    listed = f"columns found: {shorten(', '.join(have)) or 'none'}"
     unknown = [role for role in columns if role not in roles]
     if unknown:
         raise BadInput(f"--column {unknown[0]}={columns[unknown[0]]}", f"there is no role {unknown[0]}", f"roles are {', '.join(roles)}")
     found: dict[str, str] = {}
     for role, names in roles.items():
-        if role in columns:
-            if columns[role] not in have:
-                raise BadInput(f"data {spec} has no column {columns[role]}", listed, f"--column {role}=<name>")
-            found[role] = columns[role]
-        else:
-            usual = next((name for name in names if name in have), None)
-            if usual is not None:
-                found[role] = usual
+        name = columns.get(role)
+        if name in LEFT_OUT and name not in have:
+            if role in required:
+                raise BadInput(f"--column {role}={name}", f"{role} cannot be left out", f"--column {role}=<name>; {listed}")
+        elif name is not None:
+            if name not in have:
+                raise BadInput(f"data {spec} has no column {shorten(name)}", listed, f"--column {role}=<name>")
+            found[role] = name
+        elif usual := next((usual for usual in names if usual in have), None):
+            found[role] = usual
     missing = [role for role in required if role not in found]
     if missing:
         raise BadInput(
@@ -277,9 +282,8 @@ def find_columns(
 
 def _file_digest(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
+        return bytes.fromhex(sha256(path))
+    except BadInput:
         return b"unreadable"
 
 

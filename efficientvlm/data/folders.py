@@ -1,142 +1,176 @@
-"""Folders of pictures: captions beside them or in the folders' names, and the layout of VQAv2."""
+"""Folders of pictures: captions beside them or in the folders' names."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from efficientvlm.data.images import PICTURES
 from efficientvlm.data.skips import Skips
+from efficientvlm.data.splits import split_of
 from efficientvlm.data.tables import MemoryTable
-from efficientvlm.data.tar import PICTURES
-from efficientvlm.data.text_tables import is_unicode, opened, read_json_list
-from efficientvlm.errors import BadInput
+from efficientvlm.data.text_tables import caption_lines, is_unicode, opened
+from efficientvlm.errors import BadInput, shorten
 
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
+CONTAINERS = re.compile(r"(data(set)?|frame|image|img|jpe?g|photo|pic(ture)?|png)s?", re.IGNORECASE)
+"""Names of folders that only hold pictures."""
+NO_WORD = re.compile(r"[\W\d_]*|(?=.*\d)[0-9a-f]{2,}|[a-z]{0,3}\d{3,}", re.IGNORECASE)
+"""Names of folders that number their content: `0001`, `3f`, `n01440764`."""
+
+
+@dataclass
+class Found:
+    """What lies in a folder and its subfolders."""
+
+    pictures: list[Path] = field(default_factory=list)
+    texts: dict[Path, list[Path]] = field(default_factory=dict)
+    """Path without its ending → `.txt` files of this name."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Ending → files that are neither."""
+    followed: int = 0
+    circles: int = 0
+    """Links to folders that were followed, and those that were not, because the folder is in it already."""
 
 
 def image_folder(folder: Path, skips: Skips) -> MemoryTable | None:
-    """Pictures with `name.txt` beside `name.jpg` (a caption a line) or, if there is none at all, with the name of their folder.
+    """Pictures with `name.txt` beside `name.jpg` (a caption a line) or, if there is none at all, with the name of their class folder.
 
-    None if the folder holds no picture. Links to folders are not followed, so that they cannot lead in circles.
+    None if the folder holds no picture.
+
+    Raises:
+        BadInput: no captions, and folders that are plainly no classes.
     """
-    pictures = sorted(walk(folder))
-    if not pictures:
+    found = walk(folder, skips)
+    if not found.pictures:
         return None
-    beside = any(path.with_suffix(".txt").is_file() for path in pictures)
-    found: list[Path] = []
+    stems = Counter(path.with_suffix("") for path in found.pictures)
+    beside = any(stem in found.texts for stem in stems)
+    if not beside:
+        check_classes(found.pictures, folder)
+    pictures: list[Path] = []
     captions: list[list[str]] = []
     digest = hashlib.sha256()
-    for path in pictures:
+    for path in found.pictures:
         try:
-            said = sidecar(path) if beside else class_name(path, folder)
+            said = _sidecar(path, found, stems) if beside else [class_name(path)]
         except BadInput as error:
             skips.add(error)
             continue
-        found.append(path)
+        pictures.append(path)
         captions.append(said)
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{said!r}\n".encode())
-    return MemoryTable({"image": found, "caption": captions}, folder, lambda row: str(found[row]), digest.hexdigest())
+        digest.update(os.fsencode(path.relative_to(folder)) + f"\0{said!r}\n".encode())
+    _note(found, skips)
+    if not beside:
+        kinds = {said for (said,) in captions}
+        skips.note(f"the captions are the names of {len(kinds)} folders: {shorten(', '.join(sorted(kinds)), 100)}")
+    return MemoryTable({"image": pictures, "caption": captions}, folder, lambda row: str(pictures[row]), digest.hexdigest())
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Picture files in a folder and its subfolders, by their endings; hidden ones are left out."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
+def walk(folder: Path, skips: Skips) -> Found:
+    """The files of a folder and its subfolders by their endings, sorted; hidden ones are left out, and a link never leads in circles."""
+    found = Found()
+    seen: set[tuple[int, int]] = set()
 
+    def look(place: Path, link: bool) -> None:
+        try:
+            status = place.stat()
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            skips.add(BadInput(str(place), f"the folder cannot be read ({(error.strerror or '').lower()})", "check its permissions"))
+            return
+        if (status.st_dev, status.st_ino) in seen:
+            found.circles += 1
+            return
+        seen.add((status.st_dev, status.st_ino))
+        found.followed += link
+        folders = []
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append((entry.is_symlink(), path))
+            elif entry.name.lower().endswith(PICTURES):
+                if entry.is_file():
+                    found.pictures.append(path)
+                else:
+                    skips.add(BadInput(str(path), "it is no file that can be read", "replace or remove it"))
+            elif path.suffix.lower() == ".txt":
+                found.texts.setdefault(path.with_suffix(""), []).append(path)
+            else:
+                found.others[path.suffix.lower() or "no ending"] += 1
+        for is_link, path in sorted(folders):  # links last: what they lead to may be here itself
+            look(path, is_link)
 
-def sidecar(picture: Path) -> list[str]:
-    """The captions beside a picture, one a line."""
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
-        raise BadInput(str(picture), f"there is no {path.name} beside it", "write its caption there, or remove the picture")
-    with opened(path) as file:
-        content = file.read()
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise BadInput(str(path), "it is not UTF-8 text", "save it as UTF-8") from None
-    if not lines:
-        raise BadInput(str(path), "it holds no caption", "write one, or remove the picture")
-    return lines
-
-
-def class_name(picture: Path, folder: Path) -> list[str]:
-    """The name of the folder a picture lies in, underscores as spaces."""
-    if picture.parent == folder or not is_unicode(picture.parent.name):
-        raise BadInput(str(picture), "it has no caption", f"write {picture.stem}.txt beside it, or put it into a folder of its class")
-    return [picture.parent.name.replace("_", " ")]
-
-
-def vqav2_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
-    """Split → its questions and annotations, by the names of the JSON files in `folder`: `...train2014_questions.json`."""
-    names = sorted(path for path in folder.iterdir() if path.suffix == ".json" and path.is_file())
-    found: dict[str, tuple[Path, Path | None]] = {}
-    for questions in (path for path in names if "questions" in path.stem.lower()):
-        split = _split_of(questions)
-        if split is None:
-            continue
-        if split in found:
-            raise BadInput(f"data {folder}", f"{found[split][0].name} and {questions.name} are both {split}", "keep one of them there")
-        found[split] = questions, next((p for p in names if "annotations" in p.stem.lower() and _split_of(p) == split), None)
+    look(folder, False)
+    found.pictures.sort()
     return found
 
 
-def vqav2(folder: Path, questions: Path, annotations: Path | None, skips: Skips) -> MemoryTable:
-    """Questions joined with the ten answers of their annotations.
+def _note(found: Found, skips: Skips) -> None:
+    if found.followed:
+        skips.note(f"{found.followed} linked folders were followed")
+    if found.circles:
+        skips.note(f"{found.circles} linked folders were not followed: they lead to folders that are read already")
+    if found.others:
+        kinds = ", ".join(f"{ending} {count}" for ending, count in found.others.most_common())
+        skips.note(f"{found.others.total()} files are no pictures of a known kind and were passed over: {shorten(kinds, 100)}")
+
+
+def _sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:
+    """The captions beside a picture, one a line."""
+    stem = picture.with_suffix("")
+    texts = found.texts.get(stem, [])
+    if not texts:
+        raise BadInput(str(picture), f"there is no {stem.name}.txt beside it", "write its caption there, or remove the picture")
+    if stems[stem] > 1 or len(texts) > 1:
+        several = f"{stems[stem]} pictures and {len(texts)} files of captions have its name"
+        raise BadInput(str(picture), several, "give every picture a name of its own")
+    with opened(texts[0]) as file:
+        content = file.read()
+    try:
+        lines = caption_lines(content)
+    except UnicodeDecodeError:
+        raise BadInput(str(texts[0]), "it is not UTF-8 text", "save it as UTF-8") from None
+    if not lines:
+        raise BadInput(str(texts[0]), "it holds no caption", "write one, or remove the picture")
+    return lines
+
+
+def check_classes(pictures: list[Path], folder: Path) -> None:
+    """Names of folders are captions only where they are plainly classes.
 
     Raises:
-        BadInput: no annotations (as for the official test split), or no such lists in the files.
+        BadInput: they are not, and why.
     """
-    if annotations is None:
-        raise BadInput(f"data {questions}", "there are no annotations for it", "its answers are not public: use another split")
-    asked, answered = read_json_list(questions, "questions"), read_json_list(annotations, "annotations")
-    answers: dict[Any, Any] = {}
-    for entry in answered:
-        if isinstance(entry, dict) and isinstance(entry.get("question_id"), int | str):
-            answers[entry["question_id"]] = entry.get("answers")
-    pictures = _pictures(folder, questions)
-    columns: dict[str, list[Any]] = {"image": [], "image_id": [], "question": [], "answer": []}
-    names: list[str] = []
-    for number, entry in enumerate(asked, 1):
-        where = f"{questions} question {number}"
-        identity = entry.get("question_id") if isinstance(entry, dict) else None
-        image = entry.get("image_id") if isinstance(entry, dict) else None
-        if not isinstance(identity, int | str) or not isinstance(image, int) or isinstance(image, bool):
-            skips.add(BadInput(where, "it has no question_id and image_id", "mend or remove it"))
-        elif identity not in answers:
-            skips.add(BadInput(where, f"question_id {identity} has no annotation", "mend or remove it"))
-        else:
-            values = (pictures(image), image, entry.get("question"), answers[identity])
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-            names.append(where)
-    digest = hashlib.sha256()
-    for path in (questions, annotations):
-        with opened(path) as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return MemoryTable(columns, folder, names.__getitem__, digest.hexdigest())
+    places = {path.parent for path in pictures}
+    names = sorted({place.name for place in places})
+    if split_of(folder.name):  # a small split may have one class of those that its siblings have
+        siblings = [place for place in folder.parent.iterdir() if place.is_dir() and split_of(place.name)]
+        names = sorted({*names, *(place.name for sibling in siblings for place in sibling.iterdir() if place.is_dir())})
+    depths = {len(place.relative_to(folder).parts) for place in places}
+    other = next((name for name in names if CONTAINERS.fullmatch(name) or split_of(name) or NO_WORD.fullmatch(name)), None)
+    if folder in places:
+        why = f"{next(path.name for path in pictures if path.parent == folder)} lies in no folder of a class"
+    elif len(names) < 2:
+        why = f"all lie in one folder, {names[0]}"
+    elif len(depths) > 1:
+        why = "their folders lie at different depths"
+    elif other:
+        why = f"{other} is no name of a class"
+    else:
+        return
+    fix = "write NAME.txt beside each NAME.jpg, or captions into metadata.csv (file_name,text), or put the pictures into a folder a class"
+    raise BadInput(f"the pictures in {folder} have no captions", f"{why}, so that folder names are none", fix)
 
 
-def _split_of(path: Path) -> str | None:
-    """The split that a file name speaks of: `v2_mscoco_val2014_annotations` is val."""
-    words = re.findall(r"[a-z]+", path.stem.lower())
-    return next((split for split, known in SPLIT_NAMES.items() if any(word in known for word in words)), None)
-
-
-def _pictures(folder: Path, questions: Path) -> Any:
-    """image_id → path below `folder`, in the naming of COCO: `train2014/COCO_train2014_000000000042.jpg`, or 2017's without prefix."""
-    part = next((word for word in questions.stem.split("_") if re.fullmatch(r"(train|val|test)\d{4}", word)), "")
-    places = [place for place in (folder / part, folder / "images" / part, folder / "images", folder) if place.is_dir()]
-    prefix = f"COCO_{part}_" if part else ""
-
-    def find(image: int) -> str:
-        names = [f"{prefix}{image:012}.jpg", f"{image:012}.jpg", f"{image}.jpg", f"{image}.png"]
-        paths = [place / name for place in places for name in names]
-        return os.path.relpath(next((path for path in paths if os.path.isfile(path)), places[0] / names[0]), folder)
-
-    return find
+def class_name(picture: Path) -> str:
+    """The name of the folder a picture lies in, underscores as spaces."""
+    name = picture.parent.name
+    if not is_unicode(name):
+        raise BadInput(str(picture), "the name of its folder is not UTF-8", "rename the folder")
+    return name.replace("_", " ")

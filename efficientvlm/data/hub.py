@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from efficientvlm.data.folders import SPLIT_NAMES
+from efficientvlm.data.splits import by_split, only
 from efficientvlm.data.tables import SavedTable, digest_of, one_line
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 
 PREFIX = "hub:"
 
@@ -45,12 +45,12 @@ def open_hub(spec: str, split: str) -> tuple[HubTable, bool]:
     Raises:
         BadInput: no such data, not reachable, or without the split.
     """
-    names = {role: name for role, known in SPLIT_NAMES.items() for name in splits(spec) if name in known}
-    if split in names:
-        return HubTable(spec, names[split]), split == "train" and "val" not in names
-    if split == "val" and "train" in names:
-        return HubTable(spec, names["train"]), True
-    raise BadInput(f"data {spec} has no split {split}", f"it has {', '.join(names) or 'none that is known'}", "use another split")
+    found = by_split(splits(spec))
+    wanted = split if split in found else "train" if split == "val" and "train" in found else ""
+    if not wanted:
+        have = ", ".join(name for names in found.values() for name in names)
+        raise BadInput(f"data {spec} has no split {split}", f"it has {shorten(have) or 'none that is known'}", "use another split")
+    return HubTable(spec, only(found[wanted], found[wanted], spec, wanted)), wanted == "train" and "val" not in found
 
 
 def splits(spec: str) -> list[str]:

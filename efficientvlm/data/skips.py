@@ -1,4 +1,4 @@
-"""Samples that cannot be used: skipped and counted up to a limit, then the run stops and says why."""
+"""What is said of a source: samples that cannot be used, counted up to a limit at which the run stops, and how the data was read."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Skips:
         self.count = 0
         self.allowed = limit  # None until the number of samples is known
         self.reasons: dict[str, str] = {}
+        self.notes: list[str] = []
+        """How the data was read where that was a guess, and what was passed over: a sentence each."""
         self._met: set[bytes] = set()  # hashes, for there may be more samples than reasons that are remembered
         self._first: BadInput | None = None
         self._file: Path | None = None
@@ -50,6 +52,11 @@ class Skips:
                 self._untold[error.what] = error.why
             self._check(error)
             self._write({error.what: error.why})
+
+    def note(self, text: str) -> None:
+        """Say `text` of the source, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def settle(self, samples: int | None) -> None:
         """Now that a source of `samples` (None: unknown) is open: hold what was found against the limit."""

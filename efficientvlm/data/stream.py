@@ -22,7 +22,7 @@ from efficientvlm.data.images import open_sized
 from efficientvlm.data.items import PairItem, Question, VQAItem
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
-from efficientvlm.data.tables import encoded, one_line
+from efficientvlm.data.tables import encoded, one_line, read_as, readers
 from efficientvlm.errors import BadInput
 
 PREFIX = "stream:"
@@ -166,7 +166,7 @@ class Stream(Generic[T]):
         for name, feature in (data.features or {}).items():
             if isinstance(feature, Image):
                 data = data.cast_column(name, Image(decode=False))
-        rows = iter(data)
+        rows, means = iter(data), readers(data.features or {})
         for number in itertools.count():
             where = f"{self._what} row {number}"
             try:
@@ -175,7 +175,7 @@ class Stream(Generic[T]):
                 return
             except Exception as error:  # noqa: BLE001  the library, its file systems and its network raise what they like
                 raise BadInput(where, f"the stream broke off ({one_line(error)})", "run the same command again; it resumes") from None
-            yield Raw(values, Path(), where)
+            yield Raw(read_as(values, means), Path(), where)
 
     def _values(self, raw: Raw) -> dict[str, Any]:
         if raw.problem is not None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from efficientvlm.data.tables import one_line
-from efficientvlm.data.tar import LARGEST_TEXT, PICTURES, Header, text_columns
-from efficientvlm.data.text_tables import csv_rows, json_row, opened
+from efficientvlm.data.images import PICTURES
+from efficientvlm.data.tables import one_line, read_as, readers
+from efficientvlm.data.tar import DAMAGE, TEXTS, Header, check_parts, check_size, part_of, text_columns
+from efficientvlm.data.text_tables import csv_rows, json_rows, opened
 from efficientvlm.errors import BadInput
 
-LARGEST_PICTURE = 200_000_000
 ROWS_AT_A_TIME = 64
 BYTES_AT_A_TIME = 1 << 20
 
@@ -36,7 +36,7 @@ def read_file(name: str) -> Iterator[Raw]:
     Raises:
         BadInput: unreachable, of an unknown kind, damaged beyond a row, or an address of which reading broke off.
     """
-    kind = "".join(Path(name.partition("?")[0]).suffixes[-2:])
+    kind = "".join(Path(name.partition("?")[0]).suffixes[-2:]).lower()
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     reader = next((known for ending, known in readers.items() if kind.endswith(ending)), None)
     if reader is None and (".tar" in kind or kind.endswith(".tgz")):
@@ -99,9 +99,8 @@ class _Remote(io.RawIOBase):
 
 
 def _jsonl(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield _raw(json_row(line, f"{name} line {number}"), base, f"{name} line {number}")
+    for _, number, row in json_rows(file, name):
+        yield _raw(row, base, f"{name} line {number}")
 
 
 def _csv(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
@@ -119,58 +118,77 @@ def _parquet(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_A_TIME):
+        parquet = pyarrow.parquet.ParquetFile(file)
+        means = _readers(parquet.schema_arrow)
+        for batch in parquet.iter_batches(ROWS_AT_A_TIME):
             for values in batch.to_pylist():
-                yield Raw(values, base, f"{name} row {number}")
+                yield Raw(read_as(values, means), base, f"{name} row {number}")
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"data {name}", f"it cannot be read as parquet after row {number} ({one_line(error)})", "mend the file") from None
 
 
+def _readers(schema: Any) -> dict[str, Any]:
+    """What the file says of its columns for the library `datasets`, or what their types say."""
+    import datasets
+
+    try:
+        return readers(datasets.Features.from_arrow_schema(schema))
+    except Exception:  # noqa: BLE001  types that the library does not know mean what they hold
+        return {}
+
+
 def _tar(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
     """Samples of a shard, compressed or not. A damaged one ends in a row that says so: the rest of it is lost."""
     key: str | None = None
-    values: dict[str, Any] = {}
-    texts: dict[str, bytes] = {}
+    held: list[tuple[str, bytes]] = []
+    problem: BadInput | None = None
+
+    def where() -> str:
+        return f"{name} sample {key}"
+
     try:
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
             for member in archive:
-                folder, _, tail = member.name.rpartition("/")
-                stem, _, ending = tail.partition(".")
-                if not member.isreg() or not stem or not ending:
+                part = part_of(member.name) if member.isreg() else None
+                if part is None:
                     continue
-                here = f"{folder}/{stem}"
-                if key is not None and here != key:
-                    yield _sample(values, texts, base, f"{name} sample {key.lstrip('/')}")
-                    values, texts = {}, {}
-                key, ending = here, f".{ending.lower()}"
-                wanted = "image" if ending in PICTURES else ending if ending in (".txt", ".json") else None
-                if wanted is None or member.size > (LARGEST_PICTURE if wanted == "image" else LARGEST_TEXT):
+                if key is not None and part[0] != key:
+                    yield _sample(held, problem, base, where())
+                    held, problem = [], None
+                key, ending = part
+                if ending not in PICTURES and ending not in TEXTS:
+                    continue
+                try:
+                    check_size(ending, member.size, where())
+                except BadInput as error:
+                    problem = error
                     continue
                 stored = archive.extractfile(member)
                 content = stored.read() if stored else b""
                 if len(content) < member.size:
                     raise tarfile.ReadError("unexpected end of data")
-                if wanted == "image":
-                    values.setdefault("image", content)
-                else:
-                    texts[ending] = content
+                held.append((ending, content))
+                archive.members.clear()  # type: ignore[attr-defined]  # else a long stream fills the memory with headers
             if key is not None:
-                yield _sample(values, texts, base, f"{name} sample {key.lstrip('/')}")
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        where = f"shard {name}"
-        yield Raw(
-            {},
-            base,
-            where,
-            BadInput(
-                where, f"it is damaged after sample {(key or 'none').lstrip('/')} ({one_line(error)})", "copy or write the shard again"
-            ),
-        )
+                yield _sample(held, problem, base, where())
+    except (*DAMAGE, OSError, EOFError) as error:
+        shard = f"shard {name}"
+        why = f"it is damaged after sample {key or 'none'} ({one_line(error)})"
+        yield Raw({}, base, shard, BadInput(shard, why, "copy or write the shard again"))
 
 
-def _sample(values: dict[str, Any], texts: dict[str, bytes], base: Path, where: str) -> Raw:
+def _sample(held: list[tuple[str, bytes]], problem: BadInput | None, base: Path, where: str) -> Raw:
     try:
-        return Raw({**text_columns(texts, where), **values}, base, where)
-    except BadInput as problem:
-        return Raw({}, base, where, problem)
+        if problem:
+            raise problem
+        check_parts([ending for ending, _ in held], where)
+        pictures = [content for ending, content in held if ending in PICTURES]
+        texts = text_columns({ending: content for ending, content in held if ending in TEXTS}, where)
+        if not pictures or not texts:
+            missing = "text" if pictures else "picture"
+            why = f"it has no {missing}; in a stream the files of a sample follow each other in the shard"
+            raise BadInput(where, why, "sort the shard by name, or read it without stream:, in any order")
+        return Raw({**texts, "image": pictures[0]}, base, where)
+    except BadInput as error:
+        return Raw({}, base, where, error)

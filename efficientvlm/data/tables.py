@@ -6,12 +6,15 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from efficientvlm.errors import BadInput
+import numpy as np
+
+from efficientvlm.errors import BadInput, shorten
+from efficientvlm.files import open_plain, sha256
 
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 LONG = 1000  # a longer string is not kept in memory: an image in base64, most likely
@@ -64,6 +67,27 @@ class MemoryTable:
         return self._where(row)
 
 
+class Selection:
+    """Some rows of a table."""
+
+    def __init__(self, table: Table, rows: list[int]) -> None:
+        self.columns, self.licence, self.base, self.digest = table.columns, table.licence, table.base, table.digest
+        self._table, self._rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def column(self, name: str) -> list[Any]:
+        values = self._table.column(name)
+        return [values[row] for row in self._rows]
+
+    def image(self, row: int, name: str) -> bytes | Path:
+        return self._table.image(self._rows[row], name)
+
+    def where(self, row: int) -> str:
+        return self._table.where(self._rows[row])
+
+
 class SavedTable:
     """A folder written by `Dataset.save_to_disk`."""
 
@@ -73,7 +97,7 @@ class SavedTable:
         self.path = self.base = path
         try:
             self._keep(load_from_disk(str(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001  on damaged files the library raises whatever it stumbles over
             raise BadInput(f"data {path}", f"datasets cannot open it ({one_line(error)})", "save or copy it again") from None
 
     def _keep(self, data: Any) -> None:
@@ -81,10 +105,10 @@ class SavedTable:
 
         self.columns: list[str] = list(data.column_names)
         self.licence: str = data.info.license or "unknown"
-        pictures = {name: feature for name, feature in data.features.items() if isinstance(feature, Image)}
-        for name in pictures:
-            data = data.cast_column(name, Image(decode=False))
-        self._data = data
+        for name, feature in data.features.items():
+            if isinstance(feature, Image):
+                data = data.cast_column(name, Image(decode=False))
+        self._data, self._readers = data, readers(data.features)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -94,7 +118,7 @@ class SavedTable:
             values: list[Any] = self._data.select_columns([name]).to_dict()[name]
         except UnicodeDecodeError:
             raise BadInput(f"data {self.path}", f"its column {name} is not UTF-8 text", "write it again") from None
-        return values
+        return list(map(self._readers[name], values)) if name in self._readers else values
 
     def image(self, row: int, name: str) -> bytes | Path:
         return encoded(self._data[row][name], self.base, self.where(row))
@@ -112,19 +136,25 @@ class SavedTable:
 
 
 class ParquetTable(SavedTable):
-    """Parquet files; `datasets` keeps a memory-mapped copy in its cache, so that any row is found at once."""
+    """Parquet files; `datasets` keeps a memory-mapped copy in its cache, by the digest of the files, so that any row is found at once."""
 
     def __init__(self, paths: list[Path]) -> None:
         import datasets
-        import pyarrow
+        import pyarrow.parquet
 
         self.paths, self.path, self.base = paths, paths[0] if len(paths) == 1 else paths[0].parent, paths[0].parent
         shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
         try:
+            for path in paths:
+                with open_plain(path) as file:
+                    pyarrow.parquet.read_metadata(file)  # before a file that is none is hashed
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / "efficientvlm" / self.digest[:32]
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of damage it would write a line of its own
-            self._keep(datasets.Dataset.from_parquet([str(path) for path in paths]))
-        except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            self._keep(datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(cache)))
+        except BadInput:
+            raise
+        except Exception as error:  # noqa: BLE001  as above
             raise BadInput(
                 f"data {self.path}", f"it cannot be read as parquet ({one_line(error.__cause__ or error)})", "write or copy it again"
             ) from None
@@ -138,6 +168,34 @@ class ParquetTable(SavedTable):
         return self.paths
 
 
+def readers(features: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """Column → what makes of its values what they mean, where that is needed: names of class labels, and float32 with its own digits."""
+    found = {name: _reader(feature) for name, feature in features.items()}
+    return {name: read for name, read in found.items() if read is not None}
+
+
+def read_as(row: dict[str, Any], means: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """A row with what :func:`readers` make of its values."""
+    return {name: means[name](value) if name in means else value for name, value in row.items()} if means else row
+
+
+def _reader(feature: Any) -> Callable[[Any], Any] | None:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        names: list[str] = list(feature.names)
+        return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+    if isinstance(feature, datasets.Value):
+        kind = {"float16": np.float16, "float32": np.float32}.get(feature.dtype)
+        return None if kind is None else lambda value: None if value is None else float(str(kind(value)))  # 0.1, not 0.10000000149
+    if isinstance(feature, dict) and (parts := readers(feature)):
+        return lambda value: value and read_as(value, parts)
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is None or (read := _reader(inner)) is None:
+        return None
+    return lambda value: value and [read(part) for part in value]
+
+
 def encoded(value: Any, base: Path, where: str) -> bytes | Path:
     """An image cell as bytes or an existing file: a path, base64 (also as a data URL), bytes, or {bytes, path}.
 
@@ -149,11 +207,15 @@ def encoded(value: Any, base: Path, where: str) -> bytes | Path:
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if not isinstance(value, str) or not value:
-        raise BadInput(where, f"it has no image ({value!r})" if not isinstance(value, str) else "its image is empty", "remove the row")
+        raise BadInput(
+            where, f"it has no image ({shorten(repr(value), 80)})" if not isinstance(value, str) else "its image is empty", "remove the row"
+        )
     if not value.startswith("data:") and len(value) <= LONG:
         path = Path(os.path.join(base, value))
         if os.path.isfile(path):
             return path
+        if os.path.exists(path):
+            raise BadInput(where, f"its image {shorten(value)} is no file", "image paths are those of files")
     try:
         data = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
     except (binascii.Error, ValueError):
@@ -162,18 +224,14 @@ def encoded(value: Any, base: Path, where: str) -> bytes | Path:
         return data
     if len(value) > LONG or value.startswith("data:"):
         raise BadInput(where, "its image is no base64 of a picture", "store a path relative to the file, or base64 of a PNG or JPEG")
-    raise BadInput(where, f"there is no image {value} in {base}", "image paths are relative to the folder of the data file")
+    raise BadInput(where, f"there is no image {shorten(value)} in {base}", "image paths are relative to the folder of the data file")
 
 
 def digest_of(paths: list[Path]) -> str:
     """sha256 (hex) over the sha256 of each file."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()
 
 
 def one_line(error: BaseException) -> str:
     """The first line of what an exception says, or its kind."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return shorten(next(iter(str(error).strip().splitlines()), "") or type(error).__name__)

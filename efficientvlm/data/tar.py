@@ -1,22 +1,26 @@
-"""Tar shards in the layout of WebDataset (`000.jpg 000.txt 000.json ...`), read in place: each shard is indexed once."""
+"""Tar shards in the layout of WebDataset (`000.jpg 000.txt 000.json ...`), read in place."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from efficientvlm.data.images import LARGEST_PICTURE, PICTURES
 from efficientvlm.data.skips import Skips
-from efficientvlm.data.text_tables import is_unicode, opened
-from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
+from efficientvlm.data.tables import digest_of
+from efficientvlm.data.text_tables import caption_lines, is_unicode, opened
+from efficientvlm.errors import BadInput, shorten
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LARGEST_TEXT = 10_000_000
-VERSION = 1
+TEXTS = (".txt", ".json")
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+Place = tuple[int, int]
+"""Where the content of a file begins in a shard, and its bytes."""
 
 
 class Header(tarfile.TarInfo):
@@ -33,11 +37,10 @@ class Header(tarfile.TarInfo):
 
 
 class Index(NamedTuple):
-    """What a shard holds: (name, offset, bytes) of each file, where and why it ends too early, if it does, and the shard's sha256."""
+    """What a shard holds: (name, offset, bytes) of each file, and where and why it ends too early, if it does."""
 
     members: list[tuple[str, int, int]]
     broken: tuple[int, str] | None
-    sha256: str
 
 
 class TarTable:
@@ -46,16 +49,14 @@ class TarTable:
     licence = "unknown"
 
     def __init__(self, paths: list[Path], skips: Skips) -> None:
-        self.base = paths[0].parent
-        self._places: list[tuple[Path, str, tuple[int, int] | None]] = []
+        self.paths, self.base = paths, paths[0].parent
+        self._places: list[tuple[Path, str, Place | None]] = []
         values: dict[str, list[Any]] = {"image": []}
-        digest = hashlib.sha256()
-        indices = [indexed(path) for path in paths]
+        indices = [read_index(path) for path in paths]
         held = [samples(index.members) for index in indices]
         for path, index, here in zip(paths, indices, held, strict=True):
-            digest.update(index.sha256.encode())
             with opened(path) as file:
-                for key, parts in here:
+                for key, parts in here.items():
                     try:
                         picture, row = _row(file, path, key, parts)
                     except BadInput as error:
@@ -71,8 +72,11 @@ class TarTable:
                 by_size = round(len(here) * (path.stat().st_size - offset) / max(1, offset))
                 lost = max(1, by_size, max(map(len, held)) - len(here))  # shards are mostly of one length
                 skips.add(BadInput(f"shard {path}", f"{why} at byte {offset:,}", "download or write the shard again"), lost)
-        self.digest = digest.hexdigest()
         self._values, self.columns = values, list(values)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.paths)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -92,32 +96,6 @@ class TarTable:
         return f"{path} sample {key}"
 
 
-def indexed(path: Path) -> Index:
-    """The index of a shard, from the cache if it was made before and the shard has its size and time of then.
-
-    Raises:
-        BadInput: no tar file, or a compressed one.
-    """
-    with opened(path) as file:
-        status = os.fstat(file.fileno())
-    key = f"{VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    cached = cache_folder() / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
-    try:
-        stored = json.loads(cached.read_text("utf-8"))
-        members = [(str(name), int(offset), int(size)) for name, offset, size in stored["members"]]
-        broken = (int(stored["broken"][0]), str(stored["broken"][1])) if stored["broken"] else None
-        return Index(members, broken, str(stored["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass  # none yet, or a damaged one
-    index = read_index(path)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cached, json.dumps(index._asdict()).encode())
-    except OSError:
-        pass  # a cache that cannot be written costs time, no more
-    return index
-
-
 def read_index(path: Path) -> Index:
     """What a shard holds.
 
@@ -126,12 +104,10 @@ def read_index(path: Path) -> Index:
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
-                return Index(*_members(archive, size), sha256)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+                return Index(*_members(archive, size))
+        except DAMAGE as error:
             file.seek(0)
             zipped = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
             fix = "unpack it: a compressed shard cannot be read out of order" if zipped else "give a .tar file"
@@ -146,53 +122,76 @@ def _members(archive: tarfile.TarFile, size: int) -> tuple[list[tuple[str, int, 
         for member in archive:
             if member.isreg() and is_unicode(member.name):
                 if member.offset_data + member.size > size:
-                    return members, (member.offset, f"{member.name} is cut short")
+                    return members, (member.offset, f"{shorten(member.name)} is cut short")
                 members.append((member.name, member.offset_data, member.size))
             end = archive.offset
-    except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError) as error:
+            archive.members.clear()  # type: ignore[attr-defined]  # a shard may have millions
+    except (*DAMAGE, OSError, EOFError) as error:
         return members, (end, f"it is damaged ({error})")
     return members, None
 
 
-def samples(members: list[tuple[str, int, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Files that follow each other and share a name up to the first dot: (name, ending → (offset, bytes))."""
-    found: list[tuple[str, dict[str, tuple[int, int]]]] = []
+def part_of(name: str) -> tuple[str, str] | None:
+    """The sample that a file of a shard belongs to, its name up to the first dot, and its ending in lower case; None if it has not both."""
+    folder, _, file = os.path.normpath(name).rpartition("/")
+    stem, _, ending = file.partition(".")
+    if not stem or not ending:
+        return None
+    return f"{folder}/{stem}" if folder else stem, f".{ending.lower()}"
+
+
+def samples(members: list[tuple[str, int, int]]) -> dict[str, dict[str, list[Place]]]:
+    """Sample → ending → places of its files, wherever in the shard they stand: more than one are of two samples with one name."""
+    found: dict[str, dict[str, list[Place]]] = {}
     for name, offset, size in members:
-        folder, _, file = name.rpartition("/")
-        stem, _, ending = file.partition(".")
-        if not stem or not ending:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        if not found or found[-1][0] != key:
-            found.append((key, {}))
-        found[-1][1][f".{ending.lower()}"] = (offset, size)
+        if part := part_of(name):
+            found.setdefault(part[0], {}).setdefault(part[1], []).append((offset, size))
     return found
 
 
-def _row(file: Any, path: Path, key: str, parts: dict[str, tuple[int, int]]) -> tuple[tuple[int, int] | None, dict[str, Any]]:
-    picture = next((parts[ending] for ending in PICTURES if ending in parts), None)
-    texts = {}
-    for ending, place in parts.items():
-        if ending in (".txt", ".json"):
-            if place[1] > LARGEST_TEXT:
-                raise BadInput(f"{path} sample {key}", f"its {ending} has {place[1]:,} bytes", "remove the sample")
-            texts[ending] = _read(file, place)
-    return picture, text_columns(texts, f"{path} sample {key}")
+def _row(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) -> tuple[Place | None, dict[str, Any]]:
+    where = f"{path} sample {key}"
+    wanted = {ending: places for ending, places in parts.items() if ending in PICTURES or ending in TEXTS}
+    check_parts([ending for ending, places in wanted.items() for _ in places], where)
+    for ending, ((_, size),) in wanted.items():
+        check_size(ending, size, where)
+    picture = next((place for ending, (place,) in wanted.items() if ending in PICTURES), None)
+    if picture is None:
+        raise BadInput(
+            where, f"it has no picture (files of one name up to the first dot: {shorten(', '.join(parts))})", "remove the sample"
+        )
+    return picture, text_columns({ending: _read(file, place) for ending, (place,) in wanted.items() if ending in TEXTS}, where)
+
+
+def check_parts(endings: list[str], where: str) -> None:
+    """:class:`BadInput` for a sample with two files of one ending, or two pictures."""
+    if twice := next((ending for ending in endings if endings.count(ending) > 1), None):
+        raise BadInput(where, f"there are {endings.count(twice)} files {twice} of this name", "give every sample a name of its own")
+    if len(pictures := [ending for ending in endings if ending in PICTURES]) > 1:
+        raise BadInput(where, f"it has {len(pictures)} pictures, {' and '.join(pictures)}", "keep one of them")
+
+
+def check_size(ending: str, size: int, where: str) -> None:
+    """:class:`BadInput` for a file that is too large to be what its ending says."""
+    most = LARGEST_PICTURE if ending in PICTURES else LARGEST_TEXT
+    if size > most:
+        raise BadInput(where, f"its {ending} has {size:,} bytes, at most {most:,} are read", "remove the sample")
 
 
 def text_columns(parts: dict[str, bytes], where: str) -> dict[str, Any]:
-    """Columns of a sample's `.txt` (column text) and `.json` (its keys, but not `image`)."""
+    """Columns of a sample's `.txt` (column text, a line or a list of them) and `.json` (its keys, but not `image`)."""
     row: dict[str, Any] = {}
     try:
         if ".json" in parts:
-            parsed = json.loads(parts[".json"].decode("utf-8"))
+            parsed = json.loads(parts[".json"].decode("utf-8-sig"))
             if not isinstance(parsed, dict):
                 raise BadInput(where, "its .json is no object", "write a JSON object")
             row = {name: value for name, value in parsed.items() if name != "image"}
             if not is_unicode(json.dumps(parsed, ensure_ascii=False)):
                 raise BadInput(where, "its .json holds half of a surrogate pair", "save it as UTF-8")
         if ".txt" in parts:
-            row["text"] = parts[".txt"].decode("utf-8").strip()
+            lines = caption_lines(parts[".txt"])
+            row["text"] = lines[0] if len(lines) == 1 else lines
     except UnicodeDecodeError:
         raise BadInput(where, "its text is not UTF-8", "save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -200,12 +199,6 @@ def text_columns(parts: dict[str, bytes], where: str) -> dict[str, Any]:
     return row
 
 
-def cache_folder() -> Path:
-    """Where indices are kept: `efficientvlm/shards` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficientvlm" / "shards"
-
-
-def _read(file: Any, place: tuple[int, int]) -> bytes:
+def _read(file: BinaryIO, place: Place) -> bytes:
     file.seek(place[0])
-    content: bytes = file.read(place[1])
-    return content
+    return file.read(place[1])
