@@ -29,6 +29,7 @@ from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
 from efficientvlm.ownership import CARD, LOCK, MARK, METRICS
 from efficientvlm.request import REQUEST, STATE, beside, compare, read_request, write_request
+from efficientvlm.scratch import sweep
 
 STAGING = "staging-"
 
@@ -358,6 +359,7 @@ class Output:
                 raise BadInput(f"{self.path} holds an unfinished stage of other settings", why, "use --force to drop it, or another --out")
         ownership.refuse_links(self.path, self.replaces)
         self._refuse_added(finished)
+        sweep(self.path)
         if self._lock.held:
             self._remove_staged()
         if os.path.lexists(self.path / MARK):

@@ -115,7 +115,7 @@ def train(
     """
     objective.to(hardware.device)
     torches = [optimizer.torch for optimizer in optimizers]
-    spent = restore(output.state_dir, objective, torches)
+    spent = restore(output.state_dir, objective, torches, steps)
     begun, before = spent.steps, spent.seconds
     now = conditions(options, output.stage, hardware.device)
     changed = changes(spent.conditions, now, output.stage, begun, steps)

@@ -519,7 +519,7 @@ def test_training_is_resumed_with_tied_tensors(blip, tmp_path):
 
     model, other = load(str(blip / "teacher")).model, load(str(blip / "init")).model
     save(tmp_path, tensors_of(model, []), Spent(steps=3))
-    assert newest(tmp_path) is not None and restore(tmp_path, other, []).steps == 3
+    assert newest(tmp_path) is not None and restore(tmp_path, other, [], 3).steps == 3
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
     tensors = other.state_dict(keep_vars=True)
     words = tensors["text_decoder.bert.embeddings.word_embeddings.weight"]

@@ -393,5 +393,5 @@ def test_a_restored_state_keeps_no_file_open(tmp_path: Path) -> None:
     """Or a removed state would keep its place on the disk."""
     model = torch.nn.Linear(300, 300)
     save(tmp_path, tensors_of(model, []), Spent(steps=3))
-    assert restore(tmp_path, torch.nn.Linear(300, 300), []).steps == 3
+    assert restore(tmp_path, torch.nn.Linear(300, 300), [], 3).steps == 3
     assert "state.safetensors" not in Path("/proc/self/maps").read_text()
