@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from efficientvlm.data.collate import Texts
 from efficientvlm.data.easy_vqa import EasyVQA
-from efficientvlm.data.tokenizer import SPECIAL, load_tokenizer, save_tokenizer, train_wordpiece
+from efficientvlm.data.tokenizer import SPECIAL, guarded, load_tokenizer, require_ids, save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 
 SENTENCES = ["A red circle.", "the redder circle", "a cat & a dog", "dogs"]
@@ -115,3 +118,103 @@ def test_training_needs_text_and_room() -> None:
         train_wordpiece([], 100)
     with pytest.raises(BadInput, match="room"):
         train_wordpiece(SENTENCES, 10)
+
+
+def spoiled(tmp_path: Path, change: Any = None, content: bytes | None = None, tokenizer: Any = None) -> Path:
+    """A folder with a tokenizer's file that `change` has been at, or of this `content`."""
+    save_tokenizer(tokenizer or train_wordpiece(["what colour is the red circle?"], 60), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    if change:
+        values = json.loads(file.read_text("utf-8"))
+        change(values)
+        content = json.dumps(values).encode()
+    file.write_bytes(content or b"")
+    return tmp_path
+
+
+HOSTILE: dict[str, Any] = {
+    "an id that is no number": lambda v: v["model"]["vocab"].update(red=[[]]),
+    "a negative id": lambda v: v["model"]["vocab"].update(red=-1),
+    "an id that takes all memory": lambda v: v["model"]["vocab"].update(red=4_000_000_000),
+    "the same of an added token": lambda v: v["added_tokens"].append({**v["added_tokens"][0], "content": "x", "id": 4_000_000_000}),
+    "a broken expression": lambda v: v.update(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": "x"}),
+    "an unknown rule": lambda v: v.update(normalizer={"type": "Nothing"}),
+    "rules that multiply": lambda v: v.update(
+        normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 2000}] * 3}
+    ),
+    "rules that multiply in small steps": lambda v: v.update(
+        normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "xxx"}] * 30}
+    ),
+    "no vocabulary": lambda v: v["model"].update(vocab=7),
+    "another model": lambda v: v["model"].update(type=["WordPiece"]),
+    "tokens without a name": lambda v: v.update(added_tokens=[{}]),
+    "added tokens that are none": lambda v: v.update(added_tokens=[1]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tokenizer_is_bad_input(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput) as error:
+        load_tokenizer(spoiled(tmp_path, HOSTILE[name]))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b'{"model":' + b"[" * 100_000, b"", b"null", b"[]", b'{"model": {"vocab": {}}}'])
+def test_a_tokenizer_file_of_other_content_is_bad_input(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(BadInput):
+        load_tokenizer(spoiled(tmp_path, content=content))
+
+
+def test_older_files_that_are_damaged_are_bad_input(tmp_path: Path) -> None:
+    good = "\n".join([*SPECIAL, "a", "b"]).encode()
+    for number, (vocab, config) in enumerate(
+        ((b"[PAD]\n\xff\n", b"{}"), (good, b"{"), (good, b"[]"), (good, b"\xff"), (good, b"[" * 100_000))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "vocab.txt").write_bytes(vocab)
+        (folder / "tokenizer_config.json").write_bytes(config)
+        with pytest.raises(BadInput):
+            load_tokenizer(folder)
+
+
+def test_tokenizer_files_have_a_limit_and_are_files(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt", "merges.txt"):
+        folder = spoiled(tmp_path / name, content=b"{}")
+        (folder / name).unlink(missing_ok=True)
+        with (folder / name).open("wb") as file:
+            file.truncate(8_000_000_000)
+        with pytest.raises(BadInput, match="too large"):
+            load_tokenizer(folder)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "tokenizer.json")
+    (tmp_path / "device").mkdir()
+    os.symlink("/dev/zero", tmp_path / "device" / "tokenizer.json")
+    for name in ("pipe", "device"):
+        with pytest.raises(BadInput):
+            load_tokenizer(tmp_path / name)
+
+
+def test_a_panic_of_the_library_is_bad_input_at_every_call(tmp_path: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}
+    texts = Texts(load_tokenizer(spoiled(tmp_path, lambda v: v.update(pre_tokenizer=split))))
+    with pytest.raises(BadInput, match="the tokenizer fails"):
+        texts.ids(["a" * 60 + "!"])
+    with pytest.raises(BadInput, match="the tokenizer fails"):
+        texts.ids(["what\udcff?"])
+    with pytest.raises(KeyboardInterrupt), guarded("it", "wait"):
+        raise KeyboardInterrupt
+
+
+def test_ids_beyond_a_models_vocabulary_are_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(spoiled(tmp_path, lambda v: v["model"]["vocab"].update(what=5000)))
+    with pytest.raises(BadInput, match="an id 5000"):
+        require_ids(tokenizer, 60, tmp_path)
+    require_ids(tokenizer, 5001, tmp_path)
+
+
+def test_a_pointer_to_code_is_not_saved_with_a_tokenizer(tmp_path: Path) -> None:
+    tokenizer = train_wordpiece(["red"], 60)
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.T", None]}
+    save_tokenizer(tokenizer, tmp_path)
+    assert "evil" not in "".join(path.read_text("utf-8") for path in tmp_path.iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor
 from efficientvlm.data.draw import generator, seed_of
 from efficientvlm.data.items import PairItem, Pixels, VQAItem
 from efficientvlm.data.masking import mask_tokens
-from efficientvlm.data.tokenizer import ends_of
+from efficientvlm.data.tokenizer import ends_of, guarded
 from efficientvlm.data.transforms import Augment, augment, names_a_side
 
 Batch = dict[str, Any]
@@ -51,7 +51,8 @@ class Texts:
             if len(known) + len(new) > CACHED_TEXTS:
                 known = self._ids = {}  # a new one: another thread may be reading the old
                 new = list(set(texts))
-            encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+            with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
+                encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
             known.update(zip(new, encoded["input_ids"], strict=True))
         return [known[text] for text in texts]
 

@@ -8,10 +8,14 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, EvlmError, shorten
+from efficientvlm.files import MIB, read_limited
+from efficientvlm.manifest import read_json
+from efficientvlm.pointers import CODE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,6 +24,13 @@ if TYPE_CHECKING:
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("pad", "unk", "cls", "sep", "mask")
 FILES = ("tokenizer.json", "tokenizer_config.json")
+READ = (*FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+LARGEST = 256 * MIB  # of a tokenizer's file
+LONGEST_RULES = 500_000  # characters, about twice those of SigLIP's
+MOST_GROWTH = 1000
+MOST_IDS = 10_000_000
+FIX = "give the folder of a tokenizer: --tokenizer DIR"
+TRIAL = "What colour is it? 12 caf\u00e9s, \u4e2d\u6587."
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
 
 
@@ -74,32 +85,64 @@ def load_tokenizer(path: str | os.PathLike[str], *, bert: bool = False) -> PreTr
 
     folder = Path(path)
     ready, plain = folder / "tokenizer.json", folder / "vocab.txt"
-    fix = "give the folder of a tokenizer: --tokenizer DIR"
-    if ready.is_file():
-        text = ready.read_text(encoding="utf-8")
-        if (kind := _kind(ready, text, fix)) != "WordPiece":
-            return _load_stock(folder, kind, fix, bert)
-        tokenizer = Tokenizer.from_str(text)
-    elif plain.is_file():
-        tokens = plain.read_text(encoding="utf-8").splitlines()
-        tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=_lowercase(folder))
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _load_stock(folder, "BPE", fix, bert)
-    else:
-        raise BadInput(f"no tokenizer in {folder}", "it has neither tokenizer.json nor vocab.txt", fix)
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in SPECIAL if token not in vocab]
-    if missing:
-        raise BadInput(f"tokenizer in {folder}", f"it has no {', '.join(missing)}", fix)
-    if len(vocab) <= len(SPECIAL):
-        raise BadInput(f"tokenizer in {folder}", f"its vocabulary is empty ({len(vocab)} tokens, all of them special)", fix)
-    return _wrap(tokenizer)
+    for name in READ:  # other libraries read some of them, whole and without asking
+        if (folder / name).is_file() and (folder / name).stat().st_size > LARGEST:
+            read_limited(folder / name, LARGEST, "a tokenizer's file")
+    with guarded(f"tokenizer in {folder}", FIX):
+        if ready.exists():
+            text = _text(ready)
+            if (kind := _kind(ready, text)) != "WordPiece":
+                return _load_stock(folder, kind, bert)
+            tokenizer = Tokenizer.from_str(text)
+        elif plain.exists():
+            tokens = _text(plain).splitlines()
+            tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=_lowercase(folder))
+            tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            _check_ids(folder / "vocab.json", read_json(folder / "vocab.json"))
+            return _load_stock(folder, "BPE", bert)
+        else:
+            raise BadInput(f"no tokenizer in {folder}", "it has neither tokenizer.json nor vocab.txt", FIX)
+        vocab = tokenizer.get_vocab()
+        missing = [token for token in SPECIAL if token not in vocab]
+        if missing:
+            raise BadInput(f"tokenizer in {folder}", f"it has no {', '.join(missing)}", FIX)
+        if len(vocab) <= len(SPECIAL):
+            raise BadInput(f"tokenizer in {folder}", f"its vocabulary is empty ({len(vocab)} tokens, all of them special)", FIX)
+        return _tried(_wrap(tokenizer))
+
+
+@contextmanager
+def guarded(what: str, fix: str) -> Iterator[None]:
+    """The one door around the tokenizers library: whatever it raises in the block is bad input, its panics included.
+
+    Raises:
+        BadInput: `what` fails, why, and `fix`.
+    """
+    try:
+        yield
+    except (EvlmError, MemoryError):
+        raise
+    except BaseException as error:
+        panic = type(error).__module__ == "pyo3_runtime"  # of Rust code; it is no Exception
+        if not panic and not isinstance(error, Exception):
+            raise
+        raise BadInput(f"{what} fails", shorten(str(error).strip() or type(error).__name__), fix) from None
+
+
+def require_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
+    """:class:`BadInput` if the tokenizer has more tokens than a model embeds, or ids beyond them."""
+    most = max(tokenizer.get_vocab().values(), default=0)
+    if len(tokenizer) > vocab_size or most >= vocab_size:
+        found = f"{len(tokenizer)} tokens" if len(tokenizer) > vocab_size else f"an id {most}"
+        raise BadInput(f"{where}: the tokenizer has {found}", f"the model embeds {vocab_size}", "use its own tokenizer")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> None:
     """Write `tokenizer` into folder `path`, in files that `AutoTokenizer` and :func:`load_tokenizer` open."""
+    for name in CODE:
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(str(path))
 
 
@@ -131,42 +174,90 @@ def ends_of(tokenizer: Any) -> tuple[int | None, int]:
     return (begin[0] if begin else None), end[0]
 
 
-def _load_stock(folder: Path, kind: str, fix: str, bert: bool) -> PreTrainedTokenizerFast:
+def _load_stock(folder: Path, kind: str, bert: bool) -> PreTrainedTokenizerFast:
     """A tokenizer that is no WordPiece, as transformers' own class for it."""
     if bert:
-        raise BadInput(f"tokenizer in {folder}", f"its model is {kind}, WordPiece with BERT's special tokens is needed", fix)
+        raise BadInput(f"tokenizer in {folder}", f"its model is {kind}, WordPiece with BERT's special tokens is needed", FIX)
     from transformers import AutoTokenizer
 
-    try:
+    with guarded(f"the {kind} tokenizer in {folder}", FIX):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         size = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    except Exception as error:  # noqa: BLE001  what tokenizers raises on a damaged file is just that
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"cannot read the {kind} tokenizer in {folder}", why[:200], fix) from None
-    if not size:
-        raise BadInput(f"the {kind} tokenizer in {folder}", "its vocabulary is empty", fix)
-    ends_of(tokenizer)
+        if not size:
+            raise BadInput(f"the {kind} tokenizer in {folder}", "its vocabulary is empty", FIX)
+        ends_of(tokenizer)
+        return _tried(tokenizer)
+
+
+def _tried(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """`tokenizer`, after it has read and written a sentence: what is wrong with its parts shows when they run."""
+    for text in (TRIAL, ""):
+        tokenizer.decode(tokenizer(text)["input_ids"])
     return tokenizer
 
 
-def _kind(path: Path, text: str, fix: str) -> str:
-    """Which model a `tokenizer.json` holds. `tokenizers` raises a bare Exception on a damaged file, so what matters is looked at first."""
+def _text(path: Path) -> str:
     try:
-        model = json.loads(text)["model"]
+        return read_limited(path, LARGEST, "a tokenizer's file").decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"tokenizer {path}", "it is not UTF-8 text", FIX) from None
+
+
+def _kind(path: Path, text: str) -> str:
+    """Which model a `tokenizer.json` holds, once its ids and what it makes of a text are within bounds."""
+    damaged = BadInput(f"tokenizer {path}", "it is damaged, or no file of the tokenizers library", FIX)
+    try:
+        values = json.loads(text)
+        model = values["model"]
         kind = model.get("type", "WordPiece" if "max_input_chars_per_word" in model else "BPE" if "merges" in model else "")
-        known = isinstance(kind, str) and isinstance(model["vocab"], dict | list)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known or (kind == "WordPiece" and not isinstance(model["vocab"], dict)):
-        raise BadInput(f"tokenizer {path}", "it is damaged, or no file of the tokenizers library", fix)
-    return str(kind)
+        vocab, added = model["vocab"], {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
+        normaliser = json.dumps(values.get("normalizer")), json.dumps(values.get("pre_tokenizer")), json.dumps(values.get("decoder"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise damaged from None
+    if not isinstance(kind, str) or not isinstance(vocab, dict if kind == "WordPiece" else dict | list):
+        raise damaged
+    _check_ids(path, {**(vocab if isinstance(vocab, dict) else {}), **added})
+    if (most := max(map(len, normaliser))) > LONGEST_RULES:  # rules that replace a letter by many multiply one another
+        raise BadInput(f"tokenizer {path}", f"its rules for texts take {most:,} characters, {LONGEST_RULES:,} are allowed", FIX)
+    growth = _growth(values.get("normalizer")) * _growth(values.get("pre_tokenizer"))
+    if growth > MOST_GROWTH:
+        raise BadInput(f"tokenizer {path}", f"its rules can make a text {shorten(growth)} times as long", FIX)
+    return kind
+
+
+def _check_ids(path: Path, vocab: Any) -> None:
+    """:class:`BadInput` unless `vocab` maps tokens to ids; the library makes a table up to the largest."""
+    wrong = [] if isinstance(vocab, dict) else ["the vocabulary is no mapping"]
+    for token, index in vocab.items() if isinstance(vocab, dict) else ():
+        if type(index) is not int or not 0 <= index < MOST_IDS:
+            wrong = [f"the id of {shorten(token, 40)!r} is {shorten(index, 40)}, ids are 0 to {MOST_IDS - 1:,}"]
+            break
+    if wrong:
+        raise BadInput(f"tokenizer {path}", wrong[0], FIX)
+
+
+def _growth(rules: Any) -> int:
+    """How many letters the rules, one after the other, can make of one."""
+    if not isinstance(rules, dict):
+        return 1
+    growth = 1
+    for part in (*(rules.get("normalizers") or ()), *(rules.get("pretokenizers") or ())):
+        growth *= _growth(part)
+    if rules.get("type") in ("Replace", "Prepend"):
+        growth *= max(1, len(str(rules.get("content", rules.get("prepend", "")))))
+    return growth * (2 if rules.get("type") == "ByteLevel" else 1)
 
 
 def _lowercase(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True)) if config.is_file() else True
+    if not config.is_file():
+        return True
+    values = read_json(config)
+    if not isinstance(values, dict):
+        raise BadInput(f"tokenizer {config}", "it is not a JSON object", FIX)
+    return bool(values.get("do_lower_case", True))
 
 
 def _pieces(words: Counter[str], room: int) -> Iterator[str]:

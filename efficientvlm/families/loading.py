@@ -17,11 +17,10 @@ from efficientvlm.config import check_plain
 from efficientvlm.errors import BadInput, out_of_memory, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
 from efficientvlm.families.weights import require_finite
+from efficientvlm.pointers import pointers, without_code
 from efficientvlm.progress import say
 
 said.disable_progress_bar()  # progress is ours to show
-CODE = {"auto_map", "custom_pipelines", "trust_remote_code", "code_revision", "attn_implementation", "_attn_implementation"}
-"""Keys of a configuration that make other programs fetch and run code; nothing here does."""
 MOST_LABELS = 100_000  # transformers makes a table of as many names; no network here has a classification head
 
 
@@ -50,32 +49,15 @@ def read_json(file: Path) -> dict[str, Any]:
     values = manifest.read_json(file)
     if not isinstance(values, dict):
         raise BadInput(f"cannot read {file}", "it is not a JSON object", advice(file.parent))
-    if pointers := sorted(set(_pointers(values))):
-        _say_once(f"{file} points to code ({', '.join(pointers)}); it is not run, and not carried on")
-    without: dict[str, Any] = _without_code(values)
+    if found := sorted(set(pointers(values))):
+        _say_once(f"{file} points to code ({', '.join(found)}); it is not run, and not carried on")
+    without: dict[str, Any] = without_code(values)
     return without
 
 
 @cache
 def _say_once(text: str) -> None:
     say(text)
-
-
-def _pointers(value: Any) -> Iterator[str]:
-    """Those of :data:`CODE` in `value`, at any depth, that have a value."""
-    if isinstance(value, dict):
-        yield from (name for name in CODE & set(value) if value[name] not in (None, False, "eager", "sdpa", {}))
-        for part in value.values():
-            yield from _pointers(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _pointers(part)
-
-
-def _without_code(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_code(part) for name, part in value.items() if name not in CODE}
-    return [_without_code(part) for part in value] if isinstance(value, list) else value
 
 
 def open_config(kind: Any, values: Mapping[str, Any], file: Path) -> Any:

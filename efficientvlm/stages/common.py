@@ -22,7 +22,7 @@ from efficientvlm.data.collate import Texts
 from efficientvlm.data.sources import record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
-from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
+from efficientvlm.data.tokenizer import load_tokenizer, require_ids, save_tokenizer
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
@@ -81,11 +81,7 @@ def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
     family = Exported() if exported and is_exported(path) else families.of_folder(path)
     model = family.load(path) if weights else shapes(family, family.read_config(path))
     tokenizer = load_tokenizer(path)
-    sizes = family.sizes(model.config)
-    if len(tokenizer) > sizes.vocab_size:
-        raise BadInput(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens", f"the model embeds {sizes.vocab_size}", "use its own tokenizer"
-        )
+    require_ids(tokenizer, family.sizes(model.config).vocab_size, path)
     return Loaded(path, family, model, tokenizer, manifest)
 
 

@@ -10,7 +10,7 @@ from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import ImportConfig
 from efficientvlm.control import Control
-from efficientvlm.data.tokenizer import load_tokenizer
+from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.loading import image_processor, read_json
@@ -66,10 +66,9 @@ def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any
     _check(config, path, weights)
     family = families.of_folder(path)
     model = family.load(path) if weights else shapes(family, family.read_config(path))
-    tokenizer, size = load_tokenizer(resolve(config.tokenizer) if config.tokenizer else path), family.sizes(model.config).vocab_size
-    if len(tokenizer) > size:
-        why = f"the model embeds {size}: they are not of one vocabulary"
-        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+    folder = resolve(config.tokenizer) if config.tokenizer else path
+    tokenizer = load_tokenizer(folder)
+    require_ids(tokenizer, family.sizes(model.config).vocab_size, folder)
     return family, model, tokenizer
 
 

@@ -12,7 +12,7 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import InitConfig
 from efficientvlm.control import Control
 from efficientvlm.data.sources import open_texts, texts
-from efficientvlm.data.tokenizer import load_tokenizer, train_wordpiece, with_special
+from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
@@ -81,7 +81,10 @@ def tokenizer_of(config: InitConfig, source: Any) -> Any:
     """The tokenizer, trained on `source` if there is one, with the tokens that the family wants besides."""
     more = families.get(config.family).extra_tokens
     if source is None:
-        return with_special(load_tokenizer(resolve(config.tokenizer), bert=True), more)
+        folder = resolve(config.tokenizer)
+        tokenizer = with_special(load_tokenizer(folder, bert=True), more)
+        require_ids(tokenizer, len(tokenizer), folder)
+        return tokenizer
     return with_special(train_wordpiece(texts(source), config.vocab_size - len(more)), more)
 
 
