@@ -395,3 +395,13 @@ def test_a_restored_state_keeps_no_file_open(tmp_path: Path) -> None:
     save(tmp_path, tensors_of(model, []), Spent(steps=3))
     assert restore(tmp_path, torch.nn.Linear(300, 300), [], 3).steps == 3
     assert "state.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_texts_of_unknown_words_alone_end_without_figures_of_masked_tokens(chain: Path, tmp_path: Path) -> None:
+    from test_data_files import jsonl, pictures
+
+    pictures(tmp_path, 8)
+    jsonl(tmp_path / "d.jsonl", [{"image": f"img/{n}.png", "caption": "♠♠"} for n in range(8)])
+    settings = {**TRAIN, "max_steps": 1, "data": str(tmp_path / "d.jsonl"), "val": str(tmp_path / "d.jsonl")}
+    metrics = run_stage("pretrain", out=str(tmp_path / "o"), model=str(chain / "init"), **settings).metrics["val"]
+    assert metrics["images"] == 4 and "itc" in metrics and not {"mlm", "mlm_accuracy"} & set(metrics)

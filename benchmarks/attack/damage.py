@@ -281,7 +281,7 @@ def special(draw: Draw, path: Path, kinds: tuple[str, ...] = SPECIAL) -> str:
         except PermissionError:
             path.symlink_to("/dev/zero")
     elif kind == "proc":
-        path.symlink_to(draw.choice(["/proc/self/mem", "/proc/kmsg", "/proc/self/environ", "/proc/self/fd/0", "/sys/kernel/notes"]))
+        path.symlink_to(draw.choice(["/proc/self/mem", "/proc/self/environ", "/proc/self/fd/0", "/sys/kernel/notes"]))
     elif kind == "closed":
         path.write_bytes(content)
         path.chmod(0)
@@ -343,10 +343,12 @@ def seal(folder: Path, **over: Any) -> None:
     from efficientvlm import manifest
 
     path = folder / manifest.MANIFEST
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 26:
+        return
     try:
         values = json.loads(path.read_text("utf-8")) | over
         for name in values["files"]:
-            if stat.S_ISREG((folder / name).stat().st_mode) and (folder / name).stat().st_size < 1 << 26:
+            if stat.S_ISREG((folder / name).lstat().st_mode) and (folder / name).stat().st_size < 1 << 26:
                 content = (folder / name).read_bytes()
                 values["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         values["digest"] = manifest.digest(values)

@@ -98,7 +98,7 @@ def _resumable(work: Path, out: str) -> bool:
 def incomplete(out: Path) -> str:
     """What is wrong with a finished output, if it is a checkpoint: a file that is not as its manifest says, or one too many."""
     manifest = out / "evlm_manifest.json"
-    if not manifest.is_file():
+    if manifest.is_symlink() or not manifest.is_file() or manifest.stat().st_size > 1 << 26:
         return f"{out.name} has a state and no manifest" if (out / "training_state").exists() else ""
     recorded = json.loads(manifest.read_text("utf-8"))["files"]
     for name, record in recorded.items():

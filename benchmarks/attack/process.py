@@ -156,6 +156,7 @@ def _inside(argv: list[str], place: Place, prepare: Callable[[], None] | None) -
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))  # the machine survives what is noticed too late
     os.environ.update({"TMPDIR": str(place.tmp), "HOME": str(place.home), "XDG_CACHE_HOME": str(place.home / ".cache"), "COLUMNS": "200"})
     os.environ.update(place.environment)
     tempfile.tempdir = None

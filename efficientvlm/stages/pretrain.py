@@ -162,13 +162,16 @@ def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: 
 
 @torch.inference_mode()
 def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts) -> dict[str, Any]:
-    """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches."""
+    """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches.
+
+    A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.
+    """
     model = objective.model.eval()
     device = next(model.parameters()).device
     batch_size = config.eval_batch_size or config.batch_size
     count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
-    totals: dict[str, float] = {}
-    batches = images = 0
+    found: dict[str, list[float]] = {}
+    images = 0
     if not count:
         return {"images": 0}
     size = min(batch_size, count)
@@ -187,8 +190,11 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
             values["itm_accuracy"] = float((record["itm_logits"].argmax(-1) == matched.long()).float().mean())
         if "mlm_logits" in record:
             labels = batch["masked_labels"].to(device)
-            values["mlm_accuracy"] = float((record["mlm_logits"].argmax(-1) == labels)[labels != -100].float().mean())
+            masked = labels != -100
+            if masked.any():
+                values["mlm_accuracy"] = float((record["mlm_logits"].argmax(-1) == labels)[masked].float().mean())
+            else:
+                del values["mlm"]
         for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value
-        batches += 1
-    return {"images": images, **{name: value / batches for name, value in totals.items()}}
+            found.setdefault(name, []).append(value)
+    return {"images": images, **{name: sum(values) / len(values) for name, values in found.items()}}
