@@ -61,6 +61,14 @@ class Bar:
                 self.live.stop()
 
 
+def counted(starts: range, title: str, total: int, quiet: bool) -> Iterator[int]:
+    """The `starts` of batches of `total` units, one after another, with progress."""
+    with Bar(title, total, quiet=quiet) as bar:
+        for start in starts:
+            yield start
+            bar.update(min(total, start + starts.step))
+
+
 def say(text: str, *, quiet: bool = False) -> None:
     """One line of news on stderr, from the main process; where nobody listens any more, as after the terminal was closed, work goes on."""
     if not quiet and ranks.is_main():

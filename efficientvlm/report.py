@@ -124,7 +124,14 @@ def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, A
         "latency": {str(record["batch"]): {key: record[key] for key in record if key not in ("model", "batch")} for record in rows},
         "timed_with_untrained_decoder": bool(timed) and not (timed or {})["trained"],
         "accuracy": (main_metric(test["metrics"]) or ("", None))[1] if test else None,
+        **{key: test["metrics"].get(key) if test else None for key in ("standard_error", "majority_accuracy")},
+        "unanswerable": _unanswerable(test["metrics"]) if test else None,
     }
+
+
+def _unanswerable(metrics: dict[str, Any]) -> float | None:
+    """Part of the questions that no answer of the closed list is right for; None where there is none."""
+    return metrics["unanswerable"] / metrics["questions"] if metrics.get("unanswerable") else None
 
 
 def targets(summary: dict[str, Any], limits: Targets) -> list[dict[str, Any]]:
@@ -199,6 +206,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         name = f"  speed-up over {summary['speed']['compared_with']}"
         add(name, every(lambda m, s=size: _times(m["latency"].get(s, {}).get("speedup"))), last=size == sizes[-1])
     add(metric_title(summary), every(lambda m: _percent(m["accuracy"])))
+    add("  standard error", every(lambda m: _percent(m["standard_error"], 2)))
+    add("  of the most frequent answer alone", every(lambda m: _percent(m["majority_accuracy"])))
+    add("  questions that cannot be answered", every(lambda m: _percent(m["unanswerable"])))
     add(f"  of the {reference}'s", every(lambda m: _percent(m["accuracy_of_reference"])), last=True)
     add(f"layers ({'/'.join(towers)})", every(lambda m: "/".join(str(m["layers"].get(tower, 0)) for tower in towers)), last=True)
     for title, kind in (("heads kept", "head"), ("cross-attention heads kept", "cross_head"), ("neurons kept", "neuron")):
@@ -236,8 +246,8 @@ def scale(values: list[int]) -> tuple[str, Callable[[float | None], str]]:
     return unit, lambda value: NONE if value is None else f"{value / size:.{decimals}f}"
 
 
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f} %"
+def _percent(value: float | None, decimals: int = 1) -> str:
+    return NONE if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def _times(value: float | None) -> str:

@@ -25,6 +25,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch
 from efficientvlm.data.sources import open_pairs
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.families import footprint
 from efficientvlm.objectives import pretraining
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.planning.plan import plan
@@ -153,17 +154,21 @@ def test_matching_is_measured_on_as_many_wrong_pairs_as_right_ones() -> None:
     assert "itm_accuracy" not in evaluate(Matcher(), None, found, batch_size=4), "nothing is known to be unmatched"
 
 
-def test_a_batch_does_not_change_the_result(pairs: Path) -> None:
+def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(str(pairs / "teacher"))
     source = open_pairs(SHAPES, "train", limit=11, image_size=loaded.sizes.image_size)
     results = [evaluate_pairs(loaded, source, limit=None, title="", quiet=True, batch_size=size, rerank=4) for size in (3, 3, 11)]
     assert results[0] == results[1] and results[0].keys() == {
         "images",
         "captions",
+        "standard_errors",
+        "reading",
         *MATCHING,
         *METRICS,
         *(f"reranked_{m}" for m in METRICS),
     }
+    monkeypatch.setitem(footprint.BLOCK, "cpu", 1)  # nothing is held, every image and every pair a block of its own
+    small = evaluate_pairs(loaded, source, limit=None, title="", quiet=True, batch_size=4, rerank=4)
     texts = Texts(loaded.tokenizer)
     items = [source[at] for at in range(11)]
     pixels = torch.stack([torch.from_numpy(item.image).permute(2, 0, 1) for item in items])
@@ -176,7 +181,7 @@ def test_a_batch_does_not_change_the_result(pairs: Path) -> None:
     assert len(one.text) == len({caption for item in batches[0][2] for caption in item}) and one.own == other.own
     torch.testing.assert_close(one.image.norm(dim=1), torch.ones(11))
     for metric in METRICS | MATCHING:
-        assert results[0][metric] == pytest.approx(results[2][metric], abs=1e-5)
+        assert results[0][metric] == pytest.approx(results[2][metric], abs=1e-5) == small[metric]
 
 
 def test_a_tuned_model_keeps_the_heads_of_retrieval_and_counts_no_others(pairs: Path, chain: Path) -> None:
@@ -185,7 +190,7 @@ def test_a_tuned_model_keeps_the_heads_of_retrieval_and_counts_no_others(pairs: 
     assert model.config.heads == ["itc", "itm"] and load(str(pairs / "teacher")).tasks >= {"retrieval"}
     left = sum(p.numel() for name, p in source.named_parameters() if name.startswith(("mlm_head.", "box_head.")))
     assert after.accounting["parameters"]["total"] == before.accounting["parameters"]["total"] - left > 0
-    assert after.metrics["val"].keys() == {"images", "captions", *MATCHING, *METRICS}
+    assert after.metrics["val"].keys() == {"images", "captions", "standard_errors", "reading", *MATCHING, *METRICS}
     assert after.metrics["train"].keys() == {"loss", "itc", "itm"}
     assert after.metrics["train"]["loss"] == pytest.approx(after.metrics["train"]["itc"] + after.metrics["train"]["itm"], rel=1e-4)
 
@@ -361,7 +366,7 @@ def test_a_clip_is_measured_by_contrast_alone(tmp_path: Path, chain: Path) -> No
     found = retrieval.encode(family, model, batches, tokens, 4, 5)
     result = evaluate(family, model, found, batch_size=4)
     assert (
-        result.keys() == {"images", "captions", *METRICS}
+        result.keys() == {"images", "captions", "standard_errors", *METRICS}
         and result["text_to_image_r5"] == 1
         and found.image_states is found.text_states is None
     )
@@ -420,7 +425,7 @@ def test_a_report_shows_the_mean_recall(pairs: Path, tmp_path: Path) -> None:
     assert "mean recall: shapes" in text and "6 images and" in text and "pruned / teacher: mean recall" in text
     out = {"out": str(tmp_path / "report"), "models": {label: str(pairs / label) for label in results}}
     run_stage("report", **out, evals={label: str(tmp_path / f"{label}.json") for label in results})
-    assert "mean recall, test" in (tmp_path / "report" / "report.html").read_text()
+    assert "mean recall, training data, evaluated" in (tmp_path / "report" / "report.html").read_text()
     reranked = run_stage("eval", model=str(pairs / "pruned"), **test, rerank=3)
     with pytest.raises(BadInput, match="cannot be compared"):
         report.summarise(models, {"teacher": results["teacher"], "pruned": reranked}, None)

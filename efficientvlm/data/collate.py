@@ -35,6 +35,11 @@ class Texts:
         self._head = [] if self.cls is None else [self.cls]
         self.pad: int = tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
+        self.special = frozenset(tokenizer.all_special_ids)
+        unknown = tokenizer.unk_token_id  # byte-level tokenizers have none, or call the end of a text so
+        self.unknown: int | None = None if unknown in (self.cls, self.sep, self.pad) else unknown
+        self.read, self.unread = 0, 0
+        """Tokens of all distinct strings so far, and how many of them are unknown."""
 
     @property
     def start(self) -> int:
@@ -54,7 +59,18 @@ class Texts:
             with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
                 encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
             known.update(zip(new, encoded["input_ids"], strict=True))
+            self.read += sum(map(len, encoded["input_ids"]))
+            self.unread += sum(ids.count(self.unknown) for ids in encoded["input_ids"])
         return [known[text] for text in texts]
+
+    def identities(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """What each string is to the tokenizer, equal where case and spacing alone differ; None for a string that it cannot read: one
+        that has an unknown or a special token in it, or leaves no token at all."""
+        return [tuple(ids) if ids and self.special.isdisjoint(ids) else None for ids in self.ids(texts)]
+
+    def room(self, max_tokens: int | None = None, *, double_sep: bool = False) -> int:
+        """Tokens of a text that fit between its ends."""
+        return (max_tokens or self.max_tokens) - len(self._head) - 1 - double_sep
 
     def batch(self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False) -> tuple[Tensor, Tensor]:
         """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing token always kept.
@@ -62,7 +78,7 @@ class Texts:
         `double_sep` closes every text with two separators (a quirk of the published release).
         """
         tail = [self.sep] * (1 + double_sep)
-        room = (max_tokens or self.max_tokens) - len(self._head) - len(tail)
+        room = self.room(max_tokens, double_sep=double_sep)
         rows = [[*self._head, *ids[:room], *tail] for ids in self.ids(texts)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = int(lengths.max(initial=0))

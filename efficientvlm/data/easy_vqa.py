@@ -79,9 +79,12 @@ class EasyVQA:
                     yield answer
 
     def answers(self) -> Iterator[tuple[str, float]]:
+        for question in self.questions():
+            yield from question.answers
+
+    def questions(self) -> Iterator[Question]:
         for image_id in self._ids:
-            for question in self._all_questions[image_id]:
-                yield from question.answers
+            yield from self._all_questions[image_id]
 
     def _images(self) -> Pixels:
         if self._pixels is None:

@@ -13,7 +13,7 @@ from efficientvlm.data.cells import LEFT_OUT, captions_of, is_missing, places_of
 from efficientvlm.data.draw import generator, seed_of
 from efficientvlm.data.forms import IMAGE_NAMES, open_table
 from efficientvlm.data.images import open_sized
-from efficientvlm.data.items import PairItem, Pixels, VQAItem
+from efficientvlm.data.items import PairItem, Pixels, Question, VQAItem
 from efficientvlm.data.skips import Skips
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import sha256
@@ -203,9 +203,13 @@ class FileVQA(_Files[VQAItem]):
 
     def answers(self) -> Iterator[tuple[str, float]]:
         """Every accepted answer of every question with its weight, without decoding an image."""
+        for question in self.questions():
+            yield from question.answers
+
+    def questions(self) -> Iterator[Question]:
+        """Every question, without decoding an image."""
         for questions in self._contents:
-            for question in questions:
-                yield from question.answers
+            yield from questions
 
     def _read(self, index: int) -> VQAItem:
         return VQAItem(self._keys[index], self._image(index)[0], self._contents[index])

@@ -12,7 +12,7 @@ import numpy as np
 
 from efficientvlm.data import phrases
 from efficientvlm.data.draw import generator
-from efficientvlm.data.items import PairItem, TwoImageItem, VQAItem
+from efficientvlm.data.items import PairItem, Question, TwoImageItem, VQAItem
 from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, draw, sample
 from efficientvlm.errors import BadInput
 
@@ -131,10 +131,14 @@ class Shapes(Generic[T]):
 
     def answers(self) -> Iterator[tuple[str, float]]:
         """Every accepted answer of up to 5,000 scenes, with its weight, whatever the kind."""
+        for question in self.questions():
+            yield from question.answers
+
+    def questions(self) -> Iterator[Question]:
+        """Every question of up to 5,000 scenes."""
         for index in range(min(len(self), SAMPLED_TEXTS)):
             _, scene = self._scene(index)
-            for question in phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS):
-                yield from question.answers
+            yield from phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS)
 
     def _scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
         rng = generator(self.settings.seed, "shapes", self.split, index, part)

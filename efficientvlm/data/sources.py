@@ -128,6 +128,11 @@ class Subset(Source[Item]):
         source: Any = self.source
         return source.answers()
 
+    def questions(self) -> Iterator[Any]:
+        """Those of the whole source, like its texts."""
+        source: Any = self.source
+        return source.questions()
+
 
 def texts(source: Source[Any]) -> Iterator[str]:
     """Every string of `source` for training a tokenizer, without decoding an image; of `shapes` a sample of 5,000 scenes."""

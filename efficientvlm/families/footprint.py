@@ -21,9 +21,11 @@ def room(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one image, of one question token, of one answer token, and of what each row copies of that to which it attends."""
+    """Bytes of one image on its way to its states, of its states with what other towers keep of them (`seen`), of that which each row that
+    attends to it copies, of one question token, and of one answer token; `vocabulary` are the logits of a token."""
 
-    image: int
+    encoding: int
+    seen: int
     attended: int
     question_token: int
     vocabulary: int
@@ -38,12 +40,18 @@ class Footprint:
         tokens, readers = (sizes.image_size // sizes.patch_size) ** 2 + 1, sum(n for tower, n in layers.items() if tower != "vision")
         decoder = layers.get("decoder", 0)
         return cls(
-            image=FLOAT * (tokens * (LAYER * sizes.widths["vision"] + 2 * text * readers) + 9 * sizes.image_size**2),
+            encoding=FLOAT * (tokens * LAYER * sizes.widths["vision"] + 9 * sizes.image_size**2),
+            seen=FLOAT * tokens * (sizes.widths["vision"] + 2 * text * readers),
             attended=FLOAT * tokens * 2 * text,
             question_token=FLOAT * text * (LAYER + 2 * decoder),
             vocabulary=FLOAT * 2 * sizes.vocab_size,
             answer_token=FLOAT * (2 * sizes.vocab_size + text * (LAYER + 2 * decoder)),
         )
+
+    @property
+    def image(self) -> int:
+        """Of an image that is encoded and attended to."""
+        return self.encoding + self.seen
 
     def question(self, tokens: int) -> int:
         """Of a question of `tokens` and the first token of its answer."""

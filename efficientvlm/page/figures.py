@@ -11,6 +11,7 @@ from efficientvlm.page.charts import bar, percent
 from efficientvlm.page.markup import Child, Html, table, tag
 from efficientvlm.page.story import Story, validation
 
+EVALUATED = {"test": "test", "val": "validation data, evaluated", "train": "training data, evaluated"}
 NOT_MEASURED = tag("span", "not measured", class_="none")
 
 
@@ -65,7 +66,8 @@ def headline(story: Story) -> Html:
     found = {chapter.label: validation(manifest) for chapter, manifest in story.made}
     head: list[Child] = ["", "parameters", "multiply-adds", "sparsity"]
     head += [[f"latency, batch {size}"] for size in batches] or ["latency"]
-    head += [f"{report.metric_title(story.summary)}, {split}" for split in ("test", "validation")]
+    evaluated = EVALUATED.get((story.summary["test"] or {}).get("split", "test"), "evaluated")
+    head += [f"{report.metric_title(story.summary)}, {measured}" for measured in (evaluated, "validation")]
     units = {name: report.scale([model[name]["total"] for model in models.values()]) for name in ("parameters", "macs")}
     rows = []
     for label, model in models.items():

@@ -26,8 +26,9 @@ from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, ma
 from efficientvlm.recipe import Step
 from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut
 from efficientvlm.stages.answering import Answerer, read_answers
-from efficientvlm.stages.common import shapes
+from efficientvlm.stages.common import shapes, texts_of
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
+from efficientvlm.stages.reading import Reading, of_questions, of_texts
 from efficientvlm.stages.retrieving import check_able
 from efficientvlm.stages.tasks import TASKS, answer_list
 
@@ -124,6 +125,8 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
     with on_meta():
         trained = replace(student, model=student.family.build(student.model.config))  # its own: what is frozen here learns in later stages
+    with chain.problems.of(step.name):
+        found.notes += of_texts(texts_of(student, config.max_tokens), sources["train"]).remarks
     if not wrong:  # it may lack the towers
         pretrain.freeze(trained.model, config.freeze)
     training(chain, step, found, Run(config, trained, teacher, sources, student.manifest.extra.get("new", [])), inputs, result=student)
@@ -171,6 +174,8 @@ def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
             config.val_fraction,
         )
         student.model.config.answers = chain.source(lambda: answer_list(config, sources["train"]), *key)
+    with chain.problems.of(step.name):
+        found.notes += task.reading(config, student, sources).remarks
     return Run(config, student, teacher, sources, new)
 
 
@@ -260,15 +265,21 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     loaded = chain.open(config.model, step.name)
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
     answers = read_answers(resolve(config.answers)) if config.answers else None
+    reading, answer = Reading(), None
     with chain.problems.of(step.name):
         if config.task == "retrieval":
             check_able(loaded, config.rerank)
         else:
-            Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+            answer = Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+            reading += answer.reading
     task, side = TASKS[config.task], loaded.sizes.image_size
     key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
     source = chain.source(lambda: task.open(config, config.split, side), "eval", task.data, config.split, side, *key)
     found.schedule = {"images": len(source), "batch_size": config.batch_size}
+    reading += of_texts(texts_of(loaded), source)
+    if answer is not None and config.mode == "rank":
+        reading += of_questions(answer.texts, answer.answers, source)
+    found.notes += reading.remarks
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
     if config.answers:
         inputs["answers"] = fingerprint(config.answers)

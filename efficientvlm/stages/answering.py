@@ -13,6 +13,7 @@ from efficientvlm.data.sources import open_vqa, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
+from efficientvlm.stages import reading
 from efficientvlm.stages.common import Loaded, no_answers, settings_of, texts_of, which
 from efficientvlm.tasks.vqa import evaluate, generate, rank
 from efficientvlm.training import Batch
@@ -60,15 +61,22 @@ class Answerer:
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
         self.device = loaded.model.device
+        self.room = self.texts.room(tuned_with(loaded.manifest, "max_answer_tokens", 10))
+        self.reading, self.listed = reading.Reading(), frozenset[Any]()
         if "vqa" not in loaded.tasks:
             raise no_answers(loaded)
         if mode == "rank":
             if not self.answers:
                 raise BadInput(f"{loaded.path} has no list of answers", "", "give --answers FILE, or use generation")
-            first: dict[tuple[int, ...], str] = {}  # "Red" and "red" are one answer to the model
-            for answer, tokens in zip(self.answers, self.texts.ids(self.answers), strict=True):
-                first.setdefault(tuple(tokens), answer)
-            self.answers = list(first.values())
+            self.reading = reading.of_answers(self.texts, self.answers, self.room)
+            first: dict[tuple[int, ...] | None, str] = {}  # "Red" and "red" are one answer to the model
+            for answer, identity in zip(self.answers, self.texts.identities(self.answers), strict=True):
+                first.setdefault(identity, answer)
+            first.pop(None, None)
+            if not first:
+                why = f"it has no tokens for them: {reading.named(self.answers)}"
+                raise BadInput("no answer can be read by the tokenizer", why, "use a model made with a tokenizer for these answers")
+            self.answers, self.listed = list(first.values()), frozenset(first)
             ids, mask = self.texts.batch(self.answers)
             self.candidates = ids.to(self.device), mask.to(self.device)
 
@@ -92,19 +100,31 @@ class Answerer:
         texts = self.texts
         limit = tuned_with(self.loaded.manifest, "max_answer_tokens", 10)
         ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
-        return [self.loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
+        return [self.decoded(row) for row in ids.tolist()]
 
-    def as_read(self, answer: str) -> str:
-        """An annotated answer as this model could say it: through its tokens and back."""
-        (ids,) = self.texts.ids([answer])
-        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def decoded(self, ids: list[int]) -> str:
+        """Generated tokens as text; an unknown one is shown, so that what is left is not taken for an answer."""
+        left_out = self.texts.special - {self.texts.unknown}
+        return str(self.loaded.tokenizer.decode([token for token in ids if token not in left_out])).strip()
+
+    def as_read(self, answer: str) -> str | None:
+        """An annotated answer as this model could say it, through its tokens and back; None where its tokenizer cannot read it."""
+        (ids,) = self.texts.identities([answer])
+        return None if ids is None else self.decoded(list(ids)) or None
+
+    def can_say(self, read: str) -> bool:
+        """Whether the closed list has an answer, or generation room for it; `read` is as :meth:`as_read` gives it."""
+        (ids,) = self.texts.identities([read])
+        return ids in self.listed if self.mode == "rank" else ids is not None and len(ids) <= self.room + 1
 
 
 def evaluate_on(
     answer: Answerer, source: Any, *, limit: int | None, title: str, quiet: bool, batch_size: int = EVAL_BATCH
 ) -> dict[str, Any]:
-    """Accuracy of `answer` over `source`, with progress."""
+    """Accuracy of `answer` over `source`, with progress; `reading` counts what the tokenizer could not read."""
     count = min(len(source), limit or len(source))
+    for remark in reading.titled(title, answer.reading):
+        say(remark, quiet=quiet)
     if not count:
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
@@ -119,5 +139,9 @@ def evaluate_on(
                 done += len(batch["pixels"])
                 bar.update(done)
 
-        result = evaluate(answer, batches(), answer.as_read)
-    return {"images": done, **result}
+        result = evaluate(answer, batches(), answer.as_read, answer.can_say)
+    lost, texts = result.get("unanswerable", 0), answer.texts
+    for remark in (*reading.unanswerable(lost, result["questions"]), *reading.unknown(texts.read, texts.unread, "that were read")):
+        say(f"{title}: {remark}", quiet=quiet)
+    counts = {**answer.reading.counts, "tokens": texts.read, "unknown_tokens": texts.unread}
+    return {"images": done, **result, "reading": counts}

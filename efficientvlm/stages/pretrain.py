@@ -19,7 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.progress import telling
+from efficientvlm.progress import counted, say, telling
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
@@ -37,6 +37,7 @@ from efficientvlm.stages.common import (
     which,
     write,
 )
+from efficientvlm.stages.reading import Reading, all_read, of_texts, titled
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -70,6 +71,9 @@ def run(config: Pretrain, control: Control) -> Manifest:
         plan = plan_for(sources["train"], config.batch_size, config.seed, ranks.world(), ranks.rank())
         steps = config.max_steps or max(1, round(config.epochs * plan.batches_per_epoch))
         keep_skipped(output, sources, control.quiet)
+        reading = of_texts(texts, sources["train"]) if ranks.is_main() else Reading()
+        for remark in titled(stage, reading):
+            say(remark, quiet=control.quiet)
         with learning(config, output):
             spent = train(
                 objective,
@@ -85,9 +89,10 @@ def run(config: Pretrain, control: Control) -> Manifest:
             )
 
         def finish() -> Manifest:
-            val = validated(config, lambda: validate(hard, config, sources["val"], texts), control.quiet)
+            val = validated(config, lambda: validate(hard, config, sources["val"], texts, control.quiet), control.quiet)
             metrics = {"train": spent.last, "val": val}
-            common: dict[str, Any] = {"control": control, "spent": spent, "sources": sources, "metrics": metrics}
+            extra = {"reading": all_read(stage, texts, reading, control.quiet)}
+            common: dict[str, Any] = {"control": control, "spent": spent, "sources": sources, "metrics": metrics, "extra": extra}
             return write(output, student.family, student.model, student.tokenizer, image_processor=student.image_processor, **common)
 
         return ranks.on_main(finish, Manifest.model_validate)
@@ -161,8 +166,8 @@ def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: 
 
 
 @torch.inference_mode()
-def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts) -> dict[str, Any]:
-    """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches.
+def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts, quiet: bool = False) -> dict[str, Any]:
+    """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches, with progress.
 
     A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.
     """
@@ -175,7 +180,7 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     if not count:
         return {"images": 0}
     size = min(batch_size, count)
-    for start in range(0, count - size + 1, size):
+    for start in counted(range(0, count - size + 1, size), "validate", count, quiet):
         items = usable(source, range(start, start + size))
         if len(items) < min(2, size):
             continue  # matching needs another pair

@@ -13,6 +13,7 @@ from efficientvlm.data.sources import usable
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, texts_of
+from efficientvlm.stages.reading import unknown
 from efficientvlm.tasks.retrieval import encode, evaluate
 
 EVAL_BATCH = 64
@@ -52,19 +53,46 @@ def evaluate_pairs(
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
     model, texts = loaded.model.eval(), texts_of(loaded, max_tokens)
+    pictures = Pictures(source, count, batch_size)
+    shown: dict[str, Any] = {"title": title, "quiet": quiet}
     with Bar(title, count, quiet=quiet) as bar:
-        batches = captioned_batches(source, count, batch_size, bar.update)
-        gallery = encode(loaded.family, model, batches, partial(Texts.batch, texts), batch_size, count)
-        return evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed)
+        batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
+        gallery = encode(loaded.family, model, batches, tokens, batch_size, count, again=pictures, **shown)
+    result = evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
+    for remark in unknown(texts.read, texts.unread, "that were read"):
+        say(f"{title}: {remark}", quiet=quiet)
+    return {**result, "reading": {"tokens": texts.read, "unknown_tokens": texts.unread}}
 
 
-def captioned_batches(source: Any, count: int, batch_size: int, progress: Any) -> Iterator[tuple[Sequence[str], Tensor, Sequence[Any]]]:
-    """Ids, pixels and captions of the first `count` images, in order; images that cannot be read, or have no caption, are left out."""
-    found = False
-    for start in range(0, count, batch_size):
-        if items := [item for item in usable(source, range(start, min(count, start + batch_size))) if item.captions]:
-            found = True
-            yield [item.id for item in items], stack([item.image for item in items]), [item.captions for item in items]
-        progress(min(count, start + batch_size))
-    if not found:
-        raise BadInput(f"{source.name} has no captions", "retrieval needs at least one image with a text", "use another --data or --split")
+class Pictures:
+    """The first `count` images of a source with their captions, in order, and any of them again by number.
+
+    Images that cannot be read, or have no caption, are left out and have no number.
+    """
+
+    def __init__(self, source: Any, count: int, batch_size: int) -> None:
+        self.source, self.count, self.batch_size = source, count, batch_size
+        self.places: list[tuple[int, int]] = []  # where the batch of an image starts, and its place in it
+        self._last: tuple[int, list[Any]] | None = None
+
+    def batches(self, progress: Any) -> Iterator[tuple[Sequence[str], Tensor, Sequence[Any]]]:
+        """Ids, pixels [B, 3, H, W] and captions."""
+        for start in range(0, self.count, self.batch_size):
+            if items := self._items(start):
+                self.places += [(start, at) for at in range(len(items))]
+                yield [item.id for item in items], stack([item.image for item in items]), [item.captions for item in items]
+            progress(min(self.count, start + self.batch_size))
+        if not self.places:
+            why = "retrieval needs at least one image with a text"
+            raise BadInput(f"{self.source.name} has no captions", why, "use another --data or --split")
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Pixels of images by number."""
+        places = [self.places[number] for number in numbers.tolist()]
+        return stack([self._items(start)[at].image for start, at in places])
+
+    def _items(self, start: int) -> list[Any]:
+        if self._last is None or self._last[0] != start:
+            found = usable(self.source, range(start, min(self.count, start + self.batch_size)))
+            self._last = start, [item for item in found if item.captions]
+        return self._last[1]

@@ -19,9 +19,10 @@ from efficientvlm.objectives.task import VQA
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of
+from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of, texts_of
 from efficientvlm.stages.influence import Influence
 from efficientvlm.stages.pretrain import open_split
+from efficientvlm.stages.reading import Reading, of_answers, of_questions, of_texts
 from efficientvlm.stages.retrieving import EVAL_BATCH as PAIRS_BATCH
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs, no_retrieval
 from efficientvlm.training import Batch
@@ -45,6 +46,9 @@ class Task(Protocol):
 
     def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
         """Note in the student's configuration what its training data decide."""
+
+    def reading(self, config: TaskStage, student: Loaded, sources: dict[str, Any]) -> Reading:
+        """What the tokenizer makes of the texts, once the student is configured."""
 
     def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> nn.Module:
         """What is minimised: the task's own losses, with `teacher` mixed with L_KD. It holds the student as `model`."""
@@ -83,6 +87,12 @@ class Answering:
 
     def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
         student.model.config.answers, student.model.config.rank_top = answer_list(config, source), config.rank_top
+
+    def reading(self, config: TaskStage, student: Loaded, sources: dict[str, Any]) -> Reading:
+        texts, answers = texts_of(student, config.max_tokens), student.model.config.answers
+        room = texts.room(config.max_answer_tokens, double_sep=config.quirks.double_sep)
+        of_list = of_answers(texts, answers, room)
+        return of_texts(texts, sources["train"]) + of_list + of_questions(texts, answers, sources["val"])
 
     def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> VQA:
         kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
@@ -138,6 +148,9 @@ class Retrieval:
 
     def configure(self, config: TaskStage, student: Loaded, source: Any) -> None:
         pass
+
+    def reading(self, config: TaskStage, student: Loaded, sources: dict[str, Any]) -> Reading:
+        return of_texts(texts_of(student, config.max_tokens), sources["train"])
 
     def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Pretraining | Distillation:
         losses, hard_negatives = student.family.retrieval, config.hard_negatives

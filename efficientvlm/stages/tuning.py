@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,10 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
-from efficientvlm.progress import telling
+from efficientvlm.progress import say, telling
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
@@ -29,6 +30,7 @@ from efficientvlm.stages.common import (
     write,
 )
 from efficientvlm.stages.influence import observed
+from efficientvlm.stages.reading import Reading, all_read, titled
 from efficientvlm.stages.tasks import TASKS, Task
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
@@ -42,6 +44,7 @@ class Tuning:
     teacher: Loaded | None
     new: list[str]
     sources: dict[str, Any]
+    reading: Reading = field(default_factory=Reading)
 
     @classmethod
     def open(cls, config: TaskStage, *, quiet: bool = False) -> Tuning:
@@ -92,11 +95,20 @@ class Tuning:
 
     @cached_property
     def feed(self) -> Callable[[int], Sequence[Batch]]:
-        return self.task.feed(self.config, self.sources["train"], texts_of(self.student, self.config.max_tokens), self.plan)
+        return self.task.feed(self.config, self.sources["train"], self.texts, self.plan)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The texts of the training data; they count what is unknown among them."""
+        return texts_of(self.student, self.config.max_tokens)
 
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""
         keep_skipped(output, self.sources, control.quiet)
+        if ranks.is_main():
+            self.reading = self.task.reading(self.config, self.student, self.sources)
+            for remark in titled(output.stage, self.reading):
+                say(remark, quiet=control.quiet)
         with learning(self.config, output):
             return train(
                 objective,
@@ -121,8 +133,9 @@ class Tuning:
         val = validated(config, lambda: self.task.validate(config, self.student, source, quiet), quiet)
         found = observed(output.stage, config, lambda: self.task.influence(config, self.student, source), quiet)
         student, metrics = self.student, {"train": spent.last, "val": val}
+        read = all_read(output.stage, self.texts, self.reading, control.quiet)
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "metrics": metrics}
-        common |= {"image_processor": student.image_processor, "extra": {**(extra or {}), "influence": found}}
+        common |= {"image_processor": student.image_processor, "extra": {**(extra or {}), "influence": found, "reading": read}}
         return write(output, student.family, student.model, student.tokenizer, **common)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -150,16 +151,32 @@ def accuracy(predicted: Sequence[str], answers: Sequence[Sequence[tuple[str, flo
     return sum(hits) / len(hits) if hits else 0.0
 
 
+Read = Callable[[str], "str | None"]
+
+
+def as_it_is(text: str) -> str | None:
+    """Text that stands for itself; nothing is no answer."""
+    return text or None
+
+
 def evaluate(
-    predict: Callable[[dict[str, Any]], list[str]], batches: Iterable[dict[str, Any]], as_read: Callable[[str], str] = str
+    predict: Callable[[dict[str, Any]], list[str]],
+    batches: Iterable[dict[str, Any]],
+    as_read: Read = as_it_is,
+    can_say: Callable[[str], bool] = lambda read: True,
 ) -> dict[str, Any]:
     """Accuracy of `predict` over batches of `data.collate.vqa_batch(train=False)`, overall and for each annotated answer's kind.
 
-    Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake. A question with ten
-    annotators is measured as VQAv2 does, with its normalisation of answers; any other by the weight of the answer given.
+    Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake, and a text that it
+    cannot read (None) is never right. A question with ten annotators is measured as VQAv2 does, with its normalisation of answers; any
+    other by the weight of the answer given.
 
-    Returns `accuracy`, `questions`, the accuracy of the questions whose answer is yes or no and of the others, and `soft_questions`, those
-    with ten annotators, if there are any.
+    Args:
+        can_say: whether an answer, as it is read, could be given at all.
+
+    Returns `accuracy` with its `standard_error` (of a mean over questions), `questions`, `majority_accuracy` (of one answer to all of them,
+    the most frequent), the accuracy of the questions whose answer is yes or no and of the others, `soft_questions`, those with ten
+    annotators, if there are any, and `unanswerable`, the questions of which no accepted answer can be read and said, if there are any.
     """
     guesses: list[str] = []
     answers: list[list[tuple[str, float]]] = []
@@ -170,20 +187,48 @@ def evaluate(
         annotators += batch.get("annotators") or [0] * len(batch["answer_texts"])
     seen = {text: as_read(text) for text in {*guesses, *(text for given in answers for text, _ in given)}}
     official = {text: as_read(normalised(text)) for text in seen} if ANNOTATORS in annotators else {}
-    hits, closed = [], []
-    for guess, given, count in zip(guesses, answers, annotators, strict=True):
+    forms: list[dict[str, str | None]] = []
+    accepted: list[list[tuple[str | None, float]]] = []
+    for given, count in zip(answers, annotators, strict=True):
         disagree = count == ANNOTATORS and len(given) > 1  # with one answer only, the published evaluation compares it as it is
-        form = official if disagree else seen
-        given = [(form[text], weight) for text, weight in given]
-        closed.append(any(text in ("yes", "no") for text, _ in given))
-        hits.append(soft_accuracy(form[guess], given, count) if count == ANNOTATORS else accuracy([form[guess]], [given]))
-    result: dict[str, Any] = {"accuracy": mean(hits), "questions": len(guesses)}
+        forms.append(official if disagree else seen)
+        accepted.append([(forms[-1][text], weight) for text, weight in given])
+    read = (form[guess] for form, guess in zip(forms, guesses, strict=True))
+    hits = [score(*case) for case in zip(read, accepted, annotators, strict=True)]
+    closed = [any(text in ("yes", "no") for text, _ in given) for given in accepted]
+    said: dict[str, float] = {}
+    for text, weight in (pair for given in accepted for pair in given):
+        if text is not None:
+            said[text] = said.get(text, 0.0) + weight
+    most = max(said, key=lambda text: (said[text], text), default=None)
+    always = [score(most, *case) for case in zip(accepted, annotators, strict=True)]
+    able = {text for text in {text for given in accepted for text, _ in given} if text is not None and can_say(text)}
+    lost = sum(able.isdisjoint(text for text, _ in given) for given in accepted)
+    result: dict[str, Any] = {
+        "accuracy": mean(hits),
+        "standard_error": standard_error(hits),
+        "questions": len(guesses),
+        "majority_accuracy": mean(always),
+    }
     for name, wanted in (("yes_no", True), ("other", False)):
         if any(kind is wanted for kind in closed):
             result[f"accuracy_{name}"] = mean([hit for hit, kind in zip(hits, closed, strict=True) if kind is wanted])
     soft = annotators.count(ANNOTATORS)
-    return result | ({"soft_questions": soft} if soft else {})
+    return result | ({"soft_questions": soft} if soft else {}) | ({"unanswerable": lost} if lost else {})
+
+
+def score(guess: str | None, given: Sequence[tuple[str | None, float]], annotators: int) -> float:
+    """Accuracy of one answer by the measure of its question; 0 for one that cannot be read."""
+    if guess is None:
+        return 0.0
+    read = [(text, weight) if text is not None else ("", weight) for text, weight in given]
+    return soft_accuracy(guess, read, annotators) if annotators == ANNOTATORS else accuracy([guess], [read])
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent `values`; None for fewer than two."""
+    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values)) if len(values) > 1 else None
