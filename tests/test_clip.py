@@ -257,7 +257,7 @@ def test_a_siglip_refuses_texts_longer_than_its_positions():
         model.encode_text(ids, ids)
 
 
-@pytest.mark.parametrize("mean", [0.5, [1.0], "grey"])
+@pytest.mark.parametrize("mean", [[1.0], "grey", [True, None, 1]])
 def test_an_image_processor_with_other_than_three_channels_is_refused(tmp_path, mean):
     stock = CLIPModel(CLIPModel.config_class(text_config=TEXT, vision_config=VISION))
     stock.save_pretrained(tmp_path)
@@ -346,16 +346,18 @@ def test_image_settings_go_through_every_stage(hugging_face, imported, tmp_path)
     assert result["models"][1]["parameters_timed"] < result["models"][0]["parameters_timed"] and len(result["latency"]) == 2
 
 
-def test_image_settings_of_another_size_are_made_to_fit(hugging_face, tmp_path):
+def test_image_settings_inside_a_processor_and_none_at_all(hugging_face, tmp_path):
     folder = shutil.copytree(hugging_face, tmp_path / "hf")
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").unlink()
-    nested = {"image_processor": settings | {"crop_size": {"height": 24, "width": 24}}}
-    (folder / "processor_config.json").write_text(json.dumps(nested))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 0}))  # transformers reads the other file first
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"crop_size": {"height": 24, "width": 24}}}))
+    with pytest.raises(BadInput, match="its pictures are 24 x 24, the model reads 16 x 16"):
+        run_stage("import", out=str(tmp_path / "out"), model=str(folder))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     run_stage("import", out=str(tmp_path / "out"), model=str(folder))
-    made = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert made == settings | {"size": {"shortest_edge": 16}}
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == settings
     (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
     run_stage("import", out=str(tmp_path / "plain"), model=str(folder))
     plain = json.loads((tmp_path / "plain" / "preprocessor_config.json").read_text())
     assert plain["size"] == {"height": 16, "width": 16} and plain["do_center_crop"] is False

@@ -14,7 +14,6 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.loading import image_processor
 from efficientvlm.families.xvlm import XVLM
-from efficientvlm.stages.image_settings import fitted
 
 NAMES = ("xvlm", "clip", "siglip", "blip-qa", "blip-caption", "blip-retrieval")
 TRANSFORMERS = {  # its name of what X-VLM calls otherwise, and the part of the configuration it is in
@@ -78,14 +77,6 @@ def test_stored_sizes_and_statistics(tmp_path: Path, name: str) -> None:
 def test_settings_of_a_new_network(family: Any) -> None:
     with pytest.raises(BadInput, match="settings: image_std"):
         family.fresh_config("tiny", {"image_std": [0, 1, 1]}, 50)
-
-
-@pytest.mark.parametrize("size", [[16, 16], [32, 32], {"shortest_edge": [16]}, None, {}])
-def test_image_sizes_of_any_form_are_made_to_fit(size: Any) -> None:
-    family, config = FAMILIES["clip"]
-    settings = {"size": size, "image_mean": list(config.image_mean), "image_std": list(config.image_std)}
-    new = fitted(settings, family.sizes(config))["size"]
-    assert new == size if size == [16, 16] else set(new.values()) == {16}
 
 
 HUGE = ("image_size", "vision_layers", "text_layers", "vision_intermediate", "vocab_size", "max_positions")

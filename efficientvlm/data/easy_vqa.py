@@ -13,6 +13,7 @@ import numpy as np
 from efficientvlm.data.draw import generator
 from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Pixels, Question, VQAItem
+from efficientvlm.data.preprocessing import Preprocessing, side_of
 from efficientvlm.errors import BadInput
 
 NATIVE_SIZE = 64
@@ -32,14 +33,16 @@ class EasyVQA:
     name = "easy-vqa"
     licence = "MIT"
 
-    def __init__(self, split: str, *, val_fraction: float = 0.1, limit: int | None = None, image_size: int | None = None) -> None:
+    def __init__(
+        self, split: str, *, val_fraction: float = 0.1, limit: int | None = None, image_size: Preprocessing | int | None = None
+    ) -> None:
         try:
             import easy_vqa
         except ImportError:
             raise BadInput("data easy-vqa", "the package easy-vqa is not installed", "pip install easy-vqa") from None
         if split not in ("train", "val", "test"):
             raise BadInput(f"easy-vqa has no split {split}", "", "use train, val or test")
-        self.split, self.size = split, image_size or NATIVE_SIZE
+        self.split, self.how, self.side = split, image_size or NATIVE_SIZE, side_of(image_size) or NATIVE_SIZE
         if split == "test":
             texts, answers, image_ids = easy_vqa.get_test_questions()
             self._paths = easy_vqa.get_test_image_paths()
@@ -90,9 +93,9 @@ class EasyVQA:
         if self._pixels is None:
             with self._lock:
                 if self._pixels is None:
-                    pixels = np.empty((len(self._ids), self.size, self.size, 3), np.uint8)
+                    pixels = np.empty((len(self._ids), self.side, self.side, 3), np.uint8)
                     for row, image_id in enumerate(self._ids):
-                        pixels[row] = open_image(self._paths[image_id], self.size)
+                        pixels[row] = open_image(self._paths[image_id], self.how)
                     self._pixels = pixels
         return self._pixels
 

@@ -14,6 +14,7 @@ from efficientvlm.data.draw import generator, seed_of
 from efficientvlm.data.forms import IMAGE_NAMES, open_table
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.items import PairItem, Pixels, Question, VQAItem
+from efficientvlm.data.preprocessing import Preprocessing, seen_regions
 from efficientvlm.data.skips import Skips
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import sha256
@@ -48,7 +49,7 @@ class _Files(Generic[T]):
         val_fraction: float = 0.1,
         limit: int | None = None,
         seed: int = 0,
-        image_size: int | None = None,
+        image_size: Preprocessing | int | None = None,
         max_bad: int | None = None,
     ) -> None:
         self.name, self.size = spec, image_size
@@ -242,7 +243,7 @@ class FilePairs(_Files[PairItem]):
         regions = []
         for row, (_, places) in zip(self._rows[index], self._contents[index], strict=True):
             for place in places:
-                regions.extend(regions_of(place, size, self.table.where(row)))
+                regions.extend(seen_regions(regions_of(place, size, self.table.where(row)), self.size, *size))
         return PairItem(self._keys[index], image, self._captions(index), regions)
 
     def _content(self, row: int) -> Any:

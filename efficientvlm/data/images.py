@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from efficientvlm.data.items import Pixels
+from efficientvlm.data.preprocessing import MAX_PIXELS, Preprocessing, prepared
 from efficientvlm.errors import BadInput
 from efficientvlm.files import open_plain
 
-MAX_PIXELS = 89_478_485  # Pillow's own warning threshold, here an error: such a file is a mistake or an attack
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of picture files, in lower case."""
 LARGEST_PICTURE = 200_000_000  # bytes
@@ -25,16 +25,16 @@ warnings.filterwarnings("ignore", module="PIL")  # of what cannot be read an err
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def open_image(source: str | Path | bytes, size: int | None = None, where: str = "") -> Pixels:
-    """The picture in a file or in its bytes, `[size, size, 3]` (bicubic, aspect not kept) or in its own size.
+def open_image(source: str | Path | bytes, size: Preprocessing | int | None = None, where: str = "") -> Pixels:
+    """The picture in a file or in its bytes, as `size` prepares it (a number: squeezed to that square) or in its own size.
 
     Raises:
-        BadInput: no such file, not a picture, damaged, or more than `MAX_PIXELS`; names `where`.
+        BadInput: no such file, not a picture, damaged, more than `MAX_PIXELS`, or not of the form that `size` asks for; names `where`.
     """
     return open_sized(source, size, where)[0]
 
 
-def open_sized(source: str | Path | bytes, size: int | None = None, where: str = "") -> tuple[Pixels, tuple[int, int]]:
+def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = None, where: str = "") -> tuple[Pixels, tuple[int, int]]:
     """As :func:`open_image`, with the width and height the picture had."""
     file = "" if isinstance(source, bytes) else str(source)
     where = where or f"image {file}".rstrip()
@@ -46,7 +46,7 @@ def open_sized(source: str | Path | bytes, size: int | None = None, where: str =
                 raise BadInput(where, f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", "scale it down")
             stored = str(image.tile[0][3]) if image.tile else ""  # how deep a pixel is in the file, forgotten once it is decoded
             picture = to_rgb(ImageOps.exif_transpose(image), stored)
-            return resized(picture, size), picture.size
+            return prepared(picture, size, where), picture.size
     except BadInput:
         raise
     except Image.DecompressionBombError:
@@ -103,10 +103,3 @@ def _clear_pixels(image: Image.Image, stored: str) -> NDArray[np.bool_] | None:
     seen = np.asarray(image.convert("L") if image.mode == "1" else image)
     same: NDArray[np.bool_] = np.asarray(seen == wanted)
     return np.asarray(same.all(-1)) if seen.ndim == 3 else same
-
-
-def resized(image: Image.Image, size: int | None) -> Pixels:
-    """Pixels of `image`, squeezed to a square of `size` if given."""
-    if size is not None and image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(image, dtype=np.uint8)

@@ -13,6 +13,7 @@ import numpy as np
 from efficientvlm.data import phrases
 from efficientvlm.data.draw import generator
 from efficientvlm.data.items import PairItem, Question, TwoImageItem, VQAItem
+from efficientvlm.data.preprocessing import Preprocessing, side_of
 from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, draw, sample
 from efficientvlm.errors import BadInput
 
@@ -85,14 +86,20 @@ class Shapes(Generic[T]):
     licence = "Apache-2.0"
 
     def __init__(
-        self, kind: type[T], split: str, settings: Settings | None = None, *, image_size: int | None = None, spec: str = "shapes"
+        self,
+        kind: type[T],
+        split: str,
+        settings: Settings | None = None,
+        *,
+        image_size: Preprocessing | int | None = None,
+        spec: str = "shapes",
     ) -> None:
         if split not in ("train", "val", "test"):
             raise BadInput(f"shapes has no split {split}", "", "use train, val or test")
         self.kind: type[T] = kind
         self.split, self.name = split, spec
         self.settings = settings or parse(spec)
-        self.side = image_size or DEFAULT_SIZE
+        self.side = side_of(image_size) or DEFAULT_SIZE
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from efficientvlm.data.items import Item, PairItem, Source, VQAItem
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 
 SPLITS = ("train", "val", "test")
@@ -23,7 +24,7 @@ def open_vqa(
     val_fraction: float = 0.1,
     limit: int | None = None,
     seed: int = 0,
-    image_size: int | None = None,
+    image_size: Preprocessing | int | None = None,
     max_bad: int | None = None,
     shuffle_buffer: int = 1000,
 ) -> Source[VQAItem]:
@@ -38,7 +39,8 @@ def open_vqa(
         seed: of that draw, and of the order of a stream.
         max_bad: samples that may be skipped because they cannot be used; by default 1 in 100, of a stream 100.
         shuffle_buffer: samples that a stream draws from at random.
-        image_size: side of the square images; by default 64 for the built-in data, the images' own size otherwise.
+        image_size: how pictures are prepared, or the side of a square they are squeezed to; by default 64 px for the built-in data, the
+            pictures' own size otherwise. What `shapes` draws has the side that comes out, and needs no preparing.
 
     Raises:
         BadInput: unknown data, an unreadable file, a missing column.
@@ -70,7 +72,7 @@ def open_pairs(
     val_fraction: float = 0.1,
     limit: int | None = None,
     seed: int = 0,
-    image_size: int | None = None,
+    image_size: Preprocessing | int | None = None,
     max_bad: int | None = None,
     shuffle_buffer: int = 1000,
 ) -> Source[PairItem]:

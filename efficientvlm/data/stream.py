@@ -20,6 +20,7 @@ from efficientvlm.data.files import PAIR_REQUIRED, PAIR_ROLES, VQA_REQUIRED, VQA
 from efficientvlm.data.forms import braces, paths_of
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.items import PairItem, Question, VQAItem
+from efficientvlm.data.preprocessing import Preprocessing, seen_regions
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
 from efficientvlm.data.tables import encoded, one_line, read_as, readers
@@ -50,7 +51,7 @@ class Stream(Generic[T]):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
         seed: int = 0,
-        image_size: int | None = None,
+        image_size: Preprocessing | int | None = None,
         max_bad: int | None = None,
         shuffle_buffer: int = 1000,
     ) -> None:
@@ -202,7 +203,7 @@ class Stream(Generic[T]):
         if issubclass(self.kind, VQAItem):
             return VQAItem(str(key), pixels, [content])
         captions, places = content
-        regions = [region for place in places for region in regions_of(place, size, where)]
+        regions = [region for place in places for region in seen_regions(regions_of(place, size, where), self.size, *size)]
         return PairItem(str(key), pixels, captions, regions)
 
 

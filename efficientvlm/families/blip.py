@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import (
     CROSS_HEAD,
@@ -41,7 +42,7 @@ from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
-from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD, Described, kept_of_layers
+from efficientvlm.families.structure import Described, kept_of_layers
 
 LAYERS = {"vision": "vision_model.encoder.layers.", "text": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
 TASKS = {"BlipForQuestionAnswering": "vqa", "BlipForConditionalGeneration": "captioning", "BlipForImageTextRetrieval": "retrieval"}
@@ -102,7 +103,7 @@ class BLIP(Described):
                 f"opened are {', '.join(kind.stock for kind in KINDS)}",
                 "give a model of one of these classes",
             )
-        values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD))
+        values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD), kind.processor)
         config = self._checked(open_config(kind, values, file), str(file))
         check_shapes(self, config, path)
         return config

@@ -24,6 +24,7 @@ class SlicedBlipConfig(Cuttable, BlipConfig):
 
     model_type = "evlm_blip"
     stock: ClassVar[str] = ""
+    processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
 
     decoder_layers: int | None = None

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from efficientvlm.config import Strict, parse
+from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.blip_config import BlipAnswerConfig
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
-from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 

@@ -65,7 +65,7 @@ class CLIP(Described):
                 f"this family opens {', '.join(CONFIGS)}",
                 "give a model of one of these types",
             )
-        config = open_config(kind, {**values, **image_statistics(path, values, (kind.image_mean, kind.image_std))}, file)
+        config = open_config(kind, {**values, **image_statistics(path, values, (kind.image_mean, kind.image_std), kind.processor)}, file)
         check_config(self, config, str(file))
         if not getattr(config.vision_config, "vision_use_head", True):
             raise BadInput(

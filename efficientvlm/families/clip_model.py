@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMLP
 
+from efficientvlm.data.preprocessing import HALVES
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import HEAD, NEURON
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Bias, Encoded, attend, no_maps, normalise
@@ -20,7 +21,6 @@ from efficientvlm.families.structure import Cuttable
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
-HALVES = (0.5, 0.5, 0.5)
 
 
 class Structure(Cuttable):
@@ -30,6 +30,8 @@ class Structure(Cuttable):
     text_config: Any
     stock: tuple[str, str]
     """`model_type` and class of transformers that open a model of which nothing was removed."""
+    processor = "CLIPImageProcessor"
+    """Class of transformers that reads a `preprocessor_config.json` which names none."""
 
     def tower(self, name: str) -> Any:
         """transformers' configuration of a tower."""
@@ -55,6 +57,7 @@ class SlicedCLIPConfig(Structure, CLIPConfig):
 class SlicedSiglipConfig(Structure, SiglipConfig):
     model_type = "evlm_siglip"
     stock = ("siglip", "SiglipModel")
+    processor = "SiglipImageProcessor"
 
     image_mean: list[float] | tuple[float, ...] = HALVES
     image_std: list[float] | tuple[float, ...] = HALVES

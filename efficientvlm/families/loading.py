@@ -14,6 +14,7 @@ from transformers.utils import logging as said
 
 from efficientvlm import manifest
 from efficientvlm.config import check_plain
+from efficientvlm.data import preprocessing
 from efficientvlm.errors import BadInput, out_of_memory, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
 from efficientvlm.families.weights import require_finite
@@ -119,30 +120,33 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
     return model.eval()
 
 
-def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any]) -> dict[str, Any]:
+def image_statistics(folder: Path, values: Mapping[str, Any], default: tuple[Any, Any], kind: str) -> dict[str, Any]:
     """`image_mean` and `image_std` where the configuration `values` lacks them: from the folder's image processor, or else `default`.
 
+    Args:
+        kind: the class of transformers that the image processor is of where its file does not say it.
+
     Raises:
-        BadInput: they are not three numbers each.
+        BadInput: they are not three numbers each, or of an image processor that is not followed.
     """
     if "image_mean" in values and "image_std" in values:
         return {}
-    settings = image_processor(folder) or {}
-    found = {name: settings.get(name) or value for name, value in zip(("image_mean", "image_std"), default, strict=True)}
+    settings, where = image_processor(folder), f"the image processor in {folder}"
+    given = default if settings is None else preprocessing.statistics(settings, where, kind)
+    found = dict(zip(("image_mean", "image_std"), given, strict=True))
     for name, value in found.items():
-        check_channels(name, value, f"the image processor in {folder}")
+        check_channels(name, value, where)
     return {name: list(value) for name, value in found.items()}
 
 
 def image_processor(folder: Path) -> dict[str, Any] | None:
-    """Settings of the image processor in a folder, of its own file or inside `processor_config.json`; None where there are none.
+    """Settings of the image processor in a folder, inside `processor_config.json` or of its own file; None where there are none.
 
     Raises:
         BadInput: a file that is no JSON object.
     """
-    if (folder / "preprocessor_config.json").is_file():
-        return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").is_file():
         settings = read_json(folder / "processor_config.json").get("image_processor")
-        return settings if isinstance(settings, dict) else None
-    return None
+        if isinstance(settings, dict):
+            return settings
+    return read_json(folder / preprocessing.FILE) if (folder / preprocessing.FILE).is_file() else None

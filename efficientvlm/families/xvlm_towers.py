@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 
+from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.loading import image_statistics, open_config, read_json
-from efficientvlm.families.structure import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.weights import finite, read_folder
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
@@ -84,10 +84,11 @@ def _own_tokenizer_has(folder: Path, tokens: int) -> bool:
 def _config(vision: Path, vit: Any, bert: Any, given: Mapping[str, Any]) -> XVLMConfig:
     layers = given.get("vision_layers", vit.num_hidden_layers)
     dino = isinstance(vit, Dinov2Config)
+    statistics = ((MEAN, STD), "BitImageProcessor") if dino else ((CLIP_MEAN, CLIP_STD), "CLIPImageProcessor")
     values: dict[str, Any] = {
         "image_size": vit.image_size,
         "patch_size": vit.patch_size,
-        **image_statistics(vision, {}, (MEAN, STD) if dino else (CLIP_MEAN, CLIP_STD)),
+        **image_statistics(vision, {}, *statistics),
         "vision_width": vit.hidden_size,
         "vision_layers": layers,
         "vision_heads": vit.num_attention_heads,

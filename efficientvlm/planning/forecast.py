@@ -110,7 +110,7 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     student = chain.attempt(config.model, step.name)
     teacher = chain.attempt(config.teacher, step.name) if isinstance(config, Distill) else None
-    side = student.sizes.image_size if student else None
+    side = student.preprocessing if student else None
     sources: dict[str, Any] = {}
     with chain.problems.of(step.name), suppress(Blocked):
         sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, side), side)
@@ -145,7 +145,7 @@ def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
     task = TASKS[config.task]
     student = chain.attempt(config.model, step.name)
     teacher = chain.attempt(config.teacher, step.name) if config.teacher else None
-    side = student.sizes.image_size if student else None
+    side = student.preprocessing if student else None
     sources: dict[str, Any] = {}
     with chain.problems.of(step.name), suppress(Blocked):
         sources = splits(chain, step, task.data, lambda split: task.open(config, split, side), side)
@@ -236,10 +236,10 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
     inputs = {"model": config.from_gates}
     task = TASKS[config.task]
     val = chain.source(
-        lambda: task.open(config, "val", pruned.sizes.image_size),
+        lambda: task.open(config, "val", pruned.preprocessing),
         task.data,
         "recut",
-        pruned.sizes.image_size,
+        pruned.preprocessing,
         *(config.data, config.columns, config.val, config.val_fraction, config.limit, config.max_bad),
     )
     if place(config.from_gates) in chain.stale:
@@ -272,7 +272,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
         else:
             answer = Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
             reading += answer.reading
-    task, side = TASKS[config.task], loaded.sizes.image_size
+    task, side = TASKS[config.task], loaded.preprocessing
     key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
     source = chain.source(lambda: task.open(config, config.split, side), "eval", task.data, config.split, side, *key)
     found.schedule = {"images": len(source), "batch_size": config.batch_size}
@@ -320,7 +320,7 @@ def plan_export(chain: Chain, step: Step, found: Forecast) -> None:
     digests = {}
     if config.data:
         key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
-        source = chain.source(lambda: export.open_data(config, loaded), "export", config.split, loaded.sizes.image_size, *key)
+        source = chain.source(lambda: export.open_data(config, loaded), "export", config.split, loaded.preprocessing, *key)
         digests["data"] = digest(chain, source)
     found.status = chain.status(step, {"model": config.model}, digests)
 

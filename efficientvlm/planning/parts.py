@@ -120,12 +120,12 @@ def made(path: Path, family: Any, model: Any, tokenizer: Any) -> Loaded:
     return Loaded(path, family, model, tokenizer, None)  # type: ignore[arg-type]
 
 
-def splits(chain: Chain, step: Step, kind: str, opened: Callable[[str], Any], side: int | None) -> dict[str, Any]:
-    """Training and validation data; the same data are opened once for all stages. Images of `side` pixels, or as they are."""
+def splits(chain: Chain, step: Step, kind: str, opened: Callable[[str], Any], form: Any) -> dict[str, Any]:
+    """Training and validation data; the same data are opened once for all stages that prepare images in the same `form`."""
     config: Any = step.config
     names = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed")
     settings = [getattr(config, name, None) for name in names]
-    return {split: chain.source(lambda split=split: opened(split), kind, split, side, *settings) for split in ("train", "val")}
+    return {split: chain.source(lambda split=split: opened(split), kind, split, form, *settings) for split in ("train", "val")}
 
 
 def training(

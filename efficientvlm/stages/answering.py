@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from efficientvlm.data.collate import Texts, vqa_batch
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import open_vqa, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
@@ -21,7 +22,7 @@ from efficientvlm.training import Batch
 EVAL_BATCH = 100
 
 
-def open_task(config: Any, split: str, image_size: int | None) -> Any:
+def open_task(config: Any, split: str, image_size: Preprocessing | None) -> Any:
     """The questions of `split`; `val` names a validation file of its own."""
     return open_vqa(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 

@@ -19,6 +19,7 @@ from efficientvlm.compression.accounting import account
 from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
@@ -32,7 +33,7 @@ from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memor
 from efficientvlm.memory import enough_memory, out_of_memory, reason
 from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say, telling
-from efficientvlm.stages.image_settings import write_settings
+from efficientvlm.stages.image_settings import preprocessing_of, write_settings
 from efficientvlm.training import Spent
 
 TEXT_LENGTH = 12
@@ -58,6 +59,11 @@ class Loaded:
     def image_processor(self) -> dict[str, Any] | None:
         """The settings in its `preprocessor_config.json`, which what is made of it keeps."""
         return loading.image_processor(self.path)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures become what it reads; :class:`BadInput` if its files contradict one another, or say what is not followed here."""
+        return preprocessing_of(self.image_processor, self.sizes, self.path)
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -128,6 +134,9 @@ def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
     yield from size_problems(student.sizes, teacher.sizes)
+    if student.sizes.image_size == teacher.sizes.image_size and student.preprocessing != teacher.preprocessing:
+        why = f"preprocessor_config.json in {teacher.path} and {student.path} resize or crop in another way"
+        yield BadInput("teacher and student read pictures of another form", why, "shrink the student from this teacher")
 
 
 def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:

@@ -42,7 +42,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     check_precision(loaded, config.precision)
     if config.task == "retrieval":
         check_able(loaded, config.rerank)
-    source = TASKS[config.task].open(config, config.split, loaded.sizes.image_size)
+    source = TASKS[config.task].open(config, config.split, loaded.preprocessing)
     inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
     if config.answers:
         inputs["answers"] = fingerprint(config.answers)

@@ -83,7 +83,7 @@ def open_data(config: Export, loaded: Loaded) -> Any:
     """What accuracy is measured on, if anything."""
     if not config.data:
         return None
-    source = open_task(config, config.split, loaded.sizes.image_size)
+    source = open_task(config, config.split, loaded.preprocessing)
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
     return source

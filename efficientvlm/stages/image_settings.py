@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from efficientvlm.data import preprocessing
+from efficientvlm.data.preprocessing import FILE, Preprocessing
+from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
+from efficientvlm.families.checks import check_channels
 
-FILE = "preprocessor_config.json"
+CLOSE = 1e-4
 
 
 def default_settings(sizes: Sizes) -> dict[str, Any]:
@@ -30,32 +34,28 @@ def default_settings(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def fitted(settings: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """`settings` whose images have the size and channel statistics that the model reads; unchanged where they had."""
-    changed = dict(settings)
-    last = "crop_size" if settings.get("do_center_crop") else "size"
-    if _sides(settings.get(last)) not in ([sizes.image_size], [sizes.image_size] * 2):
-        for name in ("size", "crop_size"):
-            if name in settings or name == last:
-                changed[name] = _resized(settings.get(name), sizes.image_size)
-    for name, values in (("image_mean", sizes.image_mean), ("image_std", sizes.image_std)):
-        if settings.get(name) != list(values):
-            changed[name] = list(values)
-    return changed
+def preprocessing_of(settings: dict[str, Any] | None, sizes: Sizes, folder: Path, kind: str | None = None) -> Preprocessing:
+    """What `settings` of the model in `folder` do, squeezing to a square if there are none.
+
+    Args:
+        kind: the class of transformers that reads them where they do not name one.
+
+    Raises:
+        BadInput: they are not followed here, or the model reads images of other size or statistics.
+    """
+    if settings is None:
+        return Preprocessing.squash(sizes.image_size)
+    where = f"{folder}: {FILE}"
+    pairs = zip((sizes.image_mean, sizes.image_std), preprocessing.statistics(settings, where, kind), strict=True)
+    for name, (ours, given) in zip(("image_mean", "image_std"), pairs, strict=True):
+        check_channels(name, given, where)
+        if any(abs(a - b) > CLOSE * max(1, abs(b)) for a, b in zip(ours, given, strict=True)):
+            why = f"config.json has {list(ours)}, this {list(given)}, for pixels of 0 to 1"
+            raise BadInput(f"{where}: {name} contradicts config.json", why, "make them equal")
+    return preprocessing.read(settings, sizes.image_size, where, kind)
 
 
 def write_settings(settings: dict[str, Any] | None, sizes: Sizes, folder: Path) -> None:
     """Put `settings`, or the default ones, into `folder`."""
-    chosen = default_settings(sizes) if settings is None else fitted(settings, sizes)
+    chosen = default_settings(sizes) if settings is None else settings
     (folder / FILE).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
-
-
-def _sides(size: Any) -> list[Any]:
-    """The numbers of a size, which transformers reads as a mapping, as (height, width) or as one number."""
-    return list(size.values()) if isinstance(size, dict) else size if isinstance(size, list) else [size]
-
-
-def _resized(size: Any, side: int) -> Any:
-    if isinstance(size, dict) and size:
-        return dict.fromkeys(size, side)
-    return side if isinstance(size, int) else {"height": side, "width": side}

@@ -10,6 +10,7 @@ from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import ImportConfig
 from efficientvlm.control import Control
+from efficientvlm.data.preprocessing import FILE, NAMES, unfollowed
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
@@ -19,6 +20,7 @@ from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.progress import say
 from efficientvlm.stages.common import making, open_output, shapes, write
+from efficientvlm.stages.image_settings import preprocessing_of
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 COLUMNS = 64  # a head has in nearly all published models
@@ -37,11 +39,13 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         return require_complete(output.path)
     with making(output):
         family, model, tokenizer = read(config, path)
-        settings, licence = image_processor(path), licence_of(path)
+        settings, licence = settings_of(path, model, family.sizes(model.config)), licence_of(path)
         heads = heads_of(read_json(path / "config.json"), family.sizes(model.config))
         say(f"import: heads of a layer: {'; '.join(f'{tower} {text}' for tower, text in heads.items())}", quiet=control.quiet)
         if settings is None:
             say("import: the folder has no image processor; images are taken as resized to a square", quiet=control.quiet)
+        elif ignored := unfollowed(settings):
+            say(f"import: not followed in {FILE}, as transformers does not either: {', '.join(ignored)}", quiet=control.quiet)
         say(f"import: licence {licence or 'not stated in a model card'}", quiet=control.quiet)
         extra = {"source": config.model, "revision": revision(path), "licence": licence, "heads": heads}
         return write(output, family, model, tokenizer, control=control, image_processor=settings, origin="imported", extra=extra)
@@ -70,6 +74,14 @@ def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any
     tokenizer = load_tokenizer(folder)
     require_ids(tokenizer, family.sizes(model.config).vocab_size, folder)
     return family, model, tokenizer
+
+
+def settings_of(path: Path, model: Any, sizes: Sizes) -> dict[str, Any] | None:
+    """The image settings of the folder, which say whose they are; :class:`BadInput` if they cannot be followed."""
+    settings = image_processor(path)
+    kind: str = model.config.processor
+    preprocessing_of(settings, sizes, path, kind)
+    return settings if settings is None or any(settings.get(name) for name in NAMES) else {"image_processor_type": kind, **settings}
 
 
 def fetch(name: str, *, weights: bool = True) -> Path:

@@ -25,7 +25,7 @@ def run(*, model: str, image: str, question: str, mode: str = "rank", device: st
     if top < 1:
         raise BadInput(f"--top {top} shows nothing", "", "use 1 or more")
     loaded = load(model, exported=True)
-    pixels = open_image(image, loaded.sizes.image_size)
+    pixels = open_image(image, loaded.preprocessing)
     loaded.model.to(pick_device(device))
     answer = Answerer(loaded, mode=mode, twice=counts_first_token_twice(loaded.manifest, None))
     words, room = len(answer.texts.ids([question])[0]), answer.texts.max_tokens - 2

@@ -14,6 +14,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch, region_batch
 from efficientvlm.data.draw import generator
 from efficientvlm.data.plan import Plan, plan_for
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import open_pairs, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
@@ -51,7 +52,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     for problem in student_problems(config, student):
         raise problem
     with telling(f"opening the data {config.data}", quiet=control.quiet):
-        sources = {split: open_split(config, split, student.sizes.image_size) for split in ("train", "val")}
+        sources = {split: open_split(config, split, student.preprocessing) for split in ("train", "val")}
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
     output = open_output(config, stage, control, inputs)
     if output.up_to_date:
@@ -141,9 +142,9 @@ def freeze(model: nn.Module, towers: Sequence[str]) -> None:
         model.get_submodule(tower).requires_grad_(False)
 
 
-def open_split(config: Any, split: str, side: int | None) -> Any:
-    """The image-text pairs of `split`, images of `side` pixels."""
-    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=side)
+def open_split(config: Any, split: str, image_size: Preprocessing | None) -> Any:
+    """The image-text pairs of `split`, images prepared as `image_size` says."""
+    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
 def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:

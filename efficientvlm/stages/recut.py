@@ -44,7 +44,7 @@ def run(config: Prune, control: Control) -> Manifest:
     if dense:
         pruned.model = dense_model(pruned)
     scope, keep = choose(config, pruned, tensors, dense=dense)
-    source = task.open(config, "val", pruned.sizes.image_size)
+    source = task.open(config, "val", pruned.preprocessing)
     output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
     if output.up_to_date:
         return require_complete(output.path)

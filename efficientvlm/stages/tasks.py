@@ -11,6 +11,7 @@ from efficientvlm import ranks
 from efficientvlm.config import TaskStage
 from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.plan import Plan
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.objectives.efficientvlm_kd import Distillation
@@ -35,7 +36,7 @@ class Task(Protocol):
     data: str
     """What a sample is, as opened by :meth:`open`: equal for tasks that read the same."""
 
-    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+    def open(self, config: Any, split: str, image_size: Preprocessing | None) -> Any:
         """The data of `split`."""
 
     def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
@@ -68,7 +69,7 @@ class Answering:
 
     name, data = "vqa", "questions"
 
-    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+    def open(self, config: Any, split: str, image_size: Preprocessing | None) -> Any:
         return open_task(config, split, image_size)
 
     def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
@@ -129,7 +130,7 @@ class Retrieval:
 
     name, data = "retrieval", "pairs"
 
-    def open(self, config: Any, split: str, image_size: int | None) -> Any:
+    def open(self, config: Any, split: str, image_size: Preprocessing | None) -> Any:
         return open_split(config, split, image_size)
 
     def problems(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:

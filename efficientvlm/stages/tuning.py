@@ -58,7 +58,7 @@ class Tuning:
             student, teacher, new = load_for_task(config)
         opened = TASKS[config.task].open
         with telling(f"opening the data {config.data}", quiet=quiet):
-            sources = {split: opened(config, split, student.sizes.image_size) for split in ("train", "val")}
+            sources = {split: opened(config, split, student.preprocessing) for split in ("train", "val")}
         return cls(config, student, teacher, new, sources)
 
     @property
