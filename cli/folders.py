@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,27 +38,34 @@ def inspect(
         output.lineage_tree(root, units=units)
 
 
-def _as_json(node: Node) -> dict[str, Any]:
+def _as_json(root: Node) -> dict[str, Any]:
+    """A flat object however long the chain is: the checkpoint, and each of its ancestors once. Parents are named by their paths."""
     from efficientvlm.files import shown
 
-    return {
-        "role": node.role or None,
-        "path": shown(node.path),
-        "problem": node.problem,
-        "manifest": node.manifest.model_dump(mode="json") if node.manifest else None,
-        "parents": [_as_json(parent) for parent in node.parents],
-    }
+    def of(node: Node) -> dict[str, Any]:
+        return {
+            "path": shown(node.path),
+            "problem": node.problem,
+            "manifest": node.manifest.model_dump(mode="json") if node.manifest else None,
+            "parents": [{"role": link.role, "path": shown(link.node.path), "problem": link.problem} for link in node.parents],
+        }
+
+    return {**of(root), "ancestors": [of(node) for node in root.walk() if node is not root]}
 
 
 def verify(folder: Folder, json: o.Json = False) -> None:
-    """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed."""
+    """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed or was added to be loaded."""
     from efficientvlm import lineage
+    from efficientvlm.files import printable
 
-    problems = lineage.verify(folder)
-    count = len({node.path.resolve() for node in lineage.lineage(folder).walk() if node.manifest})
+    found = lineage.examine(folder)
+    count, problems = found.checkpoints, [printable(problem) for problem in found.problems]
     if json:
-        output.emit({"path": folder, "ok": not problems, "checkpoints": count, "problems": problems})
+        values = {"path": folder, "ok": not problems, "checkpoints": count, "problems": problems, "notes": found.notes}
+        output.emit(values)
         raise typer.Exit(3 if problems else 0)
+    for note in found.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     if problems:
         fix = "restore what has changed, or run the stages again with --force"
         raise BadInput(f"{folder} is not as it was made", "\n  " + "\n  ".join(problems), fix)
@@ -73,6 +81,7 @@ def report(
     json: o.Json = False,
 ) -> None:
     """Write one HTML page: figures, curves, kept heads and neurons, lineage, licences, and what is wrong."""
+    from efficientvlm.files import printable
     from efficientvlm.stages import page
 
     result = page.run(folder, out, hashes=verify, force=force)
@@ -80,5 +89,5 @@ def report(
         output.emit(result)
         return
     for problem in result["problems"]:
-        print(f"problem: {problem}")
+        print(f"problem: {printable(problem)}")
     print(result["path"])

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efficientvlm.files import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from efficientvlm.lineage import Node
     from efficientvlm.manifest import Manifest
+
+DEEPEST = 20  # generations that are drawn one beside the other
 
 
 def console() -> Console:
@@ -99,54 +103,54 @@ def records_table(records: list[dict[str, Any]]) -> None:
 
 def lineage_tree(root: Node, *, units: bool) -> None:
     """A checkpoint above what it was made from, with the figures of each."""
+    from rich.text import Text
     from rich.tree import Tree
 
-    def branch(node: Node, tree: Tree | None) -> Tree:
-        label = _label(node)
-        below = Tree(label) if tree is None else tree.add(label)
-        if node.manifest and units and tree is None:
-            for line in _unit_lines(node.manifest):
-                label.append(f"\n{line}", style="dim")
-        for parent in node.parents:
-            branch(parent, below)
-        return below
+    label = _label(root)
+    if root.manifest and units:
+        for line in _unit_lines(root.manifest):
+            label.append(f"\n{line}", style="dim")
+    tree, seen = Tree(label), {id(root)}
+    waiting = [(link, tree, 1) for link in reversed(root.parents)]
+    while waiting:
+        link, above, depth = waiting.pop()
+        again = id(link.node) in seen
+        label = Text(f"{printable(link.role)}: ", style="dim") + (_name(link.node) if again else _label(link.node))
+        if again:
+            label.append("  as above", style="dim")
+        if link.problem:
+            label.append(f"\n{printable(link.problem)}", style="red")
+        below = above.add(label)
+        if not again:
+            seen.add(id(link.node))
+            below = below if depth < DEEPEST else above  # a long chain goes on straight down
+            waiting += [(parent, below, depth + 1) for parent in reversed(link.node.parents)]
+    console().print(tree)
 
-    console().print(branch(root, None))
+
+def _name(node: Node) -> Any:
+    from rich.text import Text
+
+    from efficientvlm.files import shown
+
+    return Text(printable(shown(node.path)), style="bold")
 
 
 def _label(node: Node) -> Any:
     from rich.text import Text
 
     from efficientvlm.card import number, results, sizes
-    from efficientvlm.files import shown
 
-    label = Text()
-    if node.role:
-        label.append(f"{node.role}: ", style="dim")
-    label.append(shown(node.path), style="bold")
+    label = Text() + _name(node)
     manifest = node.manifest
     if manifest:
-        label.append(f"  {manifest.stage}" + (f" ({manifest.origin})" if manifest.origin else ""), style="cyan")
+        stage = printable(manifest.stage)
+        label.append(f"  {stage}" + (f" ({manifest.origin})" if manifest.origin else ""), style="cyan")
         for line in filter(None, (sizes(manifest), "  ".join(f"{key} {number(value)}" for key, value in results(manifest.metrics)))):
-            label.append(f"\n{line}")
-        for line, style in _influence(manifest):
-            label.append(f"\n{line}", style=style)
+            label.append(f"\n{printable(line)}")
     if node.problem:
-        label.append(f"\n{node.problem}", style="red")
+        label.append(f"\n{printable(node.problem)}", style="red")
     return label
-
-
-def _influence(manifest: Manifest) -> list[tuple[str, str]]:
-    """What is known of the influence of its inputs: lines with their style."""
-    from efficientvlm import influence
-
-    measured = influence.read(influence.Influence, manifest.extra.get("influence"))
-    reach = influence.read(influence.Reach, manifest.accounting.get("reach"))
-    lines = [(f"influence of {measured.summary()}", "")] if measured and measured.inputs else []
-    if not measured and manifest.stage in influence.MEASURING:
-        lines.append(("influence of its inputs: not measured", ""))
-    lines += [(line, "red") for line in influence.problems(measured, reach)]
-    return lines + [(line, "") for line in influence.notes(measured, reach)]
 
 
 def _unit_lines(manifest: Manifest) -> list[str]:
@@ -155,5 +159,5 @@ def _unit_lines(manifest: Manifest) -> list[str]:
     for group, count in units.items():
         tower, layer, kind = group.split(".", 2)
         plural = {"head": "heads", "cross_head": "cross heads", "neuron": "neurons"}.get(kind, kind)
-        layers.setdefault(f"{tower} {layer}", []).append(f"{count['kept']}/{count['of']} {plural}")
+        layers.setdefault(printable(f"{tower} {layer}"), []).append(f"{count['kept']}/{count['of']} {plural}")
     return [f"{layer}: {', '.join(parts)}" for layer, parts in layers.items()]

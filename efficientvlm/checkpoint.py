@@ -24,10 +24,10 @@ from efficientvlm import ownership
 from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
 from efficientvlm.files import fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
-from efficientvlm.lineage import is_read, known_data
+from efficientvlm.lineage import CARD, is_read, known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
-from efficientvlm.ownership import CARD, LOCK, MARK, METRICS
+from efficientvlm.ownership import LOCK, MARK, METRICS
 from efficientvlm.request import REQUEST, STATE, beside, compare, read_request, write_request
 from efficientvlm.scratch import sweep
 

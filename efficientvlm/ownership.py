@@ -13,13 +13,13 @@ from efficientvlm import files as places
 from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
 from efficientvlm.files import kind, resolve, unreadable
+from efficientvlm.lineage import CARD
 from efficientvlm.manifest import MANIFEST
 from efficientvlm.request import BEGINNING, REQUEST, STATE, UNDER_WAY, read_request
 from efficientvlm.scratch import PROGRAM
 
 LOCK = "lock"
 METRICS = "metrics.jsonl"
-CARD = "README.md"
 MARK = ".training_state.done"  # a finished stage's request, moved here while its state is removed: see `Output._drop_state`
 BEGINNINGS = {LOCK: PROGRAM.encode(), UNDER_WAY: BEGINNING}  # what precedes a request, and what it says from its first byte on
 READ = ("model", "teacher", "data", "val", "answers", "tokenizer", "from_gates")  # settings that name what a stage reads

@@ -34,7 +34,7 @@ def test_files_are_as_written_and_load_in_full_precision(name: str) -> None:
 
 def test_the_tuned_teacher_comes_from_the_other() -> None:
     (parent,) = lineage("bundled:easy-vqa").parents
-    assert parent.path == BUNDLED / "easy-vqa-pretrained" and parent.problem is None
+    assert parent.node.path == BUNDLED / "easy-vqa-pretrained" and parent.problem is parent.node.problem is None
     tuned, pretrained = (efficientvlm.load(f"bundled:{name}") for name in NAMES)
     assert tuned.config.decoder_layers and not pretrained.config.decoder_layers
 

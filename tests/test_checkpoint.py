@@ -305,12 +305,13 @@ def test_lineage_follows_parents_and_teacher_and_survives_a_move(tmp_path: Path)
     assert manifest.teacher and manifest.teacher.role == "teacher" and manifest.inputs["data"] == "5" * 64
     (tmp_path / "runs").rename(tmp_path / "moved")
     node = lineage(tmp_path / "moved" / "final")
-    assert [(item.role, item.path.name, item.problem) for item in node.walk()] == [
-        ("", "final", None),
-        ("model", "student", None),
-        ("model", "teacher", None),
-        ("teacher", "teacher", None),
+    assert [(item.path.name, [(link.role, link.node.path.name) for link in item.parents]) for item in node.walk()] == [
+        ("final", [("model", "student"), ("teacher", "teacher")]),
+        ("student", [("model", "teacher")]),
+        ("teacher", []),
     ]
+    assert [item.path.name for item in node.from_the_first()] == ["teacher", "student", "final"]
+    assert not any(item.problems() for item in node.walk())
     assert verify(tmp_path / "moved" / "final") == []
 
 

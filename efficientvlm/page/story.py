@@ -95,11 +95,17 @@ def moment(created: str) -> str:
 
 def origins(story: Story, chapter: Chapter) -> dict[str, list[int]]:
     """Tower → for each layer its number in the network that the chain of `model` parents began with; later towers are left out."""
-    manifest = chapter.manifest
-    if manifest is None:
-        return {}
-    parent = next((key for role, key in chapter.parents if role != "teacher"), None)
-    before = origins(story, story.chapter(parent)) if parent else {}
+    chain = [chapter]
+    while (parent := next((key for role, key in chain[-1].parents if role != "teacher"), None)) and chain[-1].manifest:
+        chain.append(story.chapter(parent))
+    numbers: dict[str, list[int]] = {}
+    for made in (item.manifest for item in reversed(chain)):
+        numbers = _layers(made, numbers) if made else {}
+    return numbers
+
+
+def _layers(manifest: Manifest, before: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Tower → the original numbers of its layers after a stage, from those before it."""
     if not before:
         counts: dict[str, int] = {}
         for group in manifest.accounting.get("units") or {}:

@@ -12,7 +12,7 @@ from efficientvlm import families, influence, lineage, manifest, report
 from efficientvlm.checkpoint import METRICS, STATE
 from efficientvlm.compression.reach import of_config
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve, sha256, shown, write_atomic
+from efficientvlm.files import resolve, shown, write_atomic
 from efficientvlm.lineage import Node
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.page import shapes
@@ -112,11 +112,11 @@ def tell(roots: Sequence[Path], labels: Mapping[Path, str] | None = None, *, has
             if len(roots) == 1:
                 raise
             problems.append(Problem(DAMAGE, here(f"{error.what}: {error.why}")))
-    above = {parent.path.resolve() for node in nodes for parent in node.walk() if parent is not node}
+    above = {parent.key for node in nodes for parent in node.walk() if parent is not node}
     for node in nodes:
-        if node.path.resolve() not in above:  # whose check covers all its ancestors
+        if node.key not in above:  # whose check covers all its ancestors
             problems += [Problem(DAMAGE, here(text)) for text in lineage.verify(node.path, hashes=hashes)]
-    nodes.sort(key=lambda node: (node.path.resolve() not in above, node.manifest.created if node.manifest else ""))
+    nodes.sort(key=lambda node: (node.key not in above, node.manifest.created if node.manifest else ""))
     found: dict[Path, Chapter] = {}
     for node in nodes:
         _add(node, found)
@@ -130,17 +130,18 @@ def tell(roots: Sequence[Path], labels: Mapping[Path, str] | None = None, *, has
     return list(found.values()), problems
 
 
-def _add(node: Node, found: dict[Path, Chapter]) -> None:
-    """The chapters of a node, those of its parents first."""
-    key = node.path.resolve()
-    if key in found:
-        found[key].problem = found[key].problem or (node.problem and here(node.problem))
-        return
-    for parent in node.parents:
-        _add(parent, found)
-    digest = sha256(node.path / MANIFEST) if node.manifest else None
-    parents = list(dict.fromkeys((parent.role, parent.path.resolve()) for parent in node.parents if parent.path.resolve() in found))
-    found[key] = Chapter(key, "", shown(node.path), node.manifest, digest, parents=parents, problem=node.problem and here(node.problem))
+def _add(root: Node, found: dict[Path, Chapter]) -> None:
+    """The chapters of a checkpoint and its ancestors, parents first."""
+    for node in root.from_the_first():
+        chapter = found.get(node.key)
+        if chapter is None:
+            parents = list(dict.fromkeys((link.role, link.node.key) for link in node.parents))
+            chapter = found[node.key] = Chapter(node.key, "", shown(node.path), node.manifest, node.digest, parents=parents)
+        if node.problem:
+            chapter.problem = chapter.problem or here(node.problem)
+        for link in node.parents:
+            if link.problem:
+                found[link.node.key].problem = found[link.node.key].problem or here(link.problem)
 
 
 def here(text: str) -> str:
