@@ -16,7 +16,6 @@ from efficientvlm.families.base import HEAD, Flow, GatePoint, Graph, Record, Sit
 from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.clip_model import (
-    LEGACY_END,
     TOWERS,
     Sliced,
     SlicedCLIPConfig,
@@ -163,9 +162,9 @@ class CLIP(Described):
         return record
 
     def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        size, end = config.vision_config.image_size, config.text_config.eos_token_id
+        size, end = config.vision_config.image_size, config.end
         ids = torch.full((batch_size, text_length), 0 if end else 1, device=device)
-        ids[:, -1] = config.text_config.vocab_size - 1 if end == LEGACY_END else end
+        ids[:, -1] = end
         return {
             "pixels": torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device),
             "text_ids": ids,

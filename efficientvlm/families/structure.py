@@ -54,6 +54,13 @@ class Cuttable:
         """A copy whose groups hold exactly `kept`; groups not named stay as they are."""
         return self.copy(kept=kept_ranges(self.original_counts(), {**self.kept_indices(), **kept}))
 
+    def adopt(self, tokenizer: Any) -> list[str]:
+        """Take the token ids that the network looks for from its tokenizer; those that were others, with what they were.
+
+        Here none: a family whose configuration decides.
+        """
+        return []
+
     def copy(self, **changes: Any) -> Self:
         """This configuration with some fields changed."""
         changed = copy.deepcopy(self)

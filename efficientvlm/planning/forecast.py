@@ -82,7 +82,7 @@ def plan_import(chain: Chain, step: Step, found: Forecast) -> None:
     importable(config.model)
     if import_folder.is_folder(config.model):
         path = import_folder.fetch(config.model, weights=False)
-        family, model, tokenizer = import_folder.read(config, path, weights=False)
+        family, model, tokenizer, _ = import_folder.read(config, path, weights=False)
         found.structure, found.memory = "exact", costs.memory(model)
         status = chain.status(step, import_folder.inputs(config, path), {})
         return finish(chain, step, found, made(Path(config.out), family, model, tokenizer), status)

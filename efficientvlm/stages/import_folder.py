@@ -38,16 +38,18 @@ def run(config: ImportConfig, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        family, model, tokenizer = read(config, path)
+        family, model, tokenizer, adopted = read(config, path)
         settings, licence = settings_of(path, model, family.sizes(model.config)), licence_of(path)
         heads = heads_of(read_json(path / "config.json"), family.sizes(model.config))
         say(f"import: heads of a layer: {'; '.join(f'{tower} {text}' for tower, text in heads.items())}", quiet=control.quiet)
+        if adopted:
+            say(f"import: taken from the tokenizer, against the configuration: {'; '.join(adopted)}", quiet=control.quiet)
         if settings is None:
             say("import: the folder has no image processor; images are taken as resized to a square", quiet=control.quiet)
         elif ignored := unfollowed(settings):
             say(f"import: not followed in {FILE}, as transformers does not either: {', '.join(ignored)}", quiet=control.quiet)
         say(f"import: licence {licence or 'not stated in a model card'}", quiet=control.quiet)
-        extra = {"source": config.model, "revision": revision(path), "licence": licence, "heads": heads}
+        extra = {"source": config.model, "revision": revision(path), "licence": licence, "heads": heads, "token_ids": adopted}
         return write(output, family, model, tokenizer, control=control, image_processor=settings, origin="imported", extra=extra)
 
 
@@ -61,8 +63,10 @@ def inputs(config: ImportConfig, path: Path) -> dict[str, str | None]:
     return {"model": str(path), "tokenizer": config.tokenizer}
 
 
-def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any, Any, Any]:
-    """Family, model and tokenizer of the folder; without `weights` the model is on the meta device.
+def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any, Any, Any, list[str]]:
+    """Family, model and tokenizer of the folder, and the token ids that are the tokenizer's, against its configuration.
+
+    Without `weights` the model is on the meta device.
 
     Raises:
         BadInput: as :func:`run`.
@@ -73,7 +77,7 @@ def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any
     folder = resolve(config.tokenizer) if config.tokenizer else path
     tokenizer = load_tokenizer(folder)
     require_ids(tokenizer, family.sizes(model.config).vocab_size, folder)
-    return family, model, tokenizer
+    return family, model, tokenizer, model.config.adopt(tokenizer)
 
 
 def settings_of(path: Path, model: Any, sizes: Sizes) -> dict[str, Any] | None:
