@@ -104,10 +104,15 @@ class Train(Strict):
         "ddp", description="over several processes: a copy of everything in each, or spread over them"
     )
     augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
+    mirror: bool | None = Field(
+        None,
+        description="augmentation mirrors half of the images, less those whose texts hold left, right, leftmost, rightmost, leftward(s), "
+        "rightward(s) or (counter, anti)clockwise; by default of the built-in data alone",
+    )
     log_every: Annotated[Count, Aside()] = Field(20, ge=1, description="steps a metrics line")
     save_every: Annotated[Count, Aside()] = Field(200, ge=1, description="steps a resumable state")
     eval_limit: Annotated[Count | None, Aside()] = Field(
-        None, ge=0, description="validation images read at the end; all by default, 0: none"
+        None, ge=0, description="validation images read at the end, drawn at random; all by default, 0: none"
     )
     eval_batch_size: Annotated[Count | None, Aside()] = Field(
         None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"
@@ -123,7 +128,7 @@ class Data(Strict):
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
     val: Annotated[str | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: Count | None = Field(None, ge=1, description="use only so many images")
+    limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random; of a stream the first rows")
     max_bad: Annotated[Count | None, Aside()] = Field(
         None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100"
     )
@@ -471,7 +476,7 @@ class Export(Strict):
     columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: Count | None = Field(None, ge=1, description="use only so many images")
+    limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random")
     max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
     batch_size: Count = Field(64, ge=1, description="images at a time for accuracy")
     batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1, description="batches that are timed")

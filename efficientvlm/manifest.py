@@ -53,6 +53,7 @@ class DataRecord(Record):
     fingerprint: str = Field(description="hex digest of what the source would give")
     licence: str
     skipped: Count = Field(0, description="samples that could not be used")
+    read_as: list[str] = Field(default_factory=list, description="columns taken, and how the data was read where that was a guess")
 
 
 class FileRecord(Record):

@@ -358,5 +358,6 @@ def test_built_in_data_opens_by_name() -> None:
     easy = open_vqa("easy-vqa", "val", limit=2)
     assert isinstance(easy[1], VQAItem) and easy[1].image.shape == (64, 64, 3)
     said = {"name": "easy-vqa", "split": "val", "count": 2, "fingerprint": easy.fingerprint, "licence": "MIT", "skipped": 0}
+    said["read_as"] = ["2 of 400 images, drawn at random (seed 0)"]
     assert record(easy, "val") == said
     assert {"rectangle", "teal", "what color is the shape?"} <= set(texts(open_vqa("shapes:difficulty=2,size=300", "train")))

@@ -95,12 +95,15 @@ def pair_batch(
     seed: int,
     step: int,
     augment_kind: Augment = "light",
+    mirror: bool = True,
     mask_probability: float = 0.25,
     max_masks: int = 8,
     max_tokens: int | None = None,
     task: bool = False,
 ) -> Batch:
     """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task, and masks nothing.
+
+    Where `mirror` allows it, half of the images are mirrored whose texts name no side; so in all functions here.
 
     Returns:
         pixels uint8 `[B, 3, H, W]`; text_ids, text_mask, masked_ids `[B, L]`; masked_positions, masked_labels `[B, M]` (label -100 where
@@ -111,7 +114,7 @@ def pair_batch(
     for item in items:
         rng = generator(seed, step, item.id, "pair")
         caption = item.captions[int(rng.integers(len(item.captions)))]
-        images.append(augment(augment_kind, item.image, rng, flip_ok=not names_a_side(caption), task=task).image)
+        images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not names_a_side(caption), task=task).image)
         captions.append(caption)
     batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
     if task:
@@ -128,6 +131,7 @@ def region_batch(
     step: int,
     patch_grid: int | tuple[int, int],
     augment_kind: Augment = "light",
+    mirror: bool = True,
     regions_per_image: int = 5,
     mask_probability: float = 0.25,
     max_masks: int = 8,
@@ -159,7 +163,7 @@ def region_batch(
         caption = item.captions[int(rng.integers(len(item.captions)))] if item.captions else None
         sided = any(map(names_a_side, said if caption is None else [*said, caption]))
         corners = np.array([item.regions[i].box for i in chosen], np.float32)
-        seen = augment(augment_kind, item.image, rng, corners, flip_ok=not sided, task=False)
+        seen = augment(augment_kind, item.image, rng, corners, flip_ok=mirror and not sided, task=False)
         images.append(seen.image)
         for index, phrase, box, visible in zip(chosen, said, seen.boxes, seen.visible, strict=True):
             if visible > LEAST_VISIBLE:
@@ -208,6 +212,7 @@ def vqa_batch(
     seed: int,
     step: int,
     augment_kind: Augment = "none",
+    mirror: bool = True,
     questions_per_image: int = 6,
     train: bool = True,
     max_answer_tokens: int = 10,
@@ -235,7 +240,7 @@ def vqa_batch(
         if train and len(chosen) > questions_per_image:
             chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:questions_per_image].tolist())]
         sided = any(names_a_side(q.text) or any(names_a_side(answer) for answer, _ in q.answers) for q in chosen)
-        images.append(augment(augment_kind, item.image, rng, flip_ok=not sided, task=True).image)
+        images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not sided, task=True).image)
         questions.extend(question.text for question in chosen)
         answers.extend(question.answers for question in chosen)
         annotators.extend(question.annotators for question in chosen)

@@ -24,6 +24,11 @@ def generator(seed: int, *key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_digest(seed, key, 16)))
 
 
+def some_of(count: int, limit: int, seed: int = 0) -> list[int]:
+    """`limit` of `count` indices in their order, drawn at random: a smaller limit gives a part of what a larger one does."""
+    return sorted(generator(seed, "limit").permutation(count)[:limit].tolist())
+
+
 def seed_of(seed: int, *key: Key) -> int:
     """A stable 63-bit integer for the draw named `key`, for generators that are not NumPy's."""
     return _digest(seed, key, 8) >> 1

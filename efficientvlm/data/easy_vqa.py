@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from efficientvlm.data.draw import generator
+from efficientvlm.data.draw import generator, some_of
 from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Pixels, Question, VQAItem
 from efficientvlm.data.preprocessing import Preprocessing, side_of
@@ -53,7 +53,11 @@ class EasyVQA:
         for text, answer, image_id in zip(texts, answers, image_ids, strict=True):
             questions[image_id].append(Question(text, [(answer, 1.0)]))
         self._all_questions = questions
-        self._ids = _split(list(questions), split, val_fraction)[:limit]
+        self._ids = _split(list(questions), split, val_fraction)
+        self.notes: list[str] = []
+        if limit is not None and limit < len(self._ids):
+            self.notes.append(f"{limit:,} of {len(self._ids):,} images, drawn at random (seed 0)")
+            self._ids = [self._ids[index] for index in some_of(len(self._ids), limit)]
         self._pixels: Pixels | None = None
         self._lock = threading.Lock()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from efficientvlm.data.cells import LEFT_OUT, captions_of, is_missing, places_of, question_of, regions_of, text_of
-from efficientvlm.data.draw import generator, seed_of
+from efficientvlm.data.draw import generator, seed_of, some_of
 from efficientvlm.data.forms import IMAGE_NAMES, open_table
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.items import PairItem, Pixels, Question, VQAItem
@@ -64,7 +64,8 @@ class _Files(Generic[T]):
         groups = self._groups() if len(self.table) else {}
         keys = [key for key in groups if not hold_out or (seed_of(SPLIT_SEED, key) < val_fraction * 2**63) == (split == "val")]
         if limit is not None and limit < len(keys):
-            keys = [keys[i] for i in sorted(generator(seed, "limit").permutation(len(keys))[:limit].tolist())]
+            self.skips.note(f"{limit:,} of {len(keys):,} images, drawn at random (seed {seed})")
+            keys = [keys[index] for index in some_of(len(keys), limit, seed)]
         self._texts = {role: self.table.column(name) for role, name in self.columns.items() if role not in IMAGE} if groups else {}
         self._keys: list[str] = []
         self._rows: list[list[int]] = []

@@ -191,6 +191,8 @@ def _parts(folder: Path, skips: Skips) -> dict[str, list[Part]] | Rows | Table:
         subfolders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
         if claims := _claims((path.name, path.name, partial(_whole, path, skips)) for path in subfolders):
             if not (table := _table(place, skips)):
+                if rest := [path.name for path in subfolders if not split_of(path.name)]:
+                    skips.note(f"{shorten(', '.join(rest), 100)}: passed over, as other folders are named after splits")
                 return claims
             inner = [path / name for path in subfolders if split_of(path.name) for name in METADATA if (path / name).is_file()]
             if inner:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from efficientvlm.data.draw import some_of
 from efficientvlm.data.items import Item, PairItem, Source, VQAItem
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
@@ -35,7 +36,7 @@ def open_vqa(
             but the built-in ones; a stream is for training only.
         split: train, val or test; without a validation file of its own, val is `val_fraction` of the training images, always the same ones.
         columns: role → column of the user's own data.
-        limit: at most so many images, drawn with `seed` where the order of the data may mean something.
+        limit: at most so many images, drawn at random with `seed`; of a stream the first.
         seed: of that draw, and of the order of a stream.
         max_bad: samples that may be skipped because they cannot be used; by default 1 in 100, of a stream 100.
         shuffle_buffer: samples that a stream draws from at random.
@@ -53,7 +54,7 @@ def open_vqa(
     if spec.partition(":")[0] == "shapes":
         from efficientvlm.data.shapes import Shapes
 
-        return _first(Shapes(VQAItem, split, image_size=image_size, spec=spec), limit)
+        return drawn(Shapes(VQAItem, split, image_size=image_size, spec=spec), limit)
     own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
     if spec.startswith(STREAM):
         from efficientvlm.data.stream import Stream
@@ -87,7 +88,7 @@ def open_pairs(
     if spec.partition(":")[0] == "shapes":
         from efficientvlm.data.shapes import Shapes
 
-        return _first(Shapes(PairItem, split, image_size=image_size, spec=spec), limit)
+        return drawn(Shapes(PairItem, split, image_size=image_size, spec=spec), limit)
     own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
     if spec.startswith(STREAM):
         from efficientvlm.data.stream import Stream
@@ -122,6 +123,13 @@ class Subset(Source[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.source[self.indices[index]]
 
+    @property
+    def notes(self) -> list[str]:
+        return [*notes(self.source), f"{len(self):,} of {len(self.source):,} images, drawn at random (seed 0)"]
+
+    def usable(self, indices: Sequence[int]) -> list[Item]:
+        return usable(self.source, [self.indices[index] for index in indices])
+
     def texts(self) -> Iterator[str]:
         return self.source.texts()
 
@@ -134,6 +142,22 @@ class Subset(Source[Item]):
         """Those of the whole source, like its texts."""
         source: Any = self.source
         return source.questions()
+
+
+def drawn(source: Source[Item], limit: int | None) -> Source[Item]:
+    """`source`, or `limit` of its samples, drawn at random and always the same."""
+    return source if limit is None or limit >= len(source) else Subset(source, some_of(len(source), limit))
+
+
+def notes(source: Source[Any]) -> list[str]:
+    """How a source was read where that was a guess or a part of it, a sentence each."""
+    own: Any = source
+    return list(own.skips.notes if hasattr(own, "skips") else getattr(own, "notes", ()))
+
+
+def is_built_in(spec: str) -> bool:
+    """Whether `spec` is data of this project, with English texts and no writing in its pictures."""
+    return spec.partition(":")[0] in BUILT_IN
 
 
 def texts(source: Source[Any]) -> Iterator[str]:
@@ -167,8 +191,9 @@ def open_texts(spec: str, *, columns: Mapping[str, str] | None = None) -> Source
 
 
 def record(source: Source[Any], split: str) -> dict[str, Any]:
-    """What the manifest says about a source: name, split, count of images, fingerprint, licence, samples skipped."""
+    """What the manifest says about a source: name, split, count of images, fingerprint, licence, samples skipped, how it was read."""
     skips: Any = getattr(source, "skips", None)
+    columns = ", ".join(f"{role}={name}" for role, name in getattr(source, "columns", {}).items())
     return {
         "name": source.name,
         "split": split,
@@ -176,11 +201,8 @@ def record(source: Source[Any], split: str) -> dict[str, Any]:
         "fingerprint": source.fingerprint,
         "licence": source.licence,
         "skipped": skips.count if skips else 0,
+        "read_as": [*([f"columns: {columns}"] if columns else []), *notes(source)],
     }
-
-
-def _first(source: Source[Item], limit: int | None) -> Source[Item]:
-    return source if limit is None or limit >= len(source) else Subset(source, range(limit))
 
 
 def _check(spec: str, split: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from efficientvlm.data import hub
-from efficientvlm.data.cells import captions_of, places_of, question_of, regions_of
+from efficientvlm.data.cells import LEFT_OUT, captions_of, places_of, question_of, regions_of, text_of
 from efficientvlm.data.draw import generator
 from efficientvlm.data.files import PAIR_REQUIRED, PAIR_ROLES, VQA_REQUIRED, VQA_ROLES, find_columns
 from efficientvlm.data.forms import braces, paths_of
@@ -27,7 +27,7 @@ from efficientvlm.data.tables import encoded, one_line, read_as, readers
 from efficientvlm.errors import BadInput
 
 PREFIX = "stream:"
-LOOKED_AT = 20  # rows, for the names of the columns
+LOOKED_AT = 1000  # rows, for the names of the columns
 TEXTS = 100_000  # rows a tokenizer is trained on
 ATTEMPTS = 100
 
@@ -60,15 +60,20 @@ class Stream(Generic[T]):
         self._what = spec.removeprefix(PREFIX)
         self.skips = Skips(spec, max_bad)
         self.skips.settle(None)
-        first = list(itertools.islice(self._pass(0), LOOKED_AT))
-        if not first:
-            raise BadInput(f"data {spec}", "it has no rows", "check the files")
-        have = list(dict.fromkeys(name for raw in first for name in raw.values))
+        if limit is not None:
+            self.skips.note(f"the first {limit:,} rows of each pass: a stream cannot be drawn from")
+        have: dict[str, None] = {}  # in the order they come in
+        broken: BadInput | None = None
+        for raw in itertools.islice(self._pass(0), LOOKED_AT):
+            have.update(dict.fromkeys(raw.values))
+            broken = broken or raw.problem
+        if broken and not have:
+            raise broken
         roles, required = (VQA_ROLES, VQA_REQUIRED) if issubclass(kind, VQAItem) else (PAIR_ROLES, PAIR_REQUIRED)
-        if broken := next((raw.problem for raw in first if raw.problem is not None), None):
-            if not have:
-                raise broken
-        self.columns = find_columns(have, roles, required, columns or {}, spec)
+        named = {name: None for role, name in (columns or {}).items() if role not in required and name not in LEFT_OUT}
+        self.columns = find_columns(list(have | named), roles, required, columns or {}, spec)
+        free = [role for role in roles if role not in self.columns and role not in (columns or {})]
+        self._late = {name for role in free for name in roles[role]}  # would have been taken, had they come earlier
         self._lock = threading.Lock()
         self._rewind()
 
@@ -181,6 +186,11 @@ class Stream(Generic[T]):
     def _values(self, raw: Raw) -> dict[str, Any]:
         if raw.problem is not None:
             raise raw.problem
+        if late := self._late.intersection(raw.values):
+            self._late -= late
+            self.skips.note(
+                f"column {', '.join(sorted(late))} comes first in {raw.where} and is not read; name it with --column to read it"
+            )
         return {role: raw.values.get(name) for role, name in self.columns.items()}
 
     def _sample(self, raw: Raw) -> T:
@@ -197,7 +207,7 @@ class Stream(Generic[T]):
         )
         image = encoded(values["image"], raw.base, where)
         pixels, size = open_sized(image, self.size, where)
-        key = values.get("image_id")
+        key = text_of(values.get("image_id"))
         if key is None:
             key = hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(values["image"])
         if issubclass(self.kind, VQAItem):

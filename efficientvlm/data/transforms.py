@@ -15,7 +15,11 @@ from efficientvlm.errors import BadInput
 
 Augment = Literal["none", "light", "paper"]
 Boxes = NDArray[np.float32]
-SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
+SIDE_WORDS = (
+    *("left", "right", "leftmost", "rightmost", "leftward", "rightward", "leftwards", "rightwards"),
+    *("clockwise", "counterclockwise", "anticlockwise"),
+)
+SIDES = re.compile(rf"\b({'|'.join(SIDE_WORDS)})\b", re.IGNORECASE)
 MAX_SHIFT = 0.1
 PRETRAIN_SCALE, TASK_SCALE = (0.2, 1.0), (0.5, 1.0)
 COLOUR_OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
@@ -36,7 +40,7 @@ class Augmented(NamedTuple):
 
 @lru_cache(maxsize=65536)
 def names_a_side(text: str) -> bool:
-    """Whether `text` speaks of left or right, so that its image must not be mirrored."""
+    """Whether `text` holds one of `SIDE_WORDS`, so that its image must not be mirrored: in English only."""
     return SIDES.search(text) is not None
 
 

@@ -10,7 +10,7 @@ import torch
 
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import open_vqa, usable
+from efficientvlm.data.sources import drawn, open_vqa, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
@@ -122,8 +122,12 @@ class Answerer:
 def evaluate_on(
     answer: Answerer, source: Any, *, limit: int | None, title: str, quiet: bool, batch_size: int = EVAL_BATCH
 ) -> dict[str, Any]:
-    """Accuracy of `answer` over `source`, with progress; `reading` counts what the tokenizer could not read."""
-    count = min(len(source), limit or len(source))
+    """Accuracy of `answer` over `source`, or over `limit` images drawn from it, with progress.
+
+    `reading` counts what the tokenizer could not read.
+    """
+    source = drawn(source, limit)
+    count = len(source)
     for remark in reading.titled(title, answer.reading):
         say(remark, quiet=quiet)
     if not count:

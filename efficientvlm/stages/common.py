@@ -20,7 +20,7 @@ from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import record
+from efficientvlm.data.sources import is_built_in, notes, record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, save_tokenizer
@@ -305,6 +305,7 @@ def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
     """Say which samples were skipped so far, and have all of them written down beside the training state, by the main process."""
     for split, source in sources.items():
         if skips := getattr(source, "skips", None):
+            say_notes(source, split, quiet)
             say_skipped(source, split, quiet)
             if not output.mine:
                 skips.collect()
@@ -322,6 +323,18 @@ def gather_skipped(sources: dict[str, Any]) -> None:
             ours = skips.hand_over()
             told = [ranks.tell(ours, number) for number in range(1, ranks.world())]
             ranks.on_main(partial(skips.take_over, told))
+
+
+def say_notes(source: Any, title: str, quiet: bool) -> None:
+    """How `source` was read where that was a guess or a part of it."""
+    for note in notes(source):
+        say(f"{title}: {note}", quiet=quiet)
+
+
+def augmentation(config: Any) -> dict[str, Any]:
+    """How training images are changed, as arguments of a collator; those of a user's own are mirrored only when asked for."""
+    mirror = config.mirror if config.mirror is not None else is_built_in(config.data)
+    return {"augment_kind": config.augment, "mirror": mirror}
 
 
 def say_skipped(source: Any, title: str, quiet: bool) -> None:

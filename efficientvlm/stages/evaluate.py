@@ -17,7 +17,7 @@ from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import Answerer, evaluate_on, read_answers, tuned_with
-from efficientvlm.stages.common import Loaded, check_precision, load, say_skipped
+from efficientvlm.stages.common import Loaded, check_precision, load, say_notes, say_skipped
 from efficientvlm.stages.influence import tell
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs
@@ -50,6 +50,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     if file.finished:
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
+    say_notes(source, config.split, control.quiet)
     device = pick_device(config.device)
     loaded.model.to(device)
     began = time.monotonic()

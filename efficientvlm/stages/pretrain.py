@@ -15,7 +15,7 @@ from efficientvlm.data.collate import Texts, pair_batch, region_batch
 from efficientvlm.data.draw import generator
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import open_pairs, usable
+from efficientvlm.data.sources import drawn, open_pairs, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
@@ -23,6 +23,7 @@ from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.progress import counted, say, telling
 from efficientvlm.stages.common import (
     Loaded,
+    augmentation,
     data_inputs,
     finished,
     gather_skipped,
@@ -155,7 +156,7 @@ def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: 
 
     def feed(step: int) -> list[Batch]:
         items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
-        settings: dict[str, Any] = {"seed": config.seed, "step": step, "augment_kind": config.augment, **masking}
+        settings: dict[str, Any] = {"seed": config.seed, "step": step, **augmentation(config), **masking}
         batches = [pair_batch(items, texts, **settings)]
         described = [item for item in items if item.regions]
         if ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions:
@@ -175,7 +176,8 @@ def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts
     model = objective.model.eval()
     device = next(model.parameters()).device
     batch_size = config.eval_batch_size or config.batch_size
-    count = min(len(source), config.eval_limit or VALIDATION_BATCHES * config.batch_size)
+    source = drawn(source, config.eval_limit or VALIDATION_BATCHES * config.batch_size)
+    count = len(source)
     found: dict[str, list[float]] = {}
     images = 0
     if not count:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from efficientvlm.data.collate import Texts, stack
-from efficientvlm.data.sources import usable
+from efficientvlm.data.sources import drawn, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, texts_of
@@ -47,8 +47,9 @@ def evaluate_pairs(
     rerank: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metrics of :func:`tasks.retrieval.evaluate` over the first `limit` images of `source` and all their captions, with progress."""
-    count = min(len(source), limit or len(source))
+    """Metrics of :func:`tasks.retrieval.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
+    source = drawn(source, limit)
+    count = len(source)
     if not count:
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}

@@ -20,7 +20,7 @@ from efficientvlm.objectives.task import VQA
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
 from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
-from efficientvlm.stages.common import Loaded, no_answers, pair_problems, settings_of, texts_of
+from efficientvlm.stages.common import Loaded, augmentation, no_answers, pair_problems, settings_of, texts_of
 from efficientvlm.stages.influence import Influence
 from efficientvlm.stages.pretrain import open_split
 from efficientvlm.stages.reading import Reading, of_answers, of_questions, of_texts
@@ -107,7 +107,7 @@ class Answering:
                     texts,
                     seed=config.seed,
                     step=step,
-                    augment_kind=config.augment,
+                    **augmentation(config),
                     train=True,
                     double_sep=config.quirks.double_sep,
                     **settings_of(config, "questions_per_image", "max_answer_tokens"),
@@ -164,7 +164,7 @@ class Retrieval:
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
         def feed(step: int) -> list[Batch]:
             items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
-            return [pair_batch(items, texts, seed=config.seed, step=step, augment_kind=config.augment, task=True)]
+            return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
 
         return feed
 
