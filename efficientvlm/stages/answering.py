@@ -126,8 +126,10 @@ def evaluate_on(
 
     `reading` counts what the tokenizer could not read.
     """
-    source = drawn(source, limit)
+    whole, source = len(source), drawn(source, limit)
     count = len(source)
+    if count < whole:
+        say(f"{title}: {count:,} of {whole:,} images, drawn at random", quiet=quiet)
     for remark in reading.titled(title, answer.reading):
         say(remark, quiet=quiet)
     if not count:

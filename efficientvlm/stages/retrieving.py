@@ -48,8 +48,10 @@ def evaluate_pairs(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of :func:`tasks.retrieval.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
-    source = drawn(source, limit)
+    whole, source = len(source), drawn(source, limit)
     count = len(source)
+    if count < whole:
+        say(f"{title}: {count:,} of {whole:,} images, drawn at random", quiet=quiet)
     if not count:
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
