@@ -40,6 +40,7 @@ from efficientvlm.stages.common import (
     write,
 )
 from efficientvlm.stages.reading import Reading, all_read, of_texts, titled
+from efficientvlm.stages.teaching import doubt
 from efficientvlm.training import Batch, accelerator, adamw, train
 
 VALIDATION_BATCHES = 16
@@ -68,6 +69,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
                 teacher = load(config.teacher)
             for problem in teacher_problems(config, student, teacher):
                 raise problem
+            doubt(stage, teacher.manifest, student.manifest, None, control.quiet)
             teacher.model.to(hardware.device)
         hard, objective = objectives(config, student, teacher)
         plan = plan_for(sources["train"], config.batch_size, config.seed, ranks.world(), ranks.rank())

@@ -32,6 +32,7 @@ from efficientvlm.stages.common import (
 from efficientvlm.stages.influence import observed
 from efficientvlm.stages.reading import Reading, all_read, titled
 from efficientvlm.stages.tasks import TASKS, Task
+from efficientvlm.stages.teaching import doubt
 from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
 
 
@@ -104,6 +105,8 @@ class Tuning:
 
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""
+        if self.teacher:
+            doubt(output.stage, self.teacher.manifest, self.student.manifest, self.sources["val"], control.quiet)
         keep_skipped(output, self.sources, control.quiet)
         if ranks.is_main():
             self.reading = self.task.reading(self.config, self.student, self.sources)

@@ -1,0 +1,57 @@
+"""Reasons to doubt that a teacher helps, as far as manifests and annotations tell them at once; nothing is computed by a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from efficientvlm.manifest import Manifest
+from efficientvlm.metrics import TITLES, main_metric
+from efficientvlm.progress import say
+
+ADVICE = "compare with a run without --teacher (docs/distillation.md, When a teacher helps)"
+
+
+def doubt(stage: str, teacher: Manifest, student: Manifest, val: Any, quiet: bool) -> None:
+    """Say every one of :func:`doubts`."""
+    for line in doubts(teacher, student, val):
+        say(f"{stage}: {line}; {ADVICE}", quiet=quiet)
+
+
+def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
+    """Why the student may learn nothing from the teacher.
+
+    Args:
+        val: the held-out data of this run; accuracies count only where they were measured on the same.
+    """
+    if teacher.stage == "init" and teacher.origin == "random":
+        return ["the teacher was never trained: its weights are random"]
+    theirs = _measured(teacher, val)
+    if theirs is None:
+        return []
+    name, accuracy = theirs
+    found = []
+    own = _measured(student, val)
+    if own and own[0] == name and accuracy <= own[1]:
+        found.append(f"the teacher's validation {TITLES[name]}, {accuracy:.4f}, is not above the student's own, {own[1]:.4f}")
+    if name == "accuracy" and (majority := majority_answer(val)) and accuracy <= majority[1]:
+        answer, part = majority
+        found.append(f"the teacher's validation accuracy, {accuracy:.4f}, is not above {part:.4f}, that of always answering {answer!r}")
+    return found
+
+
+def majority_answer(source: Any) -> tuple[str, float] | None:
+    """The answer that is right most often, and the part of all answers that it is, by weight; None where nothing is answered."""
+    weights: Counter[str] = Counter()
+    for answer, weight in source.answers():
+        weights[answer] += weight
+    if not weights:
+        return None
+    answer, most = weights.most_common(1)[0]
+    return answer[:80], most / sum(weights.values())
+
+
+def _measured(manifest: Manifest, val: Any) -> tuple[str, float] | None:
+    """The main metric on validation data that are those of `val`."""
+    same = any(record.split == "val" and record.fingerprint == getattr(val, "fingerprint", None) for record in manifest.data)
+    return main_metric(manifest.metrics.get("val")) if same else None
