@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -78,15 +79,18 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from efficientvlm import recipe as recipes
-    from efficientvlm.files import write_atomic
+    from efficientvlm.files import result_path, unwritable, write_atomic
 
     text = recipes.source(recipe)
     path = target / f"{Path(recipe).stem}.yaml" if target.is_dir() else target
-    if path.exists() and not force:
+    if os.path.lexists(result_path(path, "recipe.yaml")) and not force:
         raise BadInput(f"{path} exists already", "it may hold changes of yours", "use another name, or --force")
     if not path.parent.is_dir():
         raise BadInput(f"{path} cannot be written", f"there is no folder {path.parent}", "make the folder first")
-    write_atomic(path, text.encode())
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise unwritable(path, error) from None
     print(path)
 
 

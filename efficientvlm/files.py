@@ -171,6 +171,37 @@ def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
     return made
 
 
+def result_path(text: str | Path, example: str = "result.json") -> Path:
+    """The file that a result is to be written to: none yet, or a regular file, which the caller must know as ours.
+
+    Raises:
+        BadInput: a folder, a link, a device, a pipe; or a path that cannot be looked at.
+    """
+    try:
+        path = Path(text).expanduser()
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, RuntimeError) as error:
+        why = (error.strerror or "unknown reason").lower() if isinstance(error, OSError) else str(error).lower()
+        raise BadInput(f"{str(text)!r} cannot be written", why, "use another --out") from None
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{path} cannot be written", f"it is {kind(mode)}", f"give a file, e.g. --out {example}")
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """:class:`BadInput` if a file could not be made at `path` now; nothing is left behind, and no folder is made."""
+    folder = path.parent
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with private_folder(folder, path) as private:
+            write_new(private / path.name, b"")  # whose name may be too long
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
 def unwritable(path: Path, error: OSError) -> BadInput:
     """What to say where the system refuses to write `path`."""
     if out_of_space(error):

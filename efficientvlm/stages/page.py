@@ -12,7 +12,7 @@ from efficientvlm import families, influence, lineage, manifest, report
 from efficientvlm.checkpoint import METRICS, STATE
 from efficientvlm.compression.reach import of_config
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve, shown, write_atomic
+from efficientvlm.files import check_writable, open_plain, resolve, result_path, shown, unreadable, unwritable, write_atomic
 from efficientvlm.lineage import Node
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.page import shapes
@@ -22,6 +22,7 @@ from efficientvlm.picture import Structure
 
 LARGEST_RESULT = 50_000_000  # bytes
 LARGEST_NUMBER = 1e30
+LONGEST_LINE = 100_000  # bytes of a line of metrics
 
 
 def run(folder: str, out: str | None = None, *, hashes: bool = False, force: bool = False) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def run(folder: str, out: str | None = None, *, hashes: bool = False, force: boo
         BadInput: neither a checkpoint nor a folder with checkpoints, or a file that cannot be written.
     """
     path = resolve(folder, checkpoint=True)
-    target = claim(Path(out).expanduser() if out else Path(f"report-{path.resolve().name}.html"), force)
+    target = claim(out or f"report-{path.resolve().name}.html", force)
     story = tell_folder(path, hashes=hashes)
     write(target, story)
     found = {kind: [problem.text for problem in story.problems if problem.kind == kind] for kind in (DAMAGE, NOTE)}
@@ -45,23 +46,26 @@ def run(folder: str, out: str | None = None, *, hashes: bool = False, force: boo
 
 
 def write(target: Path, story: Story) -> None:
-    """The page of a story, as a whole or not at all."""
-    write_atomic(target, page(story).encode("utf-8", "replace"))
-
-
-def claim(target: Path, force: bool) -> Path:
-    """The file to write; :class:`BadInput` if it cannot be, or (without `force`) if something else than a report is there."""
+    """The page of a story, as a whole or not at all; :class:`BadInput` if it cannot be written."""
     try:
-        if target.is_dir():
-            raise BadInput(f"{target} cannot be written", "it is a folder", "give a file, e.g. --out report.html")
-        if not target.parent.is_dir():
-            raise BadInput(f"{target} cannot be written", f"there is no folder {target.parent}", "make the folder first")
-        if target.exists() and not force:
-            with target.open("rb") as file:
-                if not is_ours(file.read(4096).decode("utf-8", "replace")):
-                    raise BadInput(f"{target} exists already", "it is no report of this program", "use --force or another --out")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{str(target)!r} cannot be written", str(error).lower(), "use another --out") from None
+        write_atomic(target, page(story).encode("utf-8", "replace"))
+    except OSError as error:
+        raise unwritable(target, error) from None
+
+
+def claim(out: str, force: bool) -> Path:
+    """The file to write; :class:`BadInput` if it cannot be, or (without `force`) if something else than a report is there.
+
+    What is no regular file is never replaced: a folder, a link, a device.
+    """
+    target = result_path(out, "report.html")
+    if not target.parent.is_dir():
+        raise BadInput(f"{target} cannot be written", f"there is no folder {target.parent}", "make the folder first")
+    if os.path.lexists(target) and not force:
+        with open_plain(target) as file:
+            if not is_ours(file.read(4096).decode("utf-8", "replace")):
+                raise BadInput(f"{target} exists already", "it is no report of this program", "use --force or another --out")
+    check_writable(target)
     return target
 
 
@@ -74,16 +78,16 @@ def tell_folder(path: Path, *, hashes: bool = False) -> Story:
     if not path.is_dir():
         raise BadInput(f"{path} is no folder", "a report is made of a checkpoint or of a folder of checkpoints", "give such a folder")
     title, place, created = path.resolve().name, shown(path), manifest.now()
-    if (path / MANIFEST).is_file():
-        chapters, problems = tell([path], hashes=hashes)
-        return story_of(title, place, created, chapters, [], problems, hashes)
     try:
         children = sorted(path.iterdir())
+        if path / MANIFEST in children:
+            chapters, problems = tell([path], hashes=hashes)
+            return story_of(title, place, created, chapters, [], problems, hashes)
         folders = [child for child in children if (child / MANIFEST).is_file()]
         files = [child for child in children if child.suffix == ".json" and child.is_file()]
         begun = [child.name for child in children if (child / STATE).is_dir() and child not in folders]
     except OSError as error:
-        raise BadInput(f"{path} cannot be read", (error.strerror or "unknown reason").lower(), "check the file") from None
+        raise unreadable(path, error) from None
     if not folders:
         raise BadInput(
             f"{path} holds no finished checkpoint",
@@ -91,9 +95,9 @@ def tell_folder(path: Path, *, hashes: bool = False) -> Story:
             "give the folder that a stage or recipe wrote",
         )
     unfinished = [Problem(NOTE, f"{name} is unfinished: the command that began it resumes it") for name in begun]
-    measurements, unreadable = read_measurements(files)
+    measurements, unread = read_measurements(files)
     chapters, problems = tell(folders, hashes=hashes)
-    return story_of(title, place, created, chapters, measurements, [*problems, *unfinished, *unreadable], hashes)
+    return story_of(title, place, created, chapters, measurements, [*problems, *unfinished, *unread], hashes)
 
 
 def tell(roots: Sequence[Path], labels: Mapping[Path, str] | None = None, *, hashes: bool = False) -> tuple[list[Chapter], list[Problem]]:
@@ -209,7 +213,9 @@ def read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
     broken = 0
     if not path.is_file():
         return [], 0
-    for text in path.read_bytes().splitlines():
+    with open_plain(path) as file:
+        texts = list(iter(lambda: file.readline(LONGEST_LINE), b""))
+    for text in texts:
         try:
             values = json.loads(text)
             line = {name: float(value) for name, value in values.items() if type(value) in (int, float) and abs(value) < LARGEST_NUMBER}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from efficientvlm.checkpoint import fingerprint, require_complete
 from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve, shown, write_atomic
+from efficientvlm.files import check_writable, resolve, result_path, shown, unwritable, write_atomic
 from efficientvlm.page.story import Measurement, Story, unique
 from efficientvlm.picture import structure_figure
 from efficientvlm.progress import say
+from efficientvlm.scratch import sweep
 from efficientvlm.stages import page as pages
 from efficientvlm.stages.results import read_result
 
@@ -42,10 +44,15 @@ def run(config: Report, control: Control) -> dict[str, Any]:
         "created": manifest.now(),
     }
     result = {"stage": "report", **summary, "provenance": provenance}
-    structure_figure(structures, out / PICTURE, report.captions(summary))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # first, as it says that the others are ours
+        write_atomic(out / SUMMARY, (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        write_atomic(out / TABLE, (text + "\n").encode())
+        structure_figure(structures, out / PICTURE, report.captions(summary))
+    except OSError as error:
+        raise unwritable(out, error) from None
     pages.write(out / PAGE, tell_recipe(config, summary))
-    write_atomic(out / TABLE, (text + "\n").encode())
-    write_atomic(out / SUMMARY, (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
     files = {name: str(out / name) for name in (SUMMARY, TABLE, PICTURE, PAGE)}
     say(f"report: wrote {', '.join(files.values())}", quiet=control.quiet)
     return {**result, "files": files, "text": text}
@@ -63,12 +70,30 @@ def tell_recipe(config: Report, summary: dict[str, Any]) -> Story:
 
 
 def claim(out: Path) -> Path:
-    """The folder, made if need be; :class:`BadInput` if it is a file or holds what no report wrote."""
+    """The folder to write; :class:`BadInput` if it is a file or holds what no report wrote.
+
+    A report's folder is known by its `summary.json`: without one that reads as a report's, the files of the other names are not ours.
+    """
     try:
-        foreign = sorted({path.name for path in out.iterdir()} - {SUMMARY, TABLE, PICTURE, PAGE}) if out.exists() else []
-        if foreign:
-            raise BadInput(f"{out} holds other files", ", ".join(foreign[:3]), "use another --out")
-        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        there = {path.name for path in out.iterdir()} if os.path.lexists(out) else set()
     except OSError as error:
-        raise BadInput(f"{out} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        raise unwritable(out, error) from None
+    names = (SUMMARY, TABLE, PICTURE, PAGE)
+    if foreign := sorted(there - set(names)):
+        raise BadInput(f"{out} holds other files", ", ".join(foreign[:3]), "use another --out")
+    for name in names:
+        result_path(out / name)
+    if there and not _is_summary(out / SUMMARY):
+        raise BadInput(f"{out} holds other files", f"no report wrote {', '.join(sorted(there))}", "use another --out")
+    check_writable(out / SUMMARY)
     return out
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        values = manifest.read_json(path)
+    except BadInput:
+        return False
+    made = values.get("provenance") if isinstance(values, dict) else None
+    return isinstance(made, dict) and values.get("stage") == "report" and {"models", "code", "created"} <= made.keys()

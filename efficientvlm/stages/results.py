@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from efficientvlm import manifest
 from efficientvlm.config import Strict, asides
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
+from efficientvlm.files import check_writable, result_path, unwritable, write_atomic
 
 MACHINE = "machine"
 """Role of the machine that measured. A result of another one stays what it is: it is up to date, and says where it comes from."""
@@ -33,7 +34,7 @@ class ResultFile:
 
     @classmethod
     def open(cls, config: Strict, stage: str, inputs: dict[str, str], *, force: bool) -> ResultFile:
-        """Claim the file `config.out`; its folder is made.
+        """Claim the file `config.out`, and see that it can be written before anything is measured.
 
         Args:
             inputs: role → sha256 of what is read. A setting named like a role (`model`, or `models` for `models.0`) does not count when two
@@ -44,11 +45,8 @@ class ResultFile:
             BadInput: the file is no result, a result of other inputs or settings (without `force`), or cannot be written.
         """
         file = cls.examine(config, stage, inputs, force=force)
-        if path := file.path:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"{path} cannot be written", (error.strerror or "unknown reason").lower(), "use another --out") from None
+        if file.path and not file.finished:
+            check_writable(file.path)
         return file
 
     @classmethod
@@ -58,11 +56,9 @@ class ResultFile:
         out = values.pop("out")
         if out is None:
             return cls(None, stage, inputs, values)
-        path = Path(out).expanduser()
+        path = result_path(out)
         file = cls(path, stage, dict(inputs), values)
-        if path.is_dir():
-            raise BadInput(f"{path} cannot be written", "it is a folder", "give a file, e.g. --out result.json")
-        if path.exists():
+        if os.path.lexists(path):
             earlier = read_result(path, stage)
             there = earlier["provenance"]["inputs"]
             file.inputs |= {role: there[role] for role in unread if role in there}
@@ -87,7 +83,11 @@ class ResultFile:
         self.finished = earlier
 
     def write(self, result: dict[str, Any]) -> dict[str, Any]:
-        """`result` with its provenance, written as a whole if there is a file to write."""
+        """`result` with its provenance, written as a whole if there is a file to write.
+
+        Raises:
+            BadInput: it cannot be written; then it has been printed, so that what was measured is not lost.
+        """
         provenance = {
             "inputs": self.inputs,
             "config": self.config,
@@ -97,7 +97,13 @@ class ResultFile:
         }
         whole = {"stage": self.stage, **result, "provenance": provenance}
         if self.path:
-            write_atomic(self.path, (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, f"{text}\n".encode())
+            except OSError as error:
+                print(text)
+                raise unwritable(self.path, error) from None
         return whole
 
 
@@ -107,7 +113,7 @@ def read_result(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         BadInput: there is none, it is damaged, or it was not written by `stage`.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise BadInput(f"there is no result {path}", "the stage that writes it has not finished", f"run evlm {stage} --out {path}")
     values = manifest.read_json(path)
     provenance = values.get("provenance") if isinstance(values, dict) else None
