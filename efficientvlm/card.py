@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from efficientvlm import influence
+from efficientvlm.files import printable
 from efficientvlm.manifest import DataRecord, Manifest
+
+NAME = re.compile(r"[\w.:/@+ -]+")  # of what the header names; anything else is told below, as text
 
 
 def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -> str:
@@ -19,25 +25,27 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "library_name": "efficientvlm",
         "license": "other",
         "license_name": "see-the-data-table",
-        "tags": ["efficientvlm", manifest.family, manifest.stage],
+        "tags": ["efficientvlm", *(tag for tag in (manifest.family, manifest.stage) if NAME.fullmatch(tag))],
     }
     if task == "vqa":
         header["pipeline_tag"] = "visual-question-answering"
     if data:
-        header["datasets"] = sorted({record.name for record in data})
+        header["datasets"] = sorted({record.name for record in data if NAME.fullmatch(record.name)})
     if manifest.parents:
         header["base_model"] = [parent.path for parent in manifest.parents]
 
-    made_from = [f"{parent.role} `{parent.path}` (manifest sha256 `{parent.sha256[:12]}`)" for parent in manifest.ancestors()]
+    made_from = [f"{plain(parent.role)} {code(parent.path)} (manifest sha256 `{parent.sha256[:12]}`)" for parent in manifest.ancestors()]
     origin = f", origin: {manifest.origin}" if manifest.origin else ""
+    spoken = shlex.quote(" ".join(printable(name).split()))
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {name}",
+        f"# {plain(name)}",
         "",
-        f"A {manifest.family} checkpoint written by `evlm {manifest.stage}` (efficientvlm {manifest.code.version}){origin}.",
+        f"A {plain(manifest.family)} checkpoint written by {code(f'evlm {manifest.stage}')} "
+        f"(efficientvlm {plain(manifest.code.version)}){origin}.",
         f"Made from {'; '.join(made_from)}." if made_from else "It was made from no other checkpoint.",
         "",
     ]
@@ -45,7 +53,8 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
     lines += said_of_inputs(manifest)
     lines += _table("Results", ("measure", "value"), [(key, number(value)) for key, value in results(manifest.metrics)])
     if manifest.stage == "import" and manifest.extra.get("source"):
-        lines += [f"Imported from `{manifest.extra['source']}`, licence: {manifest.extra.get('licence') or 'not stated'}.", ""]
+        licence = plain(str(manifest.extra.get("licence") or "not stated"))
+        lines += [f"Imported from {code(str(manifest.extra['source']))}, licence: {licence}.", ""]
     rows = [(record.name, record.split, f"{record.count:,}", record.licence) for record in data]
     lines += _table("Data and licences", ("data", "split", "images", "licence"), rows)
     lines += [
@@ -54,8 +63,8 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "## Use",
         "",
         "```sh",
-        f"evlm inspect {name}",
-        *([f'evlm predict --model {name} --image picture.png --question "What colour is it?"'] if task == "vqa" else []),
+        f"evlm inspect {spoken}",
+        *([f'evlm predict --model {spoken} --image picture.png --question "What colour is it?"'] if task == "vqa" else []),
         "```",
         "",
     ]
@@ -67,6 +76,18 @@ def said_of_inputs(manifest: Manifest) -> list[str]:
     measured = influence.read(influence.Influence, manifest.extra.get("influence"))
     found = influence.problems(measured, influence.read(influence.Reach, manifest.accounting.get("reach")))
     return ["## Inputs without influence", "", *(f"- {line}" for line in found), ""] if found else []
+
+
+def plain(text: str) -> str:
+    """Foreign text as one line of Markdown that means these very letters: no HTML, no markup, no control characters."""
+    line = html.escape(" ".join(printable(text).split()), quote=False)
+    return re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"\\{found[0]}", line)
+
+
+def code(text: str) -> str:
+    """Foreign text as code in a line of Markdown."""
+    line = " ".join(printable(text).split())
+    return f"<code>{plain(line)}</code>" if set(line) & set("<>&`") else f"`{line}`"
 
 
 def size_rows(accounting: dict[str, Any]) -> list[tuple[str, str]]:
@@ -129,5 +150,5 @@ def number(value: Any) -> str:
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
-    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    body = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
     return [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *body, ""]

@@ -98,7 +98,7 @@ class Manifest(Record):
     data: list[DataRecord] = Field(default_factory=list)
     code: Code
     environment: dict[str, str] = Field(default_factory=dict)
-    files: dict[FileName, FileRecord] = Field(default_factory=dict, description="every file but this one and the README")
+    files: dict[FileName, FileRecord] = Field(default_factory=dict, description="every file but this one")
     cost: Cost = Field(default_factory=Cost)
     changes: list[Change] = Field(default_factory=list, description="what changed while the run was stopped")
     metrics: dict[str, Any] = Field(default_factory=dict)

@@ -488,3 +488,19 @@ def test_the_card_names_sizes_results_and_every_licence_of_the_chain(tmp_path: P
     ):
         assert part in card
     assert card.startswith("---\n") and "None" not in card
+
+
+def test_the_card_shows_foreign_text_as_text(tmp_path: Path) -> None:
+    from efficientvlm.manifest import DataRecord
+
+    evil = "MIT\r\n\r\n# Trust me\n<img src=x onerror=alert(1)> [click](http://x) `rm` **now** \x1b[31m\u202e| _all_"
+    record = DataRecord(name=evil, split=evil, count=1, fingerprint="ab", licence=evil)
+    output = Output.open(tmp_path / "a\n# b`<b>", stage="import", inputs={}, config={})
+    (output.staging / "config.json").write_text("1")
+    extra = {"source": evil, "licence": evil}
+    output.commit(output.manifest(family=evil, data=[record], metrics={evil: evil}, extra=extra))
+    card = (output.path / "README.md").read_bytes().decode()
+    assert not set("\r\x1b\u202e") & set(card) and "<img" not in card and "[click]" not in card and "**now**" not in card
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert len(headings) == 4 and headings[1:] == ["## Results", "## Data and licences", "## Use"]
+    assert "&lt;img src=x onerror=alert(1)&gt;" in card and "\\_all\\_" in card, "it is still told"
