@@ -60,6 +60,10 @@ def text(draw: Draw) -> str:
 
 def dump(value: Any) -> str:
     """JSON of any depth and any number."""
+    try:
+        return json.dumps(value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits, for the writer
+        pass
     if isinstance(value, dict):
         return "{" + ",".join(f"{json.dumps(str(key))}:{dump(one)}" for key, one in value.items()) + "}" if _flat(value) else _deep(value)
     if isinstance(value, list):

@@ -117,7 +117,7 @@ def rows_of_data(draw: Draw, stock: Stock, place: Place) -> Case:
             row[name] = value if draw.randrange(4) else [value]
     path.write_text("".join(dump(row) + "\n" for row in rows), "utf-8", "surrogatepass")
     case = _read(draw, draw.choice(["d.jsonl", "./d.jsonl", "*.jsonl", "d.jsonl"]), questions, place, stock)
-    case.what = f"{name} = {str(value)[:40]!r}"
+    case.what = f"{name} = {dump(value)[:40]!r}"
     if draw.randrange(6) == 0:
         case.argv += [
             "--column",
@@ -198,7 +198,7 @@ def answers(draw: Draw, stock: Stock, place: Place) -> Case:
             .join(lines)
             .encode(encoding, "surrogatepass" if "utf" in encoding else "replace")
         )
-        done = f"{encoding}, {str(value)[:30]!r}"
+        done = f"{encoding}, {dump(value)[:30]!r}"
     model = str(stock.get("model/teacher"))
     argv = draw.choice(
         [
