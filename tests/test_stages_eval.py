@@ -328,6 +328,18 @@ def test_an_interrupted_recipe_goes_on_where_it_was(steps: Any, monkeypatch: pyt
     assert [stage["up_to_date"] for stage in again["stages"]] == [True, False] and again["result"]["stage"] == "finetune"
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"data": True}, {"metrics": []}, {"provenance": {"inputs": {}, "config": {}}}, {"metrics": {"accuracy": 1.0}}]
+)
+def test_a_changed_result_is_refused_before_a_report_is_made(folder: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    out = tmp_path / "e.json"
+    whole = evaluate.run(evaluation(folder, out=str(out), limit=1), QUIET)
+    out.write_text(json.dumps({**whole, **wrong}))
+    with pytest.raises(BadInput, match=r"damaged|no figure"):
+        report.run(Report(out=str(tmp_path / "r"), models={"vqa": str(folder / "vqa")}, evals={"vqa": str(out)}), QUIET)
+    assert not (tmp_path / "r").exists()
+
+
 def test_stages_are_found_by_name() -> None:
     assert run.module_of("eval") is evaluate and run.module_of("report") is report
 

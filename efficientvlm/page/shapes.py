@@ -141,6 +141,10 @@ class Bench(Shape):
     provenance: Provenance
 
 
+RESULTS: dict[str, type[Shape]] = {"eval": Eval, "bench": Bench}
+"""What a result is, by the stage that writes it."""
+
+
 def fits(values: Any, shape: type[Shape]) -> bool:
     """Whether `values` have at least what `shape` says."""
     try:

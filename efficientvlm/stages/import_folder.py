@@ -15,7 +15,7 @@ from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.loading import image_processor, read_json
-from efficientvlm.files import is_hub_id, resolve
+from efficientvlm.files import MIB, is_hub_id, read_limited, resolve
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.progress import say
@@ -24,6 +24,7 @@ from efficientvlm.stages.image_settings import preprocessing_of
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 COLUMNS = 64  # a head has in nearly all published models
+LARGEST_CARD = MIB
 
 
 def run(config: ImportConfig, control: Control) -> Manifest:
@@ -135,7 +136,7 @@ def heads_of(values: Mapping[str, Any], sizes: Sizes) -> dict[str, str]:
 def licence_of(path: Path) -> str | None:
     """The licence that the head of the folder's model card names."""
     try:
-        text = (path / "README.md").read_text("utf-8")
+        text = read_limited(path / "README.md", LARGEST_CARD, "a model card").decode()
         header = parse_yaml(text.split("---")[1], "the model card", "correct its head") if text.startswith("---") else {}
     except (BadInput, OSError, ValueError, IndexError):
         return None

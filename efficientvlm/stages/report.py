@@ -13,6 +13,7 @@ from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.files import check_writable, resolve, result_path, shown, unwritable, write_atomic
+from efficientvlm.page import shapes
 from efficientvlm.page.story import Measurement, Story, unique
 from efficientvlm.picture import structure_figure
 from efficientvlm.progress import say
@@ -33,6 +34,9 @@ def run(config: Report, control: Control) -> dict[str, Any]:
     """
     models = {label: (require_complete(spec), fingerprint(spec)) for label, spec in config.models.items()}
     evals = {label: read_result(Path(path).expanduser(), "eval") for label, path in config.evals.items()}
+    if bare := next((label for label, result in evals.items() if not shapes.fits(result, shapes.Ranked)), None):
+        why = "it has neither an accuracy nor a mean recall with its number of samples"
+        raise BadInput(f"{config.evals[bare]} has no figure for the table", why, "evaluate again, or leave it out of evals")
     bench = read_result(Path(config.bench).expanduser(), "bench") if config.bench else None
     summary = report.summarise(models, evals, bench, config.targets)
     structures = {label: pages.structure_of(resolve(spec)) for label, spec in config.models.items()}

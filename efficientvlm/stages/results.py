@@ -13,6 +13,7 @@ from efficientvlm import manifest
 from efficientvlm.config import Strict, asides
 from efficientvlm.errors import BadInput
 from efficientvlm.files import check_writable, result_path, unwritable, write_atomic
+from efficientvlm.page import shapes
 
 MACHINE = "machine"
 """Role of the machine that measured. A result of another one stays what it is: it is up to date, and says where it comes from."""
@@ -120,4 +121,7 @@ def read_result(path: Path, stage: str) -> dict[str, Any]:
     known = isinstance(provenance, dict) and all(isinstance(provenance.get(key), dict) for key in ("inputs", "config"))
     if not known or values.get("stage") != stage:
         raise BadInput(f"{path} is no result of evlm {stage}", "it was written by something else", "give another file")
+    if not shapes.fits(values, shapes.RESULTS[stage]):
+        why = "it is not what this stage writes: it was changed since, or by another version"
+        raise BadInput(f"{path} is damaged", why, f"run evlm {stage} --force --out {path} again")
     return values
