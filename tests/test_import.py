@@ -28,6 +28,7 @@ from efficientvlm.families.xvlm_import import read_published
 from efficientvlm.families.xvlm_towers import from_towers
 from efficientvlm.stages import import_, init
 from efficientvlm.stages.common import load
+from efficientvlm.stages.import_folder import licence_of
 
 WIDTH, NEURONS, VOCAB = 64, 10, 70
 QUIET = Control(quiet=True)
@@ -542,3 +543,11 @@ def test_the_init_stage_from_towers(tmp_path, towers):
     assert again.files["model.safetensors"] == manifest.files["model.safetensors"]
     with pytest.raises(BadInput, match="tokenizer trained on the data"):
         init.run(config.model_copy(update={"tokenizer": "train"}), QUIET)
+
+
+def test_a_card_that_is_no_file_names_no_licence(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert licence_of(tmp_path) == "mit"

@@ -405,3 +405,10 @@ def test_texts_of_unknown_words_alone_end_without_figures_of_masked_tokens(chain
     settings = {**TRAIN, "max_steps": 1, "data": str(tmp_path / "d.jsonl"), "val": str(tmp_path / "d.jsonl")}
     metrics = run_stage("pretrain", out=str(tmp_path / "o"), model=str(chain / "init"), **settings).metrics["val"]
     assert metrics["images"] == 4 and "itc" in metrics and not {"mlm", "mlm_accuracy"} & set(metrics)
+
+
+def test_weights_that_give_no_finite_figures_are_no_result(chain: Path, tmp_path: Path) -> None:
+    settings = {**TRAIN, "max_steps": 1, "data": SHAPES, "weight_decay": 2.0**53, "model": str(chain / "init")}
+    with pytest.raises(Diverged, match=r"validation data .* no finite number"):
+        run_stage("pretrain", out=str(tmp_path / "o"), **settings)
+    assert list((tmp_path / "o/training_state").glob("step-*/state.json")) and not (tmp_path / "o/evlm_manifest.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,13 +238,18 @@ def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -
 
     Raises:
         OutOfMemory: saying how the same command comes to its end.
+        Diverged: the weights are finite, and what the network makes of them is not.
     """
     if config.eval_limit == 0:
         say("validate: left out, as eval_limit is 0", quiet=quiet)
         return {"images": 0}
     fix = "run the same command with a smaller eval_batch_size or eval_limit (--set eval_limit=0: none); it does not train again"
     with enough_memory("validation", fix):
-        return measure()
+        metrics = measure()
+    if wrong := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
+        what = f"on the validation data {', '.join(wrong)} {'are' if len(wrong) > 1 else 'is'} no finite number"
+        raise Diverged(what, "training diverged", "try a smaller --lr or weight_decay; that begins anew, with --force")
+    return metrics
 
 
 def write(
