@@ -434,6 +434,11 @@ def test_pruning_without_a_task(imported, tmp_path, method):
     assert 0.4 <= budget["achieved"] < 0.4 + dearest and small.manifest.accounting["sparsity"]["achieved"] == pytest.approx(
         budget["achieved"]
     )
+    influence = small.manifest.extra["influence"]  # there are no data: of random pictures and tokens
+    assert influence["inputs_drawn_at_random"] and {name: part["outputs"] for name, part in influence["inputs"].items()} == {
+        "image": {"itc": 1.0},
+        "text": {"itc": 1.0},
+    }
     kept = [u for u in FAMILY.units(parent.model) if u.index in FAMILY.kept(small.model.config)[u.group]]
     direct = slice_model(FAMILY, parent.model, kept).state_dict()
     assert all(torch.equal(tensor, direct[name]) for name, tensor in small.model.state_dict().items())

@@ -97,6 +97,7 @@ def test_it_is_evaluated_timed_and_asked_like_a_checkpoint(chain: Path, exported
     pruned, graphs = str(chain / "pruned"), str(exported)
     ours, theirs = (run_stage("eval", model=model, data=SHAPES, limit=6, device="cpu") for model in (pruned, graphs))
     assert ours["metrics"] == theirs["metrics"]
+    assert ours["influence"] == theirs["influence"] and theirs["influence"]["inputs"]["image"]["outputs"] == {"answer": 1.0}
     result = run_stage("bench", models=[pruned, graphs], batch_sizes=[2], rounds=1, warmup_rounds=0, device="cpu")
     assert [model["form"] for model in result["models"]] == ["torch", "onnx fp32"]
     assert len({model["parameters_timed"] for model in result["models"]}) == 1

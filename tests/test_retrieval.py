@@ -417,6 +417,9 @@ def test_a_report_shows_the_mean_recall(pairs: Path, tmp_path: Path) -> None:
     test = {"data": SHAPES, "split": "train", "task": "retrieval", "limit": 6}
     for label in ("teacher", "pruned"):
         results[label] = run_stage("eval", model=str(pairs / label), **test, out=str(tmp_path / f"{label}.json"))
+        inputs = results[label]["influence"]["inputs"]
+        assert inputs["image"]["outputs"] == {"itc": 1.0, "itm": 1.0} and min(inputs["text"]["outputs"].values()) > 0
+    assert require_complete(pairs / "pruned").extra["influence"]["inputs"].keys() == {"image", "text"}
     bench = run_stage("bench", models=[str(pairs / "teacher"), str(pairs / "pruned")], rounds=1, warmup_rounds=0, batch_sizes=[1])
     models = {label: (require_complete(pairs / label), fingerprint(str(pairs / label))) for label in results}
     summary = report.summarise(models, results, bench, STAGES["report"](out="x", models={"a": "b"}, targets={"accuracy": 0.1}).targets)
