@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from compression_cases import FAMILIES, build
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from doc_pages import evlm
 
 from efficientvlm import influence
 from efficientvlm.checkpoint import require_complete
+from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
+from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import TargetMissed
 from efficientvlm.page.story import DAMAGE
 from efficientvlm.stages import page
-from efficientvlm.stages.influence import measure
+from efficientvlm.stages.influence import measure, of_anything
 
 BLIND = "the image has no influence on the answer"
 
@@ -38,6 +42,10 @@ def closing(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(Gates, "__init__", closed)
         run_stage("prune", out=str(out), **{**PRUNE(chain), **TRAIN})
     return out
+
+
+class Tokens(list[int]):
+    all_special_ids: tuple[int, ...] = (0,)
 
 
 def prune(chain: Path, out: Path, **settings: Any) -> Any:
@@ -121,6 +129,23 @@ def test_what_was_not_measured_is_said(chain: Path, tmp_path: Path, capsys: pyte
     (old / "evlm_manifest.json").write_text(json.dumps(values))
     code, out, _ = evlm(["inspect", str(old)])
     assert code == 0 and "influence of its inputs: not measured" in out
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])
+def test_without_data_random_inputs_tell(name: str) -> None:
+    """For every kind of network; one that has lost all heads that a text or a picture is read through says nothing of it."""
+    family, model, _ = build(name)
+    anatomy = Anatomy.of(family, model)
+    closed = {unit.group for unit in anatomy.units} - set(anatomy.reach.groups)
+    blind = slice_model(family, model, torch.tensor([unit.group in closed for unit in anatomy.units]))
+    found = []
+    for network in (model, blind):
+        sizes, tasks = family.sizes(network.config), family.tasks(network.config)
+        loaded: Any = SimpleNamespace(family=family, model=network, sizes=sizes, tasks=tasks, tokenizer=Tokens(range(20)))
+        inputs = of_anything(loaded)["inputs"]
+        found.append({what for what, part in inputs.items() if any(part["outputs"].values())})
+    reached = {pair.input for pair in anatomy.reach.pairs(closed)}
+    assert found == [{"image", "text"}, reached]
 
 
 def test_measure_compares_bits_of_every_output() -> None:

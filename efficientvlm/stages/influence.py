@@ -65,8 +65,11 @@ def of_anything(loaded: Loaded) -> Influence:
     batch = family.example_batch(model.config, SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
     batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=draw)
     ids = next(name for name in ("text_ids", "question_ids") if name in batch)
-    drawn = torch.randint(0, len(loaded.tokenizer), batch[ids].shape, generator=draw)
-    batch[ids] = torch.cat([batch[ids][:, :1], drawn[:, 1:-1], batch[ids][:, -1:]], 1)  # the ends are what a network looks for
+    first, last = batch[ids][:, :1], batch[ids][:, -1:]  # what a network looks for stays, and comes nowhere else
+    special = {*loaded.tokenizer.all_special_ids, int(first[0]), int(last[0])}
+    words = torch.tensor([token for token in range(len(loaded.tokenizer)) if token not in special])
+    drawn = words[torch.randint(0, len(words), batch[ids][:, 1:-1].shape, generator=draw)]
+    batch[ids] = torch.cat([first, drawn, last], 1)
     if "retrieval" in loaded.tasks and family.retrieval:
         mask = ids.removesuffix("ids") + "mask"
         found = _of_comparison(loaded, {"pixels": batch["pixels"], "text_ids": batch[ids], "text_mask": batch[mask]})
