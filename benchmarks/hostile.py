@@ -143,6 +143,8 @@ def kills(wanted: int, seed: int, stock: Stock, root: Path, jobs: int, commands:
 def rows_of_inputs(tallies: dict[str, Tally], seed: int) -> list[dict[str, Any]]:
     rows = []
     for name, tally in tallies.items():
+        if not tally.cases:
+            continue
         faults, ends = sum(tally.faults.values()), tally.ends
         refused = ends[2] + ends[3] + ends[4]
         said = {"refused": refused, "accepted": ends[0], "interrupted": ends[75], "faults": faults}
@@ -216,9 +218,9 @@ def main(argv: list[str] | None = None) -> int:
             remove(root)
     faults = conclude(tallies, killed)
     print(f"{time.monotonic() - began:.0f} s")
-    if options.publish:
-        publish("hostile_inputs", rows_of_inputs(tallies, options.seed))
-        publish("hostile_kills", rows_of_kills(killed, options.seed))
+    for name, rows in (("inputs", rows_of_inputs(tallies, options.seed)), ("kills", rows_of_kills(killed, options.seed))):
+        if options.publish and rows:
+            publish(f"hostile_{name}", rows)
     return int(bool(faults))
 
 
