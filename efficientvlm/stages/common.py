@@ -192,7 +192,7 @@ def making(output: Output) -> Iterator[None]:
 
     Raises:
         Interrupted: stopped by a signal outside the training loop, with a state saved.
-        BadInput: the disk is full; the last complete state stays.
+        BadInput: the disk is full, or the output cannot be written any more; the last complete state stays.
         OutOfMemory: likewise.
     """
     try:
@@ -206,6 +206,9 @@ def making(output: Output) -> Iterator[None]:
             raise BadInput(
                 f"{output.path} cannot be written", "the disk is full", "free some space and run the same command again"
             ) from error
+        if isinstance(error, OSError) and isinstance(error.filename, str | Path) and output.path in Path(error.filename).parents:
+            why = (error.strerror or "unknown reason").lower()
+            raise BadInput(f"{output.path} cannot be written", why, "see to it, and run the same command again") from error
         if out_of_memory(error):
             raise OutOfMemory(f"out of memory in {output.stage}", reason(error), "use a smaller model, or a machine with more") from error
         raise
