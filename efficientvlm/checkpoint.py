@@ -23,7 +23,7 @@ from efficientvlm import manifest as manifests
 from efficientvlm import ownership
 from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
-from efficientvlm.files import fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
+from efficientvlm.files import expanded, fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
 from efficientvlm.lineage import CARD, is_read, known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
@@ -164,7 +164,7 @@ class Output:
                 by another process, or cannot be made.
         """
         try:
-            out = Path(path).expanduser()
+            out = expanded(path)
             ownership.require_ours(out)
             ownership.refuse_text(out, inputs, config)
             ownership.refuse_inputs_inside(out, inputs, config)
@@ -457,7 +457,7 @@ class _Seen(Output):
 
 def check_place(path: str | Path) -> None:
     """:class:`BadInput` where a folder cannot be written, whatever it is to hold: it has files that no stage wrote, or is a file."""
-    ownership.require_ours(Path(path).expanduser())
+    ownership.require_ours(expanded(path))
 
 
 def examine(
@@ -478,7 +478,7 @@ def examine(
     Raises:
         BadInput: as :meth:`Output.open`.
     """
-    out = Path(path).expanduser()
+    out = expanded(path)
     given = {role: spec for role, spec in inputs.items() if role not in unread}
     output = _Seen(out, stage, given, {role: fingerprint(spec) for role, spec in given.items()}, config)
     ownership.require_ours(out)

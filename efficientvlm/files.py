@@ -265,6 +265,14 @@ def is_hub_id(spec: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec) is not None and not Path(spec).exists()
 
 
+def expanded(spec: str | Path) -> Path:
+    """A path with `~` and `~user` spelt out; :class:`BadInput` if there is no such user."""
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"{str(spec)!r} is not a usable path", str(error), "check the path") from None
+
+
 def shown(path: Path) -> str:
     """How a path is shown to people: `bundled:NAME`, without the working directory in front, or as given."""
     resolved = path.resolve()

@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.errors import BadInput, EvlmError, TargetMissed
-from efficientvlm.files import is_hub_id, resolve
+from efficientvlm.files import expanded, is_hub_id, resolve
 from efficientvlm.recipe import Step
 
 CHECKPOINTS = ("model", "teacher", "from_gates", "models")
@@ -79,7 +78,7 @@ def _line(problem: Problem) -> str:
 
 def place(spec: Any) -> str:
     """One name for a path, however it is written."""
-    return os.path.abspath(Path(str(spec)).expanduser())
+    return os.path.abspath(os.path.expanduser(str(spec)))  # the home of nobody is found missing where the path is looked at
 
 
 def preflight(steps: Sequence[Step]) -> Problems:
@@ -124,7 +123,7 @@ def _problem(stage: str, key: str, spec: str) -> EvlmError | None:
             importable(spec)
         elif key in CHECKPOINTS:
             require_complete(spec)
-        elif key in RESULTS and not Path(spec).expanduser().is_file():
+        elif key in RESULTS and not expanded(spec).is_file():
             raise BadInput(f"there is no result {spec}", "no earlier stage writes it", "name the stage that does, as @stage")
         else:
             resolve(spec)

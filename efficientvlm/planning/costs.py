@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm.errors import BadInput
+from efficientvlm.files import expanded
 
 FLOAT = 4  # weights, gradients and optimizer states are float32, with bf16 autocast too
 MOMENTS = 2  # of AdamW
@@ -109,7 +110,7 @@ class Disks:
 
 def _existing(out: str) -> Path:
     """`out`, or the nearest folder above it that is there."""
-    path = Path(out).expanduser().absolute()
+    path = expanded(out).absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 

@@ -173,7 +173,7 @@ def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str
 
     with telling("hashing what is read", quiet=control.quiet):
         told = ranks.on_main(claim)
-    output = claimed[0] if claimed else Output(Path(config.out).expanduser(), stage, given, {}, settings, mine=False)
+    output = claimed[0] if claimed else Output(files.expanded(config.out), stage, given, {}, settings, mine=False)
     output.up_to_date, output.beside = told["up_to_date"], told["beside"]
     if output.up_to_date:
         others = ["what was learnt is the same; evlm eval measures it, --force makes it anew"] if output.differing else []

@@ -12,7 +12,7 @@ from efficientvlm.checkpoint import fingerprint, require_complete
 from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.files import check_writable, resolve, result_path, shown, unwritable, write_atomic
+from efficientvlm.files import check_writable, expanded, resolve, result_path, shown, unwritable, write_atomic
 from efficientvlm.page import shapes
 from efficientvlm.page.story import Measurement, Story, unique
 from efficientvlm.picture import structure_figure
@@ -33,14 +33,14 @@ def run(config: Report, control: Control) -> dict[str, Any]:
         BadInput: an unfinished checkpoint, a result of another checkpoint, a folder that holds other files.
     """
     models = {label: (require_complete(spec), fingerprint(spec)) for label, spec in config.models.items()}
-    evals = {label: read_result(Path(path).expanduser(), "eval") for label, path in config.evals.items()}
+    evals = {label: read_result(expanded(path), "eval") for label, path in config.evals.items()}
     if bare := next((label for label, result in evals.items() if not shapes.fits(result, shapes.Ranked)), None):
         why = "it has neither an accuracy nor a mean recall with its number of samples"
         raise BadInput(f"{config.evals[bare]} has no figure for the table", why, "evaluate again, or leave it out of evals")
-    bench = read_result(Path(config.bench).expanduser(), "bench") if config.bench else None
+    bench = read_result(expanded(config.bench), "bench") if config.bench else None
     summary = report.summarise(models, evals, bench, config.targets)
     structures = {label: pages.structure_of(resolve(spec)) for label, spec in config.models.items()}
-    out = claim(Path(config.out).expanduser())
+    out = claim(expanded(config.out))
     text = report.text(summary)
     provenance = {
         "models": {label: {"path": shown(resolve(spec)), "sha256": models[label][1]} for label, spec in config.models.items()},
@@ -67,9 +67,9 @@ def tell_recipe(config: Report, summary: dict[str, Any]) -> Story:
     folders = [resolve(spec) for spec in config.models.values()]
     labels = {folder.resolve(): label for folder, label in zip(folders, config.models, strict=True)}
     chapters, problems = pages.tell(folders, labels)
-    results = [Path(path).expanduser() for path in (*config.evals.values(), *([config.bench] if config.bench else []))]
+    results = [expanded(path) for path in (*config.evals.values(), *([config.bench] if config.bench else []))]
     measurements = [Measurement(path.name, manifest.read_json(path)) for path in dict.fromkeys(results)]
-    out = Path(config.out).expanduser().resolve()
+    out = expanded(config.out).resolve()
     return Story(out.parent.name, shown(out.parent), manifest.now(), chapters, summary, measurements, unique(problems), hashed=False)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from efficientvlm import ranks
 from efficientvlm.config import Strict
 from efficientvlm.control import Control
+from efficientvlm.files import expanded
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.progress import say
 from efficientvlm.recipe import Step
@@ -43,7 +44,7 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for number, step in enumerate(steps, 1):
-        out = Path(str(getattr(step.config, "out", None))).expanduser()
+        out = expanded(str(getattr(step.config, "out", None)))
         say("\n  ".join([f"[{number}/{len(steps)}] {step.stage} → {out}", *step.notes]), quiet=control.quiet)
         before, began = _identity(out), time.monotonic()
         made = run_stage(step.stage, step.config, control)
