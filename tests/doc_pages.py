@@ -122,6 +122,8 @@ def shortened(words: list[str]) -> list[str]:
     command, rest = words[0], [SUBSTITUTES.get(word, word) for word in words[1:]]
     if command == "init" and "--size" in rest:
         return [command, *SMALL, *rest]
+    if "--from-gates" in rest:  # nothing is trained
+        return [command, *rest, "--limit", "12", "--set", "eval_limit=2"]
     return [command, *rest, *SHORTENED.get(command, [])]
 
 

@@ -68,6 +68,8 @@ def of_anything(loaded: Loaded) -> Influence:
     first, last = batch[ids][:, :1], batch[ids][:, -1:]  # what a network looks for stays, and comes nowhere else
     special = {*loaded.tokenizer.all_special_ids, int(first[0]), int(last[0])}
     words = torch.tensor([token for token in range(len(loaded.tokenizer)) if token not in special])
+    if not len(words):
+        return not_measured("the tokenizer has no words")
     drawn = words[torch.randint(0, len(words), batch[ids][:, 1:-1].shape, generator=draw)]
     batch[ids] = torch.cat([first, drawn, last], 1)
     if "retrieval" in loaded.tasks and family.retrieval:
