@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from efficientvlm import ranks
+from efficientvlm import ranks, waiting
 from efficientvlm.cli import build, folders, measure, plan, recipes, train
 from efficientvlm.errors import EvlmError
 from efficientvlm.interrupt import deaf, sigterm_as_interrupt
@@ -57,6 +57,7 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
+    waiting.choose()
     try:
         several = ranks.launched() > 1
         ranks.rank()

@@ -44,6 +44,5 @@ def enough_memory(phase: str, lower: str, more: Callable[[], str] = lambda: "") 
 def reason(error: BaseException) -> str:
     """What the error says, in one line of at most 200 characters."""
     text = " ".join(str(error).split())
-    found = [at for sign in SIGNS if (at := text.lower().find(sign)) >= 0]
-    start = max(0, min(found, default=0) - 60)
-    return text[start : start + 200].strip() or "the machine has no more"
+    at = min((at for sign in SIGNS if (at := text.lower().find(sign)) >= 0), default=0)
+    return text[text.rfind(". ", 0, at) + 1 :].strip()[:200] or "the machine has no more"

@@ -18,7 +18,7 @@ import torch
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from safetensors.torch import load_file
 
-from efficientvlm import progress, training
+from efficientvlm import progress, training, waiting
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.config import Train
 from efficientvlm.control import Control
@@ -354,6 +354,23 @@ def test_empty_variables_of_a_launcher_count_as_none(monkeypatch: pytest.MonkeyP
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
     assert training.accelerator("cpu").num_processes == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "own", "chosen"),
+    [(0, "2", {}, None), (2, "2", {}, "PASSIVE"), (2, "1", {}, None), (2, "2", {"GOMP_SPINCOUNT": "9"}, None), (2, "", {}, "PASSIVE")],
+)
+def test_threads_sleep_while_they_wait_only_beside_others(
+    others: int, threads: str, own: dict[str, str], chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = tmp_path / "loadavg"
+    load.write_text(f"0.00 0.00 0.00 {others + 1}/321 4711\n")
+    monkeypatch.setattr(waiting, "LOAD", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    environment = {"OMP_NUM_THREADS": threads, **own}
+    monkeypatch.setattr(os, "environ", environment)
+    waiting.choose()
+    assert environment.get("OMP_WAIT_POLICY") == chosen
 
 
 def test_losses_are_shown_from_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
