@@ -1,7 +1,7 @@
 """How OpenMP's threads wait for one another. It is decided where the process starts, before torch is imported.
 
 By itself OpenMP lets them spin, which is fastest on a machine of one's own and takes most of the speed beside others
-(benchmarks/results/waiting_*.csv, docs/scaling-out.md).
+(benchmarks/waiting.py measures it, docs/scaling-out.md).
 """
 
 from __future__ import annotations
