@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 CODE = {"auto_map", "custom_pipelines", "trust_remote_code", "code_revision", "attn_implementation", "_attn_implementation"}
-HARMLESS = (None, False, "", "eager", "sdpa", {}, [])
+HARMLESS: tuple[Any, ...] = (None, False, "", "eager", "sdpa", {}, [])
 
 
 def pointers(value: Any) -> Iterator[str]:

@@ -125,6 +125,10 @@ def _problem(stage: str, key: str, spec: str) -> EvlmError | None:
             require_complete(spec)
         elif key in RESULTS and not expanded(spec).is_file():
             raise BadInput(f"there is no result {spec}", "no earlier stage writes it", "name the stage that does, as @stage")
+        elif key == "answers":
+            from efficientvlm.data.answer_list import read_answers
+
+            read_answers(resolve(spec))
         else:
             resolve(spec)
     except EvlmError as error:

@@ -16,8 +16,8 @@ from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.config import Distill
+from efficientvlm.data.answer_list import as_input
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve
 from efficientvlm.hardware import pick_device
 from efficientvlm.planning import costs
 from efficientvlm.planning.chain import Blocked, Chain, on_meta
@@ -25,7 +25,7 @@ from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
 from efficientvlm.recipe import Step
 from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut
-from efficientvlm.stages.answering import Answerer, read_answers
+from efficientvlm.stages.answering import Answerer, listed_answers
 from efficientvlm.stages.common import shapes, texts_of
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
 from efficientvlm.stages.reading import Reading, of_questions, of_texts
@@ -135,7 +135,7 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
 def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     run = tuned(chain, step, found)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": config.answers}
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers)}
     training(chain, step, found, run, inputs)
 
 
@@ -196,7 +196,7 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
     keep = uniform_cut(scope)
     with on_meta():
         model = slice_model(student.family, student.model, keep)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": config.answers}
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers)}
     gates = len(scope.units) if config.method == "l0" else 0
     training(chain, step, found, run, inputs, result=replace(student, model=model), gates=gates, dense=config.keep_dense)
     chain.dense[place(config.out)] = student.model
@@ -264,7 +264,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     loaded = chain.open(config.model, step.name)
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
-    answers = read_answers(resolve(config.answers)) if config.answers else None
+    answers = listed_answers(config)
     reading, answer = Reading(), None
     with chain.problems.of(step.name):
         if config.task == "retrieval":
@@ -282,7 +282,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     found.notes += reading.remarks
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
     if config.answers:
-        inputs["answers"] = fingerprint(config.answers)
+        inputs["answers"] = fingerprint(as_input(config.answers) or "")
     measured(chain, step, found, inputs)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import drawn, open_vqa, usable
 from efficientvlm.errors import BadInput
+from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages import reading
@@ -27,15 +28,9 @@ def open_task(config: Any, split: str, image_size: Preprocessing | None) -> Any:
     return open_vqa(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
-def read_answers(path: Path) -> list[str]:
-    """One answer a line; :class:`BadInput` if there is none or the file is not UTF-8 text."""
-    try:
-        answers = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the answers in {path}", str(error), "write one answer a line, in UTF-8") from None
-    if not answers:
-        raise BadInput(f"{path} holds no answers", "", "write one answer a line")
-    return list(dict.fromkeys(answers))
+def listed_answers(config: Any) -> list[str] | None:
+    """The answers in the file that `config` names; None where it names none."""
+    return read_answers(resolve(config.answers)) if config.answers else None
 
 
 def tuned_with(manifest: Manifest, name: str, default: Any) -> Any:

@@ -8,15 +8,15 @@ from typing import Any
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.config import Eval
 from efficientvlm.control import Control
+from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.sources import record
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages import influence
-from efficientvlm.stages.answering import Answerer, evaluate_on, read_answers, tuned_with
+from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, tuned_with
 from efficientvlm.stages.common import Loaded, check_precision, load, say_notes, say_skipped
 from efficientvlm.stages.influence import tell
 from efficientvlm.stages.results import ResultFile
@@ -45,7 +45,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     source = TASKS[config.task].open(config, config.split, loaded.preprocessing)
     inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
     if config.answers:
-        inputs["answers"] = fingerprint(config.answers)
+        inputs["answers"] = fingerprint(as_input(config.answers) or "")
     file = ResultFile.open(config, "eval", inputs, force=control.force)
     if file.finished:
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
@@ -74,7 +74,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
 
 def answers(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
     """Every question of `source` answered: `metric`, `mode`, how was ranked, `metrics`."""
-    listed = read_answers(resolve(config.answers)) if config.answers else None
+    listed = listed_answers(config)
     twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
     answer = Answerer(loaded, mode=config.mode, answers=listed, top=config.rank_top, twice=twice)
     title = f"eval {config.split}"

@@ -13,13 +13,12 @@ from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.plan import Plan
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.objectives.task import VQA
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
-from efficientvlm.stages.answering import Answerer, evaluate_on, open_task, read_answers
+from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, open_task
 from efficientvlm.stages.common import Loaded, augmentation, no_answers, pair_problems, settings_of, texts_of
 from efficientvlm.stages.influence import Influence
 from efficientvlm.stages.pretrain import open_split
@@ -187,8 +186,8 @@ def answer_list(config: TaskStage, source: Any) -> list[str]:
     Raises:
         BadInput: no answer is accepted by `min_answer_count` questions.
     """
-    if config.answers:
-        return read_answers(resolve(config.answers))
+    if listed := listed_answers(config):
+        return listed
     counts: dict[str, float] = {}
     questions: dict[str, int] = {}
     for answer, weight in source.answers():

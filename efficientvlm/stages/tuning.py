@@ -14,6 +14,7 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
+from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
@@ -70,7 +71,7 @@ class Tuning:
     def inputs(self) -> dict[str, str | None]:
         """Role → what is read, for the output's manifest."""
         config = self.config
-        return {"model": config.model, "teacher": config.teacher, "answers": config.answers, **data_inputs(config, self.sources)}
+        return {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers), **data_inputs(config, self.sources)}
 
     @cached_property
     def hardware(self) -> Any:

@@ -1,0 +1,44 @@
+"""The file of a closed list of answers: one a line."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from efficientvlm.errors import BadInput
+from efficientvlm.files import MIB, read_limited, resolve
+
+LARGEST = 64 * MIB
+
+
+@cache
+def _content(path: Path) -> bytes:
+    """Read once a process: a pipe gives what it holds only once."""
+    return read_limited(path, LARGEST, "a list of answers")
+
+
+def read_answers(path: Path) -> list[str]:
+    """The answers in a file, or in a pipe that somebody writes into, each once and in order; a mark of the byte order is no part of any.
+
+    Raises:
+        BadInput: no file, larger than 64 MiB, not UTF-8, or without answers.
+    """
+    content = read_limited(path, LARGEST, "a list of answers") if path.is_file() else _content(path)
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"cannot read the answers in {path}", f"{error.reason} at byte {error.start}", "write one answer a line, in UTF-8"
+        ) from None
+    answers = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not answers:
+        raise BadInput(f"{path} holds no answers", "", "write one answer a line")
+    return answers
+
+
+def as_input(spec: str | None) -> str | None:
+    """How a stage names the file among its inputs: by its path, or a pipe by the digest of what was in it."""
+    if spec is None or (path := resolve(spec)).is_file() or path.is_dir():
+        return spec
+    return f"sha256:{hashlib.sha256(_content(path)).hexdigest()}"
