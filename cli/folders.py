@@ -56,7 +56,7 @@ def _as_json(root: Node) -> dict[str, Any]:
 def verify(folder: Folder, json: o.Json = False) -> None:
     """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed or was added to be loaded."""
     from efficientvlm import lineage
-    from efficientvlm.files import printable
+    from efficientvlm.errors import printable
 
     found = lineage.examine(folder)
     count, problems = found.checkpoints, [printable(problem) for problem in found.problems]
@@ -69,8 +69,8 @@ def verify(folder: Folder, json: o.Json = False) -> None:
     if problems:
         fix = "restore what has changed, or run the stages again with --force"
         raise BadInput(f"{folder} is not as it was made", "\n  " + "\n  ".join(problems), fix)
-    print(f"all files of {count} checkpoint{'s' * (count > 1)} are as they were written")
-    print(folder)
+    output.show(f"all files of {count} checkpoint{'s' * (count > 1)} are as they were written")
+    output.show(folder)
 
 
 def report(
@@ -81,7 +81,7 @@ def report(
     json: o.Json = False,
 ) -> None:
     """Write one HTML page: figures, curves, kept heads and neurons, lineage, licences, and what is wrong."""
-    from efficientvlm.files import printable
+    from efficientvlm.errors import printable
     from efficientvlm.stages import page
 
     result = page.run(folder, out, hashes=verify, force=force)
@@ -90,4 +90,4 @@ def report(
         return
     for problem in result["problems"]:
         print(f"problem: {printable(problem)}")
-    print(result["path"])
+    output.show(result["path"])

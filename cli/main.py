@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -14,18 +15,43 @@ import typer
 
 from efficientvlm import ranks, waiting
 from efficientvlm.cli import build, folders, measure, plan, recipes, train
-from efficientvlm.errors import EvlmError
+from efficientvlm.cli.streams import unbreakable
+from efficientvlm.errors import EvlmError, shorten
+from efficientvlm.files import out_of_space
 from efficientvlm.interrupt import deaf, sigterm_as_interrupt
+from efficientvlm.memory import out_of_memory
 
 app = typer.Typer(
     name="evlm",
     help="Make a vision-language model small: shrink, distill, prune, finetune; then measure what came out.",
-    epilog="Exit codes: 0 done or up to date, 2 wrong usage, 3 bad input, 4 target not reached, 75 interrupted: the same command resumes.",
+    epilog="Exit codes: 0 done or up to date, 2 wrong usage, 3 bad input or what the machine refuses, 4 target not reached, "
+    "75 interrupted: the same command resumes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+REFUSALS = {
+    getattr(errno, name)
+    for name in (
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "EIO",
+        "EMFILE",
+        "ENFILE",
+        "ENAMETOOLONG",
+        "ELOOP",
+        "ENOTDIR",
+        "EISDIR",
+        "ENXIO",
+        "ENODEV",
+        "ESTALE",
+    )
+    if hasattr(errno, name)
+}
+"""What a system says where it will not, or cannot, give a file."""
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Make a model": {"init": build.init, "import": build.import_, "shrink": build.shrink},
@@ -58,30 +84,22 @@ def _root(
 def main() -> None:
     """Run the command line and exit with its code: those of the help text, 1 for the unexpected, 130 for Ctrl-C without a state."""
     waiting.choose()
-    try:
-        several = ranks.launched() > 1
-        ranks.rank()
-    except EvlmError as error:
-        several, code = False, _fail(error.exit_code, error.what, error.why, error.fix)
-    else:
-        code = _run_with_others() if several else _run()
-    deaf()
-    code = _printed(code)
+    with unbreakable() as out:
+        try:
+            several = ranks.launched() > 1
+            ranks.rank()
+        except EvlmError as error:
+            several, code = False, _fail(error.exit_code, error.what, error.why, error.fix)
+        else:
+            code = _run_with_others() if several else _run()
+        deaf()
+        sys.stdout.flush()
+        if out.failure:
+            why = (out.failure.strerror or "unknown reason").lower()
+            code = code or _fail(3, "the output could not be written", why, "print to another place")
     if several:
         ranks.leave(code)
     sys.exit(code)
-
-
-def _printed(code: int) -> int:
-    """The exit code, once all that was printed is out; 1 instead of 0 if it went nowhere, unless the reader had enough."""
-    try:
-        print(end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
-        if not isinstance(error, BrokenPipeError):
-            why = (error.strerror or "unknown reason").lower()
-            return code or _fail(1, "the output could not be written", why, "print to another place")
-    return code
 
 
 def _run_with_others() -> int:
@@ -114,17 +132,41 @@ def _run() -> int:
         return _fail(error.exit_code, error.what, error.why, error.fix)
     except KeyboardInterrupt:
         return _fail(130, "interrupted", "", "run the same command again")
-    except BrokenPipeError:
-        return 1
     except Exception as error:  # noqa: BLE001 - the outermost edge: whatever happens, three lines and no traceback
-        reason = " ".join(str(error).split()) or "no further information"
-        return _fail(1, f"unexpected {type(error).__name__}", reason, "set EVLM_DEBUG=1 to see where it happened, and report it")
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: Exception) -> int:
+    """What the machine refuses is 3, wherever it happens; all else is a fault of ours."""
+    reason = " ".join(str(error).split()) or "no further information"
+    if out_of_memory(error):
+        return _fail(3, "out of memory", reason, "use smaller batches, fewer threads or processes, or a smaller model")
+    if out_of_space(error):
+        return _fail(
+            3, "a file cannot be written", f"the disk is full ({shorten(reason)})", "free some space and run the same command again"
+        )
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        what = f"{error.filename} cannot be used" if error.filename else "the system refuses"
+        return _fail(3, what, (error.strerror or reason).lower(), "check the path, its permissions and its disk")
+    if isinstance(error, FileNotFoundError) and not _here():
+        return _fail(3, "the working folder is gone", "it was removed while a shell was in it", "change to another folder")
+    return _fail(1, f"unexpected {type(error).__name__}", reason, "set EVLM_DEBUG=1 to see where it happened, and report it")
+
+
+def _here() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _fail(code: int, what: str, why: str, fix: str) -> int:
     if os.environ.get("EVLM_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
+    error = EvlmError(what, why, fix)  # within bounds, and without what a terminal obeys
+    what, why, fix = error.what, error.why, error.fix
     several = "\n" in why
     reasons = [f"  why: {why}"] if not several else ["  why:", *(f"    {line.strip()}" for line in why.strip().splitlines())]
     with suppress(OSError):  # the terminal was closed: the code says the same

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientvlm.files import printable
+from efficientvlm.errors import UNSHOWN, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from efficientvlm.lineage import Node
     from efficientvlm.manifest import Manifest
@@ -29,7 +30,21 @@ def console() -> Console:
 
 def emit(value: Any) -> None:
     """`value` as one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) if utf8 else json.dumps(value, indent=2, allow_nan=False))
+
+
+def show(text: object) -> None:
+    """A line on standard output, without anything that a terminal would obey: it may come from a file of others."""
+    print(printable(text))
+
+
+def plain(text: object, **options: Any) -> Text:
+    """`text` for a table or tree of Rich, as :func:`show` would print it."""
+    from rich.text import Text
+
+    return Text(printable(text), **options)
 
 
 def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:
@@ -44,8 +59,8 @@ def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:
     if not quiet:
         sizes_shown = [row for row in size_rows(manifest.accounting) if not row[0].startswith("parameters, ")]
         for key, value in [*sizes_shown, *((key, number(value)) for key, value in results(manifest.metrics))]:
-            print(f"{key}: {value}")
-    print(path)
+            show(f"{key}: {value}")
+    show(path)
 
 
 def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool, keys: Sequence[str] = ()) -> None:
@@ -63,11 +78,11 @@ def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool, ke
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             records_table(value)
         elif isinstance(value, list):
-            print(f"{key}: {', '.join(number(item) for item in value)}")
+            show(f"{key}: {', '.join(number(item) for item in value)}")
         else:
-            print(f"{key}: {number(value)}")
+            show(f"{key}: {number(value)}")
     if out:
-        print(out)
+        show(out)
 
 
 def run_result(result: dict[str, Any], out: str, *, as_json: bool) -> None:
@@ -77,16 +92,15 @@ def run_result(result: dict[str, Any], out: str, *, as_json: bool) -> None:
         return
     last = result.get("result")
     if isinstance(last, dict) and isinstance(last.get("text"), str):
-        print(last["text"].rstrip())
+        show(last["text"].rstrip())
     else:
         records_table(result["stages"])
-    print(out)
+    show(out)
 
 
 def records_table(records: list[dict[str, Any]]) -> None:
     """Records as a table: a column a key, in order of first appearance; nested mappings become dotted keys."""
     from rich.table import Table
-    from rich.text import Text
 
     from efficientvlm.card import flatten, number
 
@@ -95,9 +109,9 @@ def records_table(records: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for record in flat for name in record))
     for name in names:
         numeric = all(isinstance(record.get(name, 0), int | float) for record in flat)
-        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(plain(name), justify="right" if numeric else "left", overflow="fold")
     for record in flat:
-        table.add_row(*(Text(number(record[name]) if name in record else "") for name in names))
+        table.add_row(*(plain(number(record[name]) if name in record else "") for name in names))
     console().print(table)
 
 

@@ -10,6 +10,7 @@ import typer
 from efficientvlm.cli import options as o
 from efficientvlm.cli import output
 from efficientvlm.control import Control
+from efficientvlm.errors import printable
 
 if TYPE_CHECKING:
     from efficientvlm.planning.parts import Forecast
@@ -92,7 +93,7 @@ def _tables(made: Plan, title: str, console: Any) -> None:
         if rows := [row for stage in made.stages if (row := _towers(stage, key))]:
             _print(console, f"\n{heading}", rows)
     for line in _lines(made):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _row(stage: Forecast) -> dict[str, str]:
@@ -159,15 +160,14 @@ def _duration(seconds: float) -> str:
 
 def _print(console: Any, title: str, rows: list[dict[str, str]]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
     names.sort(key=lambda name: name == "in all")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
         words = name in ("stage", "runs", "status", "structure")
-        table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
+        table.add_column(output.plain(name), justify="left" if words else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row.get(name, "")) for name in names))
-    console.print(Text(title, style="bold"))
+        table.add_row(*(output.plain(row.get(name, "")) for name in names))
+    console.print(output.plain(title, style="bold"))
     console.print(table)

@@ -11,7 +11,7 @@ import typer
 from efficientvlm.cli import options as o
 from efficientvlm.cli import output, plan
 from efficientvlm.control import Control
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, printable
 
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe (see evlm recipes ls), or a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -60,7 +60,7 @@ def ls(json: o.Json = False) -> None:
         output.emit({"recipes": [{"name": item.name, "description": item.description} for item in found]})
         return
     for item in found:
-        print(f"{item.name:<20} {' '.join(item.description.split())}")
+        output.show(f"{item.name:<20} {' '.join(item.description.split())}")
 
 
 @app.command("cat")
@@ -68,7 +68,7 @@ def cat(recipe: Recipe) -> None:
     """Print a recipe."""
     from efficientvlm import recipe as recipes
 
-    print(recipes.source(recipe), end="")
+    print(printable(recipes.source(recipe)), end="")
 
 
 @app.command("cp")
@@ -91,7 +91,7 @@ def cp(
         write_atomic(path, text.encode())
     except OSError as error:
         raise unwritable(path, error) from None
-    print(path)
+    output.show(path)
 
 
 @app.command("validate")
@@ -105,5 +105,5 @@ def validate(recipe: Recipe, assignments: Overrides = None, out: Root = None, js
         output.emit({"recipe": loaded.name, "ok": True, "stages": [{"name": step.name, "stage": step.stage} for step in steps]})
         return
     for step in steps:
-        print(f"{step.name}: {step.stage} -> {getattr(step.config, 'out', None)}")
-    print(f"{loaded.name} is valid")
+        output.show(f"{step.name}: {step.stage} -> {getattr(step.config, 'out', None)}")
+    output.show(f"{loaded.name} is valid")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from efficientvlm import influence
-from efficientvlm.files import printable
+from efficientvlm.errors import printable
 from efficientvlm.manifest import DataRecord, Manifest
 
 NAME = re.compile(r"[\w.:/@+ -]+")  # of what the header names; anything else is told below, as text

@@ -9,12 +9,12 @@ MOST_QUOTED = 200
 MOST_LINES = 50
 LONGEST_LINE = 1000
 # what a terminal obeys instead of showing: control characters, lone surrogates, marks that turn the direction of writing around
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:
     """`text` as a terminal may get it: what it would obey or cannot show stands there as its code; line breaks and tabs stay."""
-    return _UNSHOWN.sub(lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", str(text))
+    return UNSHOWN.sub(lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", str(text))
 
 
 def shorten(text: object, most: int = MOST_QUOTED) -> str:
@@ -72,11 +72,3 @@ class Interrupted(EvlmError):
     """Stopped on request after a resumable state was written."""
 
     exit_code = 75
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the machine has no more memory: Python's own, or torch's, which is a RuntimeError with words of its own."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
-        return True
-    return "RuntimeError" in names and any(words in str(error) for words in ("not enough memory", "out of memory", "bad_alloc"))

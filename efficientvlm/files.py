@@ -255,11 +255,6 @@ def resolve(spec: str | Path, *, checkpoint: bool = False) -> Path:
     return path
 
 
-def printable(text: str) -> str:
-    """`text` for a terminal: control characters, and what is no UTF-8, as their escapes; line breaks stay."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-
-
 def is_hub_id(spec: str) -> bool:
     """Whether `spec` reads as `owner/name` of the Hugging Face hub, and no such path exists."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec) is not None and not Path(spec).exists()

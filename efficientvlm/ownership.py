@@ -95,7 +95,7 @@ def refuse_inputs_inside(out: Path, inputs: dict[str, str], config: dict[str, An
                 continue
             text, pattern, _ = value.removeprefix("stream:").partition("{")  # {000..010}.tar names shards
             try:
-                path = Path(text + pattern).expanduser()
+                path = expanded(text + pattern)
                 inside = _lies_in(path, out) and (bool(pattern) or os.path.lexists(path))
             except (OSError, ValueError, RuntimeError):
                 continue  # no path, or one that is refused where it is read

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from efficientvlm import ranks
+from efficientvlm.errors import printable
 
 PATIENCE, LINE_EVERY = 2.0, 10.0
 
@@ -73,7 +74,7 @@ def say(text: str, *, quiet: bool = False) -> None:
     """One line of news on stderr, from the main process; where nobody listens any more, as after the terminal was closed, work goes on."""
     if not quiet and ranks.is_main():
         with suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -15,9 +15,11 @@ import pytest
 from efficientvlm import control
 from efficientvlm.checkpoint import MANIFEST, Output
 from efficientvlm.cli import main as cli
+from efficientvlm.cli import output
 from efficientvlm.config import STAGES, parse
-from efficientvlm.errors import BadInput, Interrupted, TargetMissed
-from efficientvlm.manifest import DataRecord
+from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
+from efficientvlm.manifest import DataRecord, digest
+from efficientvlm.progress import say
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
 COMMANDS = [
@@ -274,7 +276,20 @@ def test_json_is_exactly_one_object(evlm: Any, chain: Path, fake_stage: dict[str
             ["error: stopped", "  why: a state was written", "  do:  run it again"],
         ),
         (KeyboardInterrupt(), 130, []),
-        (OSError(28, "No space left on device"), 1, ["error: unexpected OSError", "  why: [Errno 28] No space left on device"]),
+        (OSError(28, "No space left on device"), 3, ["error: a file cannot be written"]),
+        (PermissionError(13, "Permission denied", "x/y"), 3, ["error: x/y cannot be used", "  why: permission denied"]),
+        (OSError(30, "Read-only file system", "x"), 3, ["error: x cannot be used", "  why: read-only file system"]),
+        (OSError(36, "File name too long", "x" * 300), 3, [f"error: {'x' * 133}…{'x' * 66} cannot be used", "  why: file name too long"]),
+        (OSError(40, "Too many levels of symbolic links", "l"), 3, ["error: l cannot be used"]),
+        (MemoryError(), 3, ["error: out of memory"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 3, ["error: out of memory"]),
+        (Diverged("the loss is nan", "training diverged", "try a smaller --lr"), 3, ["error: the loss is nan"]),
+        (FileNotFoundError(2, "No such file or directory", "ours"), 1, ["error: unexpected FileNotFoundError"]),
+        (
+            BadInput("\x1b]0;owned\x07", "x" * 5000, "\x9b"),
+            3,
+            ["error: \\x1b]0;owned\\x07", f"  why: {'x' * 133}…{'x' * 66}", "  do:  \\x9b"],
+        ),
         (RuntimeError("two\nlines"), 1, ["error: unexpected RuntimeError", "  why: two lines"]),
     ],
 )
@@ -423,14 +438,6 @@ def test_colour_on_a_terminal_only_and_never_with_no_color(chain: Path) -> None:
     assert b"\x1b" not in piped.stdout + piped.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes")
-@pytest.mark.parametrize("line", ["inspect --schema", "recipes cat quickstart"])
-def test_a_reader_that_goes_away_is_no_error(line: str) -> None:
-    script = f"{sys.executable} -m efficientvlm.cli.main {line} | true"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -456,7 +463,7 @@ def test_output_that_goes_nowhere_is_an_error(buffered: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "no space left on device" in done.stderr.lower()
+    assert done.returncode == 3 and "Traceback" not in done.stderr and "no space left on device" in done.stderr.lower()
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 3
 
 
@@ -475,3 +482,62 @@ main()
     make(tmp_path / "teacher")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "teacher")], capture_output=True, text=True)
     assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`command` run by bash in `folder`, `evlm` being this program."""
+    program = f'evlm() {{ "{sys.executable}" -m efficientvlm.cli.main "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell")
+def test_a_reader_that_leaves_changes_neither_code_nor_is_it_spoken_of(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    for command, code in (
+        ("evlm inspect --schema | head -c 9 >/dev/null", 0),
+        ("evlm recipes cat quickstart >&-", 0),
+        ("evlm inspect nowhere 2>&-", 3),
+        ("evlm inspect nowhere 2>&1 >/dev/null | true", 3),
+        ("evlm verify nowhere --json | true", 3),
+    ):
+        done = shell(command, tmp_path)
+        assert (done.returncode, done.stderr if "2>" not in command else "") == (code, done.stderr if code else ""), command
+        assert "unexpected" not in done.stderr + done.stdout and "Traceback" not in done.stderr
+    done = shell("cd gone && rmdir ../gone && evlm inspect nowhere", tmp_path)
+    assert done.returncode == 3 and "the working folder is gone" in done.stderr
+
+
+EVIL = "\x1b]0;owned\x07\x1b[31m\x9b\u202e\r\udcff"
+
+
+def test_nothing_that_a_terminal_obeys_comes_out_of_a_manifest(evlm: Any, chain: Path) -> None:
+    path = chain / "evlm_manifest.json"
+    values = json.loads(path.read_text("utf-8"))
+    evil = EVIL.replace("\udcff", "")
+    values |= {"stage": evil, "metrics": {evil: evil, "accuracy": 0.5}, "family": evil}
+    values["files"] = {evil: {"sha256": "0" * 64, "bytes": 1}}
+    values["digest"] = digest(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+    for words in (
+        "inspect small",
+        "inspect small --units",
+        "inspect small --json",
+        "verify small",
+        "verify small --json",
+        "report small --out r.html",
+    ):
+        code, out, err = evlm(*words.split())
+        assert code in (0, 3) and not set(EVIL) & set(out + err) - set("]0;owned[31m"), words
+        if "--json" in words:
+            assert "owned" in json.dumps(json.loads(out))
+
+
+def test_what_is_printed_is_what_the_terminal_can_show(capsys: pytest.CaptureFixture[str]) -> None:
+    output.mapping_result({"answer": EVIL, "answers": [{"text": EVIL, "p": 0.5}], "list": [EVIL]}, EVIL, as_json=False)
+    output.records_table([{EVIL: EVIL}])
+    say(EVIL)
+    shown = capsys.readouterr()
+    assert not set(EVIL) & set(shown.out + shown.err) - set("]0;owned[31m") and "\\x1b]0;owned" in shown.out
+    output.emit({EVIL: EVIL})
+    text = capsys.readouterr().out
+    assert not set(EVIL) & set(text) - set("]0;owned[31m") and json.loads(text) == {EVIL: EVIL}

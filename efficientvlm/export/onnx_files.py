@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from efficientvlm.errors import BadInput
 from efficientvlm.export.fused import FusedAttention
 from efficientvlm.families.base import Graph
-from efficientvlm.families.exported import INSTALL, run_session
+from efficientvlm.families.exported import INSTALL, run_session, runtime
 
 SINGLE_FILE = 1_500_000_000  # bytes of weights; a protobuf file ends at 2 GB, the weights then lie beside it
 
 
 def require_packages() -> None:
     """:class:`BadInput` unless everything that writes and runs ONNX is installed."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
+    runtime()
+    for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)
         except ImportError as error:
@@ -88,6 +89,8 @@ def difference(graph: Graph, session: Any) -> float:
 def quantise(source: Path, target: Path) -> None:
     """int8 weights for the matrix products with constant weights, activations quantised while it runs; everything else stays fp32."""
     import onnx
+
+    runtime()  # first, so that it is told not to report
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)

@@ -2,59 +2,101 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from efficientvlm.config import Strict
-from efficientvlm.errors import BadInput
+from efficientvlm import manifest
+from efficientvlm.config import Strict, parse
+from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.base import Record, Sizes
 from efficientvlm.families.blocks import Cache, normalise
+from efficientvlm.families.checks import HUGE, MOST, MOST_PIXELS
 from efficientvlm.families.graphs import names
-from efficientvlm.manifest import read_json
+from efficientvlm.families.loading import read_json
+from efficientvlm.files import open_plain
+from efficientvlm.manifest import FileName
+from efficientvlm.memory import out_of_memory
 
 ONNX = "onnx.json"
 CPU = torch.device("cpu")
+VQA_PORTS = {
+    "question": (("pixels", "question_ids", "question_mask", "image_index"), ("states",)),
+    "answer": (("rows", "answer_ids"), ("logits",)),
+}
+"""What the graphs of a model that answers questions take and give at least."""
 INSTALL = "pip install 'efficientvlm[onnx]'"
+
+
+Length = Annotated[int, Field(ge=0, le=MOST)]
+Axis = Annotated[str, Field(min_length=1, max_length=100)]
+Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
+Deviation = Annotated[float, Field(gt=0, lt=HUGE)]
 
 
 class Port(Strict):
     """An input or output: numpy's name of its type, and a number or the name of a dynamic axis for every dimension."""
 
-    type: str
-    shape: list[int | str]
+    type: Literal["float32", "int64"]
+    shape: list[Length | Axis] = Field(max_length=8)
 
 
 class GraphFile(Strict):
-    file: str
-    inputs: dict[str, Port]
-    outputs: dict[str, Port]
-    difference: float = Field(description="largest to torch, over several sizes, divided by the largest output where that is above 1")
+    file: FileName
+    inputs: dict[str, Port] = Field(min_length=1)
+    outputs: dict[str, Port] = Field(min_length=1)
+    difference: float = Field(ge=0, description="largest to torch, over several sizes, divided by the largest output where that is above 1")
+
+
+class StoredSizes(Strict):
+    """What :class:`base.Sizes` holds."""
+
+    image_size: int = Field(ge=1, le=MOST_PIXELS)
+    patch_size: int = Field(ge=1, le=MOST_PIXELS)
+    max_positions: int = Field(ge=1, le=MOST)
+    vocab_size: int = Field(ge=1, le=MOST, strict=True)
+    widths: dict[str, Length]
+    heads: dict[str, Length]
+    image_mean: Colours
+    image_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
 
 
 class Description(Strict):
     """Contents of `onnx.json`: all that a program needs to run the graphs, beside the tokenizer and `preprocessor_config.json`."""
 
     format_version: Literal[1] = 1
-    family: str
-    tasks: list[str]
+    family: str = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1)
     precision: Literal["fp32", "int8"]
-    opset: int
-    tolerance: float = Field(description="largest difference to torch that fp32 graphs were allowed")
-    graphs: dict[str, GraphFile]
-    sizes: dict[str, Any]
-    answers: list[str] | None = None
-    rank_top: int = 128
+    opset: int = Field(ge=1, le=1000)
+    tolerance: float = Field(gt=0, description="largest difference to torch that fp32 graphs were allowed")
+    graphs: dict[str, GraphFile] = Field(min_length=1)
+    sizes: StoredSizes
+    answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    rank_top: int = Field(128, ge=1)
     first_token_twice: bool = False
-    max_answer_tokens: int = 10
-    start_token: int | None = Field(None, description="id that answers begin with")
-    end_token: int | None = Field(None, description="id that answers end with")
+    max_answer_tokens: int = Field(10, ge=1, le=MOST)
+    start_token: Length | None = Field(None, description="id that answers begin with")
+    end_token: Length | None = Field(None, description="id that answers end with")
     measured: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("graphs")
+    @classmethod
+    def _run_one_after_the_other(cls, graphs: dict[str, GraphFile], info: ValidationInfo) -> dict[str, GraphFile]:
+        needed = VQA_PORTS if "vqa" in info.data.get("tasks", ()) else {}
+        for name, (inputs, outputs) in needed.items():
+            if name not in graphs:
+                raise ValueError(f"there is no graph {name}, which answers to questions need")
+            missing = [port for port in inputs if port not in graphs[name].inputs] + [p for p in outputs if p not in graphs[name].outputs]
+            if missing:
+                raise ValueError(f"graph {name} has no {missing[0]}")
+        return graphs
 
 
 def is_exported(folder: Path) -> bool:
@@ -63,7 +105,8 @@ def is_exported(folder: Path) -> bool:
 
 
 def runtime() -> Any:
-    """ONNX Runtime; :class:`BadInput` if it is not installed."""
+    """ONNX Runtime, which does not report to its makers; :class:`BadInput` if it is not installed. Nothing else here imports it first."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is loaded; it cannot be switched off later
     try:
         import onnxruntime
     except ImportError as error:
@@ -78,17 +121,45 @@ def open_session(path: Path) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads would slow whatever runs next
+    open_plain(path).close()
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - the runtime's own exceptions share no base class
-        raise BadInput(f"cannot open {path}", str(error).splitlines()[0], "check the folder with `evlm verify`") from None
+        raise BadInput(f"cannot open {path}", _first_line(error), "check the folder with `evlm verify`") from None
 
 
 def run_session(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """All outputs for `inputs`; those that the graph does not use are left out."""
+    """All outputs for `inputs`; those that the graph does not use are left out.
+
+    Raises:
+        BadInput: the graph cannot work on them.
+    """
     wanted = {port.name for port in session.get_inputs()}
     feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in wanted}
-    return [torch.from_numpy(array) for array in session.run(None, feed)]
+    try:
+        return [torch.from_numpy(array) for array in session.run(None, feed)]
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise BadInput("an ONNX graph failed", _first_line(error), "check the folder with `evlm verify`, or export it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_ports(name: str, graph: GraphFile, session: Any, where: Path) -> None:
+    """:class:`BadInput` unless inputs and outputs of the graph are those that `onnx.json` says, in name, and where it is fixed in size."""
+    for kind, told, found in (("inputs", graph.inputs, session.get_inputs()), ("outputs", graph.outputs, session.get_outputs())):
+        shapes = {port.name: port.shape for port in found}
+        if list(told) != list(shapes) if kind == "outputs" else not set(shapes) <= set(told):
+            why = f"{name} has the {kind} {shorten(', '.join(shapes))}, {shorten(', '.join(told))} by {ONNX}"
+            raise BadInput(f"{where} does not fit its {ONNX}", why, "export it again")
+        for port, shape in shapes.items():
+            fixed = [(ours, theirs) for ours, theirs in zip(told[port].shape, shape, strict=False) if isinstance(theirs, int)]
+            if len(shape) != len(told[port].shape) or any(ours != theirs for ours, theirs in fixed):
+                why = f"{name} takes {port} as {shape}, {told[port].shape} by {ONNX}"
+                raise BadInput(f"{where} does not fit its {ONNX}", why, "export it again")
 
 
 @dataclass
@@ -120,25 +191,32 @@ class Exported:
     retrieval: tuple[str, ...] = ()
 
     def read_config(self, path: Path) -> Description:
-        try:
-            return Description.model_validate(read_json(path / ONNX))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadInput(f"{path / ONNX} cannot be used", f"{where}: {first['msg'].lower()}", "export it again") from None
+        """What `onnx.json` says; :class:`BadInput` for anything that no export writes there, all of it at once."""
+        file = path / ONNX
+        description = parse(Description, read_json(file), str(file))
+        size = description.sizes.image_size
+        for name, graph in description.graphs.items():
+            pixels = graph.inputs.get("pixels")
+            if pixels and pixels.shape[1:] != [3, size, size]:
+                why = f"graph {name} takes pixels as {pixels.shape}, the images have {size} px"
+                raise BadInput(f"{file} cannot be used", why, "export it again")
+        listed = manifest.read(path).files if (path / manifest.MANIFEST).is_file() else None
+        if strangers := [graph.file for graph in description.graphs.values() if listed is not None and graph.file not in listed]:
+            raise BadInput(f"{file} cannot be used", f"its {strangers[0]} is no file of this export", "export it again")
+        return description
 
     def load(self, path: Path) -> ExportedModel:
-        """The graphs of `path`, ready to run; :class:`BadInput` if one is missing or damaged."""
+        """The graphs of `path`, ready to run; :class:`BadInput` if one is missing, damaged or another than `onnx.json` says."""
         config = self.read_config(path)
-        return ExportedModel(config, {name: open_session(path / graph.file) for name, graph in config.graphs.items()})
+        sessions = {}
+        for name, graph in config.graphs.items():
+            sessions[name] = open_session(path / graph.file)
+            check_ports(name, graph, sessions[name], path / graph.file)
+        return ExportedModel(config, sessions)
 
     def sizes(self, config: Description) -> Sizes:
-        return Sizes(**config.sizes)
-
-    def layer_counts(self, config: Description) -> dict[str, int]:
-        """Layers whose keys and values lie between the graphs; what a graph holds while it runs is the runtime's own."""
-        context = config.graphs["question"].outputs if "question" in config.graphs else {}
-        return {"decoder": sum(name.startswith("key_") for name in context)}
+        values = config.sizes.model_dump()
+        return Sizes(**{**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
 
     def tasks(self, config: Description) -> frozenset[str]:
         return frozenset(config.tasks)

@@ -15,9 +15,10 @@ from transformers.utils import logging as said
 from efficientvlm import manifest
 from efficientvlm.config import check_plain
 from efficientvlm.data import preprocessing
-from efficientvlm.errors import BadInput, out_of_memory, shorten
+from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
 from efficientvlm.families.weights import require_finite
+from efficientvlm.memory import out_of_memory
 from efficientvlm.pointers import pointers, without_code
 from efficientvlm.progress import say
 

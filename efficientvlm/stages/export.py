@@ -19,7 +19,7 @@ from efficientvlm.data.sources import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
-from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, open_session
+from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
@@ -141,7 +141,7 @@ def _description(config: Export, loaded: Loaded) -> Description:
         opset=0,
         tolerance=config.tolerance,
         graphs={},
-        sizes=loaded.sizes._asdict(),
+        sizes=StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict()))),
         answers=loaded.model.config.answers,
         rank_top=loaded.model.config.rank_top,
         first_token_twice=bool(tuned_with(loaded.manifest, "quirks", {}).get("first_token_twice", False)),

@@ -1,0 +1,67 @@
+"""The file of a closed list of answers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from efficientvlm.config import Eval
+from efficientvlm.data.answer_list import as_input, read_answers
+from efficientvlm.errors import BadInput
+from efficientvlm.planning.checks import path_problems
+from efficientvlm.recipe import Step
+
+
+def test_lines_are_answers_once_each_without_the_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("red\n\n blue \nred\n", encoding="utf-8-sig")
+    assert read_answers(tmp_path / "a.txt") == ["red", "blue"]
+    assert as_input(str(tmp_path / "a.txt")) == str(tmp_path / "a.txt") and as_input(None) is None
+
+
+def test_what_is_no_list_of_answers_is_refused_before_anything_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "empty.txt").write_bytes(b"\n \n")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "giant.txt").open("wb") as file:
+        file.truncate(200_000_000_000)
+    os.mkfifo(tmp_path / "pipe")
+    given = [
+        "latin.txt",
+        "empty.txt",
+        "folder",
+        "giant.txt",
+        "pipe",
+        "/dev/zero",
+        "/proc/self/mem",
+        "nothing.txt",
+        "~nobody-here/x",
+        "..",
+        "~",
+    ]
+    for name in given:
+        step = Step("eval", "eval", Eval(model="bundled:easy-vqa", data="shapes:size=20", answers=name))
+        (error,) = path_problems(step, set())
+        assert isinstance(error, BadInput), name
+
+
+def test_a_pipe_is_read_once_and_known_by_what_was_in_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("red\nblue\n"))
+    writer.start()
+    while (given := as_input_or_none(tmp_path / "pipe")) is None:
+        pass
+    writer.join()
+    assert given.startswith("sha256:") and given == as_input(str(tmp_path / "pipe"))
+    assert read_answers(tmp_path / "pipe") == ["red", "blue"] == read_answers(tmp_path / "pipe")
+
+
+def as_input_or_none(path: Path) -> str | None:
+    """None as long as the writer has not opened the pipe yet."""
+    try:
+        return as_input(str(path))
+    except BadInput:
+        return None
