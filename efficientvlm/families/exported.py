@@ -218,6 +218,11 @@ class Exported:
         values = config.sizes.model_dump()
         return Sizes(**{**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
 
+    def layer_counts(self, config: Description) -> dict[str, int]:
+        """Layers of the decoder, as far as its graph shows them by their keys and values; those of other towers are inside the graphs."""
+        ports = config.graphs["answer"].inputs if "answer" in config.graphs else {}
+        return {"decoder": len({name.rpartition("_")[2] for name in ports if name.removeprefix("past_").startswith(("key_", "value_"))})}
+
     def tasks(self, config: Description) -> frozenset[str]:
         return frozenset(config.tasks)
 

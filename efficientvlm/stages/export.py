@@ -105,6 +105,7 @@ def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, sour
     differences = {name: graph.difference for name, graph in description.graphs.items()}
     split = {"split": config.split, "images": len(source)} if source else "not measured"
     description.measured = {**measured, "accuracy_of": split}
+    description = Description.model_validate(description.model_dump(mode="json"))
     (output.staging / ONNX).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     save_tokenizer(loaded.tokenizer, output.staging)
     write_settings(loaded.image_processor, loaded.sizes, output.staging)
@@ -134,7 +135,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 def _description(config: Export, loaded: Loaded) -> Description:
     tokenizer = loaded.tokenizer
-    return Description(
+    return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
         tasks=sorted(loaded.tasks),
         precision="fp32",
