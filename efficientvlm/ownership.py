@@ -12,7 +12,7 @@ from typing import Any
 from efficientvlm import files as places
 from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
-from efficientvlm.files import kind, resolve, unreadable
+from efficientvlm.files import expanded, kind, resolve, unreadable
 from efficientvlm.lineage import CARD
 from efficientvlm.manifest import MANIFEST
 from efficientvlm.request import BEGINNING, REQUEST, STATE, UNDER_WAY, read_request
@@ -97,7 +97,7 @@ def refuse_inputs_inside(out: Path, inputs: dict[str, str], config: dict[str, An
             try:
                 path = expanded(text + pattern)
                 inside = _lies_in(path, out) and (bool(pattern) or os.path.lexists(path))
-            except (OSError, ValueError, RuntimeError):
+            except (OSError, ValueError, BadInput):
                 continue  # no path, or one that is refused where it is read
             if inside:
                 raise BadInput(f"{out} cannot be written", f"the {name} this stage reads lies in it: {value}", "use another --out")
