@@ -46,10 +46,14 @@ def require_complete(spec: str | Path) -> Manifest:
         BadInput: the stage that writes it has not finished, or files are missing or of another size.
     """
     folder = resolve(spec, checkpoint=True)
-    if (folder / STATE).is_dir() and not (folder / MANIFEST).exists():
-        raise BadInput(f"{folder} is not finished", "the stage that writes it was interrupted", "run its command again; it resumes")
-    manifest = manifests.read(folder)
-    if problems := _wrong_sizes(folder, manifest):
+    try:
+        if (folder / STATE).is_dir() and not (folder / MANIFEST).exists():
+            raise BadInput(f"{folder} is not finished", "the stage that writes it was interrupted", "run its command again; it resumes")
+        manifest = manifests.read(folder)
+        problems = _wrong_sizes(folder, manifest)
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    if problems:
         raise BadInput(f"{folder} is damaged", "; ".join(problems[:3]), "restore the files, or run its stage again with --force")
     return manifest
 
@@ -485,7 +489,7 @@ def examine(
     ownership.refuse_text(out, inputs, config)
     ownership.refuse_inputs_inside(out, inputs, config)
     request = read_request(output.state_dir / REQUEST)
-    finished = (out / MANIFEST).exists()
+    finished = os.path.lexists(out / MANIFEST)
     before = manifests.read(out).inputs if finished and not force else request["inputs"] if request else {}
     output.digests |= {role: before[role] for role in unread if role in before}
     request = output._look(force)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from efficientvlm.errors import BadInput
 from efficientvlm.files import MANIFEST as MANIFEST
-from efficientvlm.files import MIB, read_limited
+from efficientvlm.files import MIB, read_limited, unreadable
 
 SCHEMA_VERSION = 1
 LARGEST_JSON = 64 * MIB
@@ -161,10 +161,14 @@ def read(folder: Path) -> Manifest:
         BadInput: there is none, it is damaged, or a newer version of this package wrote it.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(
             f"{folder} is not a finished checkpoint", f"it holds no {MANIFEST}", "finish the stage that writes it, or use evlm import"
-        )
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     values = read_json(path)
     if not isinstance(values, dict):
         raise BadInput(f"{path} is damaged", "it holds no JSON object", "restore it, or make the folder again")

@@ -34,7 +34,9 @@ def require_ours(out: Path) -> None:
     if places.BUNDLED in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"{out} cannot be written", "it belongs to the installed package", "use another --out")
     try:
-        if not os.path.lexists(out):
+        try:
+            os.lstat(out)
+        except FileNotFoundError:
             return
         if not out.is_dir():
             what = "a link that leads nowhere" if not out.exists() else "a file" if out.is_file() else kind(out.stat().st_mode)
