@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -66,3 +67,8 @@ def test_a_plan_that_cannot_be_is_refused() -> None:
         IndexPlan(0, 4, 0)
     with pytest.raises(BadInput, match="share"):
         IndexPlan(10, 5, 0, world=2)
+
+
+def test_a_name_that_is_not_utf8_has_draws_of_its_own() -> None:
+    names = [os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png")]
+    assert len({int(generator(0, name).integers(2**62)) for name in (*names, "café.png")}) == 3

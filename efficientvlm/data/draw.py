@@ -16,11 +16,11 @@ def _digest(seed: int, key: tuple[Key, ...], size: int) -> int:
     parts = [f"{int(seed)}"]
     for part in key:
         parts.append(f"s{part}" if isinstance(part, str) else f"i{int(part)}")
-    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode(), digest_size=size).digest(), "little")
+    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogateescape"), digest_size=size).digest(), "little")
 
 
 def generator(seed: int, *key: Key) -> np.random.Generator:
-    """The generator of the draw named `key`, e.g. `generator(seed, step, item.id, "augment")`."""
+    """The generator of the draw named `key`, e.g. `generator(seed, step, item.id, "augment")`; a file may have any name, UTF-8 or not."""
     return np.random.Generator(np.random.Philox(key=_digest(seed, key, 16)))
 
 
