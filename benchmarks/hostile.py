@@ -87,7 +87,7 @@ def one_input(seed: int, number: int, stock: Stock, root: Path, tallies: dict[st
     case = KINDS[name](Draw(f"{seed}/{number}"), stock, place)
     before = seen(place.work)
     ended = yield Running([word.replace("\0", "") for word in case.argv], place)
-    faults = judged(ended, place, before, case.out, case.mutable, case.printed)
+    faults = judged(ended, place, before, case.out, case.mutable, [*case.argv, case.printed])
     tally = tallies[name]
     tally.cases += 1
     tally.ends[ended.code] += 1

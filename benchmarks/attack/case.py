@@ -14,16 +14,13 @@ ONE_STEP = ["--max-steps", "1", "--batch-size", "2", "--limit", "8", "--set", "e
 
 @dataclass
 class Case:
-    """What to run in a place that was prepared, where it writes, and what may change.
-
-    `printed` is False where the command prints a file as it is.
-    """
+    """What to run in a place that was prepared, where it writes, what may change, and what it may print as it is (beside its arguments)."""
 
     argv: list[str]
     what: str
     out: str | None = None
     mutable: tuple[str, ...] = ()
-    printed: bool = True
+    printed: str = ""
 
 
 Kind = Callable[[Draw, Stock, Place], Case]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +25,21 @@ class Fault:
     detail: str
 
 
-def judged(ended: Ended, place: Place, before: Seen, out: str | None, mutable: tuple[str, ...] = (), printed: bool = True) -> list[Fault]:
+def judged(
+    ended: Ended, place: Place, before: Seen, out: str | None, mutable: tuple[str, ...] = (), said: Sequence[str] = ()
+) -> list[Fault]:
     """All that is wrong with how a command ended.
 
     Args:
         before: what lay in the working folder.
         out: name of the output below it, which may be new.
         mutable: names below it that may change.
-        printed: whether standard output is the command's own, and not a file's.
+        said: texts that may be printed as they are: words of the user's own, and a file's where it is asked for.
     """
-    return [*_end(ended, printed), *_files(ended, place, before, out, mutable), *_left(place)]
+    return [*_end(ended, said), *_files(ended, place, before, out, mutable), *_left(place)]
 
 
-def _end(ended: Ended, printed: bool) -> list[Fault]:
+def _end(ended: Ended, said: Sequence[str]) -> list[Fault]:
     if ended.stopped:
         return [Fault("memory" if "MB" in ended.stopped else "hang", ended.stopped)]
     tail = " | ".join(ended.err.strip().splitlines()[-3:])[:400]
@@ -49,7 +52,10 @@ def _end(ended: Ended, printed: bool) -> list[Fault]:
         faults.append(Fault("unclear", f"exit code {ended.code} without an error: {tail}"))
     if len(ended.err) > LONGEST:
         faults.append(Fault("long", f"{len(ended.err)} letters of errors: {ended.err[:200]!r}"))
-    if found := ESCAPES.search(ended.out * printed + ended.err):
+    printed = ended.out
+    for text in sorted(said, key=len, reverse=True):
+        printed = printed.replace(text, "") if text else printed
+    if found := ESCAPES.search(printed + ended.err):
         faults.append(Fault("unclear", f"a control character is printed: {found[0]!r}"))
     if ended.code == 0 and re.search(r"(?<![\w.])(NaN|-?Infinity)(?!\w)", ended.out) and _is_json(ended.out):
         faults.append(Fault("not finite", ended.out[:200]))
@@ -84,6 +90,8 @@ def _files(ended: Ended, place: Place, before: Seen, out: str | None, mutable: t
         faults.append(Fault("half an output", f"exit code {ended.code} left {', '.join(sorted(made)[:4])}"))
     if ended.code == 0 and ours and f"{ours[0]}/training_state" not in before and (problem := incomplete(place.work / ours[0])):
         faults.append(Fault("half an output", problem))
+    if hidden := [name for name in made if finished and os.path.basename(name).startswith(".") and name != ours[0]]:
+        faults.append(Fault("leftovers", f"left in the output: {', '.join(hidden[:4])}"))
     return faults
 
 
@@ -105,8 +113,7 @@ def incomplete(out: Path) -> str:
         path = out / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
             return f"{name} is not what the manifest says"
-    hidden = [path.name for path in out.rglob(".*")]
-    return f"left in the output: {', '.join(hidden)}" if hidden else ""
+    return ""
 
 
 def _left(place: Place) -> list[Fault]:

@@ -193,7 +193,7 @@ def unsound(out: Path, replaces: bool) -> str:
     """What is wrong with an output right after a kill: a manifest means complete, no manifest means not taken for a checkpoint."""
     if (out / "evlm_manifest.json").exists():
         problem = incomplete(out)
-        return problem if problem and "state" not in problem and "left in the output" not in problem else ""
+        return problem if problem and "state" not in problem else ""
     if out.is_dir() and (names := {path.name for path in out.iterdir()} - {"training_state"}) and not (out / "training_state").exists():
         checkpoints = all((out / name).is_dir() or name.endswith(".json") for name in names)
         return "" if checkpoints else f"no manifest and no state, but {', '.join(sorted(names)[:4])}"

@@ -6,6 +6,7 @@ The process that forks has imported everything and started no thread, so that a 
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import os
 import resource
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS, IDLE_SECONDS = 60, 240, 20
@@ -28,19 +30,25 @@ SHOWN = 1 << 20
 
 
 def preload() -> None:
-    """Import what commands import, so that their forks need not."""
+    """Import what commands import, so that their forks need not, and keep the collector away from it."""
     import datasets  # noqa: F401
+    import psutil  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
+    import typer.rich_utils  # noqa: F401
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: F401
 
-    import efficientvlm.stages
     from efficientvlm.cli import main  # noqa: F401
 
     torch.set_num_threads(1)
-    for path in sorted(Path(efficientvlm.stages.__file__).parent.glob("[a-z]*.py")):
-        __import__(f"efficientvlm.stages.{path.stem}")
+    for name in ("stages", "families"):
+        package = import_module(f"efficientvlm.{name}")
+        for path in sorted(Path(str(package.__path__[0])).glob("[a-z]*.py")):
+            import_module(f"efficientvlm.{name}.{path.stem}")
     for name in ("planning.plan", "checkpoint", "export.stock"):
-        __import__(f"efficientvlm.{name}")
+        import_module(f"efficientvlm.{name}")
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
