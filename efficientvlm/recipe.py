@@ -231,7 +231,7 @@ def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> l
             )
     for override in overrides:
         key = re.split(r"[.=]", override, maxsplit=1)[0]
-        takers = [item for item in recipe.stages if item.get("stage") in kinds and key in configs.STAGES[item["stage"]].model_fields]
+        takers = [item for item in recipe.stages if key in _fields(item.get("stage"))]
         if takers and all(key in item for item in takers):
             problems.append(f"--set {override}: every stage sets {key} itself, write for example --set {takers[0].get('name')}.{override}")
     return problems

@@ -310,3 +310,9 @@ def test_settings_that_have_no_effect_beside_others(stage: str, values: dict[str
 def test_a_cut_from_learnt_gates_needs_no_training() -> None:
     config = Prune(model="m", data="d", out="o", from_gates="m", lr=1, eval_limit=3, teacher="t", min_heads=1)
     assert [line.partition(":")[0] for line in refused(config, config.model_fields_set)] == ["lr", "teacher"]
+
+
+def test_a_stage_that_is_no_name_is_a_problem_beside_overrides(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\nstages:\n  - {name: a, stage: [1, x], model: m}\n  - {name: b, stage: shrink, model: m}\n")
+    with pytest.raises(BadInput, match="stage"):
+        recipe.validate(recipe.load_recipe(str(tmp_path / "r.yaml")), ["x.name=null"])
