@@ -162,9 +162,24 @@ def _label(node: Node) -> Any:
         label.append(f"  {stage}" + (f" ({manifest.origin})" if manifest.origin else ""), style="cyan")
         for line in filter(None, (sizes(manifest), "  ".join(f"{key} {number(value)}" for key, value in results(manifest.metrics)))):
             label.append(f"\n{printable(line)}")
+        for line, style in _influence(manifest):
+            label.append(f"\n{printable(line)}", style=style)
     if node.problem:
         label.append(f"\n{printable(node.problem)}", style="red")
     return label
+
+
+def _influence(manifest: Manifest) -> list[tuple[str, str]]:
+    """What is known of the influence of its inputs: lines with their style."""
+    from efficientvlm import influence
+
+    measured = influence.read(influence.Influence, manifest.extra.get("influence"))
+    reach = influence.read(influence.Reach, manifest.accounting.get("reach"))
+    lines = [(f"influence of {measured.summary()}", "")] if measured and measured.inputs else []
+    if not measured and manifest.stage in influence.MEASURING:
+        lines.append(("influence of its inputs: not measured", ""))
+    lines += [(line, "red") for line in influence.problems(measured, reach)]
+    return lines + [(line, "") for line in influence.notes(measured, reach)]
 
 
 def _unit_lines(manifest: Manifest) -> list[str]:
