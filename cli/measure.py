@@ -101,6 +101,7 @@ def predict(
     question: Annotated[str, typer.Option("--question", help="The question.", metavar="TEXT")],
     mode: Answer = "rank",
     top: Annotated[int, typer.Option("--top", help="How many answers to show.", min=1)] = 5,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest question; by default as tuned.", min=4)] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps, ...")] = "auto",
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -118,5 +119,5 @@ def predict(
         raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    result = predicting.run(model=model, image=image, question=question, mode=mode, device=device, top=top)
+    result = predicting.run(model=model, image=image, question=question, mode=mode, device=device, top=top, max_tokens=max_tokens)
     output.mapping_result(result, None, as_json=json, keys=("answer", "answers"))

@@ -204,7 +204,7 @@ class Pretrain(Stage, Data, Train):
     regions_per_image: Size = Field(5, ge=1)
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: Size = Field(8, ge=1, description="at most so many of them")
-    max_tokens: Size = Field(40, ge=4)
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
     hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
     freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
@@ -314,7 +314,7 @@ class TaskStage(Stage, Data, Train):
     hard_negatives: bool = Field(True, description="of retrieval: matching draws its negatives by similarity, as published; false: any")
     quirks: Quirks = Field(default_factory=Quirks)
     questions_per_image: Size = Field(6, ge=1, description="questions that share one vision pass")
-    max_tokens: Size = Field(40, ge=4)
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
     max_answer_tokens: Size = Field(10, ge=3)
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
     min_answer_count: Count = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
@@ -434,6 +434,7 @@ class Eval(Strict):
     task: Literal["vqa", "retrieval"] = "vqa"
     out: str | None = Field(None, description="JSON file for the result")
     batch_size: Count = Field(64, ge=1)
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
     mode: Literal["rank", "generate"] = "rank"
     answers: str | None = None
     rank_top: Count | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
@@ -456,6 +457,7 @@ class Bench(Strict):
     models: list[str] = Field(min_length=1)
     batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1)
     text_length: Size = Field(12, ge=3, description="tokens a question")
+    max_tokens: Size | None = Field(None, ge=4, description="longest answer that is ranked; by default as tuned, else as published")
     rounds: Count = Field(20, ge=1)
     warmup_rounds: Count = Field(3, ge=0)
     threads: Threads | None = Field(None, ge=1)
@@ -482,6 +484,7 @@ class Export(Strict):
     batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1, description="batches that are timed")
     rounds: Count = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")
     text_length: Size = Field(12, ge=3, description="tokens a question that is timed")
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
     seed: Seed = 0
 
 

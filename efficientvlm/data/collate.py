@@ -40,6 +40,9 @@ class Texts:
         self.unknown: int | None = None if unknown in (self.cls, self.sep, self.pad) else unknown
         self.read, self.unread = 0, 0
         """Tokens of all distinct strings so far, and how many of them are unknown."""
+        self.cut: set[str] = set()
+        self.longest = 0
+        """Strings that were cut to `max_tokens` (at most 200,000 of them), and the most tokens one of them has."""
 
     @property
     def start(self) -> int:
@@ -79,13 +82,22 @@ class Texts:
         """
         tail = [self.sep] * (1 + double_sep)
         room = self.room(max_tokens, double_sep=double_sep)
-        rows = [[*self._head, *ids[:room], *tail] for ids in self.ids(texts)]
+        known = self.ids(texts)
+        if max_tokens is None:
+            self._note_cut(texts, known, room)
+        rows = [[*self._head, *ids[:room], *tail] for ids in known]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = int(lengths.max(initial=0))
         mask = np.arange(width) < lengths[:, None]
         out = np.full((len(rows), width), self.pad, np.int64)
         out[mask] = np.fromiter((token for row in rows for token in row), np.int64, int(lengths.sum()))
         return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
+
+    def _note_cut(self, texts: Sequence[str], known: Sequence[list[int]], room: int) -> None:
+        for text, ids in zip(texts, known, strict=True):
+            if len(ids) > room and len(self.cut) < CACHED_TEXTS:
+                self.cut.add(text)
+                self.longest = max(self.longest, len(ids) + self.max_tokens - room)
 
 
 def pair_batch(

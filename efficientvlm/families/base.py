@@ -145,7 +145,8 @@ class Family(Protocol):
         """The configuration of checkpoint folder `path`; no weights are read.
 
         Every configuration has the attributes `kept`, `layer_source`, `layer_source_of` (see `structure.py`; None where nothing was
-        removed), `answers` (closed list, or None) and `rank_top`, and is written with them.
+        removed), `answers` (closed list, or None), `rank_top` and `max_tokens`
+        (or None), and is written with them; `usual_tokens` is the length of texts by default, None for all positions.
         """
 
     def load(self, path: Path) -> Any:

@@ -32,6 +32,10 @@ class SlicedBlipConfig(Cuttable, BlipConfig):
     answer_start_id: int | None = None
 
     @property
+    def usual_tokens(self) -> int:
+        return 40 if "text" not in self.towers else 35  # of captions; of questions and texts to match
+
+    @property
     def decoder_start(self) -> int:
         """First token of an answer or caption."""
         return self.text_config.bos_token_id if self.answer_start_id is None else self.answer_start_id

@@ -43,6 +43,7 @@ def check_config(family: Any, config: Any, where: str) -> None:
             raise BadInput(f"{where}: {shorten(sizes.heads[tower])} {tower} heads", why, CORRECT)
     counts = {"positions for tokens": sizes.max_positions, "tokens in the vocabulary": sizes.vocab_size}
     counts |= {f"units in {group}": count for group, count in family.original_counts(config).items()}
+    counts |= {"tokens of a text (max_tokens)": config.max_tokens} if config.max_tokens is not None else {}
     for what, count in {**counts, "answers to rank (rank_top)": config.rank_top}.items():
         if not _whole(count, 1):
             raise BadInput(f"{where}: {shorten(count)} {what}", f"it must be a whole number, 1 to {MOST:,}", CORRECT)

@@ -19,7 +19,8 @@ class Cuttable:
 
     `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
     `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
-    `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text.
+    `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text. `max_tokens` is the length of texts
+    that it was tuned with, by default that of the published method (`usual_tokens`), or all positions.
     """
 
     image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
@@ -29,6 +30,7 @@ class Cuttable:
     layer_source_of: dict[str, int] | None = None
     answers: list[str] | None = None
     rank_top: int = 128
+    max_tokens: int | None = None
 
     if TYPE_CHECKING:  # the class behind this one takes its own fields too
 
@@ -53,6 +55,11 @@ class Cuttable:
     def with_kept(self, kept: Mapping[str, list[int]]) -> Self:
         """A copy whose groups hold exactly `kept`; groups not named stay as they are."""
         return self.copy(kept=kept_ranges(self.original_counts(), {**self.kept_indices(), **kept}))
+
+    @property
+    def usual_tokens(self) -> int | None:
+        """Longest text of the published method, with its first and last token; None: as many as there are positions."""
+        return None
 
     def adopt(self, tokenizer: Any) -> list[str]:
         """Take the token ids that the network looks for from its tokenizer; those that were others, with what they were.

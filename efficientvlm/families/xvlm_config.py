@@ -89,6 +89,10 @@ class XVLMConfig(Cuttable, PreTrainedConfig):
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def usual_tokens(self) -> int:
+        return 40
+
     def layers(self) -> dict[str, int]:
         return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
 

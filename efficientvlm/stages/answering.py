@@ -143,7 +143,7 @@ def evaluate_on(
 
         result = evaluate(answer, batches(), answer.as_read, answer.can_say)
     lost, texts = result.get("unanswerable", 0), answer.texts
-    for remark in (*reading.unanswerable(lost, result["questions"]), *reading.unknown(texts.read, texts.unread, "that were read")):
+    for remark in (*reading.unanswerable(lost, result["questions"]), *reading.of_read(texts)):
         say(f"{title}: {remark}", quiet=quiet)
-    counts = {**answer.reading.counts, "tokens": texts.read, "unknown_tokens": texts.unread}
+    counts = {**answer.reading.counts, **reading.counts_of(texts)}
     return {"images": done, **result, "reading": counts}

@@ -20,8 +20,9 @@ from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages.common import Loaded, check_precision, load
+from efficientvlm.stages.common import Loaded, check_precision, load, texts_of
 from efficientvlm.stages.evaluate import counts_first_token_twice
+from efficientvlm.stages.reading import of_read
 from efficientvlm.stages.results import MACHINE, ResultFile
 from efficientvlm.tasks.vqa import rank
 
@@ -59,7 +60,7 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         answers = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), None)
         answering = any(trained) and bool(answers)
         labels = unique(config.models)
-        timed = partial(ranking, answers=answers) if answering else forward
+        timed = partial(ranking, answers=answers, quiet=control.quiet) if answering else forward
         calls = {label: timed(loaded, config=config, device=device) for label, loaded in zip(labels, models, strict=True)}
         total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
         lower = f"lower batch_sizes (now {', '.join(map(str, config.batch_sizes))}), or time fewer models at once"
@@ -141,7 +142,9 @@ def check_length(loaded: Loaded, length: int) -> None:
         raise BadInput(f"questions of {length} tokens are too long", why, "use a smaller --text-length")
 
 
-def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[str] | None = None) -> Callable[[int], object]:
+def ranking(
+    loaded: Loaded, config: Bench, device: torch.device, answers: list[str] | None = None, quiet: bool = False
+) -> Callable[[int], object]:
     """A function of the batch size that ranks `loaded`'s own answers, or else `answers`, for prepared random inputs.
 
     A model without answer decoder gets one, in memory: `loaded.model` is replaced.
@@ -149,8 +152,10 @@ def ranking(loaded: Loaded, config: Bench, device: torch.device, answers: list[s
     make_answering(loaded)
     family, model = loaded.family, loaded.model.to(device).eval()
     check_length(loaded, config.text_length)
-    texts = Texts(loaded.tokenizer)
+    texts = texts_of(loaded, config.max_tokens)
     ids, mask = (tensor.to(device) for tensor in texts.batch(model.config.answers or answers or []))
+    for remark in of_read(texts):
+        say(f"bench: {loaded.path}: {remark}", quiet=quiet)
     batches = {size: example(loaded.sizes.image_size, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
     twice = counts_first_token_twice(loaded.manifest, None)
 

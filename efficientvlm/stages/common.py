@@ -38,6 +38,7 @@ from efficientvlm.stages.image_settings import preprocessing_of, write_settings
 from efficientvlm.training import Spent
 
 TEXT_LENGTH = 12
+SHORTEST = 3  # first and last token, and one between them
 SKIPPED = "skipped.jsonl"
 
 
@@ -116,9 +117,27 @@ def no_answers(loaded: Loaded, role: str = "") -> BadInput:
     return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
 
 
-def texts_of(loaded: Loaded, max_tokens: int = 40) -> Texts:
-    """Texts as token ids for this model: at most `max_tokens`, and no more than it has positions."""
-    return Texts(loaded.tokenizer, min(max_tokens, loaded.sizes.max_positions))
+def texts_of(loaded: Loaded, max_tokens: int | None = None) -> Texts:
+    """Texts as token ids for this model, at most as long as :func:`text_length` says."""
+    return Texts(loaded.tokenizer, text_length(loaded, max_tokens))
+
+
+def text_length(loaded: Loaded, asked: int | None = None) -> int:
+    """Tokens of the longest text, its first and last included: as asked, as the model was tuned, as is usual, or all positions.
+
+    Raises:
+        BadInput: more are asked for than it has positions.
+    """
+    positions, config, manifest = loaded.sizes.max_positions, loaded.model.config, loaded.manifest
+    if asked is not None and asked > positions:
+        raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
+    tuned = config.max_tokens or manifest.config.get("max_tokens") or manifest.extra.get("max_tokens")
+    return max(SHORTEST, min(asked or tuned or getattr(config, "usual_tokens", None) or positions, positions))
+
+
+def keep_length(loaded: Loaded, asked: int | None) -> None:
+    """Note in the model's configuration how long the texts are that it reads from now on, in what is written of it too."""
+    loaded.model.config.max_tokens = text_length(loaded, asked)
 
 
 def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:

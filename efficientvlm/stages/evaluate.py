@@ -17,7 +17,7 @@ from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, tuned_with
-from efficientvlm.stages.common import Loaded, check_precision, load, say_notes, say_skipped
+from efficientvlm.stages.common import Loaded, check_precision, keep_length, load, say_notes, say_skipped
 from efficientvlm.stages.influence import tell
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.stages.retrieving import check_able, evaluate_pairs
@@ -40,6 +40,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     """
     loaded = load(config.model, exported=True)
     check_precision(loaded, config.precision)
+    keep_length(loaded, config.max_tokens)
     if config.task == "retrieval":
         check_able(loaded, config.rerank)
     source = TASKS[config.task].open(config, config.split, loaded.preprocessing)
@@ -95,14 +96,12 @@ def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[s
     """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
-    tokens = tuned_with(loaded.manifest, "max_tokens", 40)
     measured = evaluate_pairs(
         loaded,
         source,
         limit=None,
         title=f"eval {config.split}",
         quiet=control.quiet,
-        max_tokens=tokens,
         batch_size=config.batch_size,
         rerank=config.rerank,
         seed=config.seed,
@@ -113,7 +112,7 @@ def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[s
         "mode": mode,
         "rerank": config.rerank,
         "seed": config.seed,
-        "influence": influence.of_pairs(loaded, source, tokens, config.batch_size),
+        "influence": influence.of_pairs(loaded, source, config.batch_size),
         "metrics": measured,
     }
 

@@ -24,7 +24,7 @@ from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.stages.answering import open_task, tuned_with
-from efficientvlm.stages.common import Loaded, load, making, open_output, summary, write
+from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, summary, write
 from efficientvlm.stages.image_settings import write_settings
 from efficientvlm.stages.measuring import measure, table
 from efficientvlm.training import Spent
@@ -44,6 +44,7 @@ def run(config: Export, control: Control) -> Manifest:
     check(config)
     loaded = load(config.model)
     check_model(config, loaded)
+    keep_length(loaded, config.max_tokens)
     source = open_data(config, loaded)
     inputs = {"model": config.model, "data": f"sha256:{source.fingerprint}" if source else None}
     output = open_output(config, "export", control, inputs)
@@ -146,6 +147,7 @@ def _description(config: Export, loaded: Loaded) -> Description:
         answers=loaded.model.config.answers,
         rank_top=loaded.model.config.rank_top,
         first_token_twice=bool(tuned_with(loaded.manifest, "quirks", {}).get("first_token_twice", False)),
+        max_tokens=loaded.model.config.max_tokens,
         max_answer_tokens=tuned_with(loaded.manifest, "max_answer_tokens", 10),
         start_token=tokenizer.cls_token_id if "vqa" in loaded.tasks else None,
         end_token=tokenizer.sep_token_id if "vqa" in loaded.tasks else None,

@@ -46,13 +46,13 @@ def of_answers(answer: Answerer, source: Any, batch_size: int | None = None) -> 
     return measure(run, batch, {"image": ("pixels",), "text": ("question_ids", "question_mask")}, batch_size)
 
 
-def of_pairs(loaded: Loaded, source: Any, max_tokens: int, batch_size: int | None = None) -> Influence:
+def of_pairs(loaded: Loaded, source: Any, batch_size: int | None = None) -> Influence:
     """What picture and caption do to features and to matching, for the first images of `source` and one caption of each."""
     items = [item for item in _first(source) if item.captions]
     if len(items) < 2:
         return not_measured(f"there are {len(items)} images with captions, and 2 are needed")
     device = loaded.model.device
-    ids, mask = texts_of(loaded, max_tokens).batch([item.captions[number % len(item.captions)] for number, item in enumerate(items)])
+    ids, mask = texts_of(loaded).batch([item.captions[number % len(item.captions)] for number, item in enumerate(items)])
     pixels = stack([item.image for item in items])
     batch = {"pixels": pixels.to(device), "text_ids": ids.to(device), "text_mask": mask.to(device)}
     return _of_comparison(loaded, batch, batch_size)

@@ -27,6 +27,7 @@ from efficientvlm.stages.common import (
     data_inputs,
     finished,
     gather_skipped,
+    keep_length,
     keep_skipped,
     learning,
     load,
@@ -53,6 +54,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
         student = load(config.model)
     for problem in student_problems(config, student):
         raise problem
+    keep_length(student, config.max_tokens)
     with telling(f"opening the data {config.data}", quiet=control.quiet):
         sources = {split: open_split(config, split, student.preprocessing) for split in ("train", "val")}
     inputs = {"model": config.model, "teacher": getattr(config, "teacher", None), **data_inputs(config, sources)}
@@ -62,7 +64,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
     with making(output):
         hardware = accelerator(config.device)
         torch.manual_seed(config.seed)
-        texts = texts_of(student, config.max_tokens)
+        texts = texts_of(student)
         teacher = None
         if isinstance(config, Distill):
             with telling(f"loading {config.teacher}", quiet=control.quiet):

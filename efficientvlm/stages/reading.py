@@ -40,14 +40,37 @@ def unknown(read: int, unread: int, where: str) -> list[str]:
     return [f"{100 * unread / read:.1f} % of the tokens {where} are unknown to the tokenizer ({unread:,} of {read:,}): they all read alike"]
 
 
+def cut_off(cut: int, longest: int, max_tokens: int, where: str = "") -> list[str]:
+    """A remark on texts that are longer than what is read of them."""
+    if not cut:
+        return []
+    return [f"{cut:,} texts{where} have more than {max_tokens} tokens (up to {longest}) and are cut; max_tokens sets the length"]
+
+
+def of_read(texts: Texts) -> list[str]:
+    """Remarks on all that `texts` has read."""
+    return unknown(texts.read, texts.unread, "that were read") + cut_off(len(texts.cut), texts.longest, texts.max_tokens)
+
+
+def counts_of(texts: Texts) -> dict[str, int]:
+    """Tokens that `texts` has read and does not know, the length it reads, and how many texts were longer."""
+    return {"tokens": texts.read, "unknown_tokens": texts.unread, "max_tokens": texts.max_tokens, "cut_texts": len(texts.cut)}
+
+
 def of_texts(texts: Texts, source: Any) -> Reading:
-    """Unknown tokens among the first texts of `source`, questions or captions with all that belongs to them; no image is decoded."""
+    """Unknown tokens and texts to be cut among the first of `source`, questions or captions with all that belongs to them.
+
+    No image is decoded.
+    """
     some = list(islice(source.texts(), SAMPLE + 1))
     whole, own = len(some) <= SAMPLE, Texts(texts.tokenizer)
-    own.ids(some[:SAMPLE])
-    counts = {"texts": min(len(some), SAMPLE), "tokens": own.read, "unknown_tokens": own.unread}
+    lengths, room = [len(ids) for ids in own.ids(some[:SAMPLE])], texts.room()
+    cut = sum(length > room for length in lengths)
+    counts = {"texts": len(lengths), "tokens": own.read, "unknown_tokens": own.unread, "cut_texts": cut}
     where = f"in the {len(some):,} texts" if whole else f"in the first {SAMPLE:,} texts"
-    return Reading(counts, unknown(own.read, own.unread, where))
+    longest = max(lengths, default=0) + texts.max_tokens - room
+    place = f" of the first {SAMPLE:,}" * (not whole)
+    return Reading(counts, unknown(own.read, own.unread, where) + cut_off(cut, longest, texts.max_tokens, place))
 
 
 def of_answers(texts: Texts, answers: Sequence[str], room: int | None) -> Reading:
@@ -101,6 +124,6 @@ def titled(title: str, reading: Reading) -> Iterator[str]:
 
 def all_read(title: str, texts: Texts, before: Reading, quiet: bool) -> dict[str, int]:
     """What a manifest keeps: the counts made before training, and the tokens that were read in it, of which too many unknown are said."""
-    for remark in unknown(texts.read, texts.unread, "that were read"):
+    for remark in of_read(texts):
         say(f"{title}: {remark}", quiet=quiet)
-    return {**before.counts, "tokens_read": texts.read, "unknown_tokens_read": texts.unread}
+    return {**before.counts, "tokens_read": texts.read, "unknown_tokens_read": texts.unread, "texts_cut": len(texts.cut)}

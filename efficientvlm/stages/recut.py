@@ -21,7 +21,7 @@ from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
-from efficientvlm.stages.common import Loaded, load, making, open_output, validated, write
+from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.influence import observed
 from efficientvlm.stages.tasks import TASKS
@@ -55,6 +55,7 @@ def run(config: Prune, control: Control) -> Manifest:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
         save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.family, pruned.model, keep)
+        keep_length(pruned, config.max_tokens)
         val = validated(config, lambda: task.validate(config, pruned, source, control.quiet), control.quiet)
         extra["influence"] = observed("prune", config, lambda: task.influence(config, pruned, source), control.quiet)
         return write(

@@ -13,7 +13,7 @@ from efficientvlm.data.sources import drawn, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, texts_of
-from efficientvlm.stages.reading import unknown
+from efficientvlm.stages.reading import counts_of, of_read
 from efficientvlm.tasks.retrieval import encode, evaluate
 
 EVAL_BATCH = 64
@@ -42,7 +42,6 @@ def evaluate_pairs(
     limit: int | None,
     title: str,
     quiet: bool,
-    max_tokens: int = 40,
     batch_size: int = EVAL_BATCH,
     rerank: int = 0,
     seed: int = 0,
@@ -55,16 +54,16 @@ def evaluate_pairs(
     if not count:
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
-    model, texts = loaded.model.eval(), texts_of(loaded, max_tokens)
+    model, texts = loaded.model.eval(), texts_of(loaded)
     pictures = Pictures(source, count, batch_size)
     shown: dict[str, Any] = {"title": title, "quiet": quiet}
     with Bar(title, count, quiet=quiet) as bar:
         batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
         gallery = encode(loaded.family, model, batches, tokens, batch_size, count, again=pictures, **shown)
     result = evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
-    for remark in unknown(texts.read, texts.unread, "that were read"):
+    for remark in of_read(texts):
         say(f"{title}: {remark}", quiet=quiet)
-    return {**result, "reading": {"tokens": texts.read, "unknown_tokens": texts.unread}}
+    return {**result, "reading": counts_of(texts)}
 
 
 class Pictures:

@@ -169,12 +169,12 @@ class Retrieval:
 
     def validate(self, config: TaskStage, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         check_able(student)
-        limit, tokens = config.eval_limit, config.max_tokens
+        limit = config.eval_limit
         size = config.eval_batch_size or PAIRS_BATCH
-        return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, max_tokens=tokens, batch_size=size)
+        return evaluate_pairs(student, source, limit=limit, title="validate", quiet=quiet, batch_size=size)
 
     def influence(self, config: TaskStage, student: Loaded, source: Any) -> Influence:
-        return influence.of_pairs(student, source, config.max_tokens, config.eval_batch_size)
+        return influence.of_pairs(student, source, config.eval_batch_size)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Answering(), Retrieval())}

@@ -23,6 +23,7 @@ from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
     gather_skipped,
+    keep_length,
     keep_skipped,
     learning,
     load,
@@ -58,6 +59,7 @@ class Tuning:
         torch.manual_seed(config.seed)
         with telling(f"loading {config.model}{f' and {config.teacher}' if config.teacher else ''}", quiet=quiet):
             student, teacher, new = load_for_task(config)
+        keep_length(student, config.max_tokens)
         opened = TASKS[config.task].open
         with telling(f"opening the data {config.data}", quiet=quiet):
             sources = {split: opened(config, split, student.preprocessing) for split in ("train", "val")}
@@ -102,7 +104,7 @@ class Tuning:
     @cached_property
     def texts(self) -> Texts:
         """The texts of the training data; they count what is unknown among them."""
-        return texts_of(self.student, self.config.max_tokens)
+        return texts_of(self.student)
 
     def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
         """The training loop on this run's batches."""

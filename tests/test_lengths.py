@@ -1,0 +1,80 @@
+"""How long the texts are that a model reads: all its positions, as published, as tuned or as asked; what is cut is counted and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from clip_folder import byte_pairs, write_clip
+from compression_cases import FAMILIES
+from conftest import SHAPES, TRAIN, run_stage
+from PIL import Image
+
+from efficientvlm.control import Control
+from efficientvlm.data.collate import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.stages import predict
+from efficientvlm.stages.common import load, text_length
+
+LONG = " ".join(["a red circle the blue square a cat and dogs"] * 9)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of few positions, and data whose captions are longer."""
+    root = tmp_path_factory.mktemp("lengths")
+    run_stage("import", out=str(root / "m"), model=str(write_clip(root / "hf", byte_pairs())))
+    for number in range(2):
+        Image.new("RGB", (16, 16), (100 * number, 0, 0)).save(root / f"{number}.png")
+    rows = [{"image": "0.png", "caption": LONG}, {"image": "1.png", "caption": "a cat"}]
+    (root / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_a_clip_reads_all_its_positions_and_says_what_it_cuts(clip, capsys):
+    loaded = load(str(clip / "m"))
+    positions = loaded.sizes.max_positions
+    assert text_length(loaded) == positions and len(Texts(loaded.tokenizer).ids([LONG])[0]) + 2 > positions
+    task = {"task": "retrieval", "model": str(clip / "m"), "data": str(clip / "d.jsonl")}
+    found = run_stage("eval", Control(), **task)["metrics"]["reading"]
+    assert (found["max_tokens"], found["cut_texts"]) == (positions, 1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 texts have more than {positions} tokens" in said and "are cut" in said
+    assert run_stage("eval", **task, max_tokens=4)["metrics"]["reading"]["max_tokens"] == 4
+    with pytest.raises(BadInput, match=f"has {positions} positions"):
+        run_stage("eval", **task, max_tokens=positions + 1)
+
+
+def test_published_lengths():
+    assert {name: config.usual_tokens for name, (_, config) in FAMILIES.items() if name != "toy"} == {
+        "xvlm": 40,
+        "clip": None,
+        "siglip": None,
+        "blip-qa": 35,
+        "blip-caption": 40,
+        "blip-retrieval": 35,
+    }
+
+
+def test_the_length_it_was_tuned_with_goes_with_a_model(chain, tmp_path):
+    """Through finetuning, pruning without data and export; an export may set another one; `predict` refuses what is longer."""
+    tuned = {**TRAIN, "max_steps": 1, "data": SHAPES, "max_tokens": 9, "decoder_init": "fusion"}
+    run_stage("finetune", out=str(tmp_path / "f"), model=str(chain / "student"), **tuned)
+    cut = {"task": "none", "method": "magnitude", "sparsity": 0.2}
+    run_stage("prune", out=str(tmp_path / "p"), model=str(tmp_path / "f"), **cut)
+    for folder in ("f", "p"):
+        assert text_length(load(str(tmp_path / folder))) == 9
+    onnx = {"format": "onnx", "rounds": 0, "model": str(tmp_path / "p")}
+    run_stage("export", out=str(tmp_path / "o"), **onnx)
+    assert text_length(load(str(tmp_path / "o"), exported=True)) == 9
+    run_stage("export", out=str(tmp_path / "more"), **onnx, max_tokens=11)
+    assert text_length(load(str(tmp_path / "more"), exported=True)) == 11
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    ask = {"model": str(tmp_path / "o"), "image": str(tmp_path / "a.png"), "question": "is there a red circle in the picture here ?"}
+    with pytest.raises(BadInput, match="the model reads 7"):
+        predict.run(**ask)
+    assert predict.run(**ask, max_tokens=14)["answer"]
+    with pytest.raises(BadInput, match="positions for tokens"):
+        run_stage("finetune", out=str(tmp_path / "g"), model=str(chain / "student"), **{**tuned, "max_tokens": 4000})
+    assert not (tmp_path / "g").exists()
