@@ -315,4 +315,4 @@ def test_a_cut_from_learnt_gates_needs_no_training() -> None:
 def test_a_stage_that_is_no_name_is_a_problem_beside_overrides(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: r\nstages:\n  - {name: a, stage: [1, x], model: m}\n  - {name: b, stage: shrink, model: m}\n")
     with pytest.raises(BadInput, match="stage"):
-        recipe.validate(recipe.load_recipe(str(tmp_path / "r.yaml")), ["x.name=null"])
+        validate(load_recipe(str(tmp_path / "r.yaml")), ["x.name=null"])
