@@ -142,7 +142,7 @@ def _lines(made: Plan) -> Iterator[str]:
             yield f"{stage.name}: {remark}"
     measured = any(stage.time for stage in made.stages)
     most = max((stage.memory["total"] for stage in made.stages if stage.memory), default=0)
-    yield f"memory: {size(most)} at most, {'with' if measured else 'without'} activations"
+    yield f"memory: {size(most)} at most in all, with activations as {'measured on real steps' if measured else 'estimated'}"
     for disk in made.disks:
         peak, left, free = (size(disk[key]) for key in ("peak", "left", "free"))
         yield f"disk: {peak} at the fullest, {left} in the end; {free} are free in {disk['folder']}"

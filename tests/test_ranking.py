@@ -148,3 +148,16 @@ def test_the_memory_of_ranking_is_bounded() -> None:
     """All candidates at once would take 12 x 32 x 3 x 60,000 logits, 276 MB, and again as much for their probabilities."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 250
+
+
+@pytest.mark.slow
+def test_many_answers_go_through_the_whole_chain_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import many_answers
+
+    sizes = {"count": 60, "images": 80, "steps": 2, "vocabulary": 200}
+    made = many_answers.chain(tmp_path, tmp_path / "rows.csv", **sizes)
+    assert [row["stage"] for row in made] == list(many_answers.stages(2, 200)) and max(row["peak_mib"] for row in made) < 2048
+    monkeypatch.setattr(many_answers, "run", lambda *arguments, folder: pytest.fail("nothing is left to do"))
+    assert len(many_answers.chain(tmp_path, tmp_path / "rows.csv", **sizes)) == len(made)
+    assert len(set(many_answers.answers(1400))) == 1400

@@ -1,9 +1,10 @@
-"""Bytes a stage needs, in memory and on disk, by formulas from the number of elements (ours). Activations are measured, never estimated."""
+"""Bytes a stage needs, in memory and on disk, by formulas from the number of elements (ours); `activations.py` has the rest."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def memory(
     if teacher is not None:
         parts["teacher"] = FLOAT * elements(teacher)
     return {**parts, "total": sum(parts.values())}
+
+
+def process() -> int:
+    """Bytes of this process, which has loaded what every stage loads: the interpreter, its packages, the tables of the data, no weights."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        import resource  # not on Windows, which has no /proc either
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def add(memory: dict[str, int], **parts: int) -> None:
+    """Put more `parts` into `memory`, or others in the place of those that are there, with their `total`."""
+    memory |= parts
+    memory["total"] = sum(count for part, count in memory.items() if part != "total")
 
 
 def main_memory() -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from efficientvlm.config import Distill
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
-from efficientvlm.planning import costs
+from efficientvlm.planning import activations, costs
 from efficientvlm.planning.chain import Blocked, Chain, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
@@ -280,6 +281,16 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     if answer is not None and config.mode == "rank":
         reading += of_questions(answer.texts, answer.answers, source)
     found.notes += reading.remarks
+    found.memory = found.memory or {}
+    texts = list(islice(source.texts(), activations.SAMPLE))
+    at_once = {"images": min(len(source), config.batch_size), "tokens": activations.longest(loaded, texts, 40)}
+    if answer is not None:
+        asked, top = activations.asked_each(source), answer.top if config.mode == "rank" else 1
+        loaded.model.config.answers = answer.answers or loaded.model.config.answers
+        costs.add(found.memory, activations=activations.answering(loaded, questions=asked, top=top, **at_once))
+    elif config.task == "retrieval":
+        at_once |= {"images": len(source), "batch_size": config.batch_size}
+        costs.add(found.memory, activations=activations.retrieving(loaded, **at_once))
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
     if config.answers:
         inputs["answers"] = fingerprint(as_input(config.answers) or "")
@@ -298,6 +309,9 @@ def plan_bench(chain: Chain, step: Step, found: Forecast) -> None:
             if answering:
                 with on_meta():
                     bench.make_answering(loaded)
+                at_once = {"images": max(config.batch_sizes), "questions": 1, "tokens": config.text_length}
+                block = activations.answering(loaded, **at_once, top=loaded.model.config.rank_top)
+                costs.add(found.memory, activations=max(block, found.memory.get("activations", 0)))
     found.schedule = {"models": len(models), "rounds": config.rounds + config.warmup_rounds, "batch_sizes": config.batch_sizes}
     inputs = {f"models.{number}": known(chain, spec) for number, spec in enumerate(config.models)}
     measured(chain, step, found, {**inputs, "machine": ""})

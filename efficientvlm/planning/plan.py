@@ -9,6 +9,7 @@ from typing import Any
 from efficientvlm.control import Control
 from efficientvlm.planning.chain import Chain
 from efficientvlm.planning.checks import Problems
+from efficientvlm.planning.costs import add, process
 from efficientvlm.planning.forecast import forecast
 from efficientvlm.planning.parts import Forecast
 from efficientvlm.progress import say
@@ -50,12 +51,15 @@ def plan(steps: Sequence[Step], control: Control = Control(), *, measure: int = 
     """
     chain = Chain(control, verify)
     stages = [forecast(chain, step) for step in steps]
+    own = process()
+    for step, stage in zip(steps, stages, strict=True):
+        if stage.memory and getattr(step.config, "device", "cpu") != "cuda":
+            add(stage.memory, process=own)
     for stage in stages if measure and not chain.problems.found else ():
         if stage.run is not None and stage.schedule is not None and stage.memory is not None:
             from efficientvlm.planning.measure import measure as timed
 
             say(f"plan: measuring {measure} steps of {stage.name}", quiet=control.quiet)
             stage.time = timed(stage.run, measure, total=stage.schedule["steps"])
-            activations = stage.time["activations"]
-            stage.memory |= {"activations": activations, "total": stage.memory["total"] + activations}
+            add(stage.memory, activations=stage.time["activations"])
     return Plan(stages, chain.problems, chain.disks.as_dicts())

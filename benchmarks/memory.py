@@ -1,0 +1,97 @@
+"""The resident peak that a plan states beside the one that is measured, for stages and sizes.
+
+python benchmarks/memory.py --work FOLDER [--only NAME]
+
+Every command runs once with `--dry-run` and once for real, in fresh processes. Models and data are made here, in FOLDER; a model that is
+there is used again. The rows of the CSV that are measured again are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from peaks import MIB, planned, run
+from published import ROOT, as_csv, csv_of, rows_of
+
+from efficientvlm import manifest
+from efficientvlm.bench import processor
+from efficientvlm.files import write_atomic
+from efficientvlm.manifest import MANIFEST
+
+SHAPES = "shapes"
+SIZES = ("tiny", "small", "base")
+PARTS = ("process", "weights", "gradients", "optimizer", "teacher", "activations")
+TRAIN = ("--max-steps", "3")
+
+
+def models() -> dict[str, list[str]]:
+    """Folder → the command that makes it."""
+    made = {size: ["init", "--size", size, "--data", SHAPES] for size in SIZES}
+    made["answering"] = ["finetune", "--model", "small", "--data", SHAPES, "--batch-size", "8", *TRAIN, "--set", "eval_limit=4"]
+    return made
+
+
+def cases() -> dict[str, list[str]]:
+    """Name → what is measured."""
+    few = [*TRAIN, "--set", "eval_limit=8"]
+    found = {
+        "eval, easy-VQA": ["eval", "--model", "bundled:easy-vqa", "--data", "easy-vqa", "--limit", "200"],
+        "eval, small": ["eval", "--model", "answering", "--data", SHAPES, "--limit", "64"],
+        "eval, retrieval, tiny": ["eval", "--model", "tiny", "--task", "retrieval", "--data", SHAPES, "--limit", "128"],
+        "eval, retrieval, base": ["eval", "--model", "base", "--task", "retrieval", "--data", SHAPES, "--limit", "16", "--rerank", "4"],
+        "bench, small": ["bench", "--model", "answering", "--batch-size", "8", "--rounds", "2"],
+    }
+    for size, batch in (("tiny", 32), ("tiny", 128), ("small", 16), ("base", 4)):
+        found[f"pretrain, {size}, {batch}"] = ["pretrain", "--model", size, "--data", SHAPES, "--batch-size", str(batch), *few]
+    for size, batch in (("tiny", 32), ("small", 16), ("base", 4)):
+        found[f"finetune, {size}, {batch}"] = ["finetune", "--model", size, "--data", SHAPES, "--batch-size", str(batch), *few]
+    for size, batch in (("tiny", 64), ("small", 16)):
+        taught = ["--teacher", size, "--data", SHAPES, "--batch-size", str(batch)]
+        found[f"distill, {size}, {batch}"] = ["distill", "--model", size, *taught, *few]
+    return found
+
+
+def measure(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
+    """A row of the CSV."""
+    trained = arguments[0] not in ("eval", "bench")
+    arguments = [*arguments, *(["--out", f"out-{name.replace(', ', '-')}", "--force"] if trained else [])]
+    stated = planned(*arguments, folder=folder)
+    peak, seconds = run(*arguments, folder=folder)
+    total = stated["total"] / MIB
+    parts = {
+        f"{part}_mib": stated.get(part, 0) / MIB for part in ("process", "weights", "gradients", "optimizer", "teacher", "activations")
+    }
+    where = {"cpu_seconds": seconds, "processor": processor(), "commit": manifest.code().commit, "date": manifest.now()[:10]}
+    return {
+        "case": name,
+        "command": " ".join(arguments),
+        "planned_mib": total,
+        "measured_mib": peak,
+        "ratio": total / peak,
+        **parts,
+        **where,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="a part of the name of the cases that are measured")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    for out, arguments in models().items():
+        if not (asked.work / out / MANIFEST).is_file():
+            run(*arguments, "--out", out, folder=asked.work)
+    path = ROOT / csv_of("memory", processor())
+    rows: dict[str, dict[str, Any]] = {row["case"]: dict(row) for row in rows_of(path)}
+    for name, arguments in cases().items():
+        if not asked.only or any(part in name for part in asked.only):
+            rows[name] = measure(name, arguments, asked.work)
+            print(f"{name}: planned {rows[name]['planned_mib']:.0f} MiB, measured {rows[name]['measured_mib']:.0f} MiB", flush=True)
+            write_atomic(path, as_csv(list(rows.values())))
+
+
+if __name__ == "__main__":
+    main()
