@@ -361,3 +361,11 @@ def test_built_in_data_opens_by_name() -> None:
     said["read_as"] = ["2 of 400 images, drawn at random (seed 0)"]
     assert record(easy, "val") == said
     assert {"rectangle", "teal", "what color is the shape?"} <= set(texts(open_vqa("shapes:difficulty=2,size=300", "train")))
+
+
+@pytest.mark.parametrize("numbers", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32), np.full((4, 4), 200, np.int32)])
+def test_pixels_without_a_known_white_are_refused(numbers: np.ndarray) -> None:
+    file = io.BytesIO()
+    Image.fromarray(numbers).save(file, "TIFF")
+    with pytest.raises(BadInput, match="32 bits"):
+        open_image(file.getvalue())

@@ -45,6 +45,9 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
             if image.width * image.height > MAX_PIXELS:
                 raise BadInput(where, f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}", "scale it down")
             stored = str(image.tile[0][3]) if image.tile else ""  # how deep a pixel is in the file, forgotten once it is decoded
+            if image.mode == "F" or (image.mode == "I" and ";16" not in stored):
+                why = "its pixels are numbers of 32 bits, and nothing says which of them is white"
+                raise BadInput(where, why, "save it with 8 or 16 bits")
             picture = to_rgb(ImageOps.exif_transpose(image), stored)
             return prepared(picture, size, where), picture.size
     except BadInput:
