@@ -69,6 +69,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("CLIPImageProcessor", {"size": 16, "crop_size": 16, "do_normalize": False}),
     ("CLIPImageProcessor", {"size": 16, "crop_size": 16, "image_mean": 0.5, "image_std": [0.2, 0.3, 0.4]}),
     ("CLIPImageProcessor", {"size": [16, 16], "do_center_crop": False}),
+    ("CLIPImageProcessor", {"size": [16, 16], "do_center_crop": None, "do_rescale": None, "do_normalize": None}),
     ("SiglipImageProcessor", {"size": {"height": 16, "width": 16}}),
     ("SiglipImageProcessor", {"size": {"height": 16, "width": 16}, "resample": 2}),
     ("SiglipImageProcessor", {"size": 17, "do_center_crop": True, "crop_size": 16}),

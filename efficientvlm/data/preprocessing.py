@@ -145,8 +145,9 @@ def processor_of(settings: Mapping[str, Any], default: str | None, where: str) -
 
 
 def complete(settings: Mapping[str, Any], default: str | None, where: str) -> dict[str, Any]:
-    """All settings of the image processor, those that are missing or null as its class has them."""
-    return PROCESSORS[processor_of(settings, default, where)] | {name: value for name, value in settings.items() if value is not None}
+    """All settings of the image processor: what is missing as its class has it, and so what is null, but that a switch is off then."""
+    given = {name: False if value is None and name.startswith("do_") else value for name, value in settings.items()}
+    return PROCESSORS[processor_of(settings, default, where)] | {name: value for name, value in given.items() if value is not None}
 
 
 def read(settings: Mapping[str, Any], side: int, where: str, default: str | None = None) -> Preprocessing:
