@@ -83,7 +83,7 @@ def _begins(path: Path, said: bytes) -> bool:
 def refuse_inputs_inside(out: Path, inputs: dict[str, str], config: dict[str, Any]) -> None:
     """:class:`BadInput` if a stage would read what it writes: an input that is the output, holds it, or lies in it."""
     for role, spec in inputs.items():
-        if spec.startswith("sha256:"):
+        if not spec or spec.startswith("sha256:"):  # data, whose digest a plan does not take
             continue
         source = resolve(spec)
         if any(_within(out, folder) for folder in _ways(source)):
