@@ -22,6 +22,7 @@ BUNDLED = Path(__file__).resolve().parent / "bundled"
 MANIFEST = "evlm_manifest.json"
 MIB = 2**20
 CHUNK = MIB
+LARGE = 1024 * MIB
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -116,10 +117,15 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes.
 
     Raises:
-        BadInput: it is no regular file, or cannot be read.
+        BadInput: it is no regular file, or cannot be read; a large file of which next to nothing was ever written, as a broken download
+            leaves it, and which would take minutes to read.
     """
     with open_plain(path) as file:
         try:
+            status = os.fstat(file.fileno())
+            if status.st_size > LARGE and getattr(status, "st_blocks", status.st_size) * 512 < status.st_size / 100:
+                why = f"of its {status.st_size:,} bytes at most {status.st_blocks * 512:,} were ever written"
+                raise BadInput(f"{path} is empty for the most part", why, "fetch it again")
             return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise unreadable(path, error) from None

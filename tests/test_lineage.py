@@ -10,6 +10,7 @@ import pytest
 from test_checkpoint import chain, make
 
 from efficientvlm.cli import folders
+from efficientvlm.errors import BadInput
 from efficientvlm.files import sha256
 from efficientvlm.lineage import examine, is_read, known_data, lineage, verify
 from efficientvlm.manifest import MANIFEST, Code, DataRecord, Manifest, Parent
@@ -128,3 +129,11 @@ def test_control_characters_of_a_manifest_do_not_reach_the_terminal(tmp_path: Pa
     said = capsys.readouterr()
     assert "\\x1b]0;owned\\x07" in said.out and "\\x1b[2Jx.md was added" in said.err
     assert not set("\x1b\x07\x9b") & set(said.out + said.err)
+
+
+def test_a_large_file_that_was_never_written_is_not_hashed(tmp_path: Path) -> None:
+    with (tmp_path / "w.bin").open("wb") as file:
+        file.write(b"x" * 5000)
+        file.truncate(10**13)  # hours
+    with pytest.raises(BadInput, match="empty for the most part"):
+        sha256(tmp_path / "w.bin")

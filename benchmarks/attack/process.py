@@ -92,7 +92,7 @@ class Running:
 
     def __init__(self, argv: Sequence[str], place: Place, prepare: Callable[[], None] | None = None) -> None:
         self.place, self.began, self.stopped, self.peak = place, time.monotonic(), "", 0.0
-        self._used, self._busy = -1.0, self.began
+        self._used, self._busy, self._seen = -1.0, self.began, self.began
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -136,6 +136,9 @@ class Running:
 
     def _watch(self) -> None:
         now = time.monotonic()
+        if (asleep := now - self._seen - 1) > 0:  # this program was stopped meanwhile, as its commands may have been
+            self.began, self._busy = self.began + asleep, self._busy + asleep
+        self._seen = now
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             self.peak = max(self.peak, int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * PAGE / 2**20)
