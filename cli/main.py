@@ -16,7 +16,7 @@ import typer
 from efficientvlm import ranks, waiting
 from efficientvlm.cli import build, folders, measure, plan, recipes, train
 from efficientvlm.cli.streams import unbreakable
-from efficientvlm.errors import EvlmError, shorten
+from efficientvlm.errors import EvlmError, printable, shorten
 from efficientvlm.files import out_of_space
 from efficientvlm.interrupt import deaf, sigterm_as_interrupt
 from efficientvlm.memory import out_of_memory
@@ -164,7 +164,7 @@ def _here() -> bool:
 
 def _fail(code: int, what: str, why: str, fix: str) -> int:
     if os.environ.get("EVLM_DEBUG", "") not in ("", "0"):
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
     error = EvlmError(what, why, fix)  # within bounds, and without what a terminal obeys
     what, why, fix = error.what, error.why, error.fix
     several = "\n" in why

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo, field_validator
 
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, shorten, without_secrets
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(le=1_000_000_000)]
 Size = Annotated[int, Field(le=1_000_000)]  # what is made once for each of them would fill the memory beyond
 Pixels = Annotated[int, Field(le=16_384)]
+DataName = Annotated[str, PlainSerializer(without_secrets)]
+"""Where data lies. What opens an address is used, and never written down with the other settings."""
 Threads = Annotated[int, Field(le=4_096)]
 DEEPEST = 20  # levels of lists and mappings in a value
 
@@ -122,11 +124,11 @@ class Train(Strict):
 class Data(Strict):
     """Where samples come from."""
 
-    data: str = Field(
+    data: DataName = Field(
         description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
-    val: Annotated[str | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
+    val: Annotated[DataName | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
     val_fraction: float = Field(0.1, ge=0, lt=1)
     limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random; of a stream the first rows")
     max_bad: Annotated[Count | None, Aside()] = Field(
@@ -162,7 +164,7 @@ class InitConfig(Stage):
     vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP or DINOv2 vision model")
     text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")
     tokenizer: str = Field("train", description="folder of a tokenizer, or `train`: WordPiece on the data")
-    data: str | None = Field(None, description="data a tokenizer is trained on")
+    data: DataName | None = Field(None, description="data a tokenizer is trained on")
     columns: dict[str, str] = Field(default_factory=dict)
     vocab_size: Size = Field(8192, ge=16)
     image_size: Pixels | None = Field(None, ge=8)
@@ -372,7 +374,7 @@ class Gates(Strict):
 
 
 class Prune(TaskStage):
-    data: str = Field("", description="as elsewhere; needed unless task is none")
+    data: DataName = Field("", description="as elsewhere; needed unless task is none")
     task: Literal["vqa", "retrieval", "none"] = Field(  # type: ignore[assignment]
         "vqa", description="none: cut by the weights alone, without training"
     )
@@ -425,7 +427,7 @@ class Shrink(Stage):
 
 class Eval(Strict):
     model: str
-    data: str
+    data: DataName
     columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["train", "val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)
@@ -474,7 +476,7 @@ class Export(Strict):
     int8: bool = Field(False, description="ONNX with int8 weights: dynamic quantisation of the matrix products")
     fuse: bool = Field(True, description="attention as ONNX Runtime's own operator, which is faster; false: standard ONNX only")
     tolerance: float = Field(1e-4, gt=0, le=0.1, description="how far ONNX outputs may be from torch, relative to the largest if above 1")
-    data: str | None = Field(None, description="data that accuracy is measured on, before and after")
+    data: DataName | None = Field(None, description="data that accuracy is measured on, before and after")
     columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["val", "test"] = "test"
     val_fraction: float = Field(0.1, ge=0, lt=1)

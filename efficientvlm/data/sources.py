@@ -10,7 +10,7 @@ from typing import Any
 from efficientvlm.data.draw import some_of
 from efficientvlm.data.items import Item, PairItem, Source, VQAItem
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, without_secrets
 
 SPLITS = ("train", "val", "test")
 BUILT_IN = ("easy-vqa", "shapes")
@@ -195,13 +195,13 @@ def record(source: Source[Any], split: str) -> dict[str, Any]:
     skips: Any = getattr(source, "skips", None)
     columns = ", ".join(f"{role}={name}" for role, name in getattr(source, "columns", {}).items())
     return {
-        "name": source.name,
+        "name": without_secrets(source.name),
         "split": split,
         "count": len(source),
         "fingerprint": source.fingerprint,
         "licence": source.licence,
         "skipped": skips.count if skips else 0,
-        "read_as": [*([f"columns: {columns}"] if columns else []), *notes(source)],
+        "read_as": [*([f"columns: {columns}"] if columns else []), *map(without_secrets, notes(source))],
     }
 
 

@@ -24,7 +24,7 @@ from efficientvlm.data.preprocessing import Preprocessing, seen_regions
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
 from efficientvlm.data.tables import encoded, one_line, read_as, readers
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, without_secrets
 
 PREFIX = "stream:"
 LOOKED_AT = 1000  # rows, for the names of the columns
@@ -56,9 +56,9 @@ class Stream(Generic[T]):
         shuffle_buffer: int = 1000,
     ) -> None:
         self.kind: type[T] = kind
-        self.name, self.size, self.seed, self.limit, self.buffer_size = spec, image_size, seed, limit, shuffle_buffer
+        self.name, self.size, self.seed, self.limit, self.buffer_size = without_secrets(spec), image_size, seed, limit, shuffle_buffer
         self._what = spec.removeprefix(PREFIX)
-        self.skips = Skips(spec, max_bad)
+        self.skips = Skips(self.name, max_bad)
         self.skips.settle(None)
         if limit is not None:
             self.skips.note(f"the first {limit:,} rows of each pass: a stream cannot be drawn from")

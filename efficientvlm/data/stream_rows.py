@@ -14,7 +14,7 @@ from efficientvlm.data.images import PICTURES
 from efficientvlm.data.tables import one_line, read_as, readers
 from efficientvlm.data.tar import DAMAGE, TEXTS, Header, check_parts, check_size, part_of, text_columns
 from efficientvlm.data.text_tables import csv_rows, json_rows, opened
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, without_secrets
 
 ROWS_AT_A_TIME = 64
 BYTES_AT_A_TIME = 1 << 20
@@ -45,7 +45,7 @@ def read_file(name: str) -> Iterator[Raw]:
         raise BadInput(f"data {name}", "such a file cannot be streamed", f"use {', '.join(readers)} or .tar")
     base = Path() if "://" in name else Path(name).parent
     with _open(name) as file:
-        yield from reader(file, name, base)
+        yield from reader(file, without_secrets(name), base)
 
 
 @contextlib.contextmanager
