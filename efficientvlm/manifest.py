@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import MANIFEST as MANIFEST
 from efficientvlm.files import MIB, read_limited, unreadable
 
@@ -141,7 +142,7 @@ def read_json(path: Path) -> Any:
     """
     content = read_limited(path, LARGEST_JSON, "a manifest, configuration or result")
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        return parse_json(content.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadInput(f"{path} is damaged", "it is not UTF-8 text", "restore it, or make the folder again") from None
     except RecursionError:
@@ -150,8 +151,25 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path} is damaged", f"it is not valid JSON ({error})", "restore it, or make the folder again") from None
 
 
-def _no_constant(name: str) -> Any:
+def parse_json(text: str) -> Any:
+    """JSON in which every number is finite: neither `NaN` and `Infinity`, which are no JSON, nor `1e999`, which nothing can hold.
+
+    Raises:
+        ValueError: saying what is wrong.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+
+
+def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shorten(text, 40)} is too large a number")
+    return number
 
 
 def read(folder: Path) -> Manifest:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from efficientvlm import ranks
 from efficientvlm.errors import BadInput
 from efficientvlm.files import fsync_dir, open_plain, read_limited, sha256, write_new
-from efficientvlm.manifest import LARGEST_JSON, inside
+from efficientvlm.manifest import LARGEST_JSON, inside, parse_json
 from efficientvlm.scratch import private_folder
 
 TENSORS = "state.safetensors"
@@ -154,7 +154,7 @@ def restore(folder: Path, objective: nn.Module, optimizers: Sequence[torch.optim
 
 def _read_spent(state: Path, steps: int) -> Spent:
     """What `state.json` says, once its digest and those of the files it knows are right; ValueError or BadInput if not."""
-    values = json.loads(read_limited(state / "state.json", LARGEST_JSON, "a state").decode())
+    values = parse_json(read_limited(state / "state.json", LARGEST_JSON, "a state").decode())
     if not isinstance(values, dict) or values.get("digest") != _digest(values):
         raise ValueError("state.json is not as it was written")
     files = values["files"]

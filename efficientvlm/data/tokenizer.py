@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from efficientvlm.errors import BadInput, EvlmError, shorten
 from efficientvlm.files import MIB, read_limited
-from efficientvlm.manifest import read_json
+from efficientvlm.manifest import parse_json, read_json
 from efficientvlm.pointers import CODE
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def ends_of(tokenizer: Any) -> tuple[int | None, int]:
     Raises:
         BadInput: it puts something else around a text, or has no token for padding.
     """
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    with guarded("the tokenizer", FIX):
+        plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     before = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
     begin, end = full[:before], full[before + len(plain) :]
     if len(begin) > 1 or len(end) != 1 or tokenizer.pad_token_id is None:
@@ -209,7 +210,7 @@ def _kind(path: Path, text: str) -> str:
     """Which model a `tokenizer.json` holds, once its ids and what it makes of a text are within bounds."""
     damaged = BadInput(f"tokenizer {path}", "it is damaged, or no file of the tokenizers library", FIX)
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         model = values["model"]
         kind = model.get("type", "WordPiece" if "max_input_chars_per_word" in model else "BPE" if "merges" in model else "")
         vocab, added = model["vocab"], {token["content"]: token["id"] for token in values.get("added_tokens") or ()}

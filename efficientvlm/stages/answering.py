@@ -11,6 +11,7 @@ from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import drawn, open_vqa, usable
+from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
@@ -101,7 +102,8 @@ class Answerer:
     def decoded(self, ids: list[int]) -> str:
         """Generated tokens as text; an unknown one is shown, so that what is left is not taken for an answer."""
         left_out = self.texts.special - {self.texts.unknown}
-        return str(self.loaded.tokenizer.decode([token for token in ids if token not in left_out])).strip()
+        with guarded(f"the tokenizer in {self.loaded.path}", "check it with `evlm verify`"):
+            return str(self.loaded.tokenizer.decode([token for token in ids if token not in left_out])).strip()
 
     def as_read(self, answer: str) -> str | None:
         """An annotated answer as this model could say it, through its tokens and back; None where its tokenizer cannot read it."""
