@@ -7,11 +7,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from efficientvlm import ranks
@@ -26,6 +24,9 @@ from efficientvlm.interrupt import stop_flag
 from efficientvlm.meter import Meter
 from efficientvlm.progress import Bar, say
 from efficientvlm.state import Spent, append, cut_metrics, restore, save, tensors_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = dict[str, Any]
 DIVERGED = "training diverged", "try a smaller --lr"
@@ -51,6 +52,9 @@ def accelerator(device: str) -> Accelerator:
     Raises:
         BadInput: `device` is not there.
     """
+    from accelerate import Accelerator  # here: stages that train nothing import this file too
+    from accelerate.utils import DistributedDataParallelKwargs
+
     ranks.start()
     chosen = pick_device(device)
     return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])

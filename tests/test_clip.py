@@ -235,7 +235,7 @@ def test_folders_of_older_versions(tmp_path):
         (lambda f: edit(f, kept=[1]), "cannot read|not a mapping"),
         (lambda f: spoil_weights(f, lambda t: t.pop("logit_scale")), "1 missing keys, first logit_scale"),
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "is damaged or cut short"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json"),
@@ -420,7 +420,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(hugging_face, tmp_path):
     from efficientvlm.data.tokenizer import train_wordpiece
 
     save_tokenizer(train_wordpiece(["quite another text with words"], 200), tmp_path / "tokens")
-    with pytest.raises(BadInput, match="not of one vocabulary"):
+    with pytest.raises(BadInput, match=r"the tokenizer has \d+ tokens: the model embeds 47"):
         run_stage("import", out=str(tmp_path / "out"), model=str(hugging_face), tokenizer=str(tmp_path / "tokens"))
 
 

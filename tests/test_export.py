@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from efficientvlm.families.base import NEURON
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import BlipAnswerConfig
 from efficientvlm.families.clip import CLIP
-from efficientvlm.families.exported import ONNX, open_session
+from efficientvlm.families.exported import ONNX, Description, Exported, StoredSizes, open_session
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages import predict
 from efficientvlm.stages.answering import Answerer, evaluation_batches
@@ -182,7 +183,7 @@ def test_what_cannot_be_exported_is_refused(chain: Path, exported: Path, tmp_pat
         ({"model": pruned, "format": "hf"}, "no class for this xvlm"),
         ({"model": str(exported), "format": "padded"}, "holds ONNX graphs"),
         ({"model": str(chain / "init"), "format": "onnx"}, "not tuned for a task"),
-        ({"model": str(chain / "init"), "format": "onnx", "data": SHAPES}, "answers no questions"),
+        ({"model": str(chain / "init"), "format": "onnx", "data": SHAPES}, "not tuned for a task"),
     ):
         with pytest.raises(BadInput, match=words):
             run_stage("export", out=out, **settings)
@@ -258,8 +259,8 @@ def cut(family: Any, model: Any, **keep: int) -> Any:
     return slice_model(family, model, torch.tensor(kept))
 
 
-def checkpoint(path: Path, family: Any, model: Any) -> Path:
-    tokenizer = train_wordpiece(["red blue green"], model.config.text_config.vocab_size)
+def checkpoint(path: Path, family: Any, model: Any, words: str = "red blue green") -> Path:
+    tokenizer = train_wordpiece([words], model.config.text_config.vocab_size)
     output = Output.open(path, stage="import", inputs={}, config={})
     write(output, family, model, tokenizer, control=QUIET, origin="random")
     return path
@@ -377,6 +378,84 @@ def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_pa
         session = open_session(tmp_path / f"{graph.name}.onnx")
         assert onnx_files.difference(graph, session) < 1e-5
         assert {port.name for port in session.get_inputs()} == set(graph.axes)
+
+
+@pytest.mark.parametrize("name, int8", [("clip", True), ("siglip", False), ("blip-retrieval", False)])
+def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool, tmp_path: Path) -> None:
+    family, config = FAMILIES[name]
+    config = copy.deepcopy(config)
+    config.text_config.update({"vocab_size": 90, "pad_token_id": 0, "eos_token_id": 3})  # as the tokenizer has them
+    words = "a red green blue yellow circle square triangle on top of left right above below there is are and the"
+    source, out = checkpoint(tmp_path / "model", family, small(family, config), words), tmp_path / "onnx"
+    data = {"data": SHAPES, "limit": 4}
+    manifest = run_stage("export", model=str(source), out=str(out), format="onnx", rounds=0, **data)
+    torch_fp32, onnx_fp32 = manifest.metrics["torch_fp32"], manifest.metrics["onnx_fp32"]
+    assert onnx_fp32["mean_recall"] == torch_fp32["mean_recall"] and "accuracy" not in onnx_fp32
+    assert manifest.extra["accuracy_of"] == {"split": "test", "images": 4}
+    ask = {"task": "retrieval", **data, "rerank": 2 if "blip" in name else 0}
+    ours, theirs = (run_stage("eval", model=str(path), **ask) for path in (source, out))
+    assert theirs["metrics"] == ours["metrics"] and theirs["metrics"]["images"] == 4
+    assert ("itm_accuracy" in theirs["metrics"]) is ("blip" in name)
+    assert theirs["influence"] == ours["influence"]
+    assert ours["influence"]["inputs"]["text"]["outputs"]["itc"] == ours["influence"]["inputs"]["image"]["outputs"]["itc"] == 1.0
+
+    pixels = torch.randint(0, 256, (3, 3, config.vision_config.image_size, config.vision_config.image_size), dtype=torch.uint8)
+    ids = family.example_batch(config, 2, 5)["text_ids"]
+    mask, rows = torch.ones_like(ids), torch.tensor([2, 0])
+    found = []
+    for loaded in (load(str(source)), load(str(out), exported=True)):
+        with torch.inference_mode():
+            seen, image = loaded.family.image_features(loaded.model, pixels)
+            read, text = loaded.family.text_features(loaded.model, ids, mask)
+            matched = loaded.family.match(loaded.model, seen[rows], torch.arange(2), read, mask) if "blip" in name else text
+        found.append((image, text, matched))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    if "blip" not in name:
+        with pytest.raises(BadInput, match="by their features alone"):
+            run_stage("eval", model=str(out), **ask | {"rerank": 2})
+    if int8:
+        quantised = run_stage("export", model=str(source), out=str(tmp_path / "int8"), format="onnx", int8=True, rounds=0, **data)
+        assert quantised.metrics["torch_fp32"]["mean_recall"] == torch_fp32["mean_recall"]
+        measured = run_stage("eval", model=str(tmp_path / "int8"), **ask)
+        assert measured["precision"] == "int8" and measured["metrics"]["mean_recall"] == quantised.metrics["onnx_int8"]["mean_recall"]
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda graphs: graphs.pop("text"), "no graph text, which retrieval needs"),
+        (lambda graphs: graphs["image"]["outputs"].pop("image_features"), "graph image has no image_features"),
+        (lambda graphs: graphs["match"]["inputs"].pop("rows"), "does not go on from graph image: rows"),
+        (lambda graphs: graphs["image"]["outputs"].pop("key_0"), "does not go on from graph image: key_0"),
+        (
+            lambda graphs: graphs["match"]["inputs"]["key_0"].update(shape=["images", "heads"]),
+            r"gives key_0 as \[2, 5, 4\], graph match takes \[.heads.\]",
+        ),
+        (lambda graphs: graphs["match"]["outputs"].update(logit=graphs["match"]["outputs"].pop("logits")), "has no logits"),
+    ],
+)
+def test_graphs_that_do_not_go_together_are_refused(spoil: Any, words: str) -> None:
+    rows, pixels, feature = (["rows"], ["images", 3, 8, 8], ["images", 4])
+    port = {"text_ids": ["texts", "tokens"], "text_mask": ["texts", "tokens"], "rows": rows, "key_0": ["images", 2, 5, 4]}
+
+    def ports(**shapes: Any) -> dict[str, Any]:
+        return {name: {"type": "float32" if name[0] in "pikl" else "int64", "shape": shape} for name, shape in shapes.items()}
+
+    graphs = {
+        "image": {"inputs": ports(pixels=pixels), "outputs": ports(image_features=feature, key_0=port["key_0"])},
+        "text": {"inputs": ports(text_ids=["a", "b"], text_mask=["a", "b"]), "outputs": ports(text_features=["a", 4])},
+        "match": {"inputs": ports(**port), "outputs": ports(logits=["texts", 2])},
+    }
+    graphs = {name: {"file": f"{name}.onnx", "difference": 0.0, **graph} for name, graph in graphs.items()}
+    sizes = StoredSizes(
+        image_size=8, patch_size=4, max_positions=9, vocab_size=9, widths={}, heads={}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    whole = {"family": "blip", "tasks": ["retrieval"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "sizes": sizes.model_dump()}
+    assert Exported(Description.model_validate({**whole, "graphs": graphs})).retrieval == ("itc", "itm")
+    spoil(graphs)
+    with pytest.raises(ValueError, match=words):
+        Description.model_validate({**whole, "graphs": graphs})
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from efficientvlm.families.blip_config import (
     check_sizes,
 )
 from efficientvlm.families.blip_fresh import DECODE, ENCODE, fresh_config
-from efficientvlm.families.blip_graphs import blip_graphs
+from efficientvlm.families.blip_graphs import NOTHING, blip_graphs
 from efficientvlm.families.blip_model import MODELS, context, decode, read, see, starting, text_model
 from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
 from efficientvlm.families.checks import check_config
@@ -78,7 +78,7 @@ class BLIP(Described):
         "decoder_cross_attention": "decoder.cross_attention",
     }
 
-    retrieval: tuple[str, ...] = ()
+    retrieval: tuple[str, ...] = ("itc", "itm")
     extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
@@ -264,16 +264,24 @@ class BLIP(Described):
         return {"pixel_values": batch["pixels"], "input_ids": ids, "attention_mask": mask, "labels": ids}
 
     def for_retrieval(self, model: Any) -> NoReturn:
-        raise BadInput("a BLIP is not used for retrieval here", "neither its training nor its measurement is there", "use an X-VLM")
+        raise BadInput(
+            "a BLIP is not trained for retrieval here", "its retrieval is measured only", "use an X-VLM, or prune with --task none"
+        )
 
-    def image_features(self, model: Any, pixels: Tensor) -> NoReturn:
-        self.for_retrieval(model)
+    def image_features(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = see(model, pixels, NOTHING).states
+        return states, F.normalize(model.vision_proj(states[:, 0]), dim=-1)
 
-    def text_features(self, model: Any, ids: Tensor, mask: Tensor) -> NoReturn:
-        self.for_retrieval(model)
+    def text_features(self, model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The states are the ids themselves: to match, a text is read once more from its first layer, with the image."""
+        alone = read(model.text_encoder, ids, mask.bool()[:, None, None], None, NOTHING)
+        return ids, F.normalize(model.text_proj(alone.states[:, 0]), dim=-1)
 
-    def match(self, model: Any, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> NoReturn:
-        self.for_retrieval(model)
+    def match(self, model: Any, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        seen = context(model.text_encoder, images, rows=rows)
+        started = starting(texts, model.config.question_start_id)
+        logits: Tensor = model.itm_head(read(model.text_encoder, started, mask.bool()[:, None, None], seen, NOTHING).states[:, 0])
+        return logits
 
     def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
         self._require_answers(model.config)

@@ -1,7 +1,8 @@
-"""Folders of ONNX graphs, run by ONNX Runtime behind the same methods as a family: `question` and `answer` with a key/value cache."""
+"""Folders of ONNX graphs, run by ONNX Runtime behind the methods of a family: to answer with a key/value cache, to compare, to match."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,11 +27,19 @@ from efficientvlm.memory import out_of_memory
 
 ONNX = "onnx.json"
 CPU = torch.device("cpu")
-VQA_PORTS = {
-    "question": (("pixels", "question_ids", "question_mask", "image_index"), ("states",)),
-    "answer": (("rows", "answer_ids"), ("logits",)),
+TEXT = ("text_ids", "text_mask")
+PORTS = {
+    "vqa": {
+        "question": (("pixels", "question_ids", "question_mask", "image_index"), ("states",)),
+        "answer": (("rows", "answer_ids"), ("logits",)),
+    },
+    "retrieval": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
 }
-"""What the graphs of a model that answers questions take and give at least."""
+"""What the graphs of a model take and give at least, by what it does."""
+MATCH = ("rows", *TEXT)
+"""What the graph `match` takes besides outputs of `image`; a model for retrieval may have it."""
+READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
+"""Graphs whose layers keep keys and values as ports, and the tower those are of."""
 INSTALL = "pip install 'efficientvlm[onnx]'"
 
 
@@ -90,13 +99,23 @@ class Description(Strict):
     @field_validator("graphs")
     @classmethod
     def _run_one_after_the_other(cls, graphs: dict[str, GraphFile], info: ValidationInfo) -> dict[str, GraphFile]:
-        needed = VQA_PORTS if "vqa" in info.data.get("tasks", ()) else {}
-        for name, (inputs, outputs) in needed.items():
+        needed = [(task, *graph) for task in info.data.get("tasks", ()) for graph in PORTS.get(task, {}).items()]
+        for task, name, (inputs, outputs) in needed:
             if name not in graphs:
-                raise ValueError(f"there is no graph {name}, which answers to questions need")
+                raise ValueError(f"there is no graph {name}, which {task} needs")
             missing = [port for port in inputs if port not in graphs[name].inputs] + [p for p in outputs if p not in graphs[name].outputs]
             if missing:
                 raise ValueError(f"graph {name} has no {missing[0]}")
+        if "match" in graphs and "image" in graphs:
+            taken, given = graphs["match"].inputs, graphs["image"].outputs
+            if strange := sorted({*MATCH} - taken.keys()) + sorted(taken.keys() - {*MATCH} - given.keys()):
+                raise ValueError(f"graph match does not go on from graph image: {strange[0]}")
+            for name in sorted(taken.keys() - {*MATCH}):
+                ours, theirs = given[name].shape[1:], taken[name].shape[1:]
+                if ours != theirs or any(isinstance(size, str) for size in theirs):
+                    raise ValueError(f"graph image gives {name} as {ours}, graph match takes {theirs}")
+            if "logits" not in graphs["match"].outputs:
+                raise ValueError("graph match has no logits")
         return graphs
 
 
@@ -186,12 +205,25 @@ class ExportedModel:
 
 
 class Exported:
-    """What stages that only use a model need of its family."""
+    """What stages that only use a model need of its family.
+
+    Unlike a family of networks it is made for one folder: what graphs do is in their description alone. `retrieval` is how they compare
+    images with texts: `itc` by the features of both, `itm` where there is a graph `match` too.
+    """
 
     name = "onnx"
-    retrieval: tuple[str, ...] = ()
 
-    def read_config(self, path: Path) -> Description:
+    def __init__(self, config: Description) -> None:
+        compares = "retrieval" in config.tasks
+        self.retrieval: tuple[str, ...] = (("itc", "itm") if "match" in config.graphs else ("itc",)) if compares else ()
+
+    @classmethod
+    def of_folder(cls, path: Path) -> Exported:
+        """For the graphs of `path`; :class:`BadInput` as :meth:`read_config`."""
+        return cls(cls.read_config(path))
+
+    @staticmethod
+    def read_config(path: Path) -> Description:
         """What `onnx.json` says; :class:`BadInput` for anything that no export writes there, all of it at once."""
         file = path / ONNX
         description = parse(Description, read_json(file), str(file))
@@ -220,9 +252,13 @@ class Exported:
         return Sizes(**{**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
 
     def layer_counts(self, config: Description) -> dict[str, int]:
-        """Layers of the decoder, as far as its graph shows them by their keys and values; those of other towers are inside the graphs."""
-        ports = config.graphs["answer"].inputs if "answer" in config.graphs else {}
-        return {"decoder": len({name.rpartition("_")[2] for name in ports if name.removeprefix("past_").startswith(("key_", "value_"))})}
+        """Layers by tower, as far as a graph shows them by their keys and values; those of other towers are inside the graphs."""
+        counts = {"decoder": 0}
+        for graph, tower in READERS.items():
+            ports = config.graphs[graph].inputs if graph in config.graphs else {}
+            keys = {name.rpartition("_")[2] for name in ports if name.removeprefix("past_").startswith(("key_", "value_"))}
+            counts[tower] = max(counts.get(tower, 0), len(keys))
+        return counts
 
     def tasks(self, config: Description) -> frozenset[str]:
         return frozenset(config.tasks)
@@ -277,6 +313,30 @@ class Exported:
 
     def new_cache(self, model: ExportedModel) -> Cache:
         return Cache()
+
+    def image_features(self, model: ExportedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to what :meth:`match` reads of them, all of it in one tensor [B, N], and unit vectors [B, E]."""
+        sizes = self.sizes(model.config)
+        outputs = model.run("image", {"pixels": normalise(pixels, sizes.image_mean, sizes.image_std, torch.float32)})
+        read = [outputs[name].flatten(1) for name in self._read_by_match(model)]
+        return torch.cat([outputs["image_features"][:, :0], *read], 1), outputs["image_features"]
+
+    def text_features(self, model: ExportedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, L] to what :meth:`match` reads of them, the ids themselves, and unit vectors [B, E]."""
+        return ids, model.run("text", {"text_ids": ids, "text_mask": mask})["text_features"]
+
+    def match(self, model: ExportedModel, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        """Matching logits [P, 2] of `texts` [P, L] with `images` [I, N], as they came with the features; `rows` [P] names the image."""
+        if "itm" not in self.retrieval:
+            raise BadInput("these ONNX graphs do not match", "they compare images with texts by their features alone", "leave rerank out")
+        shapes = {name: [int(size) for size in model.config.graphs["match"].inputs[name].shape[1:]] for name in self._read_by_match(model)}
+        parts = images.split([math.prod(shape) for shape in shapes.values()], 1)
+        seen = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return model.run("match", {**seen, "rows": rows, "text_ids": texts, "text_mask": mask})["logits"]
+
+    def _read_by_match(self, model: ExportedModel) -> list[str]:
+        """Outputs of `image` that `match` goes on from."""
+        return [name for name in model.config.graphs["match"].inputs if name not in MATCH] if "itm" in self.retrieval else []
 
     def forward(self, model: ExportedModel, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """All graphs once, in their order, each fed from the batch and from the graphs before it; the record holds every output."""

@@ -86,7 +86,7 @@ def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
     """
     manifest = checkpoint.require_complete(spec)
     path = files.resolve(spec)
-    family = Exported() if exported and is_exported(path) else families.of_folder(path)
+    family = Exported.of_folder(path) if exported and is_exported(path) else families.of_folder(path)
     model = family.load(path) if weights else shapes(family, family.read_config(path))
     tokenizer = load_tokenizer(path)
     require_ids(tokenizer, family.sizes(model.config).vocab_size, path)

@@ -23,10 +23,11 @@ from efficientvlm.families.exported import ONNX, Description, Exported, Exported
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
-from efficientvlm.stages.answering import open_task, tuned_with
+from efficientvlm.stages.answering import tuned_with
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, summary, write
 from efficientvlm.stages.image_settings import write_settings
-from efficientvlm.stages.measuring import measure, table
+from efficientvlm.stages.measuring import measure, measured_task, table
+from efficientvlm.stages.tasks import TASKS
 from efficientvlm.training import Spent
 
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
@@ -69,8 +70,9 @@ def check(config: Export) -> None:
 
 def check_model(config: Export, loaded: Loaded) -> None:
     """:class:`BadInput` for a network that the format cannot express, or whose accuracy cannot be measured; looks at no weights."""
-    if config.data and "vqa" not in loaded.tasks:
-        raise BadInput(f"{config.model} answers no questions", "accuracy is measured of question answering only", "leave --data out")
+    if config.data and measured_task(loaded) is None:
+        why = "what is measured is the accuracy of answers, and the recall of images and texts that are compared by features"
+        raise BadInput(f"{config.model} answers no questions and does no retrieval", why, "leave --data out")
     if config.format == "onnx" and ("pretraining" in loaded.tasks or not loaded.tasks):
         if loaded.manifest.config.get("task") == "retrieval":
             why = f"of family {loaded.family.name} only question answering is exported as ONNX"
@@ -84,7 +86,7 @@ def open_data(config: Export, loaded: Loaded) -> Any:
     """What accuracy is measured on, if anything."""
     if not config.data:
         return None
-    source = open_task(config, config.split, loaded.preprocessing)
+    source = TASKS[measured_task(loaded) or "vqa"].open(config, config.split, loaded.preprocessing)
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
     return source
@@ -191,7 +193,7 @@ def _quantised(control: Control, loaded: Loaded, description: Description, sourc
 def _opened(loaded: Loaded, description: Description, folder: Path) -> tuple[Loaded, int]:
     """The graphs in `folder` as a checkpoint in memory, and their bytes."""
     sessions = {name: open_session(folder / graph.file) for name, graph in description.graphs.items()}
-    variant = Loaded(loaded.path, Exported(), ExportedModel(description, sessions), loaded.tokenizer, loaded.manifest)
+    variant = Loaded(loaded.path, Exported(description), ExportedModel(description, sessions), loaded.tokenizer, loaded.manifest)
     return variant, _bytes(folder, ".onnx", ".onnx.data")
 
 

@@ -1,4 +1,4 @@
-"""What an exported form gains and loses: accuracy, latency in turns, bytes of the checkpoint and of its ONNX graphs."""
+"""What an exported form gains and loses: accuracy or recall, latency in turns, bytes of the checkpoint and of its ONNX graphs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,43 @@ from efficientvlm import bench
 from efficientvlm.card import number
 from efficientvlm.config import Bench, Export
 from efficientvlm.control import Control
+from efficientvlm.metrics import TITLES
 from efficientvlm.progress import Bar
 from efficientvlm.stages.answering import Answerer, evaluate_on
 from efficientvlm.stages.bench import forward, ranking
 from efficientvlm.stages.common import Loaded
 from efficientvlm.stages.evaluate import counts_first_token_twice
+from efficientvlm.stages.retrieving import evaluate_pairs
 
 WARMUP = 3
+METRICS = (*TITLES, "itm_accuracy", "itm_preferred")
+"""What is kept of all that is measured."""
 
 
 def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any, control: Control) -> dict[str, Any]:
-    """Bytes of every variant (label → checkpoint, bytes), accuracy on `source` if there is one, median latency unless `rounds` is 0.
+    """Bytes of every variant (label → checkpoint, bytes), its metrics on `source` if there is one, median latency unless `rounds` is 0.
 
     The variants take turns; a speed-up is that over the first variant in the same round.
     """
     measured: dict[str, Any] = {label: {"bytes": size} for label, (_, size) in variants.items()}
     for label, (loaded, _) in variants.items() if source else ():
-        answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
-        title = f"{label}, {config.split}"
-        result = evaluate_on(answer, source, limit=None, title=title, quiet=control.quiet, batch_size=config.batch_size)
-        measured[label]["accuracy"] = result["accuracy"]
+        shown: dict[str, Any] = {"title": f"{label}, {config.split}", "quiet": control.quiet}
+        if measured_task(loaded) == "retrieval":
+            result = evaluate_pairs(loaded, source, limit=None, batch_size=config.batch_size, seed=config.seed, **shown)
+        else:
+            answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
+            result = evaluate_on(answer, source, limit=None, batch_size=config.batch_size, **shown)
+        measured[label] |= {name: result[name] for name in METRICS if name in result}
     for row in latency(config, {label: loaded for label, (loaded, _) in variants.items()}, control) if config.rounds else ():
         measured[row["model"]][f"batch_{row['batch']}"] = {"median_ms": row["median_ms"], "speedup": row["speedup"]}
     return measured
+
+
+def measured_task(loaded: Loaded) -> str | None:
+    """The task that accuracy is measured of: answers before retrieval; None where neither can be measured."""
+    if "vqa" in loaded.tasks:
+        return "vqa"
+    return "retrieval" if "retrieval" in loaded.tasks and loaded.family.retrieval else None
 
 
 def latency(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
@@ -49,11 +63,13 @@ def latency(config: Export, variants: dict[str, Loaded], control: Control) -> li
 
 def table(measured: dict[str, Any]) -> str:
     """The measurements as text, a line a variant."""
-    batches = [key for key in next(iter(measured.values())) if key.startswith("batch_")]
-    head = ["", "MB", "accuracy", *(f"{key.replace('_', ' ')} (ms)" for key in batches), *("speed-up" for _ in batches)]
+    first = next(iter(measured.values()))
+    batches = [key for key in first if key.startswith("batch_")]
+    metric = next((name for name in TITLES if name in first), "accuracy")
+    head = ["", "MB", TITLES[metric], *(f"{key.replace('_', ' ')} (ms)" for key in batches), *("speed-up" for _ in batches)]
     rows = [head]
     for label, values in measured.items():
-        accuracy = f"{values['accuracy']:.4f}" if "accuracy" in values else "not measured"
+        accuracy = f"{values[metric]:.4f}" if metric in values else "not measured"
         times = [number(values[key]["median_ms"]) for key in batches]
         gains = [f"{values[key]['speedup']:.2f}×" for key in batches]
         rows.append([label.replace("_", " "), f"{values['bytes'] / 1e6:.2f}", accuracy, *times, *gains])

@@ -22,7 +22,7 @@ EVAL_BATCH = 64
 def no_retrieval(loaded: Loaded, role: str = "") -> BadInput:
     """What to say of a model that compares no images with texts."""
     does = " and ".join(sorted(loaded.tasks - {"retrieval"})) or "nothing by itself"
-    fix = "use an X-VLM with the heads itc and itm, as it is before it answers questions, or a CLIP"
+    fix = "use a CLIP, a BLIP for retrieval, or an X-VLM with the heads itc and itm, as it is before it answers questions"
     return BadInput(f"{role} {loaded.path} does no retrieval".lstrip(), f"it is a {loaded.family.name} model for {does}", fix)
 
 
@@ -32,7 +32,7 @@ def check_able(loaded: Loaded, rerank: int = 0) -> None:
         raise no_retrieval(loaded)
     if rerank and "itm" not in loaded.family.retrieval:
         why = f"{loaded.path} compares images and texts by their features alone"
-        raise BadInput(f"rerank {rerank}", why, "leave it out, or use a model that matches, an X-VLM")
+        raise BadInput(f"rerank {rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
 
 
 def evaluate_pairs(
