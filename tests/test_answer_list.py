@@ -10,6 +10,9 @@ import pytest
 
 from efficientvlm.config import Eval
 from efficientvlm.data.answer_list import as_input, read_answers
+from efficientvlm.data.cells import places_of, question_of
+from efficientvlm.data.collate import Texts
+from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.checks import path_problems
 from efficientvlm.recipe import Step
@@ -65,3 +68,43 @@ def as_input_or_none(path: Path) -> str | None:
         return as_input(str(path))
     except BadInput:
         return None
+
+
+def test_texts_are_bounded_before_a_tokenizer_sees_them(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("red\n" + "x" * 100_001)
+    with pytest.raises(BadInput, match=r"line 2 has 100,001 characters"):
+        read_answers(tmp_path / "long.txt")
+    columns = {"question": "question", "answer": "answer"}
+    for row, words in (
+        ({"question": "q", "answer": [f"a{n}" for n in range(20_000)]}, "lists 20,000"),
+        ({"question": "x" * 10**8, "answer": "a"}, "100,000,000 characters"),
+        ({"question": "q", "answer": "x" * 100_001}, "100,001 characters"),
+        ({"question": "q", "answer": [f"{n}" + "x" * 99_000 for n in range(20)]}, "characters in all"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            question_of(row, "row 1", columns)
+    for caption in ("x" * 100_001, ["x" * 99_000] * 20):
+        with pytest.raises(BadInput, match="its regions has"):
+            places_of({"regions": [{"caption": caption, "bb": [0, 0, 1, 1]}]}, "row 1")
+    assert places_of({"regions": []}, "row 1") == []
+
+
+def test_a_tokenizer_reads_a_part_at_a_time_and_nothing_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(train_wordpiece(["red blue"], 60))
+    given = [f"red {'blue ' * n}" for n in range(60)]
+    whole = texts.ids(given)
+    sizes: list[int] = []
+    read = texts.tokenizer
+
+    def watched(some: list[str], **options: object) -> object:
+        sizes.append(sum(map(len, some)))
+        return read(some, **options)
+
+    monkeypatch.setattr("efficientvlm.data.collate.AT_A_TIME", 1000)
+    again = Texts(read)
+    again.tokenizer = watched
+    assert again.ids(given) == whole and again.read == texts.read and len(sizes) > 5 and max(sizes) <= 1000
+    for text in ("x" * 100_001, "y" * 10**8):
+        with pytest.raises(BadInput, match="is too long") as caught:
+            again.ids(["red", text])
+        assert len(str(caught.value)) < 300

@@ -81,7 +81,9 @@ def test_a_folder_of_a_report_is_known_by_its_summary(tmp_path: Path) -> None:
 def test_nothing_is_made_before_there_is_a_result(tmp_path: Path) -> None:
     file = opened(tmp_path / "new" / "deep" / "r.json")
     assert list(tmp_path.iterdir()) == []
-    written = file.write({"rows": [1]})
+    timed = {"model": "m", "sha256": "0" * 64, "trained": True}
+    measured = {"precision": "fp32", "text_length": 12, "machine": {"name": "m", "threads": 1}, "models": [timed], "latency": []}
+    written = file.write(measured)
     again = opened(tmp_path / "new" / "deep" / "r.json")
     assert again.finished == written and [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["r.json"]
 

@@ -6,6 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from efficientvlm.data.cells import LONGEST_TEXT
 from efficientvlm.errors import BadInput
 from efficientvlm.files import MIB, read_limited, resolve
 
@@ -22,7 +23,8 @@ def read_answers(path: Path) -> list[str]:
     """The answers in a file, or in a pipe that somebody writes into, each once and in order; a mark of the byte order is no part of any.
 
     Raises:
-        BadInput: no file, larger than 64 MiB, not UTF-8, or without answers.
+        BadInput: no file, larger than 64 MiB, not UTF-8, or without answers, or a line of more than
+            100,000 characters.
     """
     content = read_limited(path, LARGEST, "a list of answers") if path.is_file() else _content(path)
     try:
@@ -31,6 +33,9 @@ def read_answers(path: Path) -> list[str]:
         raise BadInput(
             f"cannot read the answers in {path}", f"{error.reason} at byte {error.start}", "write one answer a line, in UTF-8"
         ) from None
+    if long := next(((number, len(line)) for number, line in enumerate(lines, 1) if len(line) > LONGEST_TEXT), None):
+        why = f"line {long[0]:,} has {long[1]:,} characters, an answer has at most {LONGEST_TEXT:,}"
+        raise BadInput(f"cannot read the answers in {path}", why, "write one answer a line")
     answers = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not answers:
         raise BadInput(f"{path} holds no answers", "", "write one answer a line")

@@ -18,6 +18,7 @@ from efficientvlm.errors import BadInput, shorten
 
 MOST_LISTED = 1000  # answers, captions or regions of a row
 LONGEST_TEXT = 100_000  # characters
+MOST_IN_A_CELL = 1_000_000  # characters of all texts in a cell together
 LONGEST_LIST = 10_000_000  # characters of a list that is written as text
 PLAIN_LIST = re.compile(r"""\[\s*(?:[bru]?['"{\[(]|\]$|array\()|\[[\d\s.,eE+-]*\]$|(?:np\.|numpy\.)?array\(\s*\[""")
 PLAIN_GROUP = re.compile(r"""[({]\s*[bru]?['"]""")
@@ -80,8 +81,7 @@ def places_of(values: Mapping[str, Any], where: str) -> list[Any]:
         raise BadInput(where, f"its regions are no list ({_shown(value)})", "a region is {caption: ..., bb: [x, y, w, h]}")
     if len(value) > MOST_LISTED:
         raise BadInput(where, f"it has {len(value):,} regions, at most {MOST_LISTED:,} are read", "spread them over several rows")
-    for place in value:
-        regions_of(place, None, where)
+    _check_length([region.phrase for place in value for region in regions_of(place, None, where)], where, "regions")
     return value
 
 
@@ -130,7 +130,13 @@ def _is_unicode(found: Any) -> bool:
 def _check_size(texts: list[str], where: str, column: str) -> None:
     if len(texts) > MOST_LISTED:
         raise BadInput(where, f"its {column} lists {len(texts):,}, at most {MOST_LISTED:,} are read", "spread them over several rows")
-    longest = max(map(len, texts))
+    _check_length(texts, where, column)
+
+
+def _check_length(texts: list[str], where: str, column: str) -> None:
+    if (size := sum(map(len, texts))) > MOST_IN_A_CELL:
+        raise BadInput(where, f"its {column} has {size:,} characters in all, at most {MOST_IN_A_CELL:,} are read", "shorten it")
+    longest = max(map(len, texts), default=0)
     if longest > LONGEST_TEXT:
         raise BadInput(
             where, f"its {column} has {longest:,} characters, at most {LONGEST_TEXT:,} are read", "shorten it, or remove the row"

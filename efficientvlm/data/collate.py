@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from efficientvlm.data.cells import LONGEST_TEXT
 from efficientvlm.data.draw import generator, seed_of
 from efficientvlm.data.items import PairItem, Pixels, VQAItem
 from efficientvlm.data.masking import mask_tokens
 from efficientvlm.data.tokenizer import ends_of, guarded
 from efficientvlm.data.transforms import Augment, augment, names_a_side
+from efficientvlm.errors import BadInput, shorten
 
 Batch = dict[str, Any]
 CACHED_TEXTS = 200_000
+AT_A_TIME = 1_000_000  # characters: what a tokenizer makes of them takes about 100 bytes each
 LEAST_VISIBLE = 0.5
 TOUCH = 1e-4  # of a patch: less is rounding, not overlap
 
@@ -52,18 +55,23 @@ class Texts:
         return self.cls
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each string, without special tokens, not truncated."""
+        """Token ids of each string, without special tokens, not truncated.
+
+        Raises:
+            BadInput: a string of more than 100,000 characters, or one on which the tokenizer fails.
+        """
         known = self._ids
         new = list({text for text in texts if text not in known})
         if new:
             if len(known) + len(new) > CACHED_TEXTS:
                 known = self._ids = {}  # a new one: another thread may be reading the old
                 new = list(set(texts))
-            with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
-                encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-            known.update(zip(new, encoded["input_ids"], strict=True))
-            self.read += sum(map(len, encoded["input_ids"]))
-            self.unread += sum(ids.count(self.unknown) for ids in encoded["input_ids"])
+            for some in _portions(new):
+                with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
+                    encoded = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+                known.update(zip(some, encoded["input_ids"], strict=True))
+                self.read += sum(map(len, encoded["input_ids"]))
+                self.unread += sum(ids.count(self.unknown) for ids in encoded["input_ids"])
         return [known[text] for text in texts]
 
     def identities(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
@@ -98,6 +106,22 @@ class Texts:
             if len(ids) > room and len(self.cut) < CACHED_TEXTS:
                 self.cut.add(text)
                 self.longest = max(self.longest, len(ids) + self.max_tokens - room)
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """`texts` in lists of at most a million characters, or of one text; :class:`BadInput` for a text that is too long."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        if len(text) > LONGEST_TEXT:
+            why = f"it has {len(text):,} characters, at most {LONGEST_TEXT:,} are read"
+            raise BadInput(f"the text '{shorten(text, 40)}' is too long", why, "shorten it")
+        if some and size + len(text) > AT_A_TIME:
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    yield some
 
 
 def pair_batch(
