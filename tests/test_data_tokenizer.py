@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +17,7 @@ from efficientvlm.data.collate import Texts
 from efficientvlm.data.easy_vqa import EasyVQA
 from efficientvlm.data.tokenizer import SPECIAL, guarded, load_tokenizer, require_ids, save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
+from efficientvlm.stages.answering import Answerer
 
 SENTENCES = ["A red circle.", "the redder circle", "a cat & a dog", "dogs"]
 
@@ -218,3 +220,18 @@ def test_a_pointer_to_code_is_not_saved_with_a_tokenizer(tmp_path: Path) -> None
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.T", None]}
     save_tokenizer(tokenizer, tmp_path)
     assert "evil" not in "".join(path.read_text("utf-8") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["builtins", "pyo3_runtime"])
+def test_what_a_tokenizer_makes_of_ids_is_guarded_like_what_it_makes_of_texts(module: str) -> None:
+    base = Exception if module == "builtins" else BaseException
+    failure = type("PanicException", (base,), {"__module__": module})
+
+    def decode(ids: list[int]) -> str:
+        raise failure("decoder")
+
+    answerer = Answerer.__new__(Answerer)
+    answerer.loaded = cast(Any, SimpleNamespace(path=Path("m"), tokenizer=SimpleNamespace(decode=decode)))
+    answerer.texts = cast(Any, SimpleNamespace(special=frozenset(), unknown=None))
+    with pytest.raises(BadInput, match="the tokenizer in m fails: decoder"):
+        answerer.decoded([1])
