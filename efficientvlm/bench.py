@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from efficientvlm.memory import uncollected
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -80,14 +82,9 @@ def _record(label: str, size: int, seconds: list[float], first: list[float]) -> 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """No collector run inside a measurement; what is there is collected before."""
-    enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Memory that ran out, as far as Python or torch notices: which errors mean it, and what to lower in the phase in which it happened."""
+"""Memory that ran out, as far as Python or torch notices, and what to lower in the phase in which it happened; garbage that can wait."""
 
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -46,3 +47,16 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     at = min((at for sign in SIGNS if (at := text.lower().find(sign)) >= 0), default=0)
     return text[text.rfind(". ", 0, at) + 1 :].strip()[:200] or "the machine has no more"
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected inside. Loading torch and transformers makes a million objects, which stay: to look through them again and
+    again takes a seventh of the time (benchmarks/startup.py)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -131,6 +131,22 @@ print(codes, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 0, 2, 3] []", done.stderr
 
 
+def test_a_stage_loads_nothing_that_only_others_need() -> None:
+    """transformers' base class of models brings the rest; it is loaded with the family of the model that is opened."""
+    others = {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.onnx._internal.exporter"}
+    others |= {"accelerate", "transformers.modeling_utils", "onnxruntime", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "sympy"}
+    others |= {"matplotlib", "tokenizers"}
+    script = f"""
+import gc, sys
+from efficientvlm.stages.run import module_of
+for stage in ("shrink", "predict", "eval"):
+    module_of(stage)
+    print(stage, sorted({others!r} & set(sys.modules)), gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{stage} [] True" for stage in ("shrink", "predict", "eval")], done.stdout + done.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="processor time of a child")
 def test_help_takes_less_than_half_a_second() -> None:
     """Processor time, the least of five runs: a busy machine must not fail it."""

@@ -67,9 +67,11 @@ def count_units(family: Family, config: Any) -> dict[str, dict[str, int]]:
 def count_sparsity(family: Family, model: Any) -> dict[str, Any]:
     """1 − kept / initial elements of the prunable weights, in all and by tower; initial is the same network with every unit in place."""
     present = Anatomy.of(family, model).totals
-    with torch.device("meta"):
-        dense = family.build(family.with_kept(model.config, whole(family, model.config)))
-    initial = Anatomy.of(family, dense).totals
+    initial, everything = present, whole(family, model.config)
+    if family.kept(model.config) != everything:
+        with torch.device("meta"):
+            dense = family.build(family.with_kept(model.config, everything))
+        initial = Anatomy.of(family, dense).totals
     by_tower = {tower: _sparsity(count, present.get(tower, 0)) for tower, count in initial.items()}
     return {**_sparsity(sum(initial.values()), sum(present.values())), "by_tower": by_tower}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import read_json
+from efficientvlm.memory import uncollected
 
 AUTO = "transformers.models.auto.modeling_auto"
 NAMES = ("xvlm", "clip", "blip")
@@ -17,7 +18,8 @@ NAMES = ("xvlm", "clip", "blip")
 @cache
 def get(name: str) -> Any:
     """The family called `name`, known to transformers' Auto classes once those are loaded; :class:`BadInput` lists the known names."""
-    family = _import(name)
+    with uncollected():
+        family = _import(name)
     if AUTO in sys.modules:
         register(family)
     return family

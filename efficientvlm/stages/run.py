@@ -14,6 +14,7 @@ from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.files import expanded
 from efficientvlm.manifest import MANIFEST, Manifest
+from efficientvlm.memory import uncollected
 from efficientvlm.progress import say
 from efficientvlm.recipe import Step
 
@@ -23,7 +24,8 @@ TRAIN = ("pretrain", "distill", "prune", "finetune")
 
 def module_of(stage: str) -> ModuleType:
     """The module whose `run(config, control)` is the stage."""
-    return import_module(f"efficientvlm.stages.{MODULES.get(stage, stage)}")
+    with uncollected():
+        return import_module(f"efficientvlm.stages.{MODULES.get(stage, stage)}")
 
 
 def run_stage(stage: str, config: Strict, control: Control) -> Any:
