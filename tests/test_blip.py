@@ -414,7 +414,7 @@ def test_folders_of_older_versions(tmp_path):
         (lambda f: edit(f, kept={"decoder.0.head": "0-4"}), "not ascending within"),
         (lambda f: spoil_weights(f, lambda t: t.pop("vision_model.post_layernorm.weight")), "1 missing keys"),
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "is damaged or cut short"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
     ],
