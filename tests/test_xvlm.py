@@ -343,7 +343,7 @@ def test_a_saved_folder_is_the_same_network(tmp_path, kept):
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
         (lambda f: spoil_weights(f, lambda t: t["temp"].fill_(math.nan)), "holds NaN or infinite values: temp does"),
         (lambda f: spoil_weights(f, lambda t: t.update(temp=torch.tensor(-math.inf))), "temp does, the first of 1"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cannot load"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "is damaged or cut short"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ],
