@@ -51,8 +51,8 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage is collected inside. Loading torch and transformers makes a million objects, which stay: to look through them again and
-    again takes a seventh of the time (benchmarks/startup.py)."""
+    """No garbage is collected inside. Loading torch and transformers makes very many objects, which stay, and would be looked through again
+    and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
