@@ -43,6 +43,7 @@ from efficientvlm.bench import processor
 from efficientvlm.files import write_atomic
 
 Report = Callable[[dict[str, Any]], None]
+UNPREPARED = "not prepared"
 HEAVY = ("export onnx --int8",)
 
 
@@ -84,8 +85,13 @@ def one_input(seed: int, number: int, stock: Stock, root: Path, tallies: dict[st
     names = list(KINDS)
     name = names[number % len(names)]
     place = Place(root / f"{number:05}")
-    case = KINDS[name](Draw(f"{seed}/{number}"), stock, place)
-    before = seen(place.work)
+    try:
+        case = KINDS[name](Draw(f"{seed}/{number}"), stock, place)
+        before = seen(place.work)
+    except Exception as error:  # noqa: BLE001  a fault of this script, which is to be mended there; the other cases go on
+        tallies[name].faults[UNPREPARED] += 1
+        report({"number": number, "kind": name, "fault": UNPREPARED, "detail": repr(error)[:300], "what": ""})
+        return
     ended = yield Running([word.replace("\0", "") for word in case.argv], place)
     faults = judged(ended, place, before, case.out, case.mutable, [*case.argv, case.printed])
     tally = tallies[name]

@@ -157,7 +157,7 @@ def imported_folders(draw: Draw, stock: Stock, place: Place) -> Case:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     target = draw.choice(files)
     done = spoil(draw, target)
-    if target.name == "README.md" and target.is_file() and draw.randrange(2):
+    if target.name == "README.md" and target.is_file() and not target.is_symlink() and draw.randrange(2):
         target.write_text(f"---\nlicense: {draw.choice(YAML)}\n---\n", errors="surrogateescape")
     more = draw.choice([[], [], ["--dry-run"], ["--layout", "vqa"]])
     return Case(["import", "--model", "hf", "--out", "o", "-q", *more], f"{target.name}: {done}", "o")
