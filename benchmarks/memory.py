@@ -21,48 +21,50 @@ from efficientvlm.files import write_atomic
 from efficientvlm.manifest import MANIFEST
 
 SHAPES = "shapes"
-SIZES = ("tiny", "small", "base")
-PARTS = ("process", "weights", "gradients", "optimizer", "teacher", "activations")
-TRAIN = ("--max-steps", "3")
+TUNED, UNTUNED = "bundled:easy-vqa", "bundled:easy-vqa-pretrained"
+PARTS = ("process", "weights", "gradients", "optimizer", "gates", "teacher", "activations")
+FEW = ("--max-steps", "3", "--set", "eval_limit=8")
+REGIONS = ("--set", "region_probability=1")
 
 
 def models() -> dict[str, list[str]]:
     """Folder → the command that makes it."""
-    made = {size: ["init", "--size", size, "--data", SHAPES] for size in SIZES}
-    made["answering"] = ["finetune", "--model", "small", "--data", SHAPES, "--batch-size", "8", *TRAIN, "--set", "eval_limit=4"]
-    return made
+    tuned = ["finetune", "--model", "small", "--data", SHAPES, "--batch-size", "4", "--max-steps", "1", "--set", "eval_limit=4"]
+    return {"small": ["init", "--size", "small", "--data", SHAPES], "answering": tuned}
 
 
 def cases() -> dict[str, list[str]]:
     """Name → what is measured."""
-    few = [*TRAIN, "--set", "eval_limit=8"]
     found = {
-        "eval, easy-VQA": ["eval", "--model", "bundled:easy-vqa", "--data", "easy-vqa", "--limit", "200"],
-        "eval, small": ["eval", "--model", "answering", "--data", SHAPES, "--limit", "64"],
-        "eval, retrieval, tiny": ["eval", "--model", "tiny", "--task", "retrieval", "--data", SHAPES, "--limit", "128"],
-        "eval, retrieval, base": ["eval", "--model", "base", "--task", "retrieval", "--data", SHAPES, "--limit", "16", "--rerank", "4"],
+        "eval, bundled": ["eval", "--model", TUNED, "--data", SHAPES, "--limit", "200"],
+        "eval, small": ["eval", "--model", "answering", "--data", SHAPES, "--limit", "32"],
+        "eval, retrieval, bundled": ["eval", "--model", UNTUNED, "--task", "retrieval", "--data", SHAPES, "--limit", "128"],
+        "eval, retrieval, small": ["eval", "--model", "small", "--task", "retrieval", "--data", SHAPES, "--limit", "16", "--rerank", "4"],
+        "bench, bundled": ["bench", "--model", TUNED, "--batch-size", "32", "--rounds", "2"],
         "bench, small": ["bench", "--model", "answering", "--batch-size", "8", "--rounds", "2"],
     }
-    for size, batch in (("tiny", 32), ("tiny", 128), ("small", 16), ("base", 4)):
-        found[f"pretrain, {size}, {batch}"] = ["pretrain", "--model", size, "--data", SHAPES, "--batch-size", str(batch), *few]
-    for size, batch in (("tiny", 32), ("small", 16), ("base", 4)):
-        found[f"finetune, {size}, {batch}"] = ["finetune", "--model", size, "--data", SHAPES, "--batch-size", str(batch), *few]
-    for size, batch in (("tiny", 64), ("small", 16)):
-        taught = ["--teacher", size, "--data", SHAPES, "--batch-size", str(batch)]
-        found[f"distill, {size}, {batch}"] = ["distill", "--model", size, *taught, *few]
+    for name, general, tuned, batch in (("bundled", UNTUNED, TUNED, 64), ("small", "small", "answering", 12)):
+        data = ("--data", SHAPES, "--batch-size", str(batch), *FEW)
+        found |= {
+            f"pretrain, {name}": ["pretrain", "--model", general, *data, "--set", "region_probability=0"],
+            f"pretrain with regions, {name}": ["pretrain", "--model", general, *data, *REGIONS],
+            f"distill with regions, {name}": ["distill", "--model", general, "--teacher", general, *data, *REGIONS],
+            f"finetune, {name}": ["finetune", "--model", general, *data],
+            f"finetune with teacher, {name}": ["finetune", "--model", general, "--teacher", tuned, *data],
+            f"finetune, retrieval, {name}": ["finetune", "--model", general, "--task", "retrieval", *data],
+            f"prune with teacher, {name}": ["prune", "--model", tuned, "--teacher", tuned, "--sparsity", "0.5", *data],
+        }
     return found
 
 
 def measure(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
     """A row of the CSV."""
     trained = arguments[0] not in ("eval", "bench")
-    arguments = [*arguments, *(["--out", f"out-{name.replace(', ', '-')}", "--force"] if trained else [])]
+    arguments = [*arguments, *(["--out", "out", "--force"] if trained else [])]
     stated = planned(*arguments, folder=folder)
     peak, seconds = run(*arguments, folder=folder)
     total = stated["total"] / MIB
-    parts = {
-        f"{part}_mib": stated.get(part, 0) / MIB for part in ("process", "weights", "gradients", "optimizer", "teacher", "activations")
-    }
+    parts = {f"{part}_mib": stated.get(part, 0) / MIB for part in PARTS}
     where = {"cpu_seconds": seconds, "processor": processor(), "commit": manifest.code().commit, "date": manifest.now()[:10]}
     return {
         "case": name,

@@ -16,7 +16,7 @@ from compression_cases import FAMILIES
 from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
 from PIL import Image
 
-from efficientvlm import manifest
+from efficientvlm import families, manifest
 from efficientvlm.checkpoint import MANIFEST, Output
 from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
@@ -133,10 +133,12 @@ def test_no_weights_are_opened(chain: Path, tmp_path: Path, planned: Plan) -> No
     copied = tmp_path / "copied"
     shutil.copytree(chain, copied)
     for file in [*copied.glob("*/model.safetensors"), *copied.glob("*/dense.safetensors")]:
-        file.write_bytes(b"\xff" * file.stat().st_size)
+        whole = file.read_bytes()
+        values = 8 + int.from_bytes(whole[:8], "little")  # names and shapes stand before them, and are read
+        file.write_bytes(whole[:values] + b"\xff" * (len(whole) - values))
     made = plan(list(steps_of(copied).values()))
     assert not made.problems.found and [stage.after for stage in made.stages] == expected
-    with pytest.raises(BadInput, match="cannot load"):
+    with pytest.raises(BadInput, match="NaN or infinite values"):
         run_stage("shrink", model=str(copied / "init"), out="x")
     checked = plan([step("shrink", model=str(copied / "init"))], verify=True)
     assert "model.safetensors has changed" in said(checked)
@@ -179,7 +181,8 @@ def test_every_problem_is_found_at_once(chain: Path, tmp_path: Path, evlm: Any) 
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.from_str(json.dumps(vocabulary)))
     save_tokenizer(tokenizer, tmp_path / "other")
     values = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**values, "text_heads": 2, "image_size": 32}))
+    other = XVLMConfig.from_dict({**values, "text_heads": 2, "image_size": 32})
+    families.get("xvlm").build(other).save_pretrained(tmp_path / "other")
     rewrite(tmp_path / "other")
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
@@ -441,7 +444,7 @@ def test_time_is_measured_on_real_steps(planned: Plan) -> None:
     for stage in made.stages[1:]:
         assert stage.time and stage.memory and stage.schedule
         assert stage.time["seconds"] == pytest.approx(6 * stage.time["seconds_per_step"], abs=0.1)
-        assert stage.time["seconds_per_step"] > 0 and stage.memory["activations"] == stage.time["activations"] > 4 * 64 * 64
+        assert stage.time["seconds_per_step"] > 0 and stage.memory["activations"] > 4 * 64 * 64
         parts = {key: value for key, value in stage.memory.items() if key != "total"}
         assert stage.memory["total"] == sum(parts.values())
     assert made.seconds and not Path("out").exists()

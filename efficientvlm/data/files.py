@@ -236,6 +236,11 @@ class FilePairs(_Files[PairItem]):
                 for place in places:
                     yield from (region.phrase for region in regions_of(place, None, ""))
 
+    def regions(self) -> Iterator[int]:
+        """Described regions of each image, without decoding it."""
+        for contents in self._contents:
+            yield sum(len(regions_of(place, None, "")) for _, places in contents for place in places)
+
     def _captions(self, index: int) -> list[str]:
         return list(dict.fromkeys(text for captions, _ in self._contents[index] for text in captions))
 

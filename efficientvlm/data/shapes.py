@@ -147,6 +147,11 @@ class Shapes(Generic[T]):
             _, scene = self._scene(index)
             yield from phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS)
 
+    def regions(self) -> Iterator[int]:
+        """Described regions of each of up to 5,000 scenes."""
+        for index in range(min(len(self), SAMPLED_TEXTS)):
+            yield len(self._scene(index)[1].things)
+
     def _scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
         rng = generator(self.settings.seed, "shapes", self.split, index, part)
         return rng, sample(rng, self.settings.level, self.settings.objects)

@@ -1,24 +1,30 @@
-"""Bytes that a stage holds beside weights while it computes, by formula from the shapes of its batches (ours); `--measure` runs real steps.
+"""Bytes that a stage holds beside weights while it computes: a training step by running it without values, the rest by formula (ours).
 
-Without gradients work is done in blocks, of which the largest counts (`families.footprint`). With gradients every layer keeps what its
-backward pass reads; the numbers of values a token are those of our layers, counted on real steps (`benchmarks/memory.py`).
+Without gradients work is done in blocks, of which the largest counts (`families.footprint`). A training step is run on the shapes of the
+stage's networks and on a batch of its longest texts (`live`), so that every family, objective and precision is counted by its operations.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from efficientvlm import ranks
 from efficientvlm.config import TaskStage
+from efficientvlm.data.items import PairItem, Question, Region, VQAItem
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
-from efficientvlm.families.footprint import FLOAT, Footprint, room
+from efficientvlm.families.footprint import Footprint, room
+from efficientvlm.hardware import pick_device
+from efficientvlm.planning.live import fullest, valueless
+from efficientvlm.planning.measure import ready
+from efficientvlm.planning.parts import Run
 from efficientvlm.stages.common import Loaded, texts_of
 
-KEPT = 18  # values of a token in units of the width that a layer keeps for its backward pass
-CROSS = 5  # more of a layer that also attends to another tower
-LOGITS = 3  # logits, their log probabilities, and the gradient of either
 SAMPLE = 1000  # questions or texts that say how long texts are
 
 
@@ -49,36 +55,65 @@ def retrieving(loaded: Loaded, *, images: int, batch_size: int, tokens: int) -> 
     return 2 * batch_size * 3 * loaded.sizes.image_size**2 + held + block
 
 
-def training(config: Any, student: Loaded, teacher: Loaded | None, source: Any, images: int) -> int:
-    """Of a training step on `images` images in one process: what the student keeps, and what of the teacher is compared with it."""
-    sizes, layers = student.sizes, student.family.layer_counts(student.model.config)
-    tower = {name: sizes.widths.get(name, max(sizes.widths.values())) for name in layers}
-    some = list(islice(source.texts(), SAMPLE))
-    tokens, patches = longest(student, some, config.max_tokens), (sizes.image_size // sizes.patch_size) ** 2 + 1
-    if isinstance(config, TaskStage) and config.task == "vqa":
-        each = asked_each(source)
-        questions = images * min(each, config.questions_per_image)
-        answers = longest(student, list(student.model.config.answers or [])[:SAMPLE], config.max_answer_tokens)
-        rows = {"text": questions * tokens, "fusion": questions * tokens, "decoder": questions * answers}
-        logits = questions * answers * sizes.vocab_size
-    else:
-        masked = "mlm" in getattr(config, "losses", ())
-        rows = {"text": images * (1 + masked) * tokens, "fusion": images * (3 + masked) * tokens}
-        logits = images * getattr(config, "max_masks", 0) * masked * sizes.vocab_size
-    rows["vision"] = images * patches
-    kept = sum(
-        rows.get(name, rows["text"]) * width * layers[name] * (KEPT + CROSS * (name not in ("vision", "text")))
-        for name, width in tower.items()
-    )
-    kept += images * patches * sum(2 * width * layers[name] for name, width in tower.items() if name not in ("vision", "text", "decoder"))
-    maps = 0.0
-    if teacher is not None and config.kd:
-        taught = teacher.family.layer_counts(teacher.model.config)
-        for name in tower:
-            length = patches if name == "vision" else tokens
-            maps += rows.get(name, rows["text"]) * length * sizes.heads.get(name, 1) * (2 * layers[name] + taught[name])
-            kept += rows.get(name, rows["text"]) * tower[name] * taught[name]  # hidden states of the teacher
-    return round(FLOAT * (kept + maps + LOGITS * logits) + 3 * images * 3 * sizes.image_size**2 * FLOAT)
+def training(run: Run, images: int) -> int:
+    """Of a training step on `images` images in one process: activations, and the gradients that are there at the same time."""
+    device, fake = pick_device(run.config.device), FakeTensorMode(allow_non_fake_inputs=True)
+    with ranks.alone():
+        objective, _, feed = ready(stand_in(run, images), device, lambda loaded, device: valueless(loaded, device, fake))
+        return fullest(objective, feed(0), fake, device=device, precision=run.config.precision)
+
+
+def stand_in(run: Run, images: int) -> Run:
+    """`run` on grey pictures, `images` a step, with a region step if there may be one; a cached teacher is run as at first sight."""
+    config, source = run.config, run.sources["train"]
+    changed: dict[str, Any] = {"batch_size": images, "cache_teacher": False}
+    if hasattr(config, "region_probability"):
+        changed["region_probability"] = float(config.region_probability > 0)
+    vqa = isinstance(config, TaskStage) and config.task == "vqa"
+    grey = Grey(source, images, run.student.sizes.image_size, vqa=vqa)
+    return replace(run, config=config.model_copy(update=changed), sources={**run.sources, "train": grey})
+
+
+class Grey:
+    """Samples of the form of a source, with its longest and then its first texts, and grey pictures: none is read."""
+
+    def __init__(self, source: Any, count: int, side: int, *, vqa: bool) -> None:
+        self.source, self.count, self.vqa = source, count, vqa
+        self.image = np.full((side, side, 3), 127, np.uint8)
+        if vqa:
+            asked = list(islice(source.questions(), SAMPLE))
+            longest = [max(asked, key=lambda question: len(question.text)), max(asked, key=said_length)] if asked else []
+            self.texts: list[Any] = [*longest, *asked]
+            self.each = max(1, round(asked_each(source)))
+        else:
+            texts = list(islice(source.texts(), SAMPLE))
+            self.texts = [*([max(texts, key=len)] if texts else []), *texts]
+            self.each = described(source)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __getitem__(self, index: int) -> PairItem | VQAItem:
+        def some(count: int) -> list[Any]:
+            return [self.texts[(index * count + number) % len(self.texts)] for number in range(count)]
+
+        if self.vqa:
+            return VQAItem(str(index), self.image, some(self.each))
+        return PairItem(str(index), self.image, some(1), [Region(text, (0.5, 0.5, 0.5, 0.5)) for text in some(self.each)])
+
+
+def said_length(question: Question) -> int:
+    return max((len(answer) for answer, _ in question.answers), default=0)
+
+
+def described(source: Any) -> int:
+    """Described regions an image, by the first images of `source`; 0 where it has none, or cannot be read in advance."""
+    whole = getattr(source, "source", source)
+    counts = list(islice(whole.regions(), SAMPLE)) if hasattr(whole, "regions") else []
+    return -(-sum(counts) // len(counts)) if counts else 0
 
 
 def asked_each(source: Any) -> float:

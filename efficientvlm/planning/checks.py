@@ -41,6 +41,9 @@ class Problems:
         if str(error) not in (str(problem.error) for problem in self.found):
             self.found.append(Problem(stage, error))
 
+    def of_stage(self, stage: str) -> list[Problem]:
+        return [problem for problem in self.found if problem.stage == stage]
+
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
         """Collect the error the block raises, if it is one that a user can act on."""

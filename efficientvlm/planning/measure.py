@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,23 +28,22 @@ def measure(run: Run, steps: int, *, total: int) -> dict[str, Any]:
     """Time `steps` training steps after one that warms up, on the data of the stage, and extrapolate to its `total` steps.
 
     Returns:
-        `seconds_per_step` (median, reading the data included) and `seconds` for all; `activations`: bytes that the largest batch of the
-        first step holds for its backward pass, beside weights; `steps`, `device`, `threads`. Validation and writing are not in it.
+        `seconds_per_step` (median, reading the data included) and `seconds` for all; `steps`, `device`, `threads`. Validation and
+        writing are not in it.
     """
     device = pick_device(run.config.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
         objective, optimizers, feed = ready(run, device)
         objective.to(device).train()
-        seconds, activations = [], 0
+        seconds = []
         for step in range(steps + 1):
             began = time.perf_counter()
             for number, batch in enumerate(feed(step)):
                 torch.manual_seed(seed_of(run.config.seed, step, number, 0, "dropout"))
                 moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-                with held(objective) as bytes_held, autocast(device, run.config.precision):
+                with autocast(device, run.config.precision):
                     loss = objective(moved, step)["loss"]
-                activations = max(activations, sum(bytes_held.values()))
                 loss.backward()
                 update(optimizers, 1e-6, run.config.clip, step)
             synchronise(device)
@@ -53,30 +52,13 @@ def measure(run: Run, steps: int, *, total: int) -> dict[str, Any]:
     return {
         "seconds_per_step": round(each, 4),
         "seconds": round(each * total, 1),
-        "activations": activations,
         "steps": steps,
         "device": device.type,
         "threads": torch.get_num_threads(),
     }
 
 
-def ready(run: Run, device: torch.device) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
-    """Objective, optimizers and batches as the stage has them, on random weights."""
-    config = run.config
-    student, teacher = filled(run.student, device), filled(run.teacher, device) if run.teacher else None
-    if not isinstance(config, TaskStage):
-        _, objective = pretrain.objectives(config, student, teacher)
-        plan = plan_for(run.sources["train"], config.batch_size, config.seed)
-        feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)
-        return objective, [adamw(objective, config, new=run.new)], feed
-    tuning = Tuning(config, student, teacher, run.new, run.sources)
-    if not isinstance(config, Prune):
-        inner = tuning.objective()
-        return inner, [adamw(inner, config, new=run.new)], tuning.feed
-    gated = prune.gated(config, tuning, scope_of(config, student.family, student.model))
-    if config.method != "l0":
-        gated.freeze(torch.ones_like(gated.keep))
-    return gated, prune.optimizers(config, gated, run.new), tuning.feed
+Fill = Callable[[Loaded, torch.device], Loaded]
 
 
 def filled(loaded: Loaded, device: torch.device) -> Loaded:
@@ -84,17 +66,21 @@ def filled(loaded: Loaded, device: torch.device) -> Loaded:
     return replace(loaded, model=loaded.family.build(loaded.model.config).to(device))
 
 
-@contextmanager
-def held(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes by storage of what the block keeps for its backward pass, the module's own tensors left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
+    """Objective, optimizers and batches as the stage has them, on the weights that `fill` gives its networks."""
+    config = run.config
+    student, teacher = fill(run.student, device), fill(run.teacher, device) if run.teacher else None
+    if not isinstance(config, TaskStage):
+        _, objective = pretrain.objectives(config, student, teacher)
+        plan = plan_for(run.sources["train"], config.batch_size, config.seed)
+        feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)
+        return objective, [adamw(objective, config, new=run.new)], feed
+    tuning = Tuning(config, student, teacher, run.new, run.sources)
+    tuning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
+    if not isinstance(config, Prune):
+        inner = tuning.objective()
+        return inner, [adamw(inner, config, new=run.new)], tuning.feed
+    gated = prune.gated(config, tuning, scope_of(config, student.family, student.model))
+    if config.method != "l0":
+        gated.freeze(torch.ones_like(gated.keep))
+    return gated, prune.optimizers(config, gated, run.new), tuning.feed

@@ -11,7 +11,7 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.data.plan import plan_for
 from efficientvlm.data.sources import BUILT_IN
-from efficientvlm.planning import activations, costs, teacher_cache
+from efficientvlm.planning import costs, teacher_cache
 from efficientvlm.planning.chain import PLANNED, Chain
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
@@ -45,7 +45,7 @@ class Forecast:
 
 @dataclass
 class Run:
-    """A training stage ready to be measured: its shapes, its data, and how it trains."""
+    """A training stage as it would run: its shapes, its data, and how it trains."""
 
     config: Any
     student: Loaded
@@ -142,8 +142,6 @@ def training(
     taught = teacher.model if teacher else None
     spread = run.config.parallel == "fsdp" and processes > 1
     found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes, spread=spread)
-    images = -(-min(run.config.batch_size, found.schedule["images"] or run.config.batch_size) // processes)
-    costs.add(found.memory, activations=activations.training(run.config, student, teacher, run.sources["train"], images))
     status = chain.status(step, inputs, digests(chain, run.config, run.sources))
     sound = not any(problem.stage == step.name for problem in chain.problems.found)
     if teacher is not None and sound and run.config.cache_teacher and run.config.kd:

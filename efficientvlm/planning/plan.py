@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficientvlm.control import Control
+from efficientvlm.planning import activations
 from efficientvlm.planning.chain import Chain
 from efficientvlm.planning.checks import Problems
 from efficientvlm.planning.costs import add, process
@@ -55,11 +56,21 @@ def plan(steps: Sequence[Step], control: Control = Control(), *, measure: int = 
     for step, stage in zip(steps, stages, strict=True):
         if stage.memory and getattr(step.config, "device", "cpu") != "cuda":
             add(stage.memory, process=own)
+    for stage in stages:
+        if stage.run is not None and stage.memory is not None and stage.schedule is not None and not chain.problems.of_stage(stage.name):
+            with chain.problems.of(stage.name):
+                step_fullest = activations.training(stage.run, images_of(stage.schedule))
+                add(stage.memory, activations=max(0, step_fullest - stage.memory["gradients"]))
     for stage in stages if measure and not chain.problems.found else ():
         if stage.run is not None and stage.schedule is not None and stage.memory is not None:
             from efficientvlm.planning.measure import measure as timed
 
             say(f"plan: measuring {measure} steps of {stage.name}", quiet=control.quiet)
             stage.time = timed(stage.run, measure, total=stage.schedule["steps"])
-            add(stage.memory, activations=stage.time["activations"])
     return Plan(stages, chain.problems, chain.disks.as_dicts())
+
+
+def images_of(schedule: dict[str, Any]) -> int:
+    """Images of a step in one process."""
+    whole = min(schedule["batch_size"], schedule["images"] or schedule["batch_size"])
+    return -(-int(whole) // int(schedule["processes"]))

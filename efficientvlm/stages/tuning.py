@@ -90,11 +90,11 @@ class Tuning:
     def objective(self, distil: bool = True) -> Any:
         """The task's losses and, if there is a teacher and `distil`, KD on the student, whose configuration learns what the data decide."""
         torch.manual_seed(self.config.seed)
-        self.student.model.to(self.hardware.device)
-        self.task.configure(self.config, self.student, self.sources["train"])
         teacher = self.teacher if distil else None
-        if teacher:
-            teacher.model.to(self.hardware.device)
+        for loaded in filter(None, (self.student, teacher)):
+            if loaded.model.device != self.hardware.device:
+                loaded.model.to(self.hardware.device)
+        self.task.configure(self.config, self.student, self.sources["train"])
         return self.task.objective(self.config, self.student, teacher)
 
     @cached_property
