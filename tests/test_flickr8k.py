@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4}
     Dinov2Model(Dinov2Config(**size, num_hidden_layers=12, image_size=42, patch_size=7)).save_pretrained(root / "towers" / "dinov2-small")
     tokenizer = train_wordpiece([text for colour in COLOURS for text in captions(colour)], 100)
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "num_hidden_layers": 6, "intermediate_size": 96}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 40, "num_hidden_layers": 6, "intermediate_size": 96}
     BertModel(BertConfig(**size, **words)).save_pretrained(root / "towers" / "minilm")
     save_tokenizer(tokenizer, root / "towers" / "minilm")
     photos(root / "photos" / "train.parquet", 24, 0)

@@ -101,12 +101,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chain: Path) -> Path:
     root = tmp_path_factory.mktemp("project")
     text = (ROOT / "recipes" / "quickstart.yaml").read_text("utf-8")
     recipe = substituted(yaml.safe_load(text))
-    text = json.dumps({**recipe, "out": str(root / "runs" / "quickstart")})
+    text = json.dumps(recipe)
     text = text.replace('"bundled/pretrained"', json.dumps(str(chain / "init"))).replace(
         '"bundled/vqa"', json.dumps(str(chain / "teacher"))
     )
     (root / "quickstart.yaml").write_text(text)
-    code, out, err = evlm(["run", str(root / "quickstart.yaml"), *SHORTENED["run"]])
+    code, out, err = evlm(["run", str(root / "quickstart.yaml"), "--out", str(root / "runs" / "quickstart"), *SHORTENED["run"]])
     assert code == 0 and out.splitlines()[-1] == str(root / "runs" / "quickstart"), err
     shutil.copyfile(ROOT / "README.md", root / "README.md")
     return root

@@ -90,7 +90,7 @@ class Source:
 def test_texts_are_looked_at_up_to_a_number_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "SAMPLE", 3)
     found = reading.of_texts(texts(), Source("red", "blue", "红 red", "蓝"))
-    assert found.counts == {"texts": 3, "tokens": 4, "unknown_tokens": 1}
+    assert found.counts == {"texts": 3, "tokens": 4, "unknown_tokens": 1, "cut_texts": 0}
     assert "25.0 % of the tokens in the first 3 texts" in found.remarks[0]
     assert reading.of_texts(texts(), Source("red", "red", "blue")).remarks == []
 

@@ -296,7 +296,8 @@ def test_answer_loss_and_accuracy():
     batches = [{"answer_texts": given[:2]}, {"answer_texts": given[2:]}]
     guesses = iter([["yes", "red"], ["3"]])
     result = evaluate(lambda batch: next(guesses), batches)
-    assert result == {"accuracy": pytest.approx(1.6 / 3), "questions": 3, "accuracy_yes_no": 0.6, "accuracy_other": 0.5}
+    beside = {"majority_accuracy": pytest.approx(1 / 3), "standard_error": pytest.approx(0.2905933)}
+    assert result == {"accuracy": pytest.approx(1.6 / 3), "questions": 3, "accuracy_yes_no": 0.6, "accuracy_other": 0.5, **beside}
 
 
 def test_layers_without_anything_left_still_run_and_save(tmp_path):
