@@ -81,13 +81,16 @@ def report(
     json: o.Json = False,
 ) -> None:
     """Write one HTML page: figures, curves, kept heads and neurons, lineage, licences, and what is wrong."""
-    from efficientvlm.errors import printable
+    from efficientvlm.errors import BadInput, printable
     from efficientvlm.stages import page
 
     result = page.run(folder, out, hashes=verify, force=force)
     if json:
         output.emit(result)
-        return
-    for problem in result["problems"]:
-        print(f"problem: {printable(problem)}")
-    output.show(result["path"])
+    else:
+        for problem in result["problems"]:
+            print(f"problem: {printable(problem)}")
+        output.show(result["path"])
+    if verify and result["unverified"]:
+        fix = f"{result['path']} was written all the same; restore what has changed"
+        raise BadInput(f"{folder} is not as it was made", "\n  " + "\n  ".join(result["unverified"]), fix)

@@ -33,6 +33,10 @@ def column(name: str, above: str) -> tuple[str, float] | None:
         return ("parameters_of_reference", 0.01) if of else (f"parameters_{part}", UNITS[above[-2]])
     if above.startswith("multiply-adds ("):
         return "macs_of_reference", 0.01
+    if above == "accuracy" and (
+        beside := {"standard error": "standard_error", "of the most frequent answer alone": "majority_accuracy"}.get(name)
+    ):
+        return beside, 0.01
     if name in ("accuracy", "sparsity of prunable weights"):
         return name.partition(" ")[0], 0.01
     return ("accuracy_of_reference", 0.01) if above == "accuracy" and of else None

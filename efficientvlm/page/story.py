@@ -39,10 +39,14 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Problem:
-    """`kind` is `problem` for what is damaged, missing or changed, `note` for what a reader ought to know."""
+    """`kind` is `problem` for what is damaged, missing or changed, `note` for what a reader ought to know.
+
+    `unverified` problems are those that `evlm verify` has too.
+    """
 
     kind: str
     text: str
+    unverified: bool = False
 
 
 @dataclass

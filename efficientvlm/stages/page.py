@@ -42,7 +42,9 @@ def run(folder: str, out: str | None = None, *, hashes: bool = False, force: boo
     write(target, story)
     found = {kind: [problem.text for problem in story.problems if problem.kind == kind] for kind in (DAMAGE, NOTE)}
     checkpoints = [{"label": chapter.label, "path": chapter.place} for chapter in story.chapters]
-    return {"path": str(target), "checkpoints": checkpoints, "problems": found[DAMAGE], "notes": found[NOTE], "hashed": hashes}
+    unverified = [problem.text for problem in story.problems if problem.unverified]
+    told = {"problems": found[DAMAGE], "unverified": unverified, "notes": found[NOTE], "hashed": hashes}
+    return {"path": str(target), "checkpoints": checkpoints, **told}
 
 
 def write(target: Path, story: Story) -> None:
@@ -119,7 +121,7 @@ def tell(roots: Sequence[Path], labels: Mapping[Path, str] | None = None, *, has
     above = {parent.key for node in nodes for parent in node.walk() if parent is not node}
     for node in nodes:
         if node.key not in above:  # whose check covers all its ancestors
-            problems += [Problem(DAMAGE, here(text)) for text in lineage.verify(node.path, hashes=hashes)]
+            problems += [Problem(DAMAGE, here(text), unverified=True) for text in lineage.verify(node.path, hashes=hashes)]
     nodes.sort(key=lambda node: (node.key not in above, node.manifest.created if node.manifest else ""))
     found: dict[Path, Chapter] = {}
     for node in nodes:
