@@ -35,8 +35,9 @@ def launched() -> int:
     """How many processes were started.
 
     Raises:
-        BadInput: `WORLD_SIZE`, which the launcher sets, is no such number.
+        BadInput: `WORLD_SIZE` or `LOCAL_RANK`, which the launcher sets, is no such number; accelerate reads both.
     """
+    _number("LOCAL_RANK", -1, least=-1)
     return _number("WORLD_SIZE", 1, least=1)
 
 
@@ -47,7 +48,7 @@ def rank() -> int:
 
 def _number(variable: str, default: int, least: int = 0) -> int:
     text = os.environ.get(variable, "").strip()
-    if text and not (text.isdecimal() and int(text) >= least):
+    if text and not (text.removeprefix("-").isdecimal() and least <= int(text) < 2**31):
         raise BadInput(f"{variable} is {text!r}", "torchrun sets this variable to a number", "unset it, or start with torchrun")
     return int(text or default)
 

@@ -319,7 +319,13 @@ def test_exit_codes_and_messages(evlm: Any, chain: Path, fake_stage: dict[str, A
 
 @pytest.mark.parametrize(
     ("variables", "named"),
-    [({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"), ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"), ({"WORLD_SIZE": ""}, "")],
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": ""}, ""),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "-1"}, ""),
+    ],
 )
 def test_a_launcher_that_sets_nonsense(
     variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -57,17 +57,19 @@ def _end(ended: Ended, said: Sequence[str]) -> list[Fault]:
         printed = printed.replace(text, "") if text else printed
     if found := ESCAPES.search(printed + ended.err):
         faults.append(Fault("unclear", f"a control character is printed: {found[0]!r}"))
-    if ended.code == 0 and re.search(r"(?<![\w.])(NaN|-?Infinity)(?!\w)", ended.out) and _is_json(ended.out):
-        faults.append(Fault("not finite", ended.out[:200]))
+    if ended.code == 0 and (constants := _not_finite(ended.out)):
+        faults.append(Fault("not finite", f"the result holds {constants[0]}"))
     return faults
 
 
-def _is_json(text: str) -> bool:
+def _not_finite(text: str) -> list[str]:
+    """NaN and infinities in a result, if it is JSON."""
+    found: list[str] = []
     try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+        json.loads(text, parse_constant=found.append)
+    except (ValueError, RecursionError):
+        return []
+    return found
 
 
 def _within(name: str, places: tuple[str, ...]) -> bool:
