@@ -124,6 +124,10 @@ def shortened(words: list[str]) -> list[str]:
         return [command, *SMALL, *rest]
     if "--from-gates" in rest:  # nothing is trained
         return [command, *rest, "--limit", "12", "--set", "eval_limit=2"]
+    if command == "prune" and " --task none " in f" {' '.join(rest)} ":
+        return [command, *rest]
+    if command == "export" and "onnx" not in rest:  # nothing is timed
+        return [command, *rest]
     return [command, *rest, *SHORTENED.get(command, [])]
 
 

@@ -75,10 +75,14 @@ def change(folder: Path, spoil: Callable[[Any], Any]) -> None:
     (folder / ONNX).write_text(json.dumps(values))
 
 
+def opened(folder: Path) -> Any:
+    return Exported.of_folder(folder).load(folder)
+
+
 def test_what_is_right_opens(folder: Path) -> None:
-    model = Exported().load(folder)
+    model = opened(folder)
     assert isinstance(model.config, Description) and set(model.sessions) == {"question", "answer"}
-    assert Exported().layer_counts(model.config) == {"decoder": 1}
+    assert Exported(model.config).layer_counts(model.config)["decoder"] == 1
 
 
 def put(*path: str | int, value: Any) -> Callable[[Any], None]:
@@ -170,7 +174,7 @@ def test_a_wrong_value_is_bad_input(folder: Path, name: str) -> None:
     os.mkfifo(folder / "pipe")
     change(folder, WRONG[name])
     with pytest.raises(BadInput) as caught:
-        Exported().load(folder)
+        opened(folder)
     assert caught.value.exit_code == 3 and str(folder) in caught.value.what and caught.value.why and caught.value.fix
 
 
@@ -178,7 +182,7 @@ def test_a_wrong_value_is_bad_input(folder: Path, name: str) -> None:
 def test_a_file_that_is_no_description_is_bad_input(folder: Path, content: bytes) -> None:
     (folder / ONNX).write_bytes(content)
     with pytest.raises(BadInput) as caught:
-        Exported().load(folder)
+        opened(folder)
     assert str(folder / ONNX) in caught.value.what
 
 
@@ -186,4 +190,4 @@ def test_a_number_beyond_all_bounds_is_refused_wherever_it_stands(folder: Path) 
     text = (folder / ONNX).read_text()
     (folder / ONNX).write_text(text.replace('"difference": 0.0', '"difference": 1e999', 1))
     with pytest.raises(BadInput, match="1e999 is too large a number"):
-        Exported().load(folder)
+        opened(folder)

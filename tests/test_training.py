@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,9 +318,19 @@ def test_processes_that_torchrun_did_not_start_are_refused(chain: Path, tmp_path
     assert "torchrun" in error.value.fix and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """No signal is ignored, whatever the tests were started by."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int) -> None:
+def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int, heeded: None) -> None:
     """What a handler raises inside a callback goes no further, as it happens during imports."""
 
     class Thing:
@@ -337,7 +348,7 @@ def test_a_signal_that_python_drops_counts_at_the_next_chance(number: int) -> No
         assert not flag.requested
 
 
-def test_a_hangup_asks_for_a_stop_unless_it_is_to_be_ignored() -> None:
+def test_a_hangup_asks_for_a_stop_unless_it_is_to_be_ignored(heeded: None) -> None:
     with stop_flag() as flag:
         signal.raise_signal(signal.SIGHUP)
     assert flag.requested
