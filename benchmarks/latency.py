@@ -25,7 +25,6 @@ from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
 
 from efficientvlm import bench
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import STAGES, Bench
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families import blocks, xvlm_model
@@ -33,6 +32,7 @@ from efficientvlm.files import write_atomic
 from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.progress import Bar
 from efficientvlm.script import told
+from efficientvlm.settings.stages import STAGES, Bench
 from efficientvlm.stages.bench import ranking
 from efficientvlm.stages.common import Loaded, load
 from efficientvlm.stages.run import module_of

@@ -62,9 +62,9 @@ def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     import torch
 
     from efficientvlm import recipe
-    from efficientvlm.config import TaskWeights
     from efficientvlm.planning.measure import ready
     from efficientvlm.planning.parts import Run
+    from efficientvlm.settings.methods import TaskWeights
     from efficientvlm.stages.answering import open_task
     from efficientvlm.stages.pretrain import open_split
 

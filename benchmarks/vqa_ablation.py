@@ -24,9 +24,11 @@ from published import ROOT, append, as_csv, code, csv_of, rows_of
 from efficientvlm import checkpoint, manifest
 from efficientvlm.bench import processor
 from efficientvlm.compression.surgery import mask_vector, slice_model
-from efficientvlm.config import STAGES, DistillWeights, Quirks, Strict, TaskWeights
 from efficientvlm.control import Control
 from efficientvlm.files import write_atomic
+from efficientvlm.settings.base import Strict
+from efficientvlm.settings.methods import DistillWeights, Quirks, TaskWeights
+from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages.common import load, making, open_output, write
 from efficientvlm.stages.run import module_of
 

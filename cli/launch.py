@@ -31,22 +31,23 @@ def stage(name: str, options: dict[str, Any]) -> None:
 
     Options that were not given stay out of the configuration, so that its defaults rule; `--set` is applied last.
     """
-    from efficientvlm import config as configs
     from efficientvlm import idle
     from efficientvlm.planning.checks import preflight
     from efficientvlm.progress import say
     from efficientvlm.recipe import Step
+    from efficientvlm.settings.base import merge, parse
+    from efficientvlm.settings.stages import STAGES
 
     given = {key: value for key, value in options.items() if key not in CONTROL and value not in (None, {}, [])}
     if columns := pairs(options.get("column"), "--column"):
         given["columns"] = columns
-    model = configs.STAGES[name]
-    values = configs.merge(given, options.get("assignments") or [])
+    model = STAGES[name]
+    values = merge(given, options.get("assignments") or [])
     for key, field in model.model_fields.items():
         if field.is_required() and key not in values:
             option = {"models": "model"}.get(key, key).replace("_", "-")
             raise typer.BadParameter("it is needed and was not given", param_hint=f"--{option}")
-    config = configs.parse(model, values, f"evlm {name}")
+    config = parse(model, values, f"evlm {name}")
     if wrong := idle.refused(config, values):
         raise BadInput(f"evlm {name} has {len(wrong)} idle setting{'s' * (len(wrong) > 1)}", "\n  " + "\n  ".join(wrong), "leave them out")
     steps = [Step(name, name, config, idle.said(config, values))]

@@ -104,7 +104,7 @@ def main() -> None:
 
 def _run_with_others() -> int:
     """Run as one of several processes, of which the main one speaks; another one speaks up only if the main one does not."""
-    from efficientvlm.config import STAGES
+    from efficientvlm.settings.stages import STAGES
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of parameters that happen to be used in the first step
     ours = nullcontext() if ranks.is_main() else redirect_stderr(io.StringIO())

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from efficientvlm import bench, ranks
-from efficientvlm.config import Strict, asides
 from efficientvlm.manifest import Change
+from efficientvlm.settings.base import Strict
+from efficientvlm.settings.stages import asides
 
 HIDDEN = ("device",)  # a setting; the device that it came to be says more
 

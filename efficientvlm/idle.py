@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from efficientvlm import config as configs
-from efficientvlm.config import Data, Eval, Export, InitConfig, Prune, Stage, Strict, TaskStage, Train
+from efficientvlm.settings.base import Strict
+from efficientvlm.settings.common import Data, Stage, Train
+from efficientvlm.settings.stages import Eval, Export, InitConfig, Pretrain, Prune
+from efficientvlm.settings.tasks import TaskStage
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
 OF_A_TEACHER = {"kd", "temperature", "scale_by_temperature", "weights", "retrieval_weights", "decoder_init"}
@@ -45,9 +47,9 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"val_fraction"}, "with validation data of its own"
     if isinstance(config, Data) and not config.data.startswith("stream:"):
         yield {"shuffle_buffer"}, "unless data is a stream"
-    if isinstance(config, configs.Pretrain) and "box" not in config.losses:
+    if isinstance(config, Pretrain) and "box" not in config.losses:
         yield {"region_probability", "regions_per_image"}, "without box among the losses"
-    if isinstance(config, configs.Pretrain) and "mlm" not in config.losses:
+    if isinstance(config, Pretrain) and "mlm" not in config.losses:
         yield {"mask_probability", "max_masks"}, "without mlm among the losses"
     if isinstance(config, TaskStage) and not config.teacher:
         yield OF_A_TEACHER, "without a teacher"

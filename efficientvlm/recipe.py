@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from efficientvlm import config as configs
 from efficientvlm import idle
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import MIB, read_limited
 from efficientvlm.plain_yaml import parse_yaml
+from efficientvlm.settings.base import Strict, merge, parse, problems_with
+from efficientvlm.settings.stages import STAGES
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
 LARGEST = MIB
@@ -26,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 TITLE = re.compile(r"[^\W_][\w .-]*")
 
 
-class Recipe(configs.Strict):
+class Recipe(Strict):
     """A recipe as written: references and defaults are not resolved yet."""
 
     name: str = Field(min_length=1, max_length=100)
@@ -55,7 +56,7 @@ class Step(NamedTuple):
 
     name: str
     stage: str
-    config: configs.Strict
+    config: Strict
     notes: Sequence[str] = ()  # settings that have no effect
 
 
@@ -110,7 +111,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     values = parse_yaml(text, f"recipe {name_or_path}", "correct the file")
     if not isinstance(values, dict):
         raise BadInput(f"recipe {name_or_path} is not a recipe", "it is not a mapping of keys to values", "see evlm recipes cat quickstart")
-    return configs.parse(Recipe, {"name": Path(name_or_path).stem, **values}, f"recipe {name_or_path}")
+    return parse(Recipe, {"name": Path(name_or_path).stem, **values}, f"recipe {name_or_path}")
 
 
 def folder(recipe: Recipe, out: str | None = None) -> str:
@@ -139,7 +140,7 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
             own.setdefault(head, []).append(rest)
         else:
             general.append(override)
-    defaults = configs.merge(recipe.defaults, general)
+    defaults = merge(recipe.defaults, general)
     problems += _unused(recipe, defaults, general)
 
     problems += _hidden_defaults(recipe, defaults)
@@ -154,16 +155,16 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
             continue
         if name in outputs:
             problems.append(f"{where}: there are two stages of this name")
-        model = configs.STAGES.get(kind) if isinstance(kind, str) else None
+        model = STAGES.get(kind) if isinstance(kind, str) else None
         if model is None:
-            near = difflib.get_close_matches(str(kind), configs.STAGES, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(configs.STAGES)}"
+            near = difflib.get_close_matches(str(kind), STAGES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(STAGES)}"
             wrong = "missing" if kind is None else f"unknown stage '{shorten(kind)}'"
             problems.append(f"{where}: stage: {wrong}, {hint}")
             outputs[name] = f"{root}/{name}"
             continue
         applicable = {key: value for key, value in defaults.items() if key in model.model_fields}
-        merged = configs.merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
+        merged = merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
         written = settings.get("out", recipe.defaults.get("out"))
         asked = any(override.startswith("out=") for override in (*own.get(name, ()), *general))
         if isinstance(written, str) and not asked and _leaves(written):
@@ -171,7 +172,7 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
         values = _follow(merged, outputs, where, problems)
         outputs[name] = str(values["out"])
         try:
-            config = configs.parse(model, values, where)
+            config = parse(model, values, where)
             named = set(settings) | {re.split(r"[.=]", override, maxsplit=1)[0] for override in own.get(name, [])}
             problems += [f"{where}: {line}" for line in idle.refused(config, named)]  # a default may be meant for the other stages
             steps.append(Step(name, str(kind), config, idle.said(config, named)))
@@ -210,18 +211,18 @@ def _hidden_defaults(recipe: Recipe, defaults: dict[str, Any]) -> list[str]:
     for key, value in defaults.items():
         takers = [item for item in recipe.stages if key in _fields(item.get("stage"))]
         if takers and all(key in item for item in takers):
-            problems += [f"defaults: {line}" for line in configs.problems_with(configs.STAGES[takers[0]["stage"]], key, value)]
+            problems += [f"defaults: {line}" for line in problems_with(STAGES[takers[0]["stage"]], key, value)]
     return problems
 
 
 def _fields(kind: Any) -> Collection[str]:
-    return configs.STAGES[kind].model_fields if isinstance(kind, str) and kind in configs.STAGES else ()
+    return STAGES[kind].model_fields if isinstance(kind, str) and kind in STAGES else ()
 
 
 def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> list[str]:
     """Problems of defaults that no stage takes, and of overrides that every stage sets itself: either would change nothing."""
-    kinds = {str(item.get("stage")) for item in recipe.stages} & set(configs.STAGES)
-    fields = {field for kind in kinds for field in configs.STAGES[kind].model_fields}
+    kinds = {str(item.get("stage")) for item in recipe.stages} & set(STAGES)
+    fields = {field for kind in kinds for field in STAGES[kind].model_fields}
     problems = []
     for key in defaults:
         if key not in fields:

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from efficientvlm.config import Targets
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.metrics import TITLES, main_metric
+from efficientvlm.settings.stages import Targets
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm import manifest as manifests
-from efficientvlm.config import asides
 from efficientvlm.errors import BadInput
 from efficientvlm.files import fsync_dir, write_new
 from efficientvlm.scratch import PROGRAM
+from efficientvlm.settings.stages import asides
 
 STATE = "training_state"
 REQUEST = "request.json"

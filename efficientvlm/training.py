@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.conditions import changes, conditions, described
-from efficientvlm.config import Train
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import Diverged, Interrupted
 from efficientvlm.families.weights import finite
@@ -23,6 +22,7 @@ from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.interrupt import stop_flag
 from efficientvlm.meter import Meter
 from efficientvlm.progress import Bar, say
+from efficientvlm.settings.common import Train
 from efficientvlm.state import Spent, append, cut_metrics, restore, save, tensors_of
 
 if TYPE_CHECKING:

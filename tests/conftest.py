@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from efficientvlm.config import STAGES
 from efficientvlm.control import Control
+from efficientvlm.settings.stages import STAGES
 
 QUIET = Control(quiet=True)
 SIZES = {

@@ -11,8 +11,8 @@ import pytest
 from conftest import run_stage
 from test_data_files import jsonl, pictures
 
-from efficientvlm.config import STAGES
 from efficientvlm.errors import BadInput, printable, shorten, without_secrets
+from efficientvlm.settings.stages import STAGES
 
 
 @pytest.mark.parametrize(

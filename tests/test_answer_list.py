@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from efficientvlm.config import Eval
 from efficientvlm.data.answer_list import as_input, read_answers
 from efficientvlm.data.cells import places_of, question_of
 from efficientvlm.data.collate import Texts
@@ -16,6 +15,7 @@ from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.checks import path_problems
 from efficientvlm.recipe import Step
+from efficientvlm.settings.stages import Eval
 
 
 def test_lines_are_answers_once_each_without_the_byte_order_mark(tmp_path: Path) -> None:

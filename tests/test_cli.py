@@ -16,10 +16,11 @@ from efficientvlm import control
 from efficientvlm.checkpoint import MANIFEST, Output
 from efficientvlm.cli import main as cli
 from efficientvlm.cli import output
-from efficientvlm.config import STAGES, parse
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
 from efficientvlm.manifest import DataRecord, digest
 from efficientvlm.progress import say
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.stages import STAGES
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
 COMMANDS = [

@@ -21,13 +21,14 @@ from transformers import CLIPModel, CLIPTokenizer, SiglipModel
 from efficientvlm import families
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import STAGES, parse
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.clip import CLIP
 from efficientvlm.families.clip_model import LEGACY_END, SlicedCLIPModel, SlicedSiglipConfig, SlicedSiglipModel
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import load
 

@@ -474,7 +474,7 @@ def test_pictures_are_mirrored_only_when_asked_for(words: Texts, kind: str) -> N
 
 
 def test_data_of_ones_own_is_not_mirrored() -> None:
-    from efficientvlm.config import Finetune, Pretrain
+    from efficientvlm.settings.stages import Finetune, Pretrain
     from efficientvlm.stages.common import augmentation
 
     assert augmentation(Pretrain(out="o", model="m", data="shapes:size=9"))["mirror"]

@@ -16,13 +16,13 @@ from test_data_files import jsonl, pictures, png
 from test_data_forms import CAPTIONS, QUESTIONS, add, as_csv, as_parquet, shards, written
 
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import Eval, Finetune, Pretrain
 from efficientvlm.data.images import open_image
 from efficientvlm.data.plan import IndexPlan, StreamPlan, plan_for
 from efficientvlm.data.sources import open_pairs, open_vqa, texts
 from efficientvlm.data.stream import Stream, check_settings
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
+from efficientvlm.settings.stages import Eval, Finetune, Pretrain
 from efficientvlm.stages.common import which
 
 COUNT = 30

@@ -19,10 +19,10 @@ from PIL import Image as Pictures
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import Strict
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.recipe import load_recipe, validate
+from efficientvlm.settings.base import Strict
 from efficientvlm.stages.run import module_of
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}

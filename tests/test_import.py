@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from efficientvlm.cli import main as cli
-from efficientvlm.config import ImportConfig, InitConfig
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
@@ -26,6 +25,7 @@ from efficientvlm.families.weights import read_file, read_folder
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
 from efficientvlm.families.xvlm_towers import from_towers
+from efficientvlm.settings.stages import ImportConfig, InitConfig
 from efficientvlm.stages import import_, init
 from efficientvlm.stages.common import load
 from efficientvlm.stages.import_folder import licence_of

@@ -10,12 +10,12 @@ from conftest import SHAPES, TRAIN
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from efficientvlm.config import STAGES
 from efficientvlm.planning import activations
 from efficientvlm.planning.live import Live, fullest, places, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.planning.plan import images_of, plan
 from efficientvlm.recipe import Step
+from efficientvlm.settings.stages import STAGES
 
 
 class Line(nn.Module):

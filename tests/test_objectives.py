@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientvlm.config import DistillWeights, Quirks, TaskWeights
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
@@ -18,6 +17,7 @@ from efficientvlm.objectives import efficientvlm_kd, task
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import tower_maps
 from efficientvlm.objectives.pretraining import Pretraining, box_losses, draw_negatives, giou, itc_loss, negative_weights, positives
+from efficientvlm.settings.methods import DistillWeights, Quirks, TaskWeights
 
 FAMILY = XVLM()
 CLOSE = dict(rtol=1e-5, atol=1e-6)

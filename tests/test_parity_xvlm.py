@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm.config import DistillWeights, Quirks
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
 from efficientvlm.objectives import efficientvlm_kd
 from efficientvlm.objectives.mapping import tower_maps
 from efficientvlm.objectives.pretraining import Pretraining, itc_loss, negative_weights, positives
+from efficientvlm.settings.methods import DistillWeights, Quirks
 from efficientvlm.tasks.vqa import answer_loss, rank
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity")

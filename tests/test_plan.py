@@ -22,7 +22,6 @@ from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import STAGES, DistillWeights, TaskWeights
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
@@ -34,6 +33,8 @@ from efficientvlm.planning.forecast import uniform_cut
 from efficientvlm.planning.measure import measure, ready
 from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
+from efficientvlm.settings.methods import DistillWeights, TaskWeights
+from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages.common import load, shapes
 from efficientvlm.state import tensors_of
 from efficientvlm.training import update

@@ -19,10 +19,11 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
-from efficientvlm.config import Prune, Quirks
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives.gated import Gated
+from efficientvlm.settings.methods import Quirks
+from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import load
 from efficientvlm.stages.cutting import DENSE, save_tensors
 from efficientvlm.stages.prune import optimizers

@@ -10,13 +10,14 @@ import pytest
 from conftest import SHAPES, run_stage
 from PIL import Image
 
-from efficientvlm.config import STAGES, parse
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages import reading
 from efficientvlm.stages.answering import Answerer
 from efficientvlm.stages.common import load

@@ -16,8 +16,10 @@ from pydantic import BaseModel
 from test_import import published
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
 
-from efficientvlm import config
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
+from efficientvlm.settings.base import merge, parse
+from efficientvlm.settings.methods import DistillWeights, Quirks, RetrievalWeights, TaskWeights
+from efficientvlm.settings.stages import STAGES, Distill, Prune
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -98,13 +100,13 @@ def test_the_four_lines_are_the_recipe() -> None:
     lines = [shlex.split(line)[1:] for line in commands(block) if line.startswith("evlm")]
     assert [line[0] for line in lines] == ["shrink", "distill", "prune", "finetune"]
     for command, *options in lines:
-        model = config.STAGES[command]
+        model = STAGES[command]
         given = {key.removeprefix("--").replace("-", "_"): value for key, value in zip(options[::2], options[1::2], strict=True)}
         assert given.pop("out") == f"runs/{stages[command]['name']}"
         asked = {**recipe["defaults"], **stages[command], "task": "vqa"}
         asked = {key: f"runs/{value[1:]}" if str(value).startswith("@") else value for key, value in asked.items()}
-        wanted = config.parse(model, {"out": "x", **{key: value for key, value in asked.items() if key in model.model_fields}}, "recipe")
-        mine = config.parse(model, {"out": "x", **config.merge({}, [f"{key}={value}" for key, value in given.items()])}, "README")
+        wanted = parse(model, {"out": "x", **{key: value for key, value in asked.items() if key in model.model_fields}}, "recipe")
+        mine = parse(model, {"out": "x", **merge({}, [f"{key}={value}" for key, value in given.items()])}, "README")
         for key in given:
             assert getattr(mine, key) == getattr(wanted, key), f"README.md and recipes/quickstart.yaml differ in {command} --{key}"
 
@@ -125,7 +127,7 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
 
 def known_settings() -> set[str]:
     found = set()
-    for stage in config.STAGES.values():
+    for stage in STAGES.values():
         for name, info in stage.model_fields.items():
             found.add(name)
             if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -136,7 +138,7 @@ def known_settings() -> set[str]:
 @pytest.fixture(scope="module")
 def help_of() -> dict[str, str]:
     """Command → its help text."""
-    commands = [*config.STAGES, "predict", "inspect", "verify", "plan", "run"]
+    commands = [*STAGES, "predict", "inspect", "verify", "plan", "run"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         return {command: evlm([command, "--help"])[1] for command in commands}
@@ -170,15 +172,15 @@ def weights_under(title: str) -> dict[str, float]:
 
 
 def test_tables_are_those_of_the_code() -> None:
-    assert weights_under("Before the task") == config.DistillWeights().model_dump()
-    assert weights_under("With the task") == config.TaskWeights().model_dump()
-    assert weights_under("Retrieval") == config.RetrievalWeights().model_dump()
+    assert weights_under("Before the task") == DistillWeights().model_dump()
+    assert weights_under("With the task") == TaskWeights().model_dump()
+    assert weights_under("Retrieval") == RetrievalWeights().model_dump()
     pruning = (ROOT / "docs" / "pruning.md").read_text("utf-8")
     quirks = re.findall(r"^\| `(\w+)` \| (true|false) \|", pruning, re.MULTILINE)
-    assert {name: value == "true" for name, value in quirks} == config.Quirks().model_dump()
+    assert {name: value == "true" for name, value in quirks} == Quirks().model_dump()
     for name in ("freeze_at", "sparsity_warmup"):
-        assert f"`{name}` = {config.Prune.model_fields[name].default} of" in pruning
-    assert f"kd = {config.Distill.model_fields['kd'].default} (--kd)" in (ROOT / "docs" / "distillation.md").read_text("utf-8")
+        assert f"`{name}` = {Prune.model_fields[name].default} of" in pruning
+    assert f"kd = {Distill.model_fields['kd'].default} (--kd)" in (ROOT / "docs" / "distillation.md").read_text("utf-8")
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm import recipe as recipes
-from efficientvlm.config import STAGES, Distill, InitConfig, Prune, merge, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.idle import refused, said
 from efficientvlm.recipe import load_recipe, validate
+from efficientvlm.settings.base import merge, parse
+from efficientvlm.settings.stages import STAGES, Distill, InitConfig, Prune
 
 CHAIN = """
 name: chain

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from efficientvlm import report
-from efficientvlm.config import Targets
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Code, Manifest
 from efficientvlm.picture import structure_figure
+from efficientvlm.settings.stages import Targets
 
 CROSS = ("fusion", "decoder")
 ASKED = Targets(parameters=0.443, accuracy=0.98, speedup=2.2)

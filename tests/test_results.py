@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from efficientvlm import files
-from efficientvlm.config import Bench, Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.settings.stages import Bench, Report
 from efficientvlm.stages import page, report
 from efficientvlm.stages.results import ResultFile
 

@@ -20,7 +20,6 @@ from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import STAGES, Finetune, Pretrain, RetrievalWeights, parse
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch
 from efficientvlm.data.sources import open_pairs
@@ -30,6 +29,9 @@ from efficientvlm.objectives import pretraining
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.methods import RetrievalWeights
+from efficientvlm.settings.stages import STAGES, Finetune, Pretrain
 from efficientvlm.stages import tuning
 from efficientvlm.stages.common import load
 from efficientvlm.stages.retrieving import evaluate_pairs

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from efficientvlm import config as configs
 from efficientvlm.errors import MOST_QUOTED, BadInput, printable, shorten
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.stages import STAGES
 
 NEEDED = {"out": "o", "model": "m", "data": "d", "models": ["m"], "format": "onnx", "teacher": "t", "bench": "b"}
 
 
 def needed(stage: str) -> dict[str, Any]:
-    model = configs.STAGES[stage]
+    model = STAGES[stage]
     given = {name: NEEDED[name] for name, field in model.model_fields.items() if field.is_required()}
     return given | ({"models": {"a": "m"}} if stage == "report" else {})
 
@@ -34,12 +35,12 @@ def numbers() -> list[tuple[str, str]]:
                 names.append(prefix + name)
         return names
 
-    return [(stage, name) for stage, model in configs.STAGES.items() for name in inside(model, "")]
+    return [(stage, name) for stage, model in STAGES.items() for name in inside(model, "")]
 
 
 def refused(stage: str, values: dict[str, Any]) -> str:
     with pytest.raises(BadInput) as error:
-        configs.parse(configs.STAGES[stage], {**needed(stage), **values}, stage)
+        parse(STAGES[stage], {**needed(stage), **values}, stage)
     return error.value.why
 
 
@@ -63,9 +64,9 @@ def test_numbers_in_free_groups_are_finite_too() -> None:
     assert "levels deep" in refused("init", {"settings": {"a": nested}})
 
 
-@pytest.mark.parametrize("stage", configs.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_text_that_is_no_utf8_is_refused_in_every_setting(stage: str) -> None:
-    for name, field in configs.STAGES[stage].model_fields.items():
+    for name, field in STAGES[stage].model_fields.items():
         kind = str(field.annotation)
         if name == "columns" or "dict" in kind:
             assert "UTF-8" in refused(stage, {name: {"a": "b\udcff"}})

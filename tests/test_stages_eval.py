@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from efficientvlm import recipe
-from efficientvlm.config import Bench, Eval, Finetune, InitConfig, Report
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, vqa_batch
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
+from efficientvlm.settings.stages import Bench, Eval, Finetune, InitConfig, Report
 from efficientvlm.stages import bench, evaluate, finetune, init, predict, report, run
 from efficientvlm.stages.common import load
 

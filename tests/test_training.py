@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from efficientvlm import progress, training, waiting
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import Train
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
@@ -29,6 +28,7 @@ from efficientvlm.memory import enough_memory, out_of_memory
 from efficientvlm.meter import Meter
 from efficientvlm.progress import Bar
 from efficientvlm.request import compare
+from efficientvlm.settings.common import Train
 from efficientvlm.state import Spent, restore, save, tensors_of
 from efficientvlm.stopwatch import TEACHER
 

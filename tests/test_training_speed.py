@@ -12,7 +12,6 @@ from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from safetensors.torch import load_file
 from test_training import stop_at
 
-from efficientvlm.config import STAGES, DistillWeights, Quirks, RetrievalWeights, TaskWeights, parse
 from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.sources import open_pairs, open_vqa
 from efficientvlm.errors import BadInput, Interrupted
@@ -20,6 +19,9 @@ from efficientvlm.families.blocks import Sharing, attend, quick_gelu, take
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.objectives.task import VQA
+from efficientvlm.settings.base import parse
+from efficientvlm.settings.methods import DistillWeights, Quirks, RetrievalWeights, TaskWeights
+from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages.common import load
 
 TERMS = {"prune": TaskWeights, "finetune": TaskWeights, "distill": DistillWeights}

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_data_files import jsonl, pictures
 from test_data_forms import vqav2
 
-from efficientvlm.config import Finetune
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
+from efficientvlm.settings.stages import Finetune
 from efficientvlm.stages.tasks import answer_list
 from efficientvlm.tasks.vqa import evaluate, soft_accuracy
 from efficientvlm.tasks.vqa_answers import normalised

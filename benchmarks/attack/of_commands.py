@@ -81,7 +81,7 @@ def _settings() -> list[tuple[str, str]]:
     """Stage and dotted name of every setting."""
     from pydantic import BaseModel
 
-    from efficientvlm.config import STAGES
+    from efficientvlm.settings.stages import STAGES
 
     found = []
     for stage, model in STAGES.items():

@@ -14,7 +14,6 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from efficientvlm import manifest
-from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.base import Record, Sizes
 from efficientvlm.families.blocks import Cache, normalise
@@ -24,6 +23,7 @@ from efficientvlm.families.loading import read_json
 from efficientvlm.files import open_plain
 from efficientvlm.manifest import FileName
 from efficientvlm.memory import out_of_memory
+from efficientvlm.settings.base import Strict, parse
 
 ONNX = "onnx.json"
 CPU = torch.device("cpu")

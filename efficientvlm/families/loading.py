@@ -13,7 +13,6 @@ import torch
 from transformers.utils import logging as said
 
 from efficientvlm import manifest
-from efficientvlm.config import check_plain
 from efficientvlm.data import preprocessing
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
@@ -21,6 +20,7 @@ from efficientvlm.families.weights import require_finite
 from efficientvlm.memory import out_of_memory
 from efficientvlm.pointers import pointers, without_code
 from efficientvlm.progress import say
+from efficientvlm.settings.base import check_plain
 
 said.disable_progress_bar()  # progress is ours to show
 MOST_LABELS = 100_000  # transformers makes a table of as many names; no network here has a classification head

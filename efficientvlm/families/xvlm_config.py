@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, create_model
 from transformers import PreTrainedConfig
 
-from efficientvlm.config import Strict, parse
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.structure import Cuttable
+from efficientvlm.settings.base import Strict, parse
 
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.config import DistillWeights, Quirks, RetrievalWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, of_teacher, tower_maps
 from efficientvlm.objectives.pretraining import Negatives, Pretraining, even_texts
 from efficientvlm.objectives.teacher_cache import CachedFeatures
+from efficientvlm.settings.methods import DistillWeights, Quirks, RetrievalWeights
 from efficientvlm.stopwatch import TEACHER
 
 Weights = DistillWeights | RetrievalWeights

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.sparsity import Budget, Scope
-from efficientvlm.config import Quirks
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.settings.methods import Quirks
 
 
 class Gated(nn.Module):

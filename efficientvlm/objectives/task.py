@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm import ranks
-from efficientvlm.config import Quirks, TaskWeights
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
 from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
 from efficientvlm.objectives.mapping import TowerMap, of_teacher, tower_maps
 from efficientvlm.objectives.teacher_cache import CachedAnswers
+from efficientvlm.settings.methods import Quirks, TaskWeights
 from efficientvlm.stopwatch import TEACHER
 from efficientvlm.tasks.vqa import answer_loss
 

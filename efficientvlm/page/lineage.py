@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from efficientvlm.card import flatten, number, results, sizes
-from efficientvlm.config import STAGES
 from efficientvlm.manifest import Manifest
 from efficientvlm.page.markup import Child, Html, join, table, tag
 from efficientvlm.page.story import Chapter, Story, moment
+from efficientvlm.settings.stages import STAGES
 
 BOX, TALL, GUTTER, GAP, EDGE = 176, 50, 54, 30, 22
 NAME, ROOM = 19, 120  # letters of a name in a box, and of a setting in a table

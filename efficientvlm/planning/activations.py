@@ -15,7 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficientvlm import ranks
-from efficientvlm.config import TaskStage
 from efficientvlm.data.items import PairItem, Question, Region, VQAItem
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.families.footprint import Footprint, room
@@ -23,6 +22,7 @@ from efficientvlm.hardware import pick_device
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.planning.parts import Run
+from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages.common import Loaded, texts_of
 
 SAMPLE = 1000  # questions or texts that say how long texts are

@@ -16,7 +16,6 @@ from efficientvlm.checkpoint import check_place, fingerprint
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import Distill
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
@@ -25,6 +24,7 @@ from efficientvlm.planning.chain import Blocked, Chain, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
 from efficientvlm.recipe import Step
+from efficientvlm.settings.stages import Distill
 from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut
 from efficientvlm.stages.answering import Answerer, listed_answers
 from efficientvlm.stages.common import shapes, texts_of

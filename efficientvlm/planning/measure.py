@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.config import Prune, TaskStage
 from efficientvlm.data.draw import seed_of
 from efficientvlm.data.plan import plan_for
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.planning.parts import Run
+from efficientvlm.settings.stages import Prune
+from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages import pretrain, prune
 from efficientvlm.stages.common import Loaded, texts_of
 from efficientvlm.stages.cutting import scope_of

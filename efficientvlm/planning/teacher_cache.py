@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from efficientvlm.config import TaskStage
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.costs import FLOAT, main_memory, size
+from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages.common import Loaded, texts_of
 
 

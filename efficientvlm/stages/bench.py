@@ -13,13 +13,13 @@ import torch
 from efficientvlm import bench
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.compression.accounting import count_parameters
-from efficientvlm.config import Bench
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import Bar, say
+from efficientvlm.settings.stages import Bench
 from efficientvlm.stages.common import Loaded, check_precision, load, texts_of
 from efficientvlm.stages.evaluate import counts_first_token_twice
 from efficientvlm.stages.reading import of_read

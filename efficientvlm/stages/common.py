@@ -17,7 +17,6 @@ from efficientvlm import checkpoint, families, files, influence, ranks
 from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
-from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.preprocessing import Preprocessing
@@ -34,6 +33,7 @@ from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memor
 from efficientvlm.memory import enough_memory, out_of_memory, reason
 from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say, telling
+from efficientvlm.settings.base import Strict
 from efficientvlm.stages.image_settings import preprocessing_of, write_settings
 from efficientvlm.training import Spent
 

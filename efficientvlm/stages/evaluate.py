@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from efficientvlm.checkpoint import fingerprint
-from efficientvlm.config import Eval
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.sources import record
@@ -15,6 +14,7 @@ from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
+from efficientvlm.settings.stages import Eval
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, tuned_with
 from efficientvlm.stages.common import Loaded, check_precision, keep_length, load, say_notes, say_skipped

@@ -13,7 +13,6 @@ from typing import Any
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output, require_complete
-from efficientvlm.config import Export
 from efficientvlm.control import Control
 from efficientvlm.data.sources import record
 from efficientvlm.data.tokenizer import save_tokenizer
@@ -23,6 +22,7 @@ from efficientvlm.families.exported import ONNX, Description, Exported, Exported
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
+from efficientvlm.settings.stages import Export
 from efficientvlm.stages.answering import tuned_with
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, summary, write
 from efficientvlm.stages.image_settings import write_settings

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from efficientvlm.config import Finetune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.stages import Finetune
 from efficientvlm.stages.common import finished, making, open_output
 from efficientvlm.stages.tuning import Tuning
 from efficientvlm.training import adamw

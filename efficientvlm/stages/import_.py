@@ -6,7 +6,6 @@ from typing import Any
 
 from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import ImportConfig
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
@@ -14,6 +13,7 @@ from efficientvlm.families.xvlm_import import Report, read_published
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say
+from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import making, open_output, write
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import ImportConfig
 from efficientvlm.control import Control
 from efficientvlm.data.preprocessing import FILE, NAMES, unfollowed
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
@@ -19,6 +18,7 @@ from efficientvlm.files import MIB, is_hub_id, read_limited, resolve
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.progress import say
+from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages.common import making, open_output, shapes, write
 from efficientvlm.stages.image_settings import preprocessing_of
 

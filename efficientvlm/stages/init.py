@@ -9,13 +9,13 @@ import torch
 
 from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
-from efficientvlm.config import InitConfig
 from efficientvlm.control import Control
 from efficientvlm.data.sources import open_texts, texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.stages import InitConfig
 from efficientvlm.stages.common import making, open_output, write
 
 TOWERS_MAKE = "xvlm"

@@ -8,10 +8,10 @@ import torch
 
 from efficientvlm import bench
 from efficientvlm.card import number
-from efficientvlm.config import Bench, Export
 from efficientvlm.control import Control
 from efficientvlm.metrics import TITLES
 from efficientvlm.progress import Bar
+from efficientvlm.settings.stages import Bench, Export
 from efficientvlm.stages.answering import Answerer, evaluate_on
 from efficientvlm.stages.bench import forward, ranking
 from efficientvlm.stages.common import Loaded

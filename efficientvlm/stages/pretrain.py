@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from efficientvlm import ranks
-from efficientvlm.config import Distill, Pretrain
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts, pair_batch, region_batch
 from efficientvlm.data.draw import generator
@@ -21,6 +20,7 @@ from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.progress import counted, say, telling
+from efficientvlm.settings.stages import Distill, Pretrain
 from efficientvlm.stages.common import (
     Loaded,
     augmentation,

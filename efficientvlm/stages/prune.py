@@ -13,12 +13,12 @@ from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.progress import telling
+from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import recut, untrained
 from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of

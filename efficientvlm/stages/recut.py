@@ -14,13 +14,13 @@ from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.influence import observed

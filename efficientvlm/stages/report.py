@@ -9,7 +9,6 @@ from typing import Any
 
 from efficientvlm import manifest, report
 from efficientvlm.checkpoint import fingerprint, require_complete
-from efficientvlm.config import Report
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.files import check_writable, expanded, resolve, result_path, shown, unwritable, write_atomic
@@ -18,6 +17,7 @@ from efficientvlm.page.story import Measurement, Story, unique
 from efficientvlm.picture import structure_figure
 from efficientvlm.progress import say
 from efficientvlm.scratch import sweep
+from efficientvlm.settings.stages import Report
 from efficientvlm.stages import page as pages
 from efficientvlm.stages.results import read_result
 

@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import Any
 
 from efficientvlm import ranks
-from efficientvlm.config import Strict
 from efficientvlm.control import Control
 from efficientvlm.files import expanded
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.memory import uncollected
 from efficientvlm.progress import say
 from efficientvlm.recipe import Step
+from efficientvlm.settings.base import Strict
 
 MODULES = {"import": "import_", "eval": "evaluate"}
 TRAIN = ("pretrain", "distill", "prune", "finetune")

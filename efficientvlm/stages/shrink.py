@@ -6,9 +6,9 @@ from typing import Any
 
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.layers import resolve_layers, shrink_model
-from efficientvlm.config import Shrink
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.stages import Shrink
 from efficientvlm.stages.common import load, making, open_output, write
 
 

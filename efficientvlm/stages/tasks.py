@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import nn
 
 from efficientvlm import ranks
-from efficientvlm.config import TaskStage
 from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.plan import Plan
 from efficientvlm.data.preprocessing import Preprocessing
@@ -16,6 +15,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.objectives.efficientvlm_kd import Distillation
 from efficientvlm.objectives.pretraining import Pretraining
 from efficientvlm.objectives.task import VQA
+from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
 from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, open_task

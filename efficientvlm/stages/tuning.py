@@ -12,13 +12,13 @@ from torch import nn
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
-from efficientvlm.config import TaskStage
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say, telling
+from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,

@@ -7,9 +7,9 @@ from typing import Any
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.config import Prune
 from efficientvlm.control import Control
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import load, making, open_output, write
 from efficientvlm.stages.cutting import cut_report, say_cut, scope_of
 from efficientvlm.stages.influence import of_anything, tell

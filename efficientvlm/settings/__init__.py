@@ -1,0 +1,1 @@
+"""Closed settings of every stage; nothing here imports torch or transformers."""

@@ -1,0 +1,63 @@
+"""Settings that many stages have: where the result goes, where samples come from, how long and how fast is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from efficientvlm.settings.base import Aside, Count, DataName, Device, Precision, Seed, Strict
+
+
+class Train(Strict):
+    """How long and how fast; one set of names for every training stage."""
+
+    epochs: float = Field(1.0, gt=0, le=1_000_000, description="passes over the images")
+    max_steps: Count | None = Field(None, ge=1, description="length of the schedule in steps, instead of epochs")
+    batch_size: Count = Field(64, ge=1, description="images a step, over all processes")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")
+    warmup: float = Field(0.1, ge=0, le=1, description="fraction of all steps")
+    weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
+    new_lr_mult: float = Field(2.0, gt=0, description="learning-rate factor of newly initialised tensors")
+    clip: float | None = Field(1.0, gt=0, description="global gradient norm")
+    parallel: Annotated[Literal["ddp", "fsdp"], Aside(same_bits=False)] = Field(
+        "ddp", description="over several processes: a copy of everything in each, or spread over them"
+    )
+    augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
+    mirror: bool | None = Field(
+        None,
+        description="augmentation mirrors half of the images, less those whose texts hold left, right, leftmost, rightmost, leftward(s), "
+        "rightward(s) or (counter, anti)clockwise; by default of the built-in data alone",
+    )
+    log_every: Annotated[Count, Aside()] = Field(20, ge=1, description="steps a metrics line")
+    save_every: Annotated[Count, Aside()] = Field(200, ge=1, description="steps a resumable state")
+    eval_limit: Annotated[Count | None, Aside()] = Field(
+        None, ge=0, description="validation images read at the end, drawn at random; all by default, 0: none"
+    )
+    eval_batch_size: Annotated[Count | None, Aside()] = Field(
+        None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"
+    )
+
+
+class Data(Strict):
+    """Where samples come from."""
+
+    data: DataName = Field(
+        description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
+    val: Annotated[DataName | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random; of a stream the first rows")
+    max_bad: Annotated[Count | None, Aside()] = Field(
+        None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100"
+    )
+    shuffle_buffer: Count = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
+
+
+class Stage(Strict):
+    out: str
+    seed: Seed = 0
+    device: Device = "auto"
+    precision: Precision = "fp32"
