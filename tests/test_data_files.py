@@ -107,6 +107,9 @@ def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     source = open_pairs(str(tmp_path / "p.parquet"), "test", columns={"image": "pic", "caption": "says"})
     assert [source[i].captions for i in range(2)] == [["red"], ["blue"]] and source[0].image.shape == (10, 20, 3)
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(BadInput, match=r"empty\.parquet: it has no rows"):
+        open_pairs(str(tmp_path / "empty.parquet"), "test")
 
 
 @pytest.mark.parametrize(

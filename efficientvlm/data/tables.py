@@ -145,9 +145,12 @@ class ParquetTable(SavedTable):
         self.paths, self.path, self.base = paths, paths[0] if len(paths) == 1 else paths[0].parent, paths[0].parent
         shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
         try:
+            rows = 0
             for path in paths:
                 with open_plain(path) as file:
-                    pyarrow.parquet.read_metadata(file)  # before a file that is none is hashed
+                    rows += pyarrow.parquet.read_metadata(file).num_rows  # before a file that is none is hashed
+            if not rows:
+                raise BadInput(f"data {self.path}", "it has no rows", "check the files")
             cache = Path(datasets.config.HF_DATASETS_CACHE) / "efficientvlm" / self.digest[:32]
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of damage it would write a line of its own
