@@ -115,24 +115,10 @@ def prune(
 
     With --from-gates, --model, --task and --data default to those of that run. With --task none nothing is learnt and no data is needed.
     """
-    values = locals()
-    if not (data or from_gates or task == "none" or any(text.startswith(("data=", "task=")) for text in assignments or [])):
-        raise typer.BadParameter("it is needed and was not given", param_hint="--data")
-    if from_gates:
-        from efficientvlm.checkpoint import require_complete
-        from efficientvlm.errors import BadInput
-        from efficientvlm.files import resolve
-
-        earlier = require_complete(from_gates).config
-        if model and resolve(model).resolve() != resolve(from_gates).resolve():
-            raise BadInput("--model and --from-gates differ", "a re-cut starts from the run the gates are of", "leave --model out")
-        values["model"] = from_gates
-        values["task"] = task or earlier.get("task")
-        values["data"] = data or earlier.get("data")
-        if not data:
-            values |= {
-                name: earlier[name] for name in ("columns", "val", "val_fraction", "limit") if earlier.get(name) and not values.get(name)
-            }
+    values, assigned = locals(), [text.partition("=")[0] for text in assignments or []]
+    for name, needless in (("model", from_gates), ("data", from_gates or task == "none" or "task" in assigned)):
+        if not (values[name] or needless or {name, "from_gates"} & set(assigned)):
+            raise typer.BadParameter("it is needed and was not given", param_hint=f"--{name}")
     stage("prune", values)
 
 

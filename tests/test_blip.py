@@ -506,7 +506,7 @@ def test_a_chain_of_stages(blip):
 
 
 def test_gates_are_cut_again_and_magnitude_prunes_without_any(blip, tmp_path):
-    again = {"from_gates": str(blip / "pruned"), "model": str(blip / "student"), "data": SHAPES, "eval_limit": 2}
+    again = {"from_gates": str(blip / "pruned"), "data": SHAPES, "eval_limit": 2}
     run_stage("prune", out=str(tmp_path / "recut"), sparsity=0.6, **again)
     taught = {"model": str(blip / "student"), "data": SHAPES, "sparsity": 0.5, "method": "magnitude", **TRAIN, "max_steps": 2}
     run_stage("prune", out=str(tmp_path / "magnitude"), **taught)

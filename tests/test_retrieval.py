@@ -239,7 +239,7 @@ def test_a_recut_takes_task_and_data_of_its_run(pairs: Path, tmp_path: Path, mon
     assert manifest.config["task"] == "retrieval" and manifest.metrics["val"]["images"] == 3
     assert manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.01)
     with pytest.raises(BadInput, match="is not of task vqa"):
-        run_stage("prune", out=str(tmp_path / "no"), model="", from_gates=str(pairs / "pruned"), data=SHAPES, sparsity=0.6)
+        run_stage("prune", out=str(tmp_path / "no"), task="vqa", from_gates=str(pairs / "pruned"), data=SHAPES, sparsity=0.6)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])
@@ -389,14 +389,7 @@ def test_a_plan_knows_the_sizes(chain: Path, pairs: Path, tmp_path: Path) -> Non
         Step(
             "more",
             "prune",
-            STAGES["prune"](
-                out=str(tmp_path / "m"),
-                model=str(tmp_path / "p"),
-                from_gates=str(tmp_path / "p"),
-                task="retrieval",
-                data=SHAPES,
-                sparsity=0.6,
-            ),
+            STAGES["prune"](out=str(tmp_path / "m"), from_gates=str(tmp_path / "p"), sparsity=0.6),
         ),
         Step(
             "eval", "eval", STAGES["eval"](model=str(tmp_path / "p"), task="retrieval", data=SHAPES, rerank=3, out=str(tmp_path / "e.json"))

@@ -230,9 +230,10 @@ def uniform_cut(scope: Any) -> torch.Tensor:
 
 
 def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
-    config: Any = step.config
-    pruned = chain.open(config.from_gates, step.name)
+    pruned = chain.open(step.config.from_gates, step.name)  # type: ignore[attr-defined]
     found.before = summary(chain, pruned)
+    config: Any = recut.settled(step.config, pruned.manifest)  # type: ignore[arg-type]
+    step = step._replace(config=config)
     recut.check_task(config, pruned)
     inputs = {"model": config.from_gates}
     task = TASKS[config.task]

@@ -88,8 +88,17 @@ class Finetune(TaskStage):
     pass
 
 
-class Prune(TaskStage):
-    data: DataName = Field("", description="as elsewhere; needed unless task is none")
+class Recut(Strict):
+    """What decides, before all else, what a pruning run reads."""
+
+    from_gates: str | None = Field(
+        None, description="re-cut this prune output without training; model, task and data are by default its own"
+    )
+
+
+class Prune(TaskStage, Recut):
+    model: str = Field("", description="as elsewhere; not needed with from_gates")
+    data: DataName = Field("", description="as elsewhere; not needed with from_gates, or where task is none")
     task: Literal["vqa", "retrieval", "none"] = Field(  # type: ignore[assignment]
         "vqa", description="none: cut by the weights alone, without training"
     )
@@ -105,14 +114,22 @@ class Prune(TaskStage):
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
-    from_gates: str | None = Field(None, description="re-cut this prune output without training")
     keep_dense: bool = True
     calibration_batches: Count = Field(8, ge=1, description="batches of the Taylor criterion")
+
+    @field_validator("model")
+    @classmethod
+    def _cut_from_something(cls, model: str, info: ValidationInfo) -> str:
+        if not (model or info.data.get("from_gates")):
+            raise ValueError("field required")
+        return model
 
     @field_validator("task")
     @classmethod
     def _trained_on_something(cls, task: str, info: ValidationInfo) -> str:
-        if task != "none" and info.data.get("data") == "":
+        if task == "none" and info.data.get("from_gates"):
+            raise ValueError("gates were learnt on a task; leave task out")
+        if task != "none" and info.data.get("data") == "" and not info.data.get("from_gates"):
             raise ValueError(f"{task} is learnt from data, which was not given")
         if task == "none" and info.data.get("teacher"):
             raise ValueError("nothing is trained, so that a teacher has no use")
@@ -123,16 +140,9 @@ class Prune(TaskStage):
     def _scored_without_data(cls, method: str, info: ValidationInfo) -> str:
         if info.data.get("task") == "none" and method not in ("magnitude", "random"):
             raise ValueError(f"{method} needs a task; without one use magnitude or random")
-        return method
-
-    @field_validator("from_gates")
-    @classmethod
-    def _learnt_on_a_task(cls, from_gates: str | None, info: ValidationInfo) -> str | None:
-        if from_gates and info.data.get("task") == "none":
-            raise ValueError("gates were learnt on a task; leave task out")
-        if from_gates and info.data.get("method", "l0") != "l0":
+        if method != "l0" and info.data.get("from_gates"):
             raise ValueError("the gates that were learnt choose; leave method out")
-        return from_gates
+        return method
 
 
 class Shrink(Stage):

@@ -20,6 +20,7 @@ from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
+from efficientvlm.settings.base import parse
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
@@ -37,8 +38,10 @@ def run(config: Prune, control: Control) -> Manifest:
         TargetMissed: the sparsity cannot be reached.
     """
     assert config.from_gates
-    pruned, task = load(config.from_gates), TASKS[config.task]
+    pruned = load(config.from_gates)
     tensors = read_tensors(pruned, GATES)
+    config = settled(config, pruned.manifest)
+    task = TASKS[config.task]
     check_task(config, pruned)
     dense = (pruned.path / DENSE).is_file()
     if dense:
@@ -71,11 +74,28 @@ def run(config: Prune, control: Control) -> Manifest:
         )
 
 
+def settled(config: Prune, earlier: Manifest) -> Prune:
+    """`config` with what it leaves out of model, task and data taken from the run that is cut again, whose manifest is `earlier`.
+
+    Raises:
+        BadInput: it names another model, or its settings do not belong to that task.
+    """
+    start = str(config.from_gates)
+    if config.model not in ("", start) and resolve(config.model).resolve() != resolve(start).resolve():
+        raise BadInput("model and from_gates differ", "a re-cut starts from the run the gates are of", "leave the model out")
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    inherited = ("task",) if config.data else ("task", "data", "columns", "val", "val_fraction", "limit")
+    known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
+    return parse(Prune, {**given, **known, "model": start}, f"the re-cut of {start}")
+
+
 def check_task(config: Prune, pruned: Loaded) -> None:
-    """:class:`BadInput` for gates that were learnt on another task than `config` measures."""
+    """:class:`BadInput` for gates that were learnt on another task than `config` measures, or where no data are known to measure on."""
     if config.task not in pruned.tasks:
         does = " and ".join(sorted(pruned.tasks - {"pretraining"})) or "no task"
         raise BadInput(f"{pruned.path} is not of task {config.task}", f"it was pruned for {does}", "give --task as that run did")
+    if not config.data:
+        raise BadInput(f"no data to measure the re-cut of {pruned.path} on", "the run it is cut from names none", "give --data")
 
 
 def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: bool) -> tuple[Scope, Tensor]:
