@@ -49,10 +49,10 @@ def taps(*names: str) -> Settings:
 
 # The names of term weights, as they are and as they were called before.
 TERMS = taps(
-    "text_hidden", "text_attention", "vision_hidden", "vision_attention", "fusion_hidden", "fusion_attention", "fusion_cross_attention"
+    *(f"{tower}_{kind}" for tower in ("text", "vision", "fusion") for kind in ("hidden", "self_attention")), "fusion_cross_attention"
 )
-OLD_TERMS = taps("text_hidden", "text_attention", "image_hidden", "image_attention", "fusion_hidden", "fusion_attention", "cross_attention")
-DECODER = taps("decoder_hidden", "decoder_attention", "decoder_cross_attention")
+OLD_TERMS = taps(*(f"{tower}_{kind}" for tower in ("text", "image", "fusion") for kind in ("hidden", "attention")), "cross_attention")
+DECODER, OLD_DECODER = (taps("decoder_hidden", f"decoder_{kind}", "decoder_cross_attention") for kind in ("self_attention", "attention"))
 QUIRKS = ("independent_negatives", "unmasked_padding", "skip_last_hidden")
 TASK_QUIRKS = (
     *QUIRKS[1:],
@@ -65,9 +65,9 @@ TASK_QUIRKS = (
 )
 
 
-def both(settings: Settings, group: str, new: Settings, old: Settings, old_group: str | None = None) -> list[Settings]:
-    """`settings` with a group of term weights, in the names of today, or else in the older ones."""
-    return [{**settings, group: new}, {**settings, old_group or group: old}]
+def both(settings: Settings, new: Settings, old: Settings, *groups: str) -> list[Settings]:
+    """`settings` with term weights, in the names of today, or else in older ones."""
+    return [{**settings, group: weights} for weights in (new, old) for group in ("weights", *groups)]
 
 
 def xvlm() -> Iterator[tuple[str, str, list[Settings]]]:
@@ -79,10 +79,10 @@ def xvlm() -> Iterator[tuple[str, str, list[Settings]]]:
     logits = taps("itm_logits", "mlm_logits", "itc_logits")
     everything = {**TRAIN, "model": "@student", "teacher": "@pretrained", "region_probability": 1.0, "temperature": 2.0}
     everything |= {"scale_by_temperature": True, "quirks": dict.fromkeys(QUIRKS, True)}
-    yield "distilled-all", "distill", both(everything, "weights", {**logits, **TERMS}, {**logits, **OLD_TERMS})
+    yield "distilled-all", "distill", both(everything, {**logits, **TERMS}, {**logits, **OLD_TERMS})
     cached = {**TRAIN, "model": "@student", "teacher": "@pretrained", "region_probability": 0, "augment": "none", "cache_teacher": True}
     contrast = only({**logits, **TERMS}, "itc_logits"), only({**logits, **OLD_TERMS}, "itc_logits")
-    yield "distilled-cached", "distill", both(cached, "weights", *contrast)
+    yield "distilled-cached", "distill", both(cached, *contrast)
     for task in ("vqa", "retrieval"):
         teacher = f"{task}-teacher"
         taught = {**TRAIN, "task": task, "teacher": f"@{teacher}"}
@@ -94,12 +94,12 @@ def xvlm() -> Iterator[tuple[str, str, list[Settings]]]:
     taught = {**TRAIN, "task": "vqa", "teacher": "@vqa-teacher", "model": "@distilled"}
     yield "vqa-quirks", "prune", [{**taught, "sparsity": 0.4, "quirks": dict.fromkeys(TASK_QUIRKS, True)}]
     yield "vqa-taylor", "prune", [{**taught, "sparsity": 0.4, "method": "taylor", "calibration_batches": 2}]
-    kept = only({"logits": 1, **TERMS, **DECODER}, "logits"), only({"logits": 1, **OLD_TERMS, **DECODER}, "logits")
-    yield "vqa-cached", "finetune", both({**taught, "augment": "none", "cache_teacher": True}, "weights", *kept)
+    kept = only({"logits": 1, **TERMS, **DECODER}, "logits"), only({"logits": 1, **OLD_TERMS, **OLD_DECODER}, "logits")
+    yield "vqa-cached", "finetune", both({**taught, "augment": "none", "cache_teacher": True}, *kept)
     pairs = {**TRAIN, "task": "retrieval", "teacher": "@retrieval-teacher", "model": "@distilled"}
     matched = {name: value for name, value in logits.items() if name != "mlm_logits"}
     all_terms = {**matched, **TERMS}, {**matched, **OLD_TERMS}
-    yield "retrieval-quirks", "finetune", both({**pairs, "quirks": dict.fromkeys(QUIRKS, True)}, "weights", *all_terms, "retrieval_weights")
+    yield "retrieval-quirks", "finetune", both({**pairs, "quirks": dict.fromkeys(QUIRKS, True)}, *all_terms, "retrieval_weights")
 
 
 def blip() -> Iterator[tuple[str, str, list[Settings]]]:

@@ -41,9 +41,9 @@ TIMED: dict[str, Any] = {"batch_sizes": [1, 8], "rounds": 40, "text_length": 12}
 QUIRKS = dict.fromkeys(Quirks.model_fields, True)
 
 LOGITS = ("logits", "itm_logits", "mlm_logits")
-HIDDEN = ("text_hidden", "image_hidden", "fusion_hidden", "decoder_hidden")
-SELF = ("text_attention", "image_attention", "fusion_attention", "decoder_attention")
-CROSS = ("cross_attention", "decoder_cross_attention")
+HIDDEN = ("text_hidden", "vision_hidden", "fusion_hidden", "decoder_hidden")
+SELF = ("text_self_attention", "vision_self_attention", "fusion_self_attention", "decoder_self_attention")
+CROSS = ("fusion_cross_attention", "decoder_cross_attention")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def settings_of(stage: str, root: Path) -> dict[str, Any]:
     student, init, teacher = (str(root / name) for name in ("student", "init", "teacher"))
     return {
         "pretrain": {"model": init, "region_probability": 1.0},
-        "distill": {"model": student, "teacher": init, "weights": {"cross_attention": 1.0, "itc_logits": 1.0}},
+        "distill": {"model": student, "teacher": init, "weights": {"fusion_cross_attention": 1.0, "itc_logits": 1.0}},
         "prune": {"model": student, "teacher": teacher, "sparsity": 0.4},
         "finetune": {"model": student, "teacher": teacher},
     }[stage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.base import Record
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
-from efficientvlm.objectives import efficientvlm_kd, task
-from efficientvlm.objectives.distances import attention_mse, hidden_mse, logit_kl
-from efficientvlm.objectives.mapping import tower_maps
-from efficientvlm.objectives.pretraining import Pretraining, box_losses, draw_negatives, giou, itc_loss, negative_weights, positives
-from efficientvlm.settings.methods import DistillWeights, Quirks, TaskWeights
+from efficientvlm.objectives.distillation import Distilled
+from efficientvlm.objectives.efficientvlm import distilled, released
+from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.losses import box_losses, draw_negatives, giou, itc_loss, negative_weights, positives
+from efficientvlm.objectives.teachers import LiveTeacher
+from efficientvlm.objectives.terms import attention_mse, compared, hidden_mse, logit_kl, tower_maps
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.settings.methods import PASSES, DistillWeights, Quirks, RetrievalWeights, TaskWeights
 
 FAMILY = XVLM()
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -86,8 +91,23 @@ def pairs(regions: bool = False, length: int = 6) -> dict[str, Any]:
 
 
 def distillation(student: Any, teacher: Any, losses: Any = LOSSES, kd: float = 0.4, **options: Any) -> Any:
-    options = {"weights": DistillWeights(itc_logits=1, cross_attention=1), "quirks": NO_QUIRKS, "temperature": 1.0, **options}
-    return efficientvlm_kd.Distillation(Pretraining(FAMILY, student, losses=losses, seed=0), teacher, kd=kd, **options)
+    options = {"weights": DistillWeights(itc_logits=1, fusion_cross_attention=1), **options}
+    return distilled(XvlmPretraining(FAMILY, student, losses=losses, seed=0), teacher, method(kd=kd, **options))
+
+
+def method(**changes: Any) -> Any:
+    """Settings of distillation."""
+    usual = {"quirks": NO_QUIRKS, "temperature": 1.0, "scale_by_temperature": False, "cache_teacher": False}
+    return SimpleNamespace(**{**usual, **changes})
+
+
+def distances(objective: Distilled, of: dict[str, Any], networks: Any, quirks: Quirks = NO_QUIRKS) -> dict[str, torch.Tensor]:
+    """Every term of a student and a teacher that the two records allow, by tap."""
+    taps, (student, teacher) = objective.want, networks
+    ours = objective.hard.passes(student, of, 0, taps)
+    theirs = objective.hard.passes(teacher, of, 0, taps, ours.drawn).record
+    terms = released(objective.terms, quirks)
+    return {term.tap: compared(term, ours.record, theirs, objective.maps) for term in terms if term.tap in ours.record}
 
 
 # distances
@@ -200,11 +220,11 @@ def test_contrastive_loss():
     columns = [list(column) for column in zip(*logits, strict=True)]
     rows = (nll(logits[0], 0) + nll(logits[1], 1)) / 2
     expected = (rows + (nll(columns[0], 0) + nll(columns[1], 1)) / 2) / 2
-    temperature = torch.tensor(0.5)
-    assert itc_loss(image, text, temperature).item() == pytest.approx(expected, rel=1e-5)
-    assert itc_loss(image, text, temperature, torch.eye(2, dtype=torch.bool)).item() == pytest.approx(expected, rel=1e-5)
+    similar = image @ text.T / 0.5
+    assert itc_loss(similar).item() == pytest.approx(expected, rel=1e-5)
+    assert itc_loss(similar, torch.eye(2, dtype=torch.bool)).item() == pytest.approx(expected, rel=1e-5)
     spread = sum(nll(line, target) for line in (*logits, *columns) for target in (0, 1)) / 8
-    assert itc_loss(image, text, temperature, torch.ones(2, 2, dtype=torch.bool)).item() == pytest.approx(spread, rel=1e-5)
+    assert itc_loss(similar, torch.ones(2, 2, dtype=torch.bool)).item() == pytest.approx(spread, rel=1e-5)
 
 
 def test_what_belongs_together():
@@ -284,12 +304,12 @@ def test_box_losses_leave_whole_images_out():
 
 def test_losses_of_a_step():
     model = build()
-    objective = Pretraining(FAMILY, model, losses=LOSSES, seed=0)
+    objective = XvlmPretraining(FAMILY, model, losses=LOSSES, seed=0)
     losses = objective(pairs(), 5)
     assert set(losses) == {"loss", "itc", "itm", "mlm"}
     torch.testing.assert_close(losses["loss"], losses["itc"] + losses["itm"] + losses["mlm"])
     assert set(objective(pairs(regions=True), 5)) == {"loss", *LOSSES, "giou"}
-    only = Pretraining(FAMILY, model, losses=("mlm",), seed=0)(pairs(), 5)
+    only = XvlmPretraining(FAMILY, model, losses=("mlm",), seed=0)(pairs(), 5)
     assert set(only) == {"loss", "mlm"} and only["mlm"].item() == pytest.approx(losses["mlm"].item(), rel=1e-5)
     torch.testing.assert_close(objective(pairs(), 5)["loss"], losses["loss"], rtol=0, atol=0)
 
@@ -297,7 +317,7 @@ def test_losses_of_a_step():
 def test_mlm_and_itm_against_separate_passes():
     """The one fusion batch gives what each pass by itself gives."""
     model, batch = build(), pairs()
-    losses, record, negatives = Pretraining(FAMILY, model, losses=LOSSES, seed=0).passes(model, batch, 0)
+    losses, record, negatives = XvlmPretraining(FAMILY, model, losses=LOSSES, seed=0).passes(model, batch, 0)
     with torch.no_grad():
         images = model.encode_image(batch["pixels"]).states
         masked = model.encode_text(batch["masked_ids"], batch["text_mask"]).states
@@ -322,7 +342,7 @@ def test_mlm_and_itm_against_separate_passes():
 
 def test_a_single_pair_has_no_negatives():
     batch = {name: value[:1] for name, value in pairs().items()}
-    losses = Pretraining(FAMILY, build(), losses=LOSSES, seed=0)(batch, 0)
+    losses = XvlmPretraining(FAMILY, build(), losses=LOSSES, seed=0)(batch, 0)
     assert set(losses) == {"loss", "itc", "mlm"} and losses["itc"].item() == 0
     assert set(distillation(student_of([1, 3]), build())(batch, 0)) == {"loss", "itc", "mlm", "kd"}
 
@@ -332,7 +352,7 @@ def test_the_temperature_is_clamped():
     for start, end in ((0.9, 0.5), (1e-5, 0.001), (0.07, 0.07)):
         with torch.no_grad():
             model.temp.fill_(start)
-        Pretraining(FAMILY, model, losses=("itc",), seed=0)(pairs(), 0)
+        XvlmPretraining(FAMILY, model, losses=("itc",), seed=0)(pairs(), 0)
         assert model.temp.item() == pytest.approx(end)
 
 
@@ -375,34 +395,30 @@ def test_padding_changes_nothing(regions):
     objective = distillation(student, teacher)
 
     def terms(of: dict[str, Any], quirks: Quirks) -> dict[str, torch.Tensor]:
-        taps = objective.want
-        _, ours, negatives = objective.hard.passes(student, of, 0, taps)
-        _, theirs, _ = objective.hard.passes(teacher, of, 0, taps, negatives)
-        return efficientvlm_kd.kd_terms(ours, theirs, objective.maps, of, quirks)
+        return distances(objective, of, (student, teacher), quirks)
 
     with torch.no_grad():
         short, padded = terms(batch, NO_QUIRKS), terms(longer, NO_QUIRKS)
-        runs = [f"{run}_{kind}" for run in ("itm_positive", "itm_negative", "mlm") for kind in ("hidden", "attention", "cross")]
-        names = {"image_hidden", "image_attention", "text_hidden", "text_attention", "itm_logits", "mlm_logits", "itc_logits", *runs}
+        names = {term.tap for term in XvlmPretraining.terms}
         assert set(short) == set(padded) == names
         for name in names:
             torch.testing.assert_close(padded[name], short[name], rtol=1e-4, atol=1e-6)
         quirky = terms(longer, Quirks(unmasked_padding=True))
         moved = {name for name in names if not torch.allclose(quirky[name], padded[name], rtol=1e-3)}
-        assert moved == {name for name in names if not name.startswith(("image", "itm_logits", "itc"))}
+        assert moved == {name for name in names if not name.startswith(("vision", "itm_logits", "itc"))}
 
 
 def test_teacher_and_student_see_the_same_negatives_unless_the_quirk_is_on(monkeypatch):
     student, teacher = student_of([1, 3]), build()
     seen: list[Any] = []
-    original = Pretraining.passes
+    original = XvlmPretraining.passes
 
     def spy(self, model, *arguments, **options):
         result = original(self, model, *arguments, **options)
         seen.append((model is teacher, result[2], result[1]["itm_logits"]))
         return result
 
-    monkeypatch.setattr(Pretraining, "passes", spy)
+    monkeypatch.setattr(XvlmPretraining, "passes", spy)
     different = 0
     for quirk in (False, True):
         objective = distillation(student, teacher, quirks=Quirks(independent_negatives=quirk))
@@ -419,7 +435,7 @@ def test_teacher_and_student_see_the_same_negatives_unless_the_quirk_is_on(monke
 
 def test_the_last_image_state_is_distilled_unless_the_quirk_is_on():
     student, teacher = student_of([1, 3]), build()
-    only = DistillWeights(**{name: 0 for name in DistillWeights.model_fields} | {"image_hidden": 1})
+    only = DistillWeights(**{name: 0 for name in DistillWeights.model_fields} | {"vision_hidden": 1})
     with_last, without = (
         distillation(student, teacher, kd=1.0, weights=only, quirks=Quirks(skip_last_hidden=quirk))(pairs(), 0)["kd"]
         for quirk in (False, True)
@@ -459,17 +475,15 @@ def test_a_tower_without_layers_has_no_terms(tower):
             losses = objective(batch, 0)
             losses["loss"].backward()
             assert losses["kd"].isfinite() and losses["kd"] > 0
-        ours, theirs = (objective.hard.passes(net, pairs(), 0, objective.want)[1] for net in (one, other))
-        terms = efficientvlm_kd.kd_terms(ours, theirs, objective.maps, pairs(), NO_QUIRKS)
-        lost = {"vision": "image", "text": "text", "fusion": "itm_positive"}[tower]
-        assert f"{lost}_hidden" not in terms and f"{lost}_attention" not in terms and "mlm_logits" in terms
+        terms = distances(objective, pairs(), (one, other))
+        assert not any(tap.startswith(tower) for tap in terms) and "mlm_logits" in terms
 
 
 def test_gradients_reach_the_student_only():
     student, teacher = student_of([1, 3]), build()
     objective = distillation(student, teacher).train()
     assert student.training and not teacher.training
-    assert not any(name.startswith("_teacher") for name, _ in objective.named_parameters())
+    assert not any("teacher" in name for name, _ in objective.named_parameters())
     objective(pairs(regions=True), 0)["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     missing = {name for name, parameter in student.named_parameters() if parameter.grad is None}
@@ -484,10 +498,10 @@ def test_weights_count_and_switch_off():
     parts = []
     for name in DistillWeights.model_fields:
         weights = DistillWeights(**zero | {name: 2.0})
-        parts.append(distillation(student, teacher, kd=1.0, weights=weights)(batch, 0)["kd"] * (0.1 if name == "image_hidden" else 1) / 2)
+        parts.append(distillation(student, teacher, kd=1.0, weights=weights)(batch, 0)["kd"] * (0.1 if name == "vision_hidden" else 1) / 2)
         assert parts[-1] > 0, name
     torch.testing.assert_close(torch.stack(parts).sum(), everything, **CLOSE)
-    assert efficientvlm_kd.wanted(DistillWeights(**zero)) == frozenset()
+    assert distillation(student, teacher, weights=DistillWeights(**zero)).want == frozenset()
 
 
 def test_temperature_of_the_logit_terms():
@@ -497,7 +511,7 @@ def test_temperature_of_the_logit_terms():
     def kd(**options: Any) -> float:
         return distillation(student, teacher, kd=1.0, weights=weights, **options)(pairs(), 0)["kd"].item()
 
-    assert kd(temperature=3.0, scale=True) == pytest.approx(9 * kd(temperature=3.0), rel=1e-4)
+    assert kd(temperature=3.0, scale_by_temperature=True) == pytest.approx(9 * kd(temperature=3.0), rel=1e-4)
     assert kd(temperature=3.0) < kd(temperature=1.0)
 
 
@@ -523,13 +537,14 @@ def answerer(**changes: Any) -> Any:
 
 
 def vqa(student: Any, teacher: Any, quirks: Quirks = NO_QUIRKS, kd: float = 0.4, weights: TaskWeights | None = None) -> Any:
-    return task.VQA(FAMILY, student, teacher, kd=kd, weights=weights or TaskWeights(), quirks=quirks, temperature=1.0)
+    hard = Generation(FAMILY, student)
+    return distilled(hard, teacher, method(kd=kd, weights=weights or TaskWeights(), quirks=quirks)) if teacher else hard
 
 
 def test_the_task_loss_alone_and_with_a_teacher():
     student, teacher = answerer(seed=4, vision_layers=2, decoder_layers=1), answerer()
     alone = vqa(student, None)(vqa_batch(), 0)
-    assert set(alone) == {"loss", "task"} and alone["loss"] is alone["task"]
+    assert set(alone) == {"loss", "task"} and alone["loss"] == alone["task"]
     losses = vqa(student, teacher)(vqa_batch(), 0)
     torch.testing.assert_close(losses["loss"], 0.6 * losses["task"] + 0.4 * losses["kd"], **CLOSE)
     torch.testing.assert_close(losses["task"], alone["task"], **CLOSE)
@@ -562,7 +577,54 @@ def test_task_padding_and_quirks():
     torch.testing.assert_close(padded["task"], short["task"], **CLOSE)
     quirky = vqa(student, teacher, Quirks(unmasked_padding=True))
     assert not torch.allclose(quirky(longer, 0)["kd"], quirky(batch, 0)["kd"], rtol=1e-3)
-    zero = TaskWeights(**dict.fromkeys(TaskWeights.model_fields, 0.0) | {"image_hidden": 1.0})
+    zero = TaskWeights(**dict.fromkeys(TaskWeights.model_fields, 0.0) | {"vision_hidden": 1.0})
     hidden = [FAMILY.forward(net, batch, {"vision.hidden"})["vision.hidden"] for net in (student, teacher)]
     dropped = [vqa(student, teacher, Quirks(skip_last_hidden=quirk), 1.0, zero)(batch, 0)["kd"] for quirk in (False, True)]
     torch.testing.assert_close(dropped[0] - dropped[1], (hidden[0][2] - hidden[1][4]).square().mean(), **CLOSE)
+
+
+# other teachers and students
+
+
+def test_a_teacher_of_another_width_is_met_through_a_projection_that_learns_and_is_not_deployed():
+    student, teacher = build(), build(1, vision_width=24, vision_heads=4)
+    hard = XvlmPretraining(FAMILY, student, losses=("itc",), seed=0)
+    rows = tuple(term for term in hard.terms if term.weight == "vision_hidden")
+    maps, widen = tower_maps(FAMILY, student.config, teacher.config), torch.nn.Linear(16, 24)
+    objective = Distilled(
+        hard, LiveTeacher(hard, teacher), rows, kd=1.0, weights={"vision_hidden": 1.0}, maps=maps, projections={"vision.hidden": widen}
+    )
+    losses = objective(pairs(), 0)
+    losses["loss"].backward()
+    hidden = [net.encode_image(pairs()["pixels"], keep=frozenset({"hidden"})).hidden for net in (student, teacher)]
+    expected = sum((widen(ours) - theirs).square().mean() for ours, theirs in zip(*hidden, strict=True))
+    torch.testing.assert_close(losses["kd"], expected, **CLOSE)
+    assert widen.weight.grad is not None and widen.weight.grad.abs().sum() > 0
+    assert any(name.startswith("projections.") for name in objective.state_dict())
+    assert student.state_dict().keys() == build().state_dict().keys()
+
+
+def test_a_teacher_may_be_a_store_of_what_was_said_before():
+    student = build()
+    hard = XvlmPretraining(FAMILY, student, losses=("itc",), seed=0)
+    rows = tuple(term for term in hard.terms if term.weight == "itc_logits")
+    with torch.no_grad():
+        said = hard.passes(student, pairs(), 0).record["itc_logits"]
+
+    def stored(batch: dict[str, Any], step: int, want: Any, drawn: Any) -> Record:
+        assert want == {"itc_logits"}
+        return Record(itc_logits=said + 1.0 * torch.eye(4))
+
+    losses = Distilled(hard, stored, rows, kd=0.5, weights={"itc_logits": 1.0}, maps={})(pairs(), 0)
+    assert losses["kd"] > 0
+    torch.testing.assert_close(losses["loss"], (losses["itc"] + losses["kd"]) / 2, **CLOSE)
+
+
+def test_the_settings_know_which_losses_a_weight_needs():
+    needed: dict[str, set[str]] = {}
+    for term in XvlmPretraining.terms:
+        needed.setdefault(term.weight, set()).add(term.made_in)
+    assert {name: set(losses) for name, losses in PASSES.items()} == {name: found for name, found in needed.items() if found != {""}}
+    assert set(needed) == set(DistillWeights.model_fields)
+    assert {term.weight for term in Generation.terms} == set(TaskWeights.model_fields)
+    assert set(RetrievalWeights.model_fields) == set(needed) - {"mlm_logits"}

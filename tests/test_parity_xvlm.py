@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
-from efficientvlm.objectives import efficientvlm_kd
-from efficientvlm.objectives.mapping import tower_maps
-from efficientvlm.objectives.pretraining import Pretraining, itc_loss, negative_weights, positives
+from efficientvlm.objectives.efficientvlm import distilled, released
+from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weights, positives
+from efficientvlm.objectives.terms import compared, tower_maps
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.methods import DistillWeights, Quirks
-from efficientvlm.tasks.vqa import answer_loss, rank
+from efficientvlm.tasks.vqa import rank
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity")
 NETS, VQA = FOLDER / "xvlm_tiny", FOLDER / "vqa_tiny"
@@ -39,7 +41,7 @@ class Net:
 
     def passes(self, batch: dict[str, Tensor], prefix: str = "") -> Any:
         """The whole step with the negatives that the published run drew."""
-        objective = Pretraining(XVLM(), self.model, losses=("itc", "itm", "mlm", "box"), seed=0)
+        objective = XvlmPretraining(XVLM(), self.model, losses=("itc", "itm", "mlm", "box"), seed=0)
         with torch.no_grad():
             return objective.passes(self.model, batch, 0, EVERYTHING, self.negatives(prefix))
 
@@ -134,9 +136,9 @@ def test_contrastive_loss_and_weights_of_negatives(nets, batch, name):
     image, text = expected["image_feat"], expected["text_feat"]
     same = positives(batch)
     assert torch.equal(same, torch.eye(4, dtype=torch.bool))
-    agree(itc_loss(image, text, temperature, same), expected["loss_itc"])
+    agree(itc_loss(image @ text.T / temperature, same), expected["loss_itc"])
     by_image = positives(batch | {"image_ids": torch.tensor([7, 8, 7, 9])})
-    agree(itc_loss(image, text, temperature, by_image), expected["loss_itc_idx"])
+    agree(itc_loss(image @ text.T / temperature, by_image), expected["loss_itc_idx"])
     for_text, for_image = negative_weights(image, text, temperature, same)
     agree(for_text, expected["itm_weights_image_for_text"])
     agree(for_image, expected["itm_weights_text_for_image"])
@@ -164,12 +166,14 @@ def test_region_step(nets, region_batch, name):
     assert not losses
 
 
-def kd_names(temperature: float) -> dict[str, str]:
-    """Our name of a term → the published one."""
-    kinds = {"hidden": "hidden", "attention": "attn"}
-    runs = {"image": "image", "text": "text", "itm_positive": "itm_pos", "itm_negative": "itm_neg", "mlm": "mlm"}
-    names = {f"{run}_{kind}": f"{theirs}_{short}" for run, theirs in runs.items() for kind, short in kinds.items()}
-    return names | {f"{task}_logits": f"{task}_logits_T{temperature:.0f}" for task in ("itm", "mlm")}
+def kd_names(temperature: float) -> dict[str, list[str]]:
+    """Published name of a term → our taps whose distances it is the sum of."""
+    names = {}
+    for theirs, kind in (("hidden", "hidden"), ("attn", "self_attention")):
+        names |= {f"image_{theirs}": [f"vision.{kind}"], f"text_{theirs}": [f"text.{kind}"]}
+        names |= {f"itm_{short}_{theirs}": [f"fusion.{kind}@itm_{run}"] for short, run in (("pos", "positive"), ("neg", "negative"))}
+        names[f"mlm_{theirs}"] = [f"fusion.{kind}@mlm", f"text.{kind}@mlm"]
+    return names | {f"{task}_logits_T{temperature:.0f}": [f"{task}_logits"] for task in ("itm", "mlm")}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -179,24 +183,27 @@ def test_distillation_terms(nets, batch, temperature):
     quirks = Quirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
     maps = tower_maps(XVLM(), student.model.config, teacher.model.config)
     ours, theirs = student.passes(batch, "full_")[1], teacher.passes(batch, "full_")[1]
-    terms = efficientvlm_kd.kd_terms(ours, theirs, maps, batch, quirks, temperature=temperature)
+    rows = {term.tap: term for term in released(XvlmPretraining.terms, quirks)}
     names = kd_names(temperature)
-    assert set(names.values()) | {f"{task}_logits_T{t}" for task in ("itm", "mlm") for t in (1, 2)} == set(expected)
-    for name, published in names.items():
-        agree(terms[name], expected[published])
+    assert set(names) | {f"{task}_logits_T{t}" for task in ("itm", "mlm") for t in (1, 2)} == set(expected)
+    for published, taps in names.items():
+        agree(sum(compared(rows[tap], ours, theirs, maps, temperature=temperature) for tap in taps), expected[published])
 
 
 def test_distillation_loss_is_the_weighted_sum(nets, batch, monkeypatch):
     """The objective itself, negatives of each net drawn as recorded."""
     student, teacher = nets["student"], nets["teacher"]
     expected = load_file(NETS / "kd_expected.safetensors")
-    hard = Pretraining(XVLM(), student.model, losses=("itc", "itm", "mlm"), seed=0)
+    hard = XvlmPretraining(XVLM(), student.model, losses=("itc", "itm", "mlm"), seed=0)
     quirks = Quirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
     drawn = iter([student.negatives("full_"), teacher.negatives("full_")])
-    monkeypatch.setattr("efficientvlm.objectives.pretraining.draw_negatives", lambda *_: next(drawn))
-    objective = efficientvlm_kd.Distillation(hard, teacher.model, kd=0.4, weights=DistillWeights(), quirks=quirks, temperature=1.0)
+    monkeypatch.setattr("efficientvlm.objectives.xvlm_pretraining.draw_negatives", lambda *_: next(drawn))
+    settings = SimpleNamespace(
+        kd=0.4, weights=DistillWeights(), quirks=quirks, temperature=1.0, scale_by_temperature=False, cache_teacher=False
+    )
+    objective = distilled(hard, teacher.model, settings)
     losses = objective(batch, 0)
-    kd = sum(expected[theirs] * (0.1 if ours == "image_hidden" else 1) for ours, theirs in kd_names(1.0).items())
+    kd = sum(expected[name] * (0.1 if name == "image_hidden" else 1) for name in kd_names(1.0))
     own = sum(student.expected[f"full_loss_{name}"] for name in ("itc", "itm", "mlm"))
     agree(losses["kd"].detach(), kd)
     agree(losses["loss"].detach(), 0.6 * own + 0.4 * kd)

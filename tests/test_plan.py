@@ -26,7 +26,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm_config import XVLMConfig
-from efficientvlm.objectives import teacher_cache
+from efficientvlm.objectives import teachers
 from efficientvlm.planning import costs
 from efficientvlm.planning.checks import preflight
 from efficientvlm.planning.forecast import uniform_cut
@@ -362,7 +362,7 @@ def test_the_memory_of_a_cached_teacher(name: str, chain: Path, monkeypatch: pyt
     (found,) = plan([caching]).stages
     assert found.memory is not None
     kept: list[Any] = []
-    monkeypatch.setattr(teacher_cache, "look_up", spied(teacher_cache.look_up, kept))
+    monkeypatch.setattr(teachers, "look_up", spied(teachers.look_up, kept))
     run_stage(name, **caching.config.model_dump())
     real = sum(value.numel() * value.element_size() for cache in {id(c): c for c in kept}.values() for value in cache.values())
     assert 0 < real <= found.memory["teacher cache"] <= 1.5 * real

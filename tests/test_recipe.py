@@ -24,7 +24,7 @@ out: runs/chain
 defaults: {seed: 7, data: shapes, device: cpu}
 stages:
   - {name: student, stage: shrink, model: bundled:teacher, layers: {vision: 2, text: [0, 1]}}
-  - {name: distilled, stage: distill, model: "@student", teacher: bundled:teacher, weights: {image_hidden: 0.5}}
+  - {name: distilled, stage: distill, model: "@student", teacher: bundled:teacher, weights: {vision_hidden: 0.5}}
   - {name: small, stage: prune, model: "@distilled", sparsity: 0.3, gates: {lr: 3e-2}}
   - {name: test, stage: eval, model: "@small"}
   - {name: speed, stage: bench, models: ["@student", "@small"]}
@@ -54,7 +54,7 @@ def test_references_defaults_and_nested_settings(tmp_path: Path) -> None:
     found = {step.name: step.config.model_dump() for step in steps}
     assert found["student"]["layers"] == {"vision": 2, "text": [0, 1]} and found["student"]["seed"] == 7
     assert found["distilled"]["model"] == "runs/chain/student" and found["distilled"]["data"] == "shapes"
-    assert isinstance(steps[1].config, Distill) and steps[1].config.weights.image_hidden == 0.5
+    assert isinstance(steps[1].config, Distill) and steps[1].config.weights.vision_hidden == 0.5
     assert isinstance(steps[2].config, Prune) and steps[2].config.gates.lr == 0.03
     assert found["speed"]["models"] == ["runs/chain/student", "runs/chain/small"]
     assert found["end"]["evals"] == {"small": "runs/chain/test.json"} and found["end"]["bench"] == "runs/chain/speed.json"

@@ -25,8 +25,8 @@ from efficientvlm.data.collate import Texts, pair_batch
 from efficientvlm.data.sources import open_pairs
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families import footprint
-from efficientvlm.objectives import pretraining
-from efficientvlm.objectives.efficientvlm_kd import Distillation
+from efficientvlm.objectives import xvlm_pretraining
+from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.base import parse
@@ -280,7 +280,7 @@ def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -
     config = Finetune(out="x", model="x", data=SHAPES, task="retrieval", retrieval_weights=RetrievalWeights(itm_logits=2))
     student.model = XVLM.for_retrieval(student.model)
     objective = tuning.TASKS["retrieval"].objective(config, student, teacher)
-    assert isinstance(objective, Distillation) and objective.kd == 0.5 and objective.model is student.model
+    assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
     items = [open_pairs(SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
     batch = pair_batch(items, Texts(student.tokenizer), seed=0, step=0, task=True)
     student.model.eval()
@@ -321,13 +321,13 @@ def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_p
 def test_negatives_are_drawn_by_similarity_or_not(
     name: str, hard: bool, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, draw = [], pretraining.draw_negatives
+    seen, draw = [], xvlm_pretraining.draw_negatives
 
     def watch(image: Tensor, text: Tensor, temperature: Tensor, *rest: Any) -> Any:
         seen.append(bool(temperature.isinf()))
         return draw(image, text, temperature, *rest)
 
-    monkeypatch.setattr(pretraining, "draw_negatives", watch)
+    monkeypatch.setattr(xvlm_pretraining, "draw_negatives", watch)
     more: dict[str, Any] = {"distill": {"teacher": str(chain / "init")}, "finetune": {"task": "retrieval"}}.get(name, {})
     run_stage(name, out=str(tmp_path / "out"), model=str(chain / "init"), data=SHAPES, hard_negatives=hard, **more, **TRAIN)
     assert seen and set(seen) == {not hard}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.sources import open_pairs, open_vqa
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families.blocks import Sharing, attend, quick_gelu, take
-from efficientvlm.objectives.efficientvlm_kd import Distillation
-from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.objectives.task import VQA
+from efficientvlm.objectives.efficientvlm import distilled
+from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.base import parse
 from efficientvlm.settings.methods import DistillWeights, Quirks, RetrievalWeights, TaskWeights
 from efficientvlm.settings.stages import STAGES
@@ -37,17 +38,22 @@ def questions(loaded: Any, step: int = 0, images: int = 4, **settings: Any) -> d
     return vqa_batch([source[i] for i in range(images)], Texts(loaded.tokenizer), seed=0, step=step, **settings)
 
 
-def answering(chain: Path, weights: TaskWeights, **settings: Any) -> tuple[VQA, Any, Any]:
+def method(**changes: Any) -> Any:
+    """Settings of distillation."""
+    usual = {"kd": 0.4, "quirks": NO_QUIRKS, "temperature": 1.0, "scale_by_temperature": False, "cache_teacher": False}
+    return SimpleNamespace(**{**usual, **changes})
+
+
+def answering(chain: Path, weights: TaskWeights, **settings: Any) -> tuple[Any, Any, Any]:
     student, teacher = load(str(chain / "pruned")), load(str(chain / "teacher"))
-    settings = {"kd": 0.4, "quirks": NO_QUIRKS, "temperature": 1.0, **settings}
-    return VQA(student.family, student.model.train(), teacher.model, weights=weights, **settings), student, teacher
+    hard = Generation(student.family, student.model.train())
+    return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
 
 
 def general(chain: Path, weights: DistillWeights, losses: tuple[str, ...] = ("itc", "itm", "mlm"), **settings: Any) -> Any:
     student, teacher = load(str(chain / "student")), load(str(chain / "init"))
-    hard = Pretraining(student.family, student.model.train(), losses=losses, seed=0)
-    settings = {"kd": 0.4, "quirks": NO_QUIRKS, "temperature": 1.0, **settings}
-    return Distillation(hard, teacher.model, weights=weights, **settings), student, teacher
+    hard = XvlmPretraining(student.family, student.model.train(), losses=losses, seed=0)
+    return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
 
 
 def watch(model: Any, *parts: str) -> tuple[Counter[str], dict[str, list[int]]]:
@@ -115,7 +121,7 @@ def test_no_map_is_made_that_no_term_compares(chain: Path, monkeypatch: pytest.M
     objective(questions(student), 0)
     assert made and not any(made)
     made.clear()
-    objective, student, _ = answering(chain, only(TaskWeights, "logits", "image_attention"))
+    objective, student, _ = answering(chain, only(TaskWeights, "logits", "vision_self_attention"))
     objective(questions(student), 0)
     layers = [load(str(chain / name)).model.config.vision_layers for name in ("pruned", "teacher")]
     assert layers == [2, 4] and sum(made) == 2 + 2  # of the teacher only those that one of the student is compared with
@@ -132,7 +138,7 @@ def test_a_map_of_one_layer_leaves_gaps_for_the_others(chain: Path) -> None:
         loaded.family.forward(loaded.model, batch, ["vision.self_attention.x"])
 
 
-@pytest.mark.parametrize("term", ["text_hidden", "image_hidden", "fusion_hidden"])
+@pytest.mark.parametrize("term", ["text_hidden", "vision_hidden", "fusion_hidden"])
 def test_a_teacher_decodes_no_answers_that_no_term_compares(chain: Path, term: str) -> None:
     objective, student, teacher = answering(chain, only(TaskWeights, term))
     calls, _ = watch(teacher.model, "decoder")
@@ -142,7 +148,7 @@ def test_a_teacher_decodes_no_answers_that_no_term_compares(chain: Path, term: s
 
 def test_a_teacher_makes_only_the_passes_that_are_compared(chain: Path) -> None:
     batch = None
-    for terms, texts, pairs in ((["image_hidden"], 4, None), (["itm_logits"], 4, 12), (["mlm_logits"], 8, 4), (["fusion_hidden"], 8, 16)):
+    for terms, texts, pairs in ((["vision_hidden"], 4, None), (["itm_logits"], 4, 12), (["mlm_logits"], 8, 4), (["fusion_hidden"], 8, 16)):
         objective, student, teacher = general(chain, only(DistillWeights, *terms))
         source = open_pairs(SHAPES, "train", image_size=64)
         batch = pair_batch([source[i] for i in range(4)], Texts(student.tokenizer), seed=0, step=0)
@@ -267,7 +273,7 @@ REFUSED = [
     ("finetune", {"weights": {}}, r"weights\.text_hidden=0"),
     ("finetune", {"quirks": {"unmasked_padding": True}}, "unmasked_padding=false"),
     ("finetune", {"task": "retrieval", "weights": TaskWeights()}, r"retrieval_weights\.itm_logits=0"),
-    ("prune", {"weights": {"logits": 1}}, r"weights\.decoder_attention=0"),
+    ("prune", {"weights": {"logits": 1}}, r"weights\.decoder_self_attention=0"),
     ("distill", {"region_probability": 0.5}, "region_probability=0"),
     ("distill", {"weights": {"itc_logits": 1}}, r"weights\.mlm_logits=0"),
 ]
@@ -279,7 +285,7 @@ REFUSED = [
         (["itm", "mlm"], {"itc_logits": 1}, "itc_logits needs itc among"),
         (
             ["itc"],
-            {"itm_logits": 2, "mlm_logits": 2, "image_hidden": 2, "fusion_hidden": 2},
+            {"itm_logits": 2, "mlm_logits": 2, "vision_hidden": 2, "fusion_hidden": 2},
             "itm_logits needs itm, mlm.*, fusion_hidden needs",
         ),
         (["itc", "mlm"], {"itc_logits": 1, "fusion_hidden": 2, "itm_logits": 0}, None),

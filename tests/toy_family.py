@@ -140,7 +140,6 @@ class ToyFamily:
     model_types: tuple[str, ...] = ("toy",)
     auto_classes: tuple[tuple[type, type], ...] = ()
     towers: tuple[str, ...] = ("vision", "text")
-    vqa_terms: dict[str, str] = {}
     taps: frozenset[str] = frozenset({"logits"})
 
     def build(self, config: ToyConfig) -> ToyModel:

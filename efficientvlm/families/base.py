@@ -122,9 +122,6 @@ class Family(Protocol):
     taps: frozenset[str]
     stock: bool
     """Whether transformers has classes for these networks; if so, `stock_config` and `stock_inputs` are there."""
-    vqa_terms: Mapping[str, str]
-    """Distillation term of `config.TaskWeights` → tap it compares, for question answering; empty where there is none."""
-
     retrieval: tuple[str, ...]
     """How images and texts are compared for retrieval: `itc` by their features, `itm` by a matching head; empty where they are not."""
 

@@ -67,17 +67,6 @@ class BLIP(Described):
         | {f"{tower}.{FEATURES}" for tower in ("vision", "text")}
     )
 
-    vqa_terms: Mapping[str, str] = {
-        "text_hidden": "text.hidden",
-        "text_attention": "text.self_attention",
-        "image_hidden": "vision.hidden",
-        "image_attention": "vision.self_attention",
-        "cross_attention": "text.cross_attention",
-        "decoder_hidden": "decoder.hidden",
-        "decoder_attention": "decoder.self_attention",
-        "decoder_cross_attention": "decoder.cross_attention",
-    }
-
     retrieval: tuple[str, ...] = ("itc", "itm")
     extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
 

@@ -42,7 +42,6 @@ class CLIP(Described):
     auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
     towers: tuple[str, ...] = TOWERS
     taps = frozenset(f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION))
-    vqa_terms: Mapping[str, str] = {}
     stock = True
     retrieval: tuple[str, ...] = ("itc",)
     extra_tokens: tuple[str, ...] = ()

@@ -48,19 +48,6 @@ class XVLM(Described):
     )
 
     stock = False
-    vqa_terms: Mapping[str, str] = {
-        "text_hidden": "text.hidden",
-        "text_attention": "text.self_attention",
-        "image_hidden": "vision.hidden",
-        "image_attention": "vision.self_attention",
-        "fusion_hidden": "fusion.hidden",
-        "fusion_attention": "fusion.self_attention",
-        "cross_attention": "fusion.cross_attention",
-        "decoder_hidden": "decoder.hidden",
-        "decoder_attention": "decoder.self_attention",
-        "decoder_cross_attention": "decoder.cross_attention",
-    }
-
     retrieval: tuple[str, ...] = ("itc", "itm")
     extra_tokens: tuple[str, ...] = ()
 

@@ -12,7 +12,7 @@ from efficientvlm.stages.common import Loaded, texts_of
 
 
 def bytes_kept(config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
-    """Bytes that `objectives.teacher_cache` comes to keep in one process, at most, over a run that reads `images_seen` images, some again.
+    """Bytes that a cached teacher comes to keep in one process, at most, over a run that reads `images_seen` images, some again.
 
     The texts of `shapes` are estimated from its first ones.
     """

@@ -36,8 +36,8 @@ PASSES = {
     "itm_logits": ("itm",),
     "mlm_logits": ("mlm",),
     "fusion_hidden": ("itm", "mlm"),
-    "fusion_attention": ("itm", "mlm"),
-    "cross_attention": ("itm", "mlm"),
+    "fusion_self_attention": ("itm", "mlm"),
+    "fusion_cross_attention": ("itm", "mlm"),
 }
 """Distillation term → the losses in whose passes it compares something; any of them will do."""
 
@@ -49,12 +49,12 @@ class DistillWeights(Strict):
     mlm_logits: float = Field(1.0, ge=0)
     itc_logits: float = Field(0.0, ge=0, description="not in the published method")
     text_hidden: float = Field(1.0, ge=0)
-    text_attention: float = Field(1.0, ge=0)
-    image_hidden: float = Field(0.1, ge=0)
-    image_attention: float = Field(1.0, ge=0)
+    text_self_attention: float = Field(1.0, ge=0)
+    vision_hidden: float = Field(0.1, ge=0)
+    vision_self_attention: float = Field(1.0, ge=0)
     fusion_hidden: float = Field(1.0, ge=0)
-    fusion_attention: float = Field(1.0, ge=0)
-    cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
+    fusion_self_attention: float = Field(1.0, ge=0)
+    fusion_cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
 
 
 class TaskWeights(Strict):
@@ -62,14 +62,15 @@ class TaskWeights(Strict):
 
     logits: float = Field(1.0, ge=0)
     text_hidden: float = Field(1.0, ge=0)
-    text_attention: float = Field(1.0, ge=0)
-    image_hidden: float = Field(0.2, ge=0)
-    image_attention: float = Field(1.0, ge=0)
+    text_self_attention: float = Field(1.0, ge=0)
+    vision_hidden: float = Field(0.2, ge=0)
+    vision_self_attention: float = Field(1.0, ge=0)
     fusion_hidden: float = Field(0.5, ge=0)
-    fusion_attention: float = Field(0.5, ge=0)
-    cross_attention: float = Field(0.5, ge=0)
+    fusion_self_attention: float = Field(0.5, ge=0)
+    fusion_cross_attention: float = Field(0.5, ge=0)
+    text_cross_attention: float = Field(0.5, ge=0, description="of a family whose text tower sees the image")
     decoder_hidden: float = Field(1.0, ge=0)
-    decoder_attention: float = Field(1.0, ge=0)
+    decoder_self_attention: float = Field(1.0, ge=0)
     decoder_cross_attention: float = Field(1.0, ge=0)
 
 
@@ -79,12 +80,12 @@ class RetrievalWeights(Strict):
     itm_logits: float = Field(1.0, ge=0)
     itc_logits: float = Field(0.0, ge=0, description="not in the published method")
     text_hidden: float = Field(0.33, ge=0)
-    text_attention: float = Field(0.33, ge=0)
-    image_hidden: float = Field(0.066, ge=0)
-    image_attention: float = Field(0.33, ge=0)
+    text_self_attention: float = Field(0.33, ge=0)
+    vision_hidden: float = Field(0.066, ge=0)
+    vision_self_attention: float = Field(0.33, ge=0)
     fusion_hidden: float = Field(0.165, ge=0)
-    fusion_attention: float = Field(0.165, ge=0)
-    cross_attention: float = Field(0.165, ge=0)
+    fusion_self_attention: float = Field(0.165, ge=0)
+    fusion_cross_attention: float = Field(0.165, ge=0)
 
 
 PUBLISHED_KD = {"vqa": 0.4, "retrieval": 0.5}

@@ -17,8 +17,9 @@ from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.sources import drawn, open_pairs, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
-from efficientvlm.objectives.efficientvlm_kd import Distillation
-from efficientvlm.objectives.pretraining import Pretraining
+from efficientvlm.objectives.efficientvlm import distilled
+from efficientvlm.objectives.objective import Objective
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.progress import counted, say, telling
 from efficientvlm.settings.stages import Distill, Pretrain
 from efficientvlm.stages.common import (
@@ -127,14 +128,13 @@ def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Itera
         yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
 
 
-def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[Pretraining, nn.Module]:
+def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[XvlmPretraining, Objective]:
     """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD. Towers in `freeze` are frozen."""
     freeze(student.model, config.freeze)
-    hard = Pretraining(student.family, student.model, losses=config.losses, seed=config.seed, hard_negatives=config.hard_negatives)
+    hard = XvlmPretraining(student.family, student.model, losses=config.losses, seed=config.seed, hard_negatives=config.hard_negatives)
     if teacher is None or not isinstance(config, Distill):
         return hard, hard
-    kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
-    return hard, Distillation(hard, teacher.model, **kd, scale=config.scale_by_temperature)
+    return hard, distilled(hard, teacher.model, config)
 
 
 def freeze(model: nn.Module, towers: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: 
 
 
 @torch.inference_mode()
-def validate(objective: Pretraining, config: Pretrain, source: Any, texts: Texts, quiet: bool = False) -> dict[str, Any]:
+def validate(objective: XvlmPretraining, config: Pretrain, source: Any, texts: Texts, quiet: bool = False) -> dict[str, Any]:
     """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches, with progress.
 
     A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from torch import nn
-
 from efficientvlm import ranks
 from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.plan import Plan
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
-from efficientvlm.objectives.efficientvlm_kd import Distillation
-from efficientvlm.objectives.pretraining import Pretraining
-from efficientvlm.objectives.task import VQA
+from efficientvlm.objectives.efficientvlm import distilled
+from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.objective import Objective
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import EVAL_BATCH as QUESTIONS_BATCH
@@ -50,7 +49,7 @@ class Task(Protocol):
     def reading(self, config: TaskStage, student: Loaded, sources: dict[str, Any]) -> Reading:
         """What the tokenizer makes of the texts, once the student is configured."""
 
-    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> nn.Module:
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Objective:
         """What is minimised: the task's own losses, with `teacher` mixed with L_KD. It holds the student as `model`."""
 
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
@@ -94,9 +93,9 @@ class Answering:
         of_list = of_answers(texts, answers, room)
         return of_texts(texts, sources["train"]) + of_list + of_questions(texts, answers, sources["val"])
 
-    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> VQA:
-        kd = settings_of(config, "kd", "weights", "quirks", "temperature", "cache_teacher")
-        return VQA(student.family, student.model, teacher.model if teacher else None, **kd, scale=config.scale_by_temperature)
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Objective:
+        hard = Generation(student.family, student.model)
+        return distilled(hard, teacher.model, config) if teacher else hard
 
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
         def feed(step: int) -> list[Batch]:
@@ -152,13 +151,10 @@ class Retrieval:
     def reading(self, config: TaskStage, student: Loaded, sources: dict[str, Any]) -> Reading:
         return of_texts(texts_of(student, config.max_tokens), sources["train"])
 
-    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Pretraining | Distillation:
+    def objective(self, config: TaskStage, student: Loaded, teacher: Loaded | None) -> Objective:
         losses, hard_negatives = student.family.retrieval, config.hard_negatives
-        hard = Pretraining(student.family, student.model, losses=losses, seed=config.seed, hard_negatives=hard_negatives)
-        if teacher is None or not config.kd:
-            return hard
-        kd = settings_of(config, "kd", "quirks", "temperature", "cache_teacher")
-        return Distillation(hard, teacher.model, weights=config.retrieval_weights, **kd, scale=config.scale_by_temperature)
+        hard = XvlmPretraining(student.family, student.model, losses=losses, seed=config.seed, hard_negatives=hard_negatives)
+        return distilled(hard, teacher.model, config, config.retrieval_weights) if teacher else hard
 
     def feed(self, config: TaskStage, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
         def feed(step: int) -> list[Batch]:

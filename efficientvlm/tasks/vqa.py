@@ -11,24 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
+from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
 
 ANNOTATORS = 10  # a question with so many answers is one of VQAv2's kind
-
-
-def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:
-    """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
-
-    `logits` [A, L, V] predict `ids` [A, L] shifted by one; `mask` [A, L] leaves padding out; `weights` [A].
-    """
-    return (sequence_nll(logits, ids, mask) * weights).sum() / questions
-
-
-def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V]."""
-    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    loss = F.cross_entropy(logits[:, : targets.shape[1]].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-    return loss.view(targets.shape).sum(1)
 
 
 @torch.inference_mode()

@@ -1,13 +1,12 @@
-"""What a teacher says of a sample, computed when the sample is first seen and kept for the next time.
+"""Teachers: whatever answers a batch with a record that a student's is compared with.
 
-Only for outputs that depend on nothing but the sample: no augmentation, no drawn negatives or masks. They are kept in float32, in main
-memory; every process keeps those of the samples that it reads. A resumed run starts with nothing kept. Ours.
+None is part of the module that learns: a teacher is in evaluation mode, has no gradients and is in no training state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +14,50 @@ from torch import Tensor
 from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record
 
+if TYPE_CHECKING:
+    from efficientvlm.objectives.objective import Objective
+
 Kept = dict[Hashable, Tensor]
 
 
-class CachedAnswers:
-    """`logits` of a `teacher` at the tokens of the true answers, by picture, question and answer.
+class Teacher(Protocol):
+    """Answers a batch: `want` are the taps and outputs to record, `drawn` is what the student drew, so that both see the same."""
+
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record: ...
+
+
+class LiveTeacher:
+    """A network beside the student, which makes the passes of the student's own losses `hard`."""
+
+    def __init__(self, hard: Objective, model: Any) -> None:
+        self.hard, self.model = hard, model.eval().requires_grad_(False)
+
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
+        return self.hard.passes(self.model, batch, step, want, drawn).record
+
+
+class CachedTeacher:
+    """What a network says of a sample, computed when the sample is first seen and kept for the next time.
+
+    Only for outputs that depend on nothing but the sample: no augmentation, no drawn negatives or masks. They are kept in float32, in main
+    memory; every process keeps those of the samples that it reads. A resumed run starts with nothing kept. Ours.
+    """
+
+    def __init__(self, family: Any, model: Any) -> None:
+        self.family, self.model = family, model.eval().requires_grad_(False)
+
+
+class CachedAnswers(CachedTeacher):
+    """`logits` at the tokens of the true answers, by picture, question and answer.
 
     4 bytes for each entry of the vocabulary and each token of an answer, its first and last included.
     """
 
-    def __init__(self, family: Any, teacher: Any) -> None:
-        self.family, self.teacher = family, teacher
+    def __init__(self, family: Any, model: Any) -> None:
+        super().__init__(family, model)
         self.kept: Kept = {}
 
-    def __call__(self, batch: dict[str, Any]) -> Record:
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
         """For a `data.collate.vqa_batch`: `logits` [A, L, V], 0 where an answer is padded."""
         owners = [batch["item_ids"][image] for image in batch["image_index"].tolist()]
         asked = zip(owners, batch["question_texts"], batch["answer_texts"], strict=True)
@@ -37,7 +66,7 @@ class CachedAnswers:
 
         def compute(rows: list[int]) -> Sequence[Tensor]:
             some = batch if len(rows) == len(keys) else part(batch, rows)
-            logits = self.family.forward(self.teacher, some)["logits"]
+            logits = self.family.forward(self.model, some)["logits"]
             return [values[seen] for values, seen in zip(logits, some["answer_mask"].bool(), strict=True)]
 
         found = torch.cat(look_up(self.kept, keys, compute)).to(mask.device)
@@ -46,29 +75,28 @@ class CachedAnswers:
         return Record(logits=logits)
 
 
-class CachedFeatures:
-    """`image_feature` and `text_feature` of a `teacher`, by picture and caption: 4 bytes for each of their entries."""
+class CachedFeatures(CachedTeacher):
+    """`itc_logits`, from the features by picture and by caption: 4 bytes for each entry of a feature."""
 
-    def __init__(self, family: Any, teacher: Any) -> None:
-        self.family, self.teacher = family, teacher
+    def __init__(self, family: Any, model: Any) -> None:
+        super().__init__(family, model)
         self.images: Kept = {}
         self.texts: Kept = {}
 
-    def __call__(self, batch: dict[str, Any]) -> Record:
-        """For a `data.collate.pair_batch`: unit vectors [B, E] of the pairs of all processes, and `temp`."""
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
+        """For a `data.collate.pair_batch`: similarities [B, B] of the pairs of all processes, divided by the temperature."""
         pixels, ids, mask = batch["pixels"], batch["text_ids"], batch["text_mask"]
 
         def images(rows: list[int]) -> Sequence[Tensor]:
-            return list(self.family.image_features(self.teacher, pixels[rows])[1])
+            return list(self.family.image_features(self.model, pixels[rows])[1])
 
         def texts(rows: list[int]) -> Sequence[Tensor]:
-            return list(self.family.text_features(self.teacher, ids[rows], mask[rows])[1])
+            return list(self.family.text_features(self.model, ids[rows], mask[rows])[1])
 
         everyone = Rows(len(ids))
         image = torch.stack(look_up(self.images, batch["image_ids"].tolist(), images)).to(ids.device)
         text = torch.stack(look_up(self.texts, batch["captions"], texts)).to(ids.device)
-        temperature = self.teacher.temp.clamp(0.001, 0.5)
-        return Record(image_feature=everyone.gather(image), text_feature=everyone.gather(text), temp=temperature)
+        return Record(itc_logits=everyone.gather(image) @ everyone.gather(text).T / self.model.temp.clamp(0.001, 0.5))
 
 
 def look_up(kept: Kept, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:

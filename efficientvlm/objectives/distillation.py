@@ -1,0 +1,83 @@
+"""Distillation: any losses, mixed with distances from what a teacher says of the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.objectives.objective import Objective
+from efficientvlm.objectives.teachers import Teacher
+from efficientvlm.objectives.terms import Term, TowerMap, compared, of_teacher
+from efficientvlm.stopwatch import TEACHER
+
+
+class Distilled(Objective):
+    """L = (1 - kd) * L_hard + kd * L_KD, where L_KD is the sum of weighted terms.
+
+    Use it around the losses of any task. Every row of `terms` whose weight is not 0 is compared, unless its tower is missing from `maps`
+    because one of the networks has no layers there, or the step makes nothing of the kind (a single pair has no negatives).
+
+    Args:
+        hard: losses of the student, with the table of what can be compared.
+        teacher: whatever answers a batch. It is not part of the module's parameters.
+        terms: rows of `hard.terms`, as a method changes them.
+        weights: weight of each row, by its name.
+        maps: tower → which layers and heads meet.
+        alike: whether the teacher sees what the student drew at random, or draws its own.
+        projections: tap → what the student's tensors go through where the teacher's have another width; they learn, lie in the training
+            state, and are not deployed.
+        temperature, scale: of logits; `scale` multiplies their terms by its square.
+
+    Inputs of `forward`: those of `hard`. Returns its losses, `kd`, and the mixture as `loss`. Source: Hinton et al. 2015; EfficientVLM.
+    """
+
+    def __init__(
+        self,
+        hard: Objective,
+        teacher: Teacher,
+        terms: Iterable[Term],
+        *,
+        kd: float,
+        weights: Mapping[str, float],
+        maps: Mapping[str, TowerMap],
+        alike: bool = True,
+        projections: Mapping[str, nn.Module] | None = None,
+        temperature: float = 1.0,
+        scale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hard, self.teacher, self.kd, self.maps, self.alike = hard, teacher, kd, dict(maps), alike
+        self.softened: dict[str, Any] = {"temperature": temperature, "scale": scale}
+        self.terms = tuple(term for term in terms if weights[term.weight] and (not term.tower or term.tower in self.maps))
+        self.weights = {term.weight: weights[term.weight] for term in self.terms}
+        self.places = {tap: str(number) for number, tap in enumerate(projections or {})}  # names of modules have no dots
+        self.projections = nn.ModuleDict({self.places[tap]: module for tap, module in (projections or {}).items()})
+        self.want, self.asked = frozenset(term.tap for term in self.terms), of_teacher(self.terms, self.maps)
+
+    @property
+    def model(self) -> Any:  # type: ignore[override]
+        """The student."""
+        return self.hard.model
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        batch = self.hard.aligned(batch)
+        losses, ours, drawn = self.hard.passes(self.model, batch, step, self.want)
+        with torch.inference_mode(), TEACHER:
+            theirs = self.teacher(batch, step, self.asked, drawn if self.alike else None)
+        for tap, place in self.places.items():
+            if tap in ours:
+                ours[tap] = project(self.projections[place], ours[tap])
+        kd = torch.zeros(())
+        for term in self.terms:
+            if term.tap in ours:
+                kd = kd + self.weights[term.weight] * compared(term, ours, theirs, self.maps, **self.softened)
+        hard = sum(losses.values(), torch.zeros(()))
+        return {"loss": (1 - self.kd) * hard + self.kd * kd, **losses, "kd": kd}
+
+
+def project(module: nn.Module, tensors: Any) -> Any:
+    """`module` on a tensor, or on each of a list."""
+    return [module(tensor) for tensor in tensors] if isinstance(tensors, list) else module(tensors)

@@ -1,0 +1,62 @@
+"""Answers as sequences of tokens, of which each is predicted from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from efficientvlm import ranks
+from efficientvlm.families.base import Record
+from efficientvlm.objectives.losses import answer_loss
+from efficientvlm.objectives.objective import Objective, Pass
+from efficientvlm.objectives.teachers import CachedAnswers
+from efficientvlm.objectives.terms import Term, attention, hidden, logits
+
+
+class Generation(Objective):
+    """The weighted likelihood of accepted answers (X-VLM, VQA).
+
+    Use it to tune a network with an answer decoder; `distillation.Distilled` adds a teacher.
+
+    Inputs of `forward`: a batch of `data.collate.vqa_batch`. Returns `task`, and the same as `loss`.
+    """
+
+    terms = (
+        Term("text_hidden", "text.hidden", hidden, "question_mask"),
+        Term("text_self_attention", "text.self_attention", attention, "question_mask"),
+        Term("vision_hidden", "vision.hidden", hidden),
+        Term("vision_self_attention", "vision.self_attention", attention),
+        Term("fusion_hidden", "fusion.hidden", hidden, "question_mask", first=1),  # its input is the last state of text
+        Term("fusion_self_attention", "fusion.self_attention", attention, "question_mask"),
+        Term("fusion_cross_attention", "fusion.cross_attention", attention, "question_mask"),
+        Term("text_cross_attention", "text.cross_attention", attention, "question_mask"),
+        Term("decoder_hidden", "decoder.hidden", hidden, "answer_mask"),
+        Term("decoder_self_attention", "decoder.self_attention", attention, "answer_mask"),
+        Term("decoder_cross_attention", "decoder.cross_attention", attention, "answer_mask"),
+        Term("logits", "logits", logits, "answer_mask"),
+    )
+
+    def __init__(self, family: Any, model: nn.Module) -> None:
+        super().__init__()
+        self.family, self.model = family, model
+        self.terms = tuple(term for term in self.terms if not term.tower or term.tap in family.taps)
+
+    def cached(self, teacher: Any) -> CachedAnswers:
+        """`teacher`, which answers for `logits` alone and sees a sample once."""
+        return CachedAnswers(self.family, teacher)
+
+    def passes(self, model: Any, batch: dict[str, Any], step: int, want: Iterable[str] = (), drawn: Any = None) -> Pass:
+        """Nothing is drawn. Recorded are, beside the taps in `want`, `logits` [A, L, V] and the masks of questions and answers."""
+        want = frozenset(want)
+        taps = {tap for tap in want if "." in tap}
+        if model is not self.model and not any(tap == "logits" or tap.startswith("decoder.") for tap in want):
+            batch = {name: value for name, value in batch.items() if name != "answer_ids"}  # a teacher that need not decode
+        record: Record = self.family.forward(model, batch, taps)
+        record |= {name: batch[name] for name in ("question_mask", "answer_mask")}
+        if model is not self.model:
+            return Pass({}, record)
+        questions = ranks.share_of(len(batch["question_ids"]))
+        task = answer_loss(record["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
+        return Pass({"task": task}, record)

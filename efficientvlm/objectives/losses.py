@@ -1,0 +1,119 @@
+"""Losses and what they need: contrast, matching and its negatives, boxes, sequences of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from efficientvlm import ranks
+from efficientvlm.exchange import Rows
+
+Negatives = tuple[Tensor, Tensor]
+
+
+def even_texts(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with texts as long as the longest of all processes, and with the same token for padding everywhere."""
+    if ranks.world() == 1:
+        return batch
+    more, mask = ranks.longest(batch["text_ids"].shape[1]) - batch["text_ids"].shape[1], batch["text_mask"]
+    return {**batch, **{name: F.pad(batch[name] * mask, (0, more)) for name in ("text_ids", "text_mask", "masked_ids") if name in batch}}
+
+
+def positives(batch: dict[str, Any], everyone: Rows | None = None) -> Tensor:
+    """[B, B] True where image i and text j belong together: the same image, or captions that are token for token equal.
+
+    B counts the pairs of `everyone`, or of this batch alone.
+    """
+    everyone = everyone or Rows.of_one(len(batch["text_ids"]))
+    ids = everyone.gather(batch["text_ids"])
+    same = (ids[:, None] == ids[None]).all(-1)
+    if "image_ids" in batch and "image_mask" not in batch:
+        image = everyone.gather(batch["image_ids"])
+        same = same | (image[:, None] == image[None])
+    return same
+
+
+def itc_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
+    """Mean of image→text and text→image cross-entropy of similarities [B, B] divided by the temperature.
+
+    Several positives of a row, True in `same`, share its probability mass; by default they are those of the diagonal.
+    """
+    targets = torch.eye(len(logits), device=logits.device) if same is None else same.float()
+    forward = -(logits.log_softmax(1) * (targets / targets.sum(1, keepdim=True))).sum(1).mean()
+    targets = targets.T
+    backward = -(logits.T.log_softmax(1) * (targets / targets.sum(1, keepdim=True))).sum(1).mean()
+    return (forward + backward) / 2
+
+
+@torch.no_grad()
+def negative_weights(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, B] a hard negative is drawn with: (image for each text, text for each image); softmax + 1e-5, positives 0 (X-VLM)."""
+    similarity = image @ text.T / temperature
+    for_text = (similarity.T.softmax(1) + 1e-5).masked_fill(same.T, 0)
+    for_image = (similarity.softmax(1) + 1e-5).masked_fill(same, 0)
+    return for_text, for_image
+
+
+@torch.no_grad()
+def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor, generator: torch.Generator) -> Negatives:
+    """One image for each text and one text for each image, [B] each; a row whose partners are all positives takes any other row."""
+    drawn = []
+    for weights in negative_weights(image, text, temperature, same):
+        weights = weights.float().cpu()
+        others = 1 - torch.eye(len(weights))
+        weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, others)
+        drawn.append(torch.multinomial(weights, 1, generator=generator)[:, 0].to(image.device))
+    return drawn[0], drawn[1]
+
+
+def visible_patches(mask: Tensor, count: int) -> Tensor:
+    """Visible patches [count, S] of a region step's image states: `mask` [R, S] of regions, then whole images, which show everything."""
+    return torch.cat([mask.bool(), torch.ones(count - len(mask), mask.shape[1], dtype=torch.bool, device=mask.device)])
+
+
+def box_losses(predicted: Tensor, target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 and 1 - GIoU of boxes (cx, cy, w, h) [R, 4], averaged over those that are not the whole image (X-VLM); in float32."""
+    predicted, target, keep = predicted.float(), target.float(), 1 - whole.float()
+    boxes = ranks.share_of(keep.sum())
+    l1 = ((predicted - target).abs().sum(-1) * keep).sum() / boxes
+    return l1, ((1 - giou(predicted, target)) * keep).sum() / boxes
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised intersection over union [R] of boxes (cx, cy, w, h); sigmoid outputs and true boxes are never inverted."""
+    a_low, a_high = a[:, :2] - a[:, 2:] / 2, a[:, :2] + a[:, 2:] / 2
+    b_low, b_high = b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2
+    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    union = a[:, 2:].prod(-1) + b[:, 2:].prod(-1) - overlap
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
+    return overlap / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
+
+
+def masked_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` [B, M, V] at the masked places; `labels` [B, M] are -100 where there is none."""
+    labels = labels.flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
+    return total / ranks.share_of((labels != -100).sum())
+
+
+def matching_loss(logits: Tensor, matched: Tensor) -> Tensor:
+    """Mean cross-entropy of matching `logits` [P, 2] (no, yes); `matched` [P] is True for pairs that belong together."""
+    return F.cross_entropy(logits.float(), matched.long(), reduction="sum") / ranks.share_of(len(logits))
+
+
+def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:
+    """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
+
+    `logits` [A, L, V] predict `ids` [A, L] shifted by one; `mask` [A, L] leaves padding out; `weights` [A].
+    """
+    return (sequence_nll(logits, ids, mask) * weights).sum() / questions
+
+
+def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V]."""
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    loss = F.cross_entropy(logits[:, : targets.shape[1]].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return loss.view(targets.shape).sum(1)

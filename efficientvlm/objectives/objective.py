@@ -1,0 +1,48 @@
+"""The one shape of everything that a training step minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.families.base import Record
+from efficientvlm.objectives.terms import Term
+
+
+class Pass(NamedTuple):
+    """What one network makes of a batch: scalar losses by name, what it was asked to record, and what was drawn at random on the way."""
+
+    losses: dict[str, Tensor]
+    record: Record
+    drawn: Any = None
+
+
+class Objective(nn.Module):
+    """Losses of a network on a batch.
+
+    `model` is the network that learns, the only part that is deployed; whatever else an objective holds (projections, gates, averaged
+    copies) lies in the training state. `terms` says what a teacher can be compared on. A subclass implements :meth:`passes`; one that wraps
+    another objective implements :meth:`forward` instead.
+    """
+
+    model: Any
+    terms: tuple[Term, ...] = ()
+
+    def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch` as all processes together read it."""
+        return batch
+
+    def passes(self, model: Any, batch: dict[str, Any], step: int, want: Iterable[str] = (), drawn: Any = None) -> Pass:
+        """Losses of `model`, which may be a teacher, on an aligned batch, and the taps in `want`.
+
+        `drawn` is what another network's pass drew; by default it is drawn anew. A teacher makes no pass in which nothing is wanted.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """The losses of `model`, and as `loss` their sum."""
+        losses = self.passes(self.model, self.aligned(batch), step).losses
+        return {"loss": sum(losses.values(), torch.zeros(())), **losses}
