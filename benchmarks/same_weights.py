@@ -94,7 +94,10 @@ def xvlm() -> Iterator[tuple[str, str, list[Settings]]]:
     taught = {**TRAIN, "task": "vqa", "teacher": "@vqa-teacher", "model": "@distilled"}
     yield "vqa-quirks", "prune", [{**taught, "sparsity": 0.4, "quirks": dict.fromkeys(TASK_QUIRKS, True)}]
     yield "vqa-taylor", "prune", [{**taught, "sparsity": 0.4, "method": "taylor", "calibration_batches": 2}]
-    kept = only({"logits": 1, **TERMS, **DECODER}, "logits"), only({"logits": 1, **OLD_TERMS, **OLD_DECODER}, "logits")
+    kept = (
+        only({"logits": 1, **TERMS, **DECODER, "text_cross_attention": 1}, "logits"),
+        only({"logits": 1, **OLD_TERMS, **OLD_DECODER}, "logits"),
+    )
     yield "vqa-cached", "finetune", both({**taught, "augment": "none", "cache_teacher": True}, *kept)
     pairs = {**TRAIN, "task": "retrieval", "teacher": "@retrieval-teacher", "model": "@distilled"}
     matched = {name: value for name, value in logits.items() if name != "mlm_logits"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,10 @@ from efficientvlm.state import Spent, append, cut_metrics, restore, save, tensor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from efficientvlm.objectives.objective import Objective
+
 Batch = dict[str, Any]
 DIVERGED = "training diverged", "try a smaller --lr"
-OF_MODEL = re.compile(r"^(inner\.|hard\.)*model\.")  # where objectives hold the model that they train
 
 
 @dataclass
@@ -60,17 +60,13 @@ def accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
 
-def adamw(module: nn.Module, options: Train, *, new: Iterable[str] = (), skip: Iterable[str] = ()) -> Optimizer:
-    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; tensors of the
-    model named in `new` learn `new_lr_mult` times faster.
-
-    `skip` are name prefixes left out (gates and multipliers have optimizers of their own).
-    """
-    fresh, left_out = set(new), tuple(skip)
+def adamw(parameters: Iterable[nn.Parameter], options: Train, *, fast: Iterable[nn.Parameter] = ()) -> Optimizer:
+    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; those in `fast` learn `new_lr_mult` times faster."""
+    new = {id(parameter) for parameter in fast}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not name.startswith(left_out):
-            groups.setdefault((parameter.ndim > 1, OF_MODEL.sub("", name) in fresh), []).append(parameter)
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim > 1, id(parameter) in new), []).append(parameter)
     settings = [
         {
             "params": members,
@@ -92,7 +88,7 @@ def rate(step: int, steps: int, options: Train) -> float:
 
 
 def train(
-    objective: nn.Module,
+    objective: Objective,
     feed: Callable[[int], Sequence[Batch]],
     optimizers: Sequence[Optimizer],
     *,
@@ -102,16 +98,13 @@ def train(
     hardware: Accelerator,
     title: str,
     quiet: bool = False,
-    after_step: Callable[[int], None] = lambda step: None,
-    describe: Callable[[int], dict[str, float]] = lambda step: {},
     before_save: Callable[[], None] = lambda: None,
 ) -> Spent:
     """Minimise `objective(batch, step)["loss"]` for `steps` steps, from the saved state if `output` holds one.
 
     `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch, process), so a resumed
     run equals an uninterrupted one bit for bit on the CPU. Over several processes the losses are means over all of them, and so are the
-    gradients; the main process writes. `after_step` runs after every step, `before_save` on every process before a state is saved, and
-    `describe` adds values to the metrics line.
+    gradients; the main process writes. `before_save` runs on every process before a state is saved.
 
     Raises:
         Interrupted: stopped by a signal after the state was written.
@@ -154,15 +147,15 @@ def train(
                         sharded.average_scalars(objective)
                 with meter.time("optimizer"):
                     update(optimizers, factor, options.clip, step, clip_gradients)
-                images = len(batch["pixels"]) * hardware.num_processes
-                spent.samples += images
-                meter.add(values, images, "" if number == len(batches) - 1 else "region_")
-            after_step(step)
+                samples = batch["samples"] * hardware.num_processes
+                spent.samples += samples
+                meter.add(values, samples, "" if number == len(batches) - 1 else "region_")
+            objective.after_step(step)
             done = spent.steps = step + 1
             spent.seconds = before + time.monotonic() - started
             shown, speed = meter.means(), {"samples_per_s": meter.rate()}
             if logged:
-                spent.last, speed = meter.line(describe(step))
+                spent.last, speed = meter.line(objective.describe(step))
                 line = {"step": done, "lr_factor": round(factor, 6), **spent.last, **speed}
                 ranks.on_main(lambda line=line: append(output.metrics, line))  # type: ignore[misc]
                 shown = spent.last

@@ -24,6 +24,7 @@ from efficientvlm.data.items import PairItem, VQAItem
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.sources import open_pairs, open_vqa, record, usable
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.objectives.objective import Objective
 
 OPEN = {"questions": open_vqa, "pairs": open_pairs}
 COUNT = 12
@@ -345,19 +346,15 @@ def test_a_run_goes_on_without_a_bad_picture_and_resumes_to_the_same_weights(tmp
         ("train", "21"), ("train", "7"), ("val", "21"), ("val", "7")
     ]  # fmt: skip
 
-    def stop(step: int) -> None:
+    def stop(self: Objective, step: int) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
-    from efficientvlm.stages import tuning
-
     with pytest.raises(BadInput, match=r"2 samples of data .* cannot be used: 1 may be skipped"):
         run_stage("finetune", out=str(tmp_path / "stopped"), **{**settings, "max_bad": 1})
-    real = tuning.train
-    monkeypatch.setattr(tuning, "train", lambda *args, **kwargs: real(*args, **kwargs, after_step=stop))
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Objective, "after_step", stop)
         run_stage("finetune", out=str(tmp_path / "stopped"), **settings)
-    monkeypatch.setattr(tuning, "train", real)
     resumed = run_stage("finetune", out=str(tmp_path / "stopped"), **settings)
     assert resumed.files["model.safetensors"].sha256 == whole.files["model.safetensors"].sha256
     assert [record.skipped for record in resumed.data] == [2, 2]

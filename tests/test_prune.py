@@ -22,11 +22,11 @@ from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives.gated import Gated
+from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.methods import Quirks
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import load
 from efficientvlm.stages.cutting import DENSE, save_tensors
-from efficientvlm.stages.prune import optimizers
 from efficientvlm.training import update
 
 XVLM = families.get("xvlm")
@@ -191,7 +191,7 @@ def test_a_teacher_of_another_width_is_refused(chain: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-class Inner(torch.nn.Module):
+class Inner(Objective):
     """An objective that does nothing but hold a model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -208,7 +208,7 @@ def gated(quirks: Quirks, epoch: int = 4) -> tuple[Gated, Scope]:
     model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
     scope = Scope.of(Anatomy.of(XVLM, model), 0.5)
     gates = Gates(scope.units, head_init=0.0)
-    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, warmup_steps=8, epoch=epoch, quirks=quirks), scope
+    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, gate_steps=16, warmup_steps=8, epoch=epoch, quirks=quirks), scope
 
 
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
@@ -272,7 +272,7 @@ def test_gates_and_multipliers_learn_with_optimizers_of_their_own(quirk: bool) -
     config = Prune(
         out="x", model="x", data="x", lr=1e-3, quirks={"gates_in_main_optimizer": quirk}, gates={"lr": 0.5, "multiplier_lr": 0.5}
     )
-    chosen = optimizers(config, objective, [])
+    chosen = objective.optimizers(config, [])
     before = objective.gates.log_alpha.detach().clone()
     objective({}, 4)["loss"].backward()
     update(chosen, 1.0, None, 0)

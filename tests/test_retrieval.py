@@ -27,6 +27,7 @@ from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families import footprint
 from efficientvlm.objectives import xvlm_pretraining
 from efficientvlm.objectives.distillation import Distilled
+from efficientvlm.objectives.gated import Gated
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.base import parse
@@ -251,21 +252,16 @@ def test_importance_criteria_meet_the_same_budget(method: str, pairs: Path, chai
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(pairs: Path, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuning.train
+    settle = Gated.after_step
 
-    def stopped(*args: Any, **hooks: Any) -> Any:
-        settle = hooks.pop("after_step", lambda step: None)
-
-        def stop(step: int) -> None:
-            settle(step)
-            if step == 3:
-                raise KeyboardInterrupt
-
-        return real(*args, **hooks, after_step=stop)
+    def stopped(self: Gated, step: int) -> None:
+        settle(self, step)
+        if step == 3:
+            raise KeyboardInterrupt
 
     settings = {**pruning(chain, pairs), **TRAIN, "save_every": 2, "out": str(tmp_path / "out")}
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "train", stopped)
+        patch.setattr(Gated, "after_step", stopped)
         with pytest.raises(Interrupted):
             run_stage("prune", **settings)
     run_stage("prune", **settings)

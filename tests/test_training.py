@@ -26,6 +26,7 @@ from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
 from efficientvlm.memory import enough_memory, out_of_memory
 from efficientvlm.meter import Meter
+from efficientvlm.objectives.objective import Objective
 from efficientvlm.progress import Bar
 from efficientvlm.request import compare
 from efficientvlm.settings.common import Train
@@ -258,24 +259,23 @@ def test_rate(schedule: str, last: float | None) -> None:
 
 
 def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
-    module = torch.nn.ModuleDict({"model": torch.nn.Linear(3, 2), "gates": torch.nn.Linear(1, 1)})
+    layer = torch.nn.Linear(3, 2)
     options = Train(lr=0.1, new_lr_mult=3, weight_decay=0.5)
-    groups = training.adamw(module, options, new=["weight"], skip=("gates.",)).torch.param_groups
+    groups = training.adamw(layer.parameters(), options, fast=[layer.weight]).torch.param_groups
     assert [(g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
         (pytest.approx(0.3), 0.5, [(2, 3)]),
         (0.1, 0.0, [(2,)]),
     ]
 
 
-@pytest.mark.parametrize("path", ["", "model", "hard.model", "inner.model", "inner.hard.model"])
-def test_new_tensors_are_known_by_their_whole_name(path: str) -> None:
-    """Also where a part of the model is called `..._model.`, as in CLIP and BLIP."""
-    new = "vision_model.encoder.weight"
-    module: Any = torch.nn.ModuleDict({"vision_model": torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 2)})})
-    for name in reversed(path.split(".") if path else []):
-        module = torch.nn.ModuleDict({name: module})
-    groups = training.adamw(module, Train(lr=0.1, new_lr_mult=3), new=[new]).torch.param_groups
-    assert {tuple(p.shape): g["lr"] for g in groups for p in g["params"]} == {(2, 3): pytest.approx(0.3), (2,): 0.1}
+def test_new_tensors_are_those_of_the_model_whatever_holds_it() -> None:
+    class Holds(Objective):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.aside, self.model = torch.nn.Linear(5, 2), model
+
+    groups = Holds(torch.nn.Linear(3, 2)).optimizers(Train(lr=0.1, new_lr_mult=3), ["weight"])[0].torch.param_groups
+    assert {tuple(p.shape): g["lr"] for g in groups for p in g["params"]} == {(2, 3): pytest.approx(0.3), (2,): 0.1, (2, 5): 0.1}
 
 
 def test_a_gpu_is_waited_for_only_in_steps_that_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_a_gpu_is_waited_for_only_in_steps_that_are_logged(monkeypatch: pytest.M
 def test_an_infinite_gradient_changes_nothing() -> None:
     layer = torch.nn.Linear(2, 1)
     before = layer.weight.detach().clone()
-    optimizer = training.adamw(layer, Train(lr=0.1))
+    optimizer = training.adamw(layer.parameters(), Train(lr=0.1))
     layer.weight.grad = torch.full_like(layer.weight, float("inf"))
     with pytest.raises(Diverged, match="gradient norm is inf at step 3"):
         training.update([optimizer], 1.0, None, 3)

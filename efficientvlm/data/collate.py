@@ -142,6 +142,7 @@ def pair_batch(
     Where `mirror` allows it, half of the images are mirrored whose texts name no side; so in all functions here.
 
     Returns:
+        samples, their number;
         pixels uint8 `[B, 3, H, W]`; text_ids, text_mask, masked_ids `[B, L]`; masked_positions, masked_labels `[B, M]` (label -100 where
         padded); image_ids `[B]` (equal for the same image) and caption_ids `[B]` (equal for the same caption), for contrastive targets;
         captions, the list of strings.
@@ -152,7 +153,7 @@ def pair_batch(
         caption = item.captions[int(rng.integers(len(item.captions)))]
         images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not names_a_side(caption), task=task).image)
         captions.append(caption)
-    batch: Batch = {"pixels": stack(images), "image_ids": _keys([item.id for item in items])}
+    batch: Batch = {"samples": len(items), "pixels": stack(images), "image_ids": _keys([item.id for item in items])}
     if task:
         return batch | _plain_texts(captions, texts, max_tokens)
     draws = [generator(seed, step, item.id, "mask") for item in items]
@@ -181,6 +182,7 @@ def region_batch(
         patch_grid: rows and columns of patches of the vision tower, or one number for both.
 
     Returns:
+        samples, the number of images;
         pixels uint8 `[I, 3, H, W]`; image_index `[R]` (row → image); image_mask `[R, 1 + patches]` (1 where a patch, in row-major order,
         overlaps the region; index 0, the CLS token, always); boxes float32 `[R, 4]` (centre, size); is_whole_image `[R]`; image_ids `[R]`
         (equal for the same region of the same image); and of the rows' texts all that :func:`pair_batch` gives.
@@ -216,6 +218,7 @@ def region_batch(
             whole.append(1)
     placed = np.array(boxes, np.float32).reshape(-1, 4)
     batch: Batch = {
+        "samples": len(items),
         "pixels": stack(images),
         "image_index": torch.tensor(image_index, dtype=torch.int64),
         "image_mask": torch.from_numpy(patches_of(placed, grid)),
@@ -260,6 +263,7 @@ def vqa_batch(
     `train` draws `questions_per_image` of each image without replacement (all if there are fewer); otherwise all are taken, in order.
 
     Returns:
+        samples, the number of images;
         pixels uint8 `[I, 3, H, W]`; image_index `[Q]` (question → image); question_ids, question_mask `[Q, L]`; answer_ids, answer_mask
         `[A, La]`; answer_index `[A]` (answer → question); answer_weights float32 `[A]`; distinct_questions `[D]` (rows of question_ids
         without repetition) and distinct_index `[Q]` (question → entry of those); question_texts and answer_texts (by question, the
@@ -287,6 +291,7 @@ def vqa_batch(
     question_ids, question_mask = texts.batch(questions, max_tokens)
     answer_ids, answer_mask = texts.batch([answer for _, answer, _ in flat], max_answer_tokens, double_sep=double_sep)
     return {
+        "samples": len(items),
         "pixels": stack(images),
         "image_index": torch.tensor(image_index),
         "question_ids": question_ids,

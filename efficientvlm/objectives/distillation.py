@@ -58,9 +58,15 @@ class Distilled(Objective):
         self.want, self.asked = frozenset(term.tap for term in self.terms), of_teacher(self.terms, self.maps)
 
     @property
-    def model(self) -> Any:  # type: ignore[override]
+    def model(self) -> Any:
         """The student."""
         return self.hard.model
+
+    def after_step(self, step: int) -> None:
+        self.hard.after_step(step)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return self.hard.describe(step)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         batch = self.hard.aligned(batch)

@@ -18,7 +18,7 @@ def distilled(hard: Any, teacher: Any, settings: Any, weights: Any = None) -> Ob
     `settings` have `kd`, `weights`, `quirks`, `temperature`, `scale_by_temperature` and `cache_teacher`.
     """
     if not settings.kd:
-        return hard  # type: ignore[no-any-return]
+        return hard
     return Distilled(
         hard,
         hard.cached(teacher) if settings.cache_teacher else LiveTeacher(hard, teacher),

@@ -23,7 +23,7 @@ class Generation(Objective):
     Inputs of `forward`: a batch of `data.collate.vqa_batch`. Returns `task`, and the same as `loss`.
     """
 
-    terms = (
+    terms: tuple[Term, ...] = (
         Term("text_hidden", "text.hidden", hidden, "question_mask"),
         Term("text_self_attention", "text.self_attention", attention, "question_mask"),
         Term("vision_hidden", "vision.hidden", hidden),

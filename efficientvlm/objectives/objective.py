@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from efficientvlm.families.base import Record
 from efficientvlm.objectives.terms import Term
+from efficientvlm.settings.common import Train
+from efficientvlm.training import Optimizer, adamw
 
 
 class Pass(NamedTuple):
@@ -25,7 +27,7 @@ class Objective(nn.Module):
 
     `model` is the network that learns, the only part that is deployed; whatever else an objective holds (projections, gates, averaged
     copies) lies in the training state. `terms` says what a teacher can be compared on. A subclass implements :meth:`passes`; one that wraps
-    another objective implements :meth:`forward` instead.
+    another objective implements :meth:`forward` instead. The other methods are for what more an objective does while it is trained.
     """
 
     model: Any
@@ -46,3 +48,18 @@ class Objective(nn.Module):
         """The losses of `model`, and as `loss` their sum."""
         losses = self.passes(self.model, self.aligned(batch), step).losses
         return {"loss": sum(losses.values(), torch.zeros(())), **losses}
+
+    def optimizers(self, options: Train, new: Collection[str]) -> list[Optimizer]:
+        """What changes the parameters; `new` names tensors of the model that play a new part, and learn faster."""
+        return [adamw(self.parameters(), options, fast=self.named(new))]
+
+    def named(self, names: Collection[str]) -> list[nn.Parameter]:
+        """Parameters of the model by name."""
+        return [parameter for name, parameter in self.model.named_parameters() if name in names]
+
+    def after_step(self, step: int) -> None:
+        """What follows the update of step number `step`; a resumed run does not call it again."""
+
+    def describe(self, step: int) -> dict[str, float]:
+        """More values for the metrics line of a step."""
+        return {}

@@ -35,7 +35,7 @@ MADE_IN = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}}
 
 
 def _fusion(run: str, loss: str) -> list[Term]:
-    common = {"mask": f"text_mask@{run}", "made_in": loss}
+    common: dict[str, Any] = {"mask": f"text_mask@{run}", "made_in": loss}
     return [
         Term("fusion_hidden", f"fusion.hidden@{run}", hidden, first=int(run == "mlm"), **common),
         Term("fusion_self_attention", f"fusion.self_attention@{run}", attention, **common),
@@ -55,7 +55,7 @@ class XvlmPretraining(Objective):
     Reference: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
     """
 
-    terms = (
+    terms: tuple[Term, ...] = (
         Term("vision_hidden", "vision.hidden", hidden, regions=True),
         Term("vision_self_attention", "vision.self_attention", attention, regions=True),
         Term("text_hidden", "text.hidden", hidden, "text_mask"),

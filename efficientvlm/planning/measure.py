@@ -22,7 +22,7 @@ from efficientvlm.stages import pretrain, prune
 from efficientvlm.stages.common import Loaded, texts_of
 from efficientvlm.stages.cutting import scope_of
 from efficientvlm.stages.tuning import Tuning
-from efficientvlm.training import Batch, Optimizer, adamw, update
+from efficientvlm.training import Batch, Optimizer, update
 
 
 def measure(run: Run, steps: int, *, total: int) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Modul
         _, objective = pretrain.objectives(config, student, teacher)
         plan = plan_for(run.sources["train"], config.batch_size, config.seed)
         feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)
-        return objective, [adamw(objective, config, new=run.new)], feed
+        return objective, objective.optimizers(config, run.new), feed
     tuning = Tuning(config, student, teacher, run.new, run.sources)
     tuning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
     if not isinstance(config, Prune):
         inner = tuning.objective()
-        return inner, [adamw(inner, config, new=run.new)], tuning.feed
+        return inner, inner.optimizers(config, run.new), tuning.feed
     gated = prune.gated(config, tuning, scope_of(config, student.family, student.model))
     if config.method != "l0":
         gated.freeze(torch.ones_like(gated.keep))
-    return gated, prune.optimizers(config, gated, run.new), tuning.feed
+    return gated, gated.optimizers(config, run.new), tuning.feed

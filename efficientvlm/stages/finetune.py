@@ -7,7 +7,6 @@ from efficientvlm.manifest import Manifest
 from efficientvlm.settings.stages import Finetune
 from efficientvlm.stages.common import finished, making, open_output
 from efficientvlm.stages.tuning import Tuning
-from efficientvlm.training import adamw
 
 
 def run(config: Finetune, control: Control) -> Manifest:
@@ -18,5 +17,5 @@ def run(config: Finetune, control: Control) -> Manifest:
         return finished(output)
     with making(output):
         objective = tuning.objective()
-        spent = tuning.train(objective, [adamw(objective, config, new=tuning.new)], output, control)
+        spent = tuning.train(objective, output, control)
         return tuning.finish(output, control, spent)

@@ -43,7 +43,7 @@ from efficientvlm.stages.common import (
 )
 from efficientvlm.stages.reading import Reading, all_read, of_texts, titled
 from efficientvlm.stages.teaching import doubt
-from efficientvlm.training import Batch, accelerator, adamw, train
+from efficientvlm.training import Batch, accelerator, train
 
 VALIDATION_BATCHES = 16
 
@@ -85,7 +85,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
             spent = train(
                 objective,
                 feed_of(config, student, sources["train"], texts, plan),
-                [adamw(objective, config, new=student.manifest.extra.get("new", []))],
+                objective.optimizers(config, student.manifest.extra.get("new", [])),
                 steps=steps,
                 options=config,
                 output=output,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from efficientvlm import ranks
 from efficientvlm.compression.gates import Gates
-from efficientvlm.compression.snapping import snap, snap_scores
+from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
@@ -23,7 +22,6 @@ from efficientvlm.stages import recut, untrained
 from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.tuning import Tuning
-from efficientvlm.training import Optimizer, adamw
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -44,30 +42,18 @@ def run(config: Prune, control: Control) -> Manifest:
     if output.up_to_date:
         return finished(output)
     with making(output):
-        learnt, freeze = config.method == "l0", gate_steps(config, tuning.steps)
-        objective = gated(config, tuning, scope)
-        gates, active = objective.gates, torch.from_numpy(scope.active)
+        learnt = config.method == "l0"
 
-        def settle(keep: Tensor) -> None:
-            objective.freeze(keep[active])
-            if config.keep_dense:
-                ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
+        def keep_dense() -> None:
+            ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
 
-        def after_step(step: int) -> None:
-            gates.clamp_()
-            if step + 1 == freeze:
-                settle(snap(gates.p_open().detach().cpu(), scope))
-
+        objective = gated(config, tuning, scope, keep_dense if config.keep_dense else lambda: None)
+        gates = objective.gates
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
             with learning(config, output), telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet):
-                settle(snap_scores(scores(config, tuning, scope), scope))
-        hooks: dict[str, Any] = {"after_step": after_step, "describe": objective.describe} if learnt else {}
-        spent = tuning.train(objective, optimizers(config, objective, tuning.new), output, control, **hooks)
-
-        keep = torch.ones(len(scope.active), dtype=torch.bool)
-        keep[active] = objective.keep.cpu()
-        if config.quirks.unfrozen_structure and learnt:
-            keep[active] = gates.deterministic_published().cpu().bool()
+                objective.settle(snap_scores(scores(config, tuning, scope), scope))
+        spent = tuning.train(objective, output, control)
+        keep = objective.structure()
         objective.hooks.remove()
         extra = {**cut_report(scope, keep, gates if learnt else None), "dense_kept": student.model.config.kept}
         student.model = slice_model(student.family, student.model.cpu(), keep).to(tuning.hardware.device)
@@ -94,25 +80,13 @@ def gate_steps(config: Prune, steps: int) -> int:
     return max(1, round(config.freeze_at * steps)) if config.method == "l0" else 0
 
 
-def gated(config: Prune, tuning: Tuning, scope: Scope) -> Gated:
-    """The task's objective under fresh gates on the units of `scope`."""
+def gated(config: Prune, tuning: Tuning, scope: Scope, settled: Callable[[], None] = lambda: None) -> Gated:
+    """The task's objective under fresh gates on the units of `scope`; `settled` is called once the structure is final."""
     inner = tuning.objective()
     gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
-    warmup = round(config.sparsity_warmup * gate_steps(config, tuning.steps))
-    schedule = {"warmup_steps": warmup, "epoch": tuning.plan.batches_per_epoch}
-    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, **schedule)
-
-
-def optimizers(config: Prune, objective: Gated, new: list[str]) -> list[Optimizer]:
-    """AdamW on the weights; constant-rate AdamW on log α; the same, ascending, on the multipliers (EfficientVLM)."""
-    skip = () if config.quirks.gates_in_main_optimizer else ("gates.", "budget.")
-    main = adamw(objective, config, new=new, skip=skip)
-    if config.method != "l0":
-        return [main]
-    rates: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
-    alpha = torch.optim.AdamW(objective.gates.parameters(), lr=config.gates.lr, **rates)
-    multipliers = torch.optim.AdamW(objective.budget.parameters(), lr=config.gates.multiplier_lr, maximize=True, **rates)
-    return [main, Optimizer(alpha, scheduled=False, clipped=False), Optimizer(multipliers, scheduled=False, clipped=False)]
+    steps = gate_steps(config, tuning.steps)
+    schedule = {"gate_steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": tuning.plan.batches_per_epoch}
+    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, settled=settled, **schedule)
 
 
 def scores(config: Prune, tuning: Tuning, scope: Scope) -> Tensor:

@@ -56,7 +56,7 @@ def run(config: Prune, control: Control) -> Manifest:
         say_cut(extra, control.quiet)
         if dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
-        save_tensors(load_file(resolve(config.from_gates) / GATES), output.staging / GATES)
+        save_tensors(load_file(pruned.path / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.family, pruned.model, keep)
         keep_length(pruned, config.max_tokens)
         val = validated(config, lambda: task.validate(config, pruned, source, control.quiet), control.quiet)

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
@@ -17,6 +16,7 @@ from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
+from efficientvlm.objectives.objective import Objective
 from efficientvlm.progress import say, telling
 from efficientvlm.settings.tasks import TaskStage
 from efficientvlm.stages.common import (
@@ -35,7 +35,7 @@ from efficientvlm.stages.influence import observed
 from efficientvlm.stages.reading import Reading, all_read, titled
 from efficientvlm.stages.tasks import TASKS, Task
 from efficientvlm.stages.teaching import doubt
-from efficientvlm.training import Batch, Optimizer, Spent, accelerator, train
+from efficientvlm.training import Batch, Spent, accelerator, train
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Tuning:
         """The texts of the training data; they count what is unknown among them."""
         return texts_of(self.student)
 
-    def train(self, objective: nn.Module, optimizers: Sequence[Optimizer], output: Output, control: Control, **hooks: Any) -> Spent:
+    def train(self, objective: Objective, output: Output, control: Control) -> Spent:
         """The training loop on this run's batches."""
         if self.teacher:
             doubt(output.stage, self.teacher.manifest, self.student.manifest, self.sources["val"], control.quiet)
@@ -119,7 +119,7 @@ class Tuning:
             return train(
                 objective,
                 self.feed,
-                optimizers,
+                objective.optimizers(self.config, self.new),
                 steps=self.steps,
                 options=self.config,
                 output=output,
@@ -127,7 +127,6 @@ class Tuning:
                 title=output.stage,
                 quiet=control.quiet,
                 before_save=lambda: gather_skipped(self.sources),
-                **hooks,
             )
 
     def finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
