@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from efficientvlm.data.images import open_image
 from efficientvlm.data.items import PairItem, Question, Region, VQAItem
 from efficientvlm.data.sources import drawn, notes, open_pairs, open_vqa, record, usable
 from efficientvlm.data.splits import by_split, split_of
+from efficientvlm.data.text_tables import csv_rows
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 
@@ -150,6 +152,27 @@ def test_quotes_of_tsv_and_csv(tmp_path: Path) -> None:
     assert len(said(tmp_path / "d.csv", max_bad=1)) == 5
     (tmp_path / "d.csv").write_text('image,caption\nimg/0.png,plain\nimg/1.png,"a dog, brown\na cat, black"\n')
     assert said(tmp_path / "d.csv") == [["plain"], ["a dog, brown\na cat, black"]]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_cell_of_several_lines_stands_in_any_column(place: int) -> None:
+    rows = [["yes", f"img{n}.jpg", "val"] for n in range(6)]
+    for row, text in zip(rows[1:], ("two\ndogs", 'in\nthe, "snow"\n', "\n\n", "a, b\nc\nd, e", "end\n"), strict=True):
+        row[place] = text
+    file = io.StringIO()
+    csv.writer(file).writerows([["answer", "image", "split"], *rows])
+    found = csv_rows(io.BytesIO(file.getvalue().encode()), "d.csv")
+    assert [list(row.values()) for _, _, row in found if isinstance(row, dict)] == rows
+
+
+def test_the_end_of_a_torn_cell_is_no_row() -> None:
+    for lines in ('"big "dogs"\nin snow",2.jpg', '"quick,2.jpg\nc,3.jpg\n24",2.jpg'):
+        text = f'caption,image\na,1.jpg\n{lines}\n9" nail,4.jpg\n8" nail,5.jpg\n'
+        found = {number: row for _, number, row in csv_rows(io.BytesIO(text.encode()), "d.csv")}
+        torn = lines.count("\n") + 3
+        assert [number for number, row in found.items() if isinstance(row, BadInput)] == [3, torn]
+        assert "may close a cell that a line above opens" in str(found[torn])
+        assert found[torn + 1] == {"caption": '9" nail', "image": "4.jpg"}
 
 
 def test_a_first_line_of_values_is_no_header(tmp_path: Path) -> None:

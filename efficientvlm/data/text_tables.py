@@ -218,7 +218,8 @@ def _comma_records(file: IO[bytes], seen: Callable[[bytes], Any], header: Header
     """Records of CSV as RFC 4180 has it.
 
     One that goes wrong in a later line than its first, as after a quote that is not closed, costs its first line only; so does one that
-    swallows lines which are rows themselves, because another stray quote closes it.
+    swallows lines which are rows themselves, because another stray quote closes it. A line below that may be the end of such a cell, for
+    it has a quote too many and does not look like a row, is refused as well.
     """
     csv.field_size_limit(LARGEST_ROW)
     source = bounded(file, seen)
@@ -236,6 +237,7 @@ def _comma_records(file: IO[bytes], seen: Callable[[bytes], Any], header: Header
 
     reader = csv.reader(lines(), strict=True)
     before: list[str] = []
+    torn = False  # whether a cell that was begun above may go on
     while True:
         taken.clear()
         try:
@@ -245,8 +247,14 @@ def _comma_records(file: IO[bytes], seen: Callable[[bytes], Any], header: Header
             return
         except csv.Error as error:
             cells, problem = [], f"it is not CSV ({error})"
-        if len(taken) > 1 and not problem and before and _swallows(taken, before):
+        if not problem and any(_is_row(line, before) for line in taken[1:]):
             problem = f"a quotation mark opens a cell of {len(taken)} lines, of which some are rows themselves"
+        if problem:
+            torn = _quotes(taken) > 0
+        elif torn:
+            torn = bool(again)
+            if len(taken) == 1 and _quotes(taken) % 2 and not _is_row(taken[0], before):
+                problem = "its quotation mark may close a cell that a line above opens"
         if header.names:
             if problem:
                 again += taken[:0:-1]
@@ -258,15 +266,21 @@ def _comma_records(file: IO[bytes], seen: Callable[[bytes], Any], header: Header
         yield Record(cells, list(taken), problem)
 
 
-def _swallows(lines: list[Line], before: list[str]) -> bool:
-    """Whether one of the later lines of a record is a row by itself: as many cells as the record before, and one of the same shape."""
-    for line, _ in lines[1:]:
-        cells = (line or b"").decode("utf-8", "surrogateescape").rstrip("\r\n").split(",")
-        if len(cells) == len(before) and any(
-            _shape(one) == _shape(other) and any(map(str.isalnum, one)) for one, other in zip(cells, before, strict=True)
-        ):
-            return True
-    return False
+def _quotes(lines: list[Line]) -> int:
+    return sum((line or b"").count(b'"') for line, _ in lines)
+
+
+def _is_row(line: Line, before: list[str]) -> bool:
+    """Whether a line is a row by itself: as many cells as the record before, and one of the same shape ahead of its first quotation mark.
+
+    What stands behind that may be a record's that began in another line.
+    """
+    text = (line[0] or b"").decode("utf-8", "surrogateescape").rstrip("\r\n")
+    ahead, quote, _ = text.partition('"')
+    cells = ahead.split(",")[: -1 if quote else None]
+    return text.count(",") + 1 == len(before) and any(
+        _shape(one) == _shape(other) and any(map(str.isalnum, one)) for one, other in zip(cells, before, strict=False)
+    )
 
 
 def _shape(text: str) -> str:
