@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from efficientvlm.data.skips import Skips
 from efficientvlm.data.sources import open_pairs, open_vqa, record, usable
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.objectives.objective import Objective
+from efficientvlm.stages.common import keep_skipped
 
 OPEN = {"questions": open_vqa, "pairs": open_pairs}
 COUNT = 12
@@ -317,6 +319,24 @@ def test_what_was_skipped_survives_a_restart(tmp_path: Path) -> None:
     second.add(BadInput("d", "no"))
     with pytest.raises(BadInput, match="4 samples"):
         second.add(BadInput("e", "no"))
+
+
+def test_what_was_skipped_of_other_data_is_not_counted(tmp_path: Path) -> None:
+    image = pictures(tmp_path, 1)[0]
+    specs = {
+        name: jsonl(tmp_path / f"{name}.jsonl", [{"image": path, "caption": name} for path in (image, *bad)])
+        for name, bad in {"a": ["no.png", "none.png"], "b": ["gone.png"], "c": ["gone.png"]}.items()
+    }
+    output: Any = SimpleNamespace(state_dir=tmp_path, mine=True)
+
+    def counted(name: str) -> int:
+        source: Any = open_pairs(specs[name], "test", max_bad=2)
+        keep_skipped(output, {"val": source}, quiet=True)
+        return int(source.skips.count)
+
+    assert [counted(name) for name in "abca"] == [2, 1, 1, 2]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": image, "caption": "mended"}))
+    assert counted("c") == 0
 
 
 def test_a_sample_counts_once_even_if_its_reason_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
