@@ -32,7 +32,8 @@ from efficientvlm.files import write_atomic
 from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.progress import Bar
 from efficientvlm.script import told
-from efficientvlm.settings.stages import STAGES, Bench
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.stages import Bench
 from efficientvlm.stages.bench import ranking
 from efficientvlm.stages.common import Loaded, load
 from efficientvlm.stages.run import module_of
@@ -78,7 +79,7 @@ def prepare(work: Path) -> None:
 
 def stage(name: str, out: Path, **settings: Any) -> None:
     if not is_complete(out):
-        module_of(name).run(STAGES[name](out=str(out), **settings), Control())
+        module_of(name).run(stage_settings(name, {"out": str(out), **settings}), Control())
 
 
 def is_complete(folder: Path) -> bool:

@@ -27,8 +27,8 @@ from efficientvlm.compression.surgery import mask_vector, slice_model
 from efficientvlm.control import Control
 from efficientvlm.files import write_atomic
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.methods import DistillWeights, Quirks, TaskWeights
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import of, stage_settings
+from efficientvlm.settings.methods import DistillWeights, TaskWeights
 from efficientvlm.stages.common import load, making, open_output, write
 from efficientvlm.stages.run import module_of
 
@@ -38,7 +38,7 @@ DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 600
 TRAINING = {"batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
 LEARNT = {"sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
 TIMED: dict[str, Any] = {"batch_sizes": [1, 8], "rounds": 40, "text_length": 12}
-QUIRKS = dict.fromkeys(Quirks.model_fields, True)
+EVERY = "every"  # quirk that a stage knows
 
 LOGITS = ("logits", "itm_logits", "mlm_logits")
 HIDDEN = ("text_hidden", "vision_hidden", "fusion_hidden", "decoder_hidden")
@@ -94,7 +94,7 @@ MAIN = (
 SINGLE = (
     Arm("magnitude-kd", "the method with Torch-Pruning magnitude in place of learnt gates", "tuned", method="magnitude"),
     Arm("tower-budgets", "the method with a budget of its own for each tower"),
-    Arm("quirks", "the method with every published quirk on", settings={"quirks": QUIRKS}),
+    Arm("quirks", "the method with every published quirk on", settings={"quirks": EVERY}),
     Arm("no-distill", "the method without the general distillation stage", start="student"),
     Arm("no-logits", "the method without logit terms", without=LOGITS),
     Arm("no-hidden", "the method without hidden-state terms", without=HIDDEN),
@@ -137,7 +137,10 @@ class Chain:
         self.folder = self.root / f"{run.arm.name}-{run.sparsity:g}-{run.seed}"
 
     def stage(self, name: str, out: Path, **settings: Any) -> Any:
-        config = STAGES[name](**{"out": str(out), **settings})
+        if settings.get("quirks") == EVERY:
+            known = of(name, settings).model_fields["quirks"].annotation
+            settings["quirks"] = dict.fromkeys(known.model_fields, True)  # type: ignore[union-attr]
+        config = stage_settings(name, {"out": str(out), **settings})
         return module_of(name).run(config, Control())
 
     def teacher(self) -> str:
@@ -202,7 +205,8 @@ class Chain:
 
     def accuracy(self, model: str, out: Path) -> dict[str, Any]:
         """Metrics on the test split, measured once."""
-        config = STAGES["eval"](model=model, data=self.run.data.questions, split="test", limit=self.run.data.tested, out=str(out))
+        given = {"model": model, "data": self.run.data.questions, "split": "test", "limit": self.run.data.tested, "out": str(out)}
+        config = stage_settings("eval", given)
         metrics: dict[str, Any] = module_of("eval").run(config, Control())["metrics"]
         return metrics
 
@@ -279,7 +283,7 @@ def latencies(done: list[Run], root: Path) -> list[dict[str, Any]]:
     for task in dict.fromkeys(run.data.name for run in done):
         mine = [run for run in done if run.data.name == task]
         models = [Chain(mine[0], root).teacher(), *(str(Chain(run, root).folder / "final") for run in mine)]
-        result = module_of("bench").run(STAGES["bench"](models=models, **TIMED), Control())
+        result = module_of("bench").run(stage_settings("bench", {"models": models, **TIMED}), Control())
         for run, model in zip(mine, models[1:], strict=True):
             for timed in (row for row in result["latency"] if row["model"] == model):
                 what = {"task": task, "arm": run.arm.name, "sparsity": run.sparsity, "seed": run.seed}

@@ -36,13 +36,13 @@ def stage(name: str, options: dict[str, Any]) -> None:
     from efficientvlm.progress import say
     from efficientvlm.recipe import Step
     from efficientvlm.settings.base import merge, parse
-    from efficientvlm.settings.stages import STAGES
+    from efficientvlm.settings.compose import of
 
     given = {key: value for key, value in options.items() if key not in CONTROL and value not in (None, {}, [])}
     if columns := pairs(options.get("column"), "--column"):
         given["columns"] = columns
-    model = STAGES[name]
     values = merge(given, options.get("assignments") or [])
+    model = of(name, values)
     for key, field in model.model_fields.items():
         if field.is_required() and key not in values:
             option = {"models": "model"}.get(key, key).replace("_", "-")

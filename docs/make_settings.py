@@ -12,56 +12,93 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from efficientvlm.settings.base import Aside, Strict
-from efficientvlm.settings.common import Data, Stage, Train
-from efficientvlm.settings.methods import Quirks
+from efficientvlm.settings.common import Data, Learning, Measuring, Stage, Taught, Train
+from efficientvlm.settings.compose import of
+from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import STAGES
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.tasks import TASKS
 
-TITLES = {Stage: "Output and hardware", Data: "Data", Train: "Training", TaskStage: "Training on a task"}
+SHARED = {
+    Stage: "Output and hardware",
+    Data: "Data",
+    Train: "Training",
+    Learning: "Stages that train",
+    Taught: "Stages that may have a teacher",
+    Measuring: "Stages that measure",
+}
 HEAD = """# Every setting
 
 Made from `efficientvlm/settings/` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, or in a recipe by its
-name, and many have an option of the same name (`--max-steps` for `max_steps`). Values are YAML. Under each title stand the stages that know
-the settings; a stage may stand under several.
+name, and many have an option of the same name (`--max-steps` for `max_steps`). Values are YAML.
+
+The settings of a stage are those that it shares with other stages, its own, those of the task it is for, and those of the method by which a
+teacher is followed. Under each title stand the stages that know the settings; a stage may stand under several. A setting of another task is
+unknown, and the message says whose it is.
 
 Settings with ° change nothing of what is learnt. An unfinished stage is [resumed](checkpoints.md#stopped-resumed-crashed) with other values
-of them, which its manifest records, and a finished one is up to date. Any other change makes another model.
+of them, which its manifest records, and a finished one is up to date. Any other change makes another model. Those that begin with `quirks.`
+do what [the published release does](pruning.md#quirks).
 """
 
 
 def page() -> str:
-    """The whole page as Markdown: a table for every class of settings, shared ones first."""
-    classes = list(dict.fromkeys(base for stage in STAGES.values() for base in stage.__mro__ if issubclass(base, Strict)))
-    classes = [model for model in classes if own_fields(model)]
+    """The whole page as Markdown: what stages share, then a table for every stage, for every task and for every method of distillation."""
     parts = [HEAD]
-    for model in sorted(classes, key=lambda model: list(TITLES).index(model) if model in TITLES else len(TITLES)):
-        users = ", ".join(name for name, stage in STAGES.items() if issubclass(stage, model))
-        parts.append(f"## {TITLES[model]}\n\n{users}\n" if model in TITLES else f"## {users}\n")
-        parts += [table(rows(own_fields(model)))]
-    users = ", ".join(name for name, stage in STAGES.items() if "quirks" in stage.model_fields)
-    parts.append(f"## Quirks\n\n{users}; see [pruning.md](pruning.md#quirks)\n\n{table(rows(Quirks.model_fields, 'quirks.'))}")
+    for shared, title in SHARED.items():
+        parts += section(title, [name for name, stage in STAGES.items() if issubclass(stage, shared)], shared)
+    for name, stage in STAGES.items():
+        parts += section(f"Stage {name}", [], stage)
+    for task, stages in TASKS.items():
+        for kind in dict.fromkeys(stages.values()):
+            users = [name for name, other in stages.items() if issubclass(other, kind)]
+            parts += section(f"Task {task}: {', '.join(users)}", [], kind)
+    for method, tasks in METHODS.items():
+        common = [base for kind in tasks.values() for base in kind.__mro__[1:] if issubclass(base, Taught) and base is not Taught]
+        for base in dict.fromkeys(common):
+            parts += section(f"Distillation {method}", [name for name, stage in STAGES.items() if issubclass(stage, Taught)], base)
+        for task, kind in tasks.items():
+            parts += section(
+                f"Distillation {method}, task {task}", [name for name in TASKS[task] if issubclass(STAGES[name], Taught)], kind
+            )
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
-def own_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Fields that no parent class has in the same form."""
-    inherited = {name: info for base in model.__mro__[1:] if issubclass(base, Strict) for name, info in base.model_fields.items()}
-    return {name: info for name, info in model.model_fields.items() if name not in inherited or repr(info) != repr(inherited[name])}
+def section(title: str, users: list[str], kind: type[Strict]) -> list[str]:
+    """What a class of settings has that its parents have not, as a table; nothing where there is nothing."""
+    lines = rows(kind)
+    return [f"## {title}\n\n{', '.join(users)}\n" if users else f"## {title}\n", table(lines)] if lines else []
 
 
-def rows(fields: dict[str, FieldInfo], prefix: str = "") -> list[str]:
-    """A table row a setting; groups of settings under dotted names, except quirks, which have their own table."""
+def rows(kind: type[Strict]) -> list[str]:
+    """A table row a setting of its own; groups of settings under dotted names."""
+    inherited = {name: repr(info) for base in reversed(kind.__mro__[1:]) if issubclass(base, Strict) for name, info in flat(base).items()}
     lines = []
-    for name, info in fields.items():
-        group = info.annotation
-        if isinstance(group, type) and issubclass(group, BaseModel):
-            lines += rows(group.model_fields, f"{name}.") if group is not Quirks else []
+    for name, info in flat(kind).items():
+        if inherited.get(name) == repr(info):
             continue
-        default = info.get_default(call_default_factory=True, validated_data={})
-        shown = "*needed*" if info.is_required() else "–" if default is None else f"`{json.dumps(default)}`"
+        words = of_stage(kind, name) or info.annotation
+        shown = "*needed*" if info.is_required() else "–" if info.default is None else f"`{json.dumps(usual(info))}`"
         mark = " °" if any(isinstance(part, Aside) for part in info.metadata) else ""
-        lines.append(f"| `{prefix}{name}`{mark} | {values(group)} | {shown} | {(info.description or '').replace('|', '/')} |")
+        lines.append(f"| `{name}`{mark} | {values(words)} | {shown} | {(info.description or '').replace('|', '/')} |")
     return lines
+
+
+def of_stage(kind: type[Strict], name: str) -> Any:
+    """The words that `task` and `distillation` may be in a stage: they follow from the tables of tasks and methods."""
+    stage = next((stage for stage, known in STAGES.items() if known is kind), None)
+    return of(stage, {}).model_fields[name].annotation if stage and name == "task" else None
+
+
+def flat(kind: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, info in kind.model_fields.items():
+        group = info.annotation
+        found |= flat(group, f"{prefix}{name}.") if isinstance(group, type) and issubclass(group, BaseModel) else {prefix + name: info}
+    return found
+
+
+def usual(info: FieldInfo) -> Any:
+    return info.get_default(call_default_factory=True, validated_data={})
 
 
 def table(lines: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from efficientvlm import bench, ranks
 from efficientvlm.manifest import Change
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.stages import asides
+from efficientvlm.settings.compose import asides
 
 HIDDEN = ("device",)  # a setting; the device that it came to be says more
 
@@ -18,7 +18,7 @@ def conditions(config: Strict, stage: str, device: torch.device) -> dict[str, An
     """Settings of the stage that do not change what is learnt, and the machine as far as it decides how sums are rounded; JSON-ready."""
     machine = bench.machine(device)
     return {
-        **{name: getattr(config, name) for name in sorted(asides(stage)) if name not in HIDDEN},
+        **{name: getattr(config, name) for name in sorted(asides(stage).keys() & type(config).model_fields) if name not in HIDDEN},
         "device": device.type,
         "processor": machine["name"],
         "torch": machine["torch"],

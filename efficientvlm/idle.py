@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.common import Data, Stage, Train
-from efficientvlm.settings.stages import Eval, Export, InitConfig, Pretrain, Prune
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
+from efficientvlm.settings.methods import METHODS
+from efficientvlm.settings.stages import Export, InitConfig, Prune
+from efficientvlm.settings.tasks import PretrainingSettings, VQAEval
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
-OF_A_TEACHER = {"kd", "temperature", "scale_by_temperature", "weights", "retrieval_weights", "decoder_init"}
 OF_VALIDATION = {"eval_limit", "eval_batch_size"}
-UNTRAINED = {*Train.model_fields, *TaskStage.model_fields, *OF_THE_GATES, "calibration_batches"} - {
-    "out",
-    "seed",
-    "model",
-    "task",
-    "device",
-}
-CONTINUED = UNTRAINED - set(Data.model_fields) - OF_VALIDATION - {"precision", "max_tokens", "quirks", "rank_top"}
-"""What a cut from learnt gates does not need: it reads validation data and measures."""
+UNTRAINED = {*Taught.model_fields, *OF_THE_GATES, "calibration_batches"} - {"out", "seed", "model", "task", "device"}
+MEASURED = {*Data.model_fields, *OF_VALIDATION, "precision", "max_tokens", "quirks", "rank_top"}
+"""What a cut from learnt gates needs: it reads validation data and measures."""
 
 
 def refused(config: Strict, given: Collection[str]) -> list[str]:
     """Problems of settings in `given` that do nothing, in a mode in which nothing is trained."""
     if not isinstance(config, Prune) or not (config.from_gates or config.task == "none"):
         return []
-    names, why = (CONTINUED, "the gates were learnt before") if config.from_gates else (UNTRAINED, "nothing is trained with task none")
+    names, why = UNTRAINED, "nothing is trained with task none"
+    if config.from_gates:
+        of_the_task = type(config).model_fields.keys() - Prune.model_fields.keys()
+        names, why = (UNTRAINED | of_the_task) - MEASURED, "the gates were learnt before"
     wrong = _changed(config, names & set(given)) | ({"device"} & set(given) if config.device not in ("auto", "cpu") else set())
     return [f"{name}: it has no effect, as {why}" for name in sorted(wrong)]
 
@@ -47,12 +44,13 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"val_fraction"}, "with validation data of its own"
     if isinstance(config, Data) and not config.data.startswith("stream:"):
         yield {"shuffle_buffer"}, "unless data is a stream"
-    if isinstance(config, Pretrain) and "box" not in config.losses:
+    if isinstance(config, PretrainingSettings) and "box" not in config.losses:
         yield {"region_probability", "regions_per_image"}, "without box among the losses"
-    if isinstance(config, Pretrain) and "mlm" not in config.losses:
+    if isinstance(config, PretrainingSettings) and "mlm" not in config.losses:
         yield {"mask_probability", "max_masks"}, "without mlm among the losses"
-    if isinstance(config, TaskStage) and not config.teacher:
-        yield OF_A_TEACHER, "without a teacher"
+    if isinstance(config, Taught) and not config.teacher:
+        of_the_method = {name for tasks in METHODS.values() for kind in tasks.values() for name in kind.model_fields}
+        yield {"distillation", "decoder_init"} | (of_the_method - Learning.model_fields.keys() - {"quirks"}), "without a teacher"
     if isinstance(config, Prune) and config.task != "none" and not config.from_gates:
         if config.method != "l0":
             yield OF_THE_GATES, f"with method {config.method}"
@@ -60,7 +58,7 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
             yield {"calibration_batches"}, f"with method {config.method}"
     if isinstance(config, Train) and config.eval_limit == 0:
         yield {"eval_batch_size"}, "with eval_limit 0"
-    if isinstance(config, Eval) and config.mode == "generate":
+    if isinstance(config, VQAEval) and config.mode == "generate":
         yield {"answers", "rank_top", "first_token_twice"}, "with mode generate"
     if isinstance(config, Export) and config.format != "onnx":
         yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import MIB, read_limited
 from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.settings.base import Strict, merge, parse, problems_with
+from efficientvlm.settings.compose import of, tasks_of
 from efficientvlm.settings.stages import STAGES
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder
@@ -141,12 +142,12 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
         else:
             general.append(override)
     defaults = merge(recipe.defaults, general)
-    problems += _unused(recipe, defaults, general)
-
-    problems += _hidden_defaults(recipe, defaults)
+    kinds = [_settings_of(item, defaults, own.get(str(item.get("name")), [])) for item in recipe.stages]
+    problems += _unused(recipe, kinds, defaults, general)
+    problems += _hidden_defaults(recipe, kinds, defaults)
     steps: list[Step] = []
     outputs: dict[str, str] = {}
-    for number, item in enumerate(recipe.stages, 1):
+    for number, (item, model) in enumerate(zip(recipe.stages, kinds, strict=True), 1):
         settings = dict(item)
         name, kind = settings.pop("name", None), settings.pop("stage", None)
         where = shorten(name or f"stage {number}")
@@ -155,7 +156,6 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
             continue
         if name in outputs:
             problems.append(f"{where}: there are two stages of this name")
-        model = STAGES.get(kind) if isinstance(kind, str) else None
         if model is None:
             near = difflib.get_close_matches(str(kind), STAGES, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(STAGES)}"
@@ -163,7 +163,7 @@ def validate(recipe: Recipe, overrides: Sequence[str] = (), *, out: str | None =
             problems.append(f"{where}: stage: {wrong}, {hint}")
             outputs[name] = f"{root}/{name}"
             continue
-        applicable = {key: value for key, value in defaults.items() if key in model.model_fields}
+        applicable = {key: value for key, value in _meant(str(kind), defaults).items() if key in model.model_fields}
         merged = merge({"out": f"{root}/{name}" + (".json" if kind in FILES else ""), **applicable, **settings}, own.get(name, []))
         written = settings.get("out", recipe.defaults.get("out"))
         asked = any(override.startswith("out=") for override in (*own.get(name, ()), *general))
@@ -205,24 +205,38 @@ def _overlaps(steps: Sequence[Step]) -> list[str]:
     return problems
 
 
-def _hidden_defaults(recipe: Recipe, defaults: dict[str, Any]) -> list[str]:
+def _settings_of(item: dict[str, Any], defaults: dict[str, Any], assignments: list[str]) -> type[Strict] | None:
+    """The settings that a stage of a recipe has, by its task; None where there is no such stage."""
+    kind = item.get("stage")
+    if not isinstance(kind, str) or kind not in STAGES:
+        return None
+    return of(kind, merge({**_meant(kind, defaults), **item}, assignments))
+
+
+def _meant(kind: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """`defaults` of a stage: a task is meant for the stages that learn or measure it."""
+    elsewhere = [task for stage in STAGES for task in tasks_of(stage) if task not in tasks_of(kind)]
+    return {key: value for key, value in defaults.items() if key != "task" or value not in elsewhere}
+
+
+def _hidden_defaults(recipe: Recipe, kinds: Sequence[type[Strict] | None], defaults: dict[str, Any]) -> list[str]:
     """Problems of defaults that every stage sets itself: no stage's configuration would show them."""
     problems = []
     for key, value in defaults.items():
-        takers = [item for item in recipe.stages if key in _fields(item.get("stage"))]
-        if takers and all(key in item for item in takers):
-            problems += [f"defaults: {line}" for line in problems_with(STAGES[takers[0]["stage"]], key, value)]
+        takers = _takers(recipe, kinds, key)
+        if takers and all(key in item for item, _ in takers):
+            problems += [f"defaults: {line}" for line in problems_with(takers[0][1], key, value)]
     return problems
 
 
-def _fields(kind: Any) -> Collection[str]:
-    return STAGES[kind].model_fields if isinstance(kind, str) and kind in STAGES else ()
+def _takers(recipe: Recipe, kinds: Sequence[type[Strict] | None], key: str) -> list[tuple[dict[str, Any], type[Strict]]]:
+    """The stages that have the setting `key`."""
+    return [(item, kind) for item, kind in zip(recipe.stages, kinds, strict=True) if kind and key in kind.model_fields]
 
 
-def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> list[str]:
+def _unused(recipe: Recipe, kinds: Sequence[type[Strict] | None], defaults: dict[str, Any], overrides: list[str]) -> list[str]:
     """Problems of defaults that no stage takes, and of overrides that every stage sets itself: either would change nothing."""
-    kinds = {str(item.get("stage")) for item in recipe.stages} & set(STAGES)
-    fields = {field for kind in kinds for field in STAGES[kind].model_fields}
+    fields = {field for kind in kinds if kind for field in kind.model_fields}
     problems = []
     for key in defaults:
         if key not in fields:
@@ -232,7 +246,7 @@ def _unused(recipe: Recipe, defaults: dict[str, Any], overrides: list[str]) -> l
             )
     for override in overrides:
         key = re.split(r"[.=]", override, maxsplit=1)[0]
-        takers = [item for item in recipe.stages if key in _fields(item.get("stage"))]
+        takers = [item for item, _ in _takers(recipe, kinds, key)]
         if takers and all(key in item for item in takers):
             problems.append(f"--set {override}: every stage sets {key} itself, write for example --set {takers[0].get('name')}.{override}")
     return problems

@@ -12,7 +12,7 @@ from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
 from efficientvlm.files import fsync_dir, write_new
 from efficientvlm.scratch import PROGRAM
-from efficientvlm.settings.stages import asides
+from efficientvlm.settings.compose import asides
 
 STATE = "training_state"
 REQUEST = "request.json"

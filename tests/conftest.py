@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from efficientvlm.control import Control
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import stage_settings
 
 QUIET = Control(quiet=True)
 SIZES = {
@@ -32,7 +32,7 @@ def run_stage(name: str, control: Control = QUIET, **settings: Any) -> Any:
     from importlib import import_module
 
     module = {"import": "import_", "eval": "evaluate"}.get(name, name)
-    return import_module(f"efficientvlm.stages.{module}").run(STAGES[name](**settings), control)
+    return import_module(f"efficientvlm.stages.{module}").run(stage_settings(name, settings), control)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ from conftest import run_stage
 from test_data_files import jsonl, pictures
 
 from efficientvlm.errors import BadInput, printable, shorten, without_secrets
+from efficientvlm.settings.compose import of, stage_settings
 from efficientvlm.settings.stages import STAGES
 
 
@@ -65,9 +66,9 @@ def test_no_setting_that_names_data_is_dumped_with_what_opens_it() -> None:
     named = [(name, field) for name, stage in STAGES.items() for field in ("data", "val") if field in stage.model_fields]
     assert len(named) >= 10
     for name, field in named:
-        required = {key: "x" for key, info in STAGES[name].model_fields.items() if info.is_required()}
+        required = dict.fromkeys(of(name, {}).lacking({}), "x")
         required |= {"format": "onnx"} if name == "export" else {"data": "easy-vqa"}
-        config: Any = STAGES[name](**required | {field: "stream:https://h/d.tar?token=WORD"})
+        config = stage_settings(name, required | {field: "stream:https://h/d.tar?token=WORD"})
         assert getattr(config, field).endswith("WORD")
         assert "WORD" not in config.model_dump_json() + str(config.model_dump()) and config.model_dump()[field].endswith("token=***")
 

@@ -15,7 +15,7 @@ from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.checks import path_problems
 from efficientvlm.recipe import Step
-from efficientvlm.settings.stages import Eval
+from efficientvlm.settings.compose import stage_settings
 
 
 def test_lines_are_answers_once_each_without_the_byte_order_mark(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_what_is_no_list_of_answers_is_refused_before_anything_is_hashed(tmp_pat
         "~",
     ]
     for name in given:
-        step = Step("eval", "eval", Eval(model="bundled:easy-vqa", data="shapes:size=20", answers=name))
+        step = Step("eval", "eval", stage_settings("eval", {"model": "bundled:easy-vqa", "data": "shapes:size=20", "answers": name}))
         (error,) = path_problems(step, set())
         assert isinstance(error, BadInput), name
 

@@ -19,8 +19,7 @@ from efficientvlm.cli import output
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
 from efficientvlm.manifest import DataRecord, digest
 from efficientvlm.progress import say
-from efficientvlm.settings.base import parse
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import stage_settings
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
 COMMANDS = [
@@ -477,7 +476,7 @@ def test_colour_on_a_terminal_only_and_never_with_no_color(chain: Path) -> None:
 )
 def test_values_that_mean_nothing(options: dict[str, Any], why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
-        parse(STAGES["prune"], {"model": "m", "data": "easy-vqa", "out": "o", **options}, "evlm prune")
+        stage_settings("prune", {"model": "m", "data": "easy-vqa", "out": "o", **options}, "evlm prune")
     assert refused.value.what == "evlm prune has 1 wrong setting"
 
 

@@ -22,7 +22,7 @@ from efficientvlm.data.sources import open_pairs, open_vqa, texts
 from efficientvlm.data.stream import Stream, check_settings
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
-from efficientvlm.settings.stages import Eval, Finetune, Pretrain
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages.common import which
 
 COUNT = 30
@@ -187,18 +187,19 @@ def test_damaged_files_break_off_with_a_reason(tmp_path: Path) -> None:
 
 def test_what_a_stream_must_be_told(tmp_path: Path) -> None:
     spec = f"stream:{pairs(tmp_path)}"
+    given = {"out": "x", "model": "y", "data": spec}
     with pytest.raises(BadInput) as caught:
-        check_settings(Finetune(out="x", model="y", data=spec))
+        check_settings(stage_settings("finetune", given))
     assert caught.value.fix == "give --max-steps N, --val DATA, --answers FILE" and "no list of answers" in caught.value.why
     with pytest.raises(BadInput) as caught:
-        check_settings(Finetune(out="x", model="y", data=spec, task="retrieval"))
+        check_settings(stage_settings("finetune", {**given, "task": "retrieval"}))
     assert caught.value.fix == "give --max-steps N, --val DATA" and "answers" not in caught.value.why
-    check_settings(Finetune(out="x", model="y", data=spec, task="retrieval", max_steps=3, val=spec))
+    check_settings(stage_settings("finetune", {**given, "task": "retrieval", "max_steps": 3, "val": spec}))
     with pytest.raises(BadInput, match="is a stream") as caught:
-        which(Eval(model="x", data=spec, split="train", task="retrieval"), "train")
+        which(stage_settings("eval", {"model": "x", "data": spec, "split": "train", "task": "retrieval"}), "train")
     assert caught.value.fix == "measure on a file or folder"
     with pytest.raises(BadInput) as caught:
-        check_settings(Pretrain(out="x", model="y", data=spec, max_steps=3))
+        check_settings(stage_settings("pretrain", {**given, "max_steps": 3}))
     assert caught.value.fix == "give --val DATA"
     with pytest.raises(BadInput, match="it has no test split"):
         open_pairs(spec, "test")

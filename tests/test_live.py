@@ -15,7 +15,7 @@ from efficientvlm.planning.live import Live, fullest, places, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.planning.plan import images_of, plan
 from efficientvlm.recipe import Step
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import stage_settings
 
 
 class Line(nn.Module):
@@ -75,7 +75,7 @@ def test_the_same_is_counted_with_values(chain: Any, tmp_path: Any, stage: str) 
     """Of a real step on real weights, of every kind of objective: within a hundredth, as negatives and masks are other draws."""
     settings = {name: str(chain / value) if name == "teacher" else value for name, value in STEPS[stage].items()}
     common = {"model": str(chain / "init"), "data": SHAPES, "out": str(tmp_path / "out"), **TRAIN}
-    (found,) = plan([Step(stage, stage, STAGES[stage](**{**common, **settings}))]).stages
+    (found,) = plan([Step(stage, stage, stage_settings(stage, {**common, **settings}))]).stages
     assert found.run and found.schedule and found.memory
     counted = activations.training(found.run, images_of(found.schedule))
     grey = activations.stand_in(found.run, images_of(found.schedule))

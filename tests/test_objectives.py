@@ -22,11 +22,11 @@ from efficientvlm.objectives.losses import box_losses, draw_negatives, giou, itc
 from efficientvlm.objectives.teachers import LiveTeacher
 from efficientvlm.objectives.terms import attention_mse, compared, hidden_mse, logit_kl, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.methods import PASSES, DistillWeights, Quirks, RetrievalWeights, TaskWeights
+from efficientvlm.settings.methods import PASSES, DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
 
 FAMILY = XVLM()
 CLOSE = dict(rtol=1e-5, atol=1e-6)
-NO_QUIRKS = Quirks(first_token_twice=False)
+NO_QUIRKS = DistillationQuirks()
 LOSSES = ("itc", "itm", "mlm", "box")
 
 
@@ -101,7 +101,7 @@ def method(**changes: Any) -> Any:
     return SimpleNamespace(**{**usual, **changes})
 
 
-def distances(objective: Distilled, of: dict[str, Any], networks: Any, quirks: Quirks = NO_QUIRKS) -> dict[str, torch.Tensor]:
+def distances(objective: Distilled, of: dict[str, Any], networks: Any, quirks: DistillationQuirks = NO_QUIRKS) -> dict[str, torch.Tensor]:
     """Every term of a student and a teacher that the two records allow, by tap."""
     taps, (student, teacher) = objective.want, networks
     ours = objective.hard.passes(student, of, 0, taps)
@@ -394,7 +394,7 @@ def test_padding_changes_nothing(regions):
         longer[name] = torch.cat([batch[name], torch.zeros(4, 3, dtype=torch.long)], 1)
     objective = distillation(student, teacher)
 
-    def terms(of: dict[str, Any], quirks: Quirks) -> dict[str, torch.Tensor]:
+    def terms(of: dict[str, Any], quirks: DistillationQuirks) -> dict[str, torch.Tensor]:
         return distances(objective, of, (student, teacher), quirks)
 
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_padding_changes_nothing(regions):
         assert set(short) == set(padded) == names
         for name in names:
             torch.testing.assert_close(padded[name], short[name], rtol=1e-4, atol=1e-6)
-        quirky = terms(longer, Quirks(unmasked_padding=True))
+        quirky = terms(longer, DistillationQuirks(unmasked_padding=True))
         moved = {name for name in names if not torch.allclose(quirky[name], padded[name], rtol=1e-3)}
         assert moved == {name for name in names if not name.startswith(("vision", "itm_logits", "itc"))}
 
@@ -421,7 +421,7 @@ def test_teacher_and_student_see_the_same_negatives_unless_the_quirk_is_on(monke
     monkeypatch.setattr(XvlmPretraining, "passes", spy)
     different = 0
     for quirk in (False, True):
-        objective = distillation(student, teacher, quirks=Quirks(independent_negatives=quirk))
+        objective = distillation(student, teacher, quirks=DistillationQuirks(independent_negatives=quirk))
         for step in range(6):
             seen.clear()
             objective(pairs(), step)
@@ -437,7 +437,7 @@ def test_the_last_image_state_is_distilled_unless_the_quirk_is_on():
     student, teacher = student_of([1, 3]), build()
     only = DistillWeights(**{name: 0 for name in DistillWeights.model_fields} | {"vision_hidden": 1})
     with_last, without = (
-        distillation(student, teacher, kd=1.0, weights=only, quirks=Quirks(skip_last_hidden=quirk))(pairs(), 0)["kd"]
+        distillation(student, teacher, kd=1.0, weights=only, quirks=DistillationQuirks(skip_last_hidden=quirk))(pairs(), 0)["kd"]
         for quirk in (False, True)
     )
     hidden = [net.encode_image(pairs()["pixels"], keep=frozenset({"hidden"})).hidden for net in (student, teacher)]
@@ -536,7 +536,7 @@ def answerer(**changes: Any) -> Any:
     return build(**{"decoder_layers": 2, "heads": [], **changes})
 
 
-def vqa(student: Any, teacher: Any, quirks: Quirks = NO_QUIRKS, kd: float = 0.4, weights: TaskWeights | None = None) -> Any:
+def vqa(student: Any, teacher: Any, quirks: DistillationQuirks = NO_QUIRKS, kd: float = 0.4, weights: TaskWeights | None = None) -> Any:
     hard = Generation(FAMILY, student)
     return distilled(hard, teacher, method(kd=kd, weights=weights or TaskWeights(), quirks=quirks)) if teacher else hard
 
@@ -575,11 +575,11 @@ def test_task_padding_and_quirks():
     short, padded = (vqa(student, teacher)(of, 0) for of in (batch, longer))
     torch.testing.assert_close(padded["kd"], short["kd"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(padded["task"], short["task"], **CLOSE)
-    quirky = vqa(student, teacher, Quirks(unmasked_padding=True))
+    quirky = vqa(student, teacher, DistillationQuirks(unmasked_padding=True))
     assert not torch.allclose(quirky(longer, 0)["kd"], quirky(batch, 0)["kd"], rtol=1e-3)
     zero = TaskWeights(**dict.fromkeys(TaskWeights.model_fields, 0.0) | {"vision_hidden": 1.0})
     hidden = [FAMILY.forward(net, batch, {"vision.hidden"})["vision.hidden"] for net in (student, teacher)]
-    dropped = [vqa(student, teacher, Quirks(skip_last_hidden=quirk), 1.0, zero)(batch, 0)["kd"] for quirk in (False, True)]
+    dropped = [vqa(student, teacher, DistillationQuirks(skip_last_hidden=quirk), 1.0, zero)(batch, 0)["kd"] for quirk in (False, True)]
     torch.testing.assert_close(dropped[0] - dropped[1], (hidden[0][2] - hidden[1][4]).square().mean(), **CLOSE)
 
 

@@ -19,7 +19,7 @@ from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weights, positives
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.methods import DistillWeights, Quirks
+from efficientvlm.settings.methods import DistillationQuirks, DistillWeights
 from efficientvlm.tasks.vqa import rank
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity")
@@ -180,7 +180,7 @@ def kd_names(temperature: float) -> dict[str, list[str]]:
 def test_distillation_terms(nets, batch, temperature):
     student, teacher = nets["student"], nets["teacher"]
     expected = load_file(NETS / "kd_expected.safetensors")
-    quirks = Quirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
+    quirks = DistillationQuirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
     maps = tower_maps(XVLM(), student.model.config, teacher.model.config)
     ours, theirs = student.passes(batch, "full_")[1], teacher.passes(batch, "full_")[1]
     rows = {term.tap: term for term in released(XvlmPretraining.terms, quirks)}
@@ -195,7 +195,7 @@ def test_distillation_loss_is_the_weighted_sum(nets, batch, monkeypatch):
     student, teacher = nets["student"], nets["teacher"]
     expected = load_file(NETS / "kd_expected.safetensors")
     hard = XvlmPretraining(XVLM(), student.model, losses=("itc", "itm", "mlm"), seed=0)
-    quirks = Quirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
+    quirks = DistillationQuirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
     drawn = iter([student.negatives("full_"), teacher.negatives("full_")])
     monkeypatch.setattr("efficientvlm.objectives.xvlm_pretraining.draw_negatives", lambda *_: next(drawn))
     settings = SimpleNamespace(

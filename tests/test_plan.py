@@ -33,8 +33,8 @@ from efficientvlm.planning.forecast import uniform_cut
 from efficientvlm.planning.measure import measure, ready
 from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.methods import DistillWeights, TaskWeights
-from efficientvlm.settings.stages import STAGES
 from efficientvlm.stages.common import load, shapes
 from efficientvlm.state import tensors_of
 from efficientvlm.training import update
@@ -58,7 +58,7 @@ def evlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def step(name: str, stage: str | None = None, **settings: Any) -> Step:
     stage = stage or name
-    return Step(name, stage, STAGES[stage](**{"out": f"out/{name}", **settings}))
+    return Step(name, stage, stage_settings(stage, {"out": f"out/{name}", **settings}))
 
 
 def said(made: Plan) -> str:

@@ -23,7 +23,7 @@ from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.settings.methods import Quirks
+from efficientvlm.settings.methods import GateQuirks, VQAPruningQuirks
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import load
 from efficientvlm.stages.cutting import DENSE, save_tensors
@@ -202,7 +202,11 @@ class Inner(Objective):
         return {"loss": torch.zeros(())}
 
 
-def gated(quirks: Quirks, epoch: int = 4) -> tuple[Gated, Scope]:
+class FullStack(GateQuirks, VQAPruningQuirks):
+    pass
+
+
+def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     sizes = {"vision_layers": 2, "text_layers": 3, "fusion_layers": 3, "vision_heads": 2, "text_heads": 2, "local_attention_depth": 1}
     widths = {"vision_width": 8, "text_width": 8, "vision_intermediate": 6, "text_intermediate": 6, "vocab_size": 16, "image_size": 32}
     model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
@@ -221,8 +225,8 @@ def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
 
 def test_fusion_gates_are_their_own_unless_the_quirk_is_on() -> None:
     """Released code: fusion layers read the concatenated text and fusion masks from row 0 (facts of the release)."""
-    clean, scope = gated(Quirks())
-    quirky, _ = gated(Quirks(mask_offsets=True))
+    clean, scope = gated(GateQuirks())
+    quirky, _ = gated(FullStack(mask_offsets=True))
     quirky.gates.load_state_dict(clean.gates.state_dict())
     clean({}, 0)
     quirky({}, 0)
@@ -243,32 +247,32 @@ def test_fusion_gates_are_their_own_unless_the_quirk_is_on() -> None:
 
 
 def test_the_target_rises_once_unless_the_quirk_is_on() -> None:
-    clean, _ = gated(Quirks())
-    quirky, _ = gated(Quirks(epoch_step=True), epoch=8)
+    clean, _ = gated(GateQuirks())
+    quirky, _ = gated(GateQuirks(epoch_step=True), epoch=8)
     steps = range(0, 24, 4)
     assert [float(clean.target(step)) for step in steps] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
     assert [float(quirky.target(step)) for step in steps] == pytest.approx([0, 0.25, 0, 0.25, 0, 0.25])
 
 
 def test_a_frozen_structure_neither_moves_nor_pays() -> None:
-    objective, scope = gated(Quirks())
+    objective, scope = gated(GateQuirks())
     assert "lagrangian" in objective({}, 0)
     keep = torch.arange(len(scope.units)) % 2 == 0
     objective.freeze(keep)
     losses = objective({}, 1)
     assert set(losses) == {"loss"}
     assert torch.equal(applied(objective, scope, "vision.0.neuron"), keep[scope_slice(scope, "vision.0.neuron")].float())
-    resumed, _ = gated(Quirks())
+    resumed, _ = gated(GateQuirks())
     resumed.load_state_dict(objective.state_dict())
     assert set(resumed({}, 1)) == {"loss"}, "a state says that the structure is final"
-    loose, _ = gated(Quirks(unfrozen_structure=True))
+    loose, _ = gated(GateQuirks(unfrozen_structure=True))
     loose.freeze(keep)
     assert "lagrangian" in loose({}, 1)
 
 
 @pytest.mark.parametrize("quirk", [False, True])
 def test_gates_and_multipliers_learn_with_optimizers_of_their_own(quirk: bool) -> None:
-    objective, _ = gated(Quirks(gates_in_main_optimizer=quirk))
+    objective, _ = gated(GateQuirks(gates_in_main_optimizer=quirk))
     config = Prune(
         out="x", model="x", data="x", lr=1e-3, quirks={"gates_in_main_optimizer": quirk}, gates={"lr": 0.5, "multiplier_lr": 0.5}
     )

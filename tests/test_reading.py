@@ -16,8 +16,7 @@ from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
-from efficientvlm.settings.base import parse
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import reading
 from efficientvlm.stages.answering import Answerer
 from efficientvlm.stages.common import load
@@ -142,7 +141,7 @@ def test_training_and_its_plan_say_it_before(chain: Path, degrees: Path, tmp_pat
         "max_answer_tokens": 3,
         "val_fraction": 0.5,
     }
-    made = plan([Step("finetune", "finetune", parse(STAGES["finetune"], settings, "the test"))])
+    made = plan([Step("finetune", "finetune", stage_settings("finetune", settings))])
     manifest = run_stage("finetune", Control(), **settings)
     said = capsys.readouterr().err
     for part in ("3 of 7 answers cannot be read", "1 of 7 answers have more than 1 tokens and are cut", "unknown to the tokenizer"):

@@ -16,7 +16,8 @@ from efficientvlm.errors import BadInput
 from efficientvlm.idle import refused, said
 from efficientvlm.recipe import load_recipe, validate
 from efficientvlm.settings.base import merge, parse
-from efficientvlm.settings.stages import STAGES, Distill, InitConfig, Prune
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.stages import Distill, InitConfig, Prune
 
 CHAIN = """
 name: chain
@@ -303,14 +304,15 @@ def test_settings_that_do_nothing_are_refused_where_nothing_is_trained_and_said_
     ],
 )
 def test_settings_that_have_no_effect_beside_others(stage: str, values: dict[str, Any], idle: list[str]) -> None:
-    config = STAGES[stage](**values, **({} if stage == "eval" else {"out": "o"}))
+    config = stage_settings(stage, {**values, **({} if stage == "eval" else {"out": "o"})})
     assert [line.split()[0] for line in said(config, config.model_fields_set)] == idle
     assert refused(config, config.model_fields_set) == []
 
 
 def test_a_cut_from_learnt_gates_needs_no_training() -> None:
-    config = Prune(model="m", data="d", out="o", from_gates="m", lr=1, eval_limit=3, teacher="t", min_heads=1)
-    assert [line.partition(":")[0] for line in refused(config, config.model_fields_set)] == ["lr", "teacher"]
+    values = {"model": "m", "data": "d", "out": "o", "from_gates": "m", "lr": 1, "eval_limit": 3, "teacher": "t", "min_heads": 1}
+    config = stage_settings("prune", {**values, "task": "vqa", "questions_per_image": 2, "rank_top": 3})
+    assert [line.partition(":")[0] for line in refused(config, config.model_fields_set)] == ["lr", "questions_per_image", "teacher"]
 
 
 def test_a_stage_that_is_no_name_is_a_problem_beside_overrides(tmp_path: Path) -> None:

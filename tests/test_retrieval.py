@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
-from efficientvlm.settings.base import parse
-from efficientvlm.settings.methods import RetrievalWeights
-from efficientvlm.settings.stages import STAGES, Finetune, Pretrain
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.stages import Targets
 from efficientvlm.stages import tuning
 from efficientvlm.stages.common import load
 from efficientvlm.stages.retrieving import evaluate_pairs
@@ -273,7 +273,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(pairs: Path, chain: Path, tmp_
 
 def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -> None:
     student, teacher = load(str(chain / "distilled")), load(str(pairs / "teacher"))
-    config = Finetune(out="x", model="x", data=SHAPES, task="retrieval", retrieval_weights=RetrievalWeights(itm_logits=2))
+    config = stage_settings("finetune", {"out": "x", "model": "x", "data": SHAPES, "task": "retrieval", "weights": {"itm_logits": 2}})
     student.model = XVLM.for_retrieval(student.model)
     objective = tuning.TASKS["retrieval"].objective(config, student, teacher)
     assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
@@ -331,7 +331,7 @@ def test_negatives_are_drawn_by_similarity_or_not(
 
 def test_negatives_of_no_matching_are_refused() -> None:
     with pytest.raises(BadInput) as refused:
-        parse(Pretrain, {"out": "o", "model": "m", "data": "d", "losses": ["itc"], "hard_negatives": False}, "here")
+        stage_settings("pretrain", {"out": "o", "model": "m", "data": "d", "losses": ["itc"], "hard_negatives": False})
     assert "hard_negatives: it needs itm among the losses" in refused.value.why
 
 
@@ -339,15 +339,18 @@ def test_negatives_of_no_matching_are_refused() -> None:
     ("task", "settings"),
     [
         ("retrieval", {"answers": "a.txt", "rank_top": 3, "weights": {"logits": 2}, "quirks": {"double_sep": True}}),
-        ("vqa", {"retrieval_weights": {"itm_logits": 2}, "hard_negatives": False}),
+        ("vqa", {"weights": {"itm_logits": 2}, "hard_negatives": False}),
     ],
 )
 def test_settings_of_another_task_are_refused(task: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as refused:
-        parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task, **settings}, "here")
-    assert all(f"{name}: " in refused.value.why for name in settings) and "value error" not in refused.value.why
+        stage_settings("finetune", {"out": "o", "model": "m", "data": "d", "task": task, **settings})
+    other = {"vqa": "retrieval", "retrieval": "vqa"}[task]
+    names = [f"{name}.{part}" for name, value in settings.items() for part in (value if isinstance(value, dict) else ())]
+    names += [name for name, value in settings.items() if not isinstance(value, dict)]
+    assert all(re.search(rf"{name}: it belongs to task .*{other}", refused.value.why) for name in names)
     assert f"{len(settings)} wrong setting" in refused.value.what
-    parse(Finetune, {"out": "o", "model": "m", "data": "d", "task": task}, "here")
+    stage_settings("finetune", {"out": "o", "model": "m", "data": "d", "task": task})
 
 
 def test_a_clip_is_measured_by_contrast_alone(tmp_path: Path, chain: Path) -> None:
@@ -375,20 +378,22 @@ def test_a_plan_knows_the_sizes(chain: Path, pairs: Path, tmp_path: Path) -> Non
         Step(
             "teacher",
             "finetune",
-            STAGES["finetune"](out=str(tmp_path / "t"), model=str(chain / "init"), task="retrieval", data=SHAPES, **TRAIN),
+            stage_settings("finetune", dict(out=str(tmp_path / "t"), model=str(chain / "init"), task="retrieval", data=SHAPES, **TRAIN)),
         ),
         Step(
             "pruned",
             "prune",
-            STAGES["prune"](out=str(tmp_path / "p"), **{**pruning(chain, pairs), "teacher": str(tmp_path / "t")}, **TRAIN),
+            stage_settings("prune", dict(out=str(tmp_path / "p"), **{**pruning(chain, pairs), "teacher": str(tmp_path / "t")}, **TRAIN)),
         ),
         Step(
             "more",
             "prune",
-            STAGES["prune"](out=str(tmp_path / "m"), from_gates=str(tmp_path / "p"), sparsity=0.6),
+            stage_settings("prune", {"out": str(tmp_path / "m"), "from_gates": str(tmp_path / "p"), "sparsity": 0.6}),
         ),
         Step(
-            "eval", "eval", STAGES["eval"](model=str(tmp_path / "p"), task="retrieval", data=SHAPES, rerank=3, out=str(tmp_path / "e.json"))
+            "eval",
+            "eval",
+            stage_settings("eval", dict(model=str(tmp_path / "p"), task="retrieval", data=SHAPES, rerank=3, out=str(tmp_path / "e.json"))),
         ),
     ]
     made = plan(steps, QUIET, measure=1)
@@ -399,7 +404,7 @@ def test_a_plan_knows_the_sizes(chain: Path, pairs: Path, tmp_path: Path) -> Non
     smaller = require_complete(pairs / "pruned").accounting
     assert pruned.after is not None and pruned.after["sparsity"] == pytest.approx(smaller["sparsity"]["achieved"], abs=0.01)
     assert more.after is not None and more.after["sparsity"] == pytest.approx(0.6, abs=0.01) and pruned.time is not None
-    wrong = plan([Step("e", "eval", STAGES["eval"](model=str(chain / "teacher"), task="retrieval", data=SHAPES))], QUIET)
+    wrong = plan([Step("e", "eval", stage_settings("eval", dict(model=str(chain / "teacher"), task="retrieval", data=SHAPES)))], QUIET)
     assert "does no retrieval" in str(wrong.problems.found[0].error)
 
 
@@ -413,7 +418,7 @@ def test_a_report_shows_the_mean_recall(pairs: Path, tmp_path: Path) -> None:
     assert require_complete(pairs / "pruned").extra["influence"]["inputs"].keys() == {"image", "text"}
     bench = run_stage("bench", models=[str(pairs / "teacher"), str(pairs / "pruned")], rounds=1, warmup_rounds=0, batch_sizes=[1])
     models = {label: (require_complete(pairs / label), fingerprint(str(pairs / label))) for label in results}
-    summary = report.summarise(models, results, bench, STAGES["report"](out="x", models={"a": "b"}, targets={"accuracy": 0.1}).targets)
+    summary = report.summarise(models, results, bench, Targets(accuracy=0.1))
     text = report.text(summary)
     assert summary["models"]["pruned"]["accuracy"] == results["pruned"]["metrics"]["mean_recall"]
     assert "mean recall: shapes" in text and "6 images and" in text and "pruned / teacher: mean recall" in text

@@ -7,22 +7,24 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from efficientvlm.errors import MOST_QUOTED, BadInput, printable, shorten
-from efficientvlm.settings.base import parse
+from efficientvlm.settings.common import Learning, Taught
+from efficientvlm.settings.compose import asides, names_of, of, stage_settings, tasks_of, variants
+from efficientvlm.settings.methods import METHODS, GateQuirks
 from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.tasks import TASKS
 
 NEEDED = {"out": "o", "model": "m", "data": "d", "models": ["m"], "format": "onnx", "teacher": "t", "bench": "b"}
 
 
 def needed(stage: str) -> dict[str, Any]:
-    model = STAGES[stage]
-    given = {name: NEEDED[name] for name, field in model.model_fields.items() if field.is_required()}
+    given: dict[str, Any] = {name: NEEDED[name] for name in of(stage, {}).lacking({})}
     return given | ({"models": {"a": "m"}} if stage == "report" else {})
 
 
-def numbers() -> list[tuple[str, str]]:
+def numbers() -> list[tuple[str, str | None, str]]:
     """Every setting of every stage that holds a float somewhere, groups under dotted names."""
 
     def inside(model: type[BaseModel], prefix: str) -> list[str]:
@@ -35,22 +37,85 @@ def numbers() -> list[tuple[str, str]]:
                 names.append(prefix + name)
         return names
 
-    return [(stage, name) for stage, model in STAGES.items() for name in inside(model, "")]
+    return [(stage, task, name) for stage in STAGES for task in tasks_of(stage) or [None] for name in inside(of(stage, {"task": task}), "")]
 
 
 def refused(stage: str, values: dict[str, Any]) -> str:
     with pytest.raises(BadInput) as error:
-        parse(STAGES[stage], {**needed(stage), **values}, stage)
+        stage_settings(stage, {**needed(stage), **values})
     return error.value.why
+
+
+def test_settings_are_those_of_stage_task_and_method() -> None:
+    vqa, pairs = (stage_settings("finetune", {**needed("finetune"), "task": task}) for task in ("vqa", "retrieval"))
+    assert (vqa.kd, pairs.kd) == (0.4, 0.5) and vqa.rank_top == 128 and not hasattr(pairs, "rank_top")
+    assert vqa.quirks.model_dump().keys() - pairs.quirks.model_dump().keys() == {"double_sep", "first_token_twice"}
+    pruning = stage_settings("prune", needed("prune") | {"quirks": {"mask_offsets": True}})
+    assert pruning.quirks.mask_offsets and not pruning.quirks.epoch_step and not pruning.quirks.double_sep
+    assert type(vqa) is of("finetune", {}) and isinstance(vqa, STAGES["finetune"])
+    assert "rank_top" in asides("finetune") and "rank_top" in names_of("finetune") and not asides("no stage of ours")
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "problems"),
+    [
+        ("finetune", {"task": "retrieval", "answers": "a"}, ["answers: it belongs to task vqa"]),
+        ("finetune", {"task": "retrieval", "weights": {"decoder_hidden": 1}}, ["weights.decoder_hidden: it belongs to task vqa"]),
+        ("finetune", {"quirks": {"epoch_step": True}}, ["quirks.epoch_step: unknown key"]),
+        ("eval", {"rerank": 3}, ["rerank: it belongs to task retrieval"]),
+        ("distill", {"los": ["itc"]}, ["los: unknown key, did you mean losses?"]),
+        (
+            "prune",
+            {"task": "vqq", "answers": "a", "sparsity": 3},
+            ["task: input should be 'vqa', 'retrieval' or 'none'", "sparsity: input"],
+        ),
+        ("prune", {"task": ["vqa"]}, ["task: input should be"]),
+        (
+            "prune",
+            {"task": "none", "method": "random", "teacher": "t", "kd": 1},
+            ["teacher: no method of dist", "kd: it belongs to task vqa"],
+        ),
+        ("finetune", {"distillation": "dim", "kd": 3, "answers": 1}, ["answers: input should be", "distillation: input should be"]),
+    ],
+)
+def test_a_setting_of_another_task_is_unknown_and_it_is_said_whose_it_is(stage: str, given: dict[str, Any], problems: list[str]) -> None:
+    found = refused(stage, {"data": "d", **given}).strip().splitlines()
+    assert [line.strip()[: len(problem)] for line, problem in zip(found, problems, strict=True)] == problems
+
+
+class Counting(Learning):
+    digits: int = Field(3, ge=1)
+
+
+class Chorus(Taught):
+    voices: int = 2
+    quirks: GateQuirks = Field(default_factory=GateQuirks)
+
+
+def test_a_task_and_a_method_are_one_entry_of_a_table_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "counting", {"finetune": Counting, "prune": Counting})
+    given = needed("finetune") | {"task": "counting", "digits": 4}
+    assert stage_settings("finetune", given).digits == 4
+    assert "teacher: no method of distillation knows" in refused("finetune", {**given, "teacher": "t"})
+    assert "digits: it belongs to task counting" in refused("finetune", {"digits": 4})
+    assert "digits" in names_of("prune") and "input should be 'vqa', 'retrieval' or 'counting'" in refused("finetune", {"task": 0})
+    monkeypatch.setitem(METHODS, "chorus", {"counting": Chorus, "vqa": Chorus})
+    sung = stage_settings("finetune", {**given, "teacher": "t", "voices": 5})
+    assert (sung.distillation, sung.voices, sung.digits) == ("chorus", 5, 4)
+    asked = stage_settings("finetune", needed("finetune") | {"distillation": "chorus", "quirks": {"epoch_step": True, "double_sep": True}})
+    assert asked.voices == 2 and not hasattr(asked, "kd") and asked.quirks.epoch_step and asked.quirks.double_sep
+    assert "voices: it belongs to distillation chorus" in refused("finetune", {"voices": 3})
+    assert "kd: it belongs to distillation efficientvlm" in refused("finetune", {"distillation": "chorus", "kd": 1})
+    assert len(list(variants("finetune"))) == 4
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400, "1e999", "inf", "nan"])
 def test_no_number_is_infinite_or_none(value: object) -> None:
     assert len(numbers()) > 100
-    for stage, name in numbers():
+    for stage, task, name in numbers():
         group, _, rest = name.partition(".")
         given: Any = {"vision": value} if group == "tower_sparsity" else value
-        why = refused(stage, {group: {rest: given} if rest else given})
+        why = refused(stage, {group: {rest: given} if rest else given} | ({"task": task} if task else {}))
         assert name in why.replace("tower_sparsity.vision", "tower_sparsity"), (stage, name)
 
 
@@ -66,7 +131,7 @@ def test_numbers_in_free_groups_are_finite_too() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_text_that_is_no_utf8_is_refused_in_every_setting(stage: str) -> None:
-    for name, field in STAGES[stage].model_fields.items():
+    for name, field in of(stage, {}).model_fields.items():
         kind = str(field.annotation)
         if name == "columns" or "dict" in kind:
             assert "UTF-8" in refused(stage, {name: {"a": "b\udcff"}})

@@ -19,7 +19,8 @@ from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
-from efficientvlm.settings.stages import Bench, Eval, Finetune, InitConfig, Report
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.stages import Bench, InitConfig, Report
 from efficientvlm.stages import bench, evaluate, finetune, init, predict, report, run
 from efficientvlm.stages.common import load
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     init.run(InitConfig(out=str(root / "start"), size="tiny", data=DATA, settings=TINIER), QUIET)
     settings: dict[str, Any] = {"data": DATA, "limit": 8, "batch_size": 4, "max_steps": 2, "eval_limit": 2, "rank_top": 5, "device": "cpu"}
-    finetune.run(Finetune(out=str(root / "vqa"), model=str(root / "start"), **settings), QUIET)
+    finetune.run(stage_settings("finetune", {"out": str(root / "vqa"), "model": str(root / "start"), **settings}), QUIET)
     torch.set_num_threads(before)
     return root
 
@@ -62,8 +63,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def evaluation(folder: Path, **changes: Any) -> Eval:
-    return Eval(**{"model": str(folder / "vqa"), "data": DATA, "limit": 4, "device": "cpu", **changes})
+def evaluation(folder: Path, **changes: Any) -> Any:
+    return stage_settings("eval", {"model": str(folder / "vqa"), "data": DATA, "limit": 4, "device": "cpu", **changes})
 
 
 def by_hand(model: Path, *, twice: bool, limit: int = 4) -> tuple[float, list[str]]:

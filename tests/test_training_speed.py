@@ -20,13 +20,12 @@ from efficientvlm.families.blocks import Sharing, attend, quick_gelu, take
 from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.base import parse
-from efficientvlm.settings.methods import DistillWeights, Quirks, RetrievalWeights, TaskWeights
-from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.methods import DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
 from efficientvlm.stages.common import load
 
 TERMS = {"prune": TaskWeights, "finetune": TaskWeights, "distill": DistillWeights}
-NO_QUIRKS = Quirks()
+NO_QUIRKS = DistillationQuirks()
 
 
 def only(weights: Any, *names: str) -> Any:
@@ -218,7 +217,7 @@ def cached_settings(chain: Path, name: str) -> dict[str, Any]:
     }
     own["retrieval"] = {**own["distill"], "task": "retrieval"}
     del own["retrieval"]["region_probability"]
-    weights = {"retrieval_weights" if retrieval else "weights": only(terms, kept).model_dump()}
+    weights = {"weights": only(terms, kept).model_dump()}
     return {**own[name], **TRAIN, "limit": 8, "log_every": 1, "augment": "none", **weights}
 
 
@@ -272,7 +271,7 @@ REFUSED = [
     ("finetune", {"teacher": None}, "there is no teacher"),
     ("finetune", {"weights": {}}, r"weights\.text_hidden=0"),
     ("finetune", {"quirks": {"unmasked_padding": True}}, "unmasked_padding=false"),
-    ("finetune", {"task": "retrieval", "weights": TaskWeights()}, r"retrieval_weights\.itm_logits=0"),
+    ("finetune", {"task": "retrieval", "weights": {}}, r"weights\.itm_logits=0"),
     ("prune", {"weights": {"logits": 1}}, r"weights\.decoder_self_attention=0"),
     ("distill", {"region_probability": 0.5}, "region_probability=0"),
     ("distill", {"weights": {"itc_logits": 1}}, r"weights\.mlm_logits=0"),
@@ -297,11 +296,11 @@ def test_a_weight_needs_the_loss_in_whose_pass_its_term_is_compared(
 ) -> None:
     given = {"model": "m", "teacher": "t", "data": "d", "out": "o", "losses": losses, "weights": weights}
     if message is None:
-        parsed = parse(STAGES["distill"], given, "test")
-        parse(STAGES["distill"], parsed.model_dump(), "what is recorded")
+        parsed = stage_settings("distill", given)
+        stage_settings("distill", parsed.model_dump())
     else:
         with pytest.raises(BadInput, match=message):
-            parse(STAGES["distill"], given, "test")
+            stage_settings("distill", given)
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
@@ -309,13 +308,13 @@ def test_a_teacher_is_not_cached_where_it_would_say_something_else(name: str, ch
     good: dict[str, Any] = {"model": "m", "teacher": "t", "data": "shapes", "out": "o", "augment": "none", "cache_teacher": True}
     good |= {"weights": only(TERMS[name], "itc_logits" if name == "distill" else "logits").model_dump()}
     good |= {"region_probability": 0} if name == "distill" else {}
-    assert parse(STAGES[name], good, "test").cache_teacher
+    assert stage_settings(name, good).cache_teacher
     with pytest.raises(BadInput, match=message):
-        parse(STAGES[name], {**good, **changes}, "test")
-    assert not parse(STAGES[name], {**good, **changes, "cache_teacher": False}, "test").cache_teacher
+        stage_settings(name, {**good, **changes})
+    assert not stage_settings(name, {**good, **changes, "cache_teacher": False}).cache_teacher
 
 
 def test_a_teacher_of_retrieval_is_cached_for_contrast() -> None:
     weights = only(RetrievalWeights, "itc_logits").model_dump()
-    given = {"model": "m", "teacher": "t", "data": "d", "out": "o", "task": "retrieval", "augment": "none", "retrieval_weights": weights}
-    assert parse(STAGES["finetune"], {**given, "cache_teacher": True}, "test").cache_teacher
+    given = {"model": "m", "teacher": "t", "data": "d", "out": "o", "task": "retrieval", "augment": "none", "weights": weights}
+    assert stage_settings("finetune", {**given, "cache_teacher": True}).cache_teacher

@@ -15,7 +15,7 @@ from test_data_forms import vqav2
 
 from efficientvlm.data.sources import open_vqa
 from efficientvlm.errors import BadInput
-from efficientvlm.settings.stages import Finetune
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages.tasks import answer_list
 from efficientvlm.tasks.vqa import evaluate, soft_accuracy
 from efficientvlm.tasks.vqa_answers import normalised
@@ -101,7 +101,7 @@ def test_the_answer_list_leaves_out_rare_answers(tmp_path: Path) -> None:
     source = open_vqa(data, "test")
 
     def listed(count: int) -> list[str]:
-        return answer_list(Finetune(out="x", model="y", data=data, min_answer_count=count), source)
+        return answer_list(stage_settings("finetune", {"out": "x", "model": "y", "data": data, "min_answer_count": count}), source)
 
     assert listed(1) == ["b", "a", "c"] and listed(3) == ["b"]
     with pytest.raises(BadInput, match="min_answer_count 4 leaves no answer: the most frequent one has 3"):

@@ -81,11 +81,12 @@ def _settings() -> list[tuple[str, str]]:
     """Stage and dotted name of every setting."""
     from pydantic import BaseModel
 
+    from efficientvlm.settings.compose import of
     from efficientvlm.settings.stages import STAGES
 
     found = []
-    for stage, model in STAGES.items():
-        for name, one in model.model_fields.items():
+    for stage in STAGES:
+        for name, one in of(stage, {}).model_fields.items():
             inner = one.annotation
             nested = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else ()
             found += [(stage, f"{name}.{part}") for part in nested] or [(stage, name)]

@@ -226,7 +226,7 @@ def check_settings(config: Any) -> None:
     if not hasattr(config, "max_steps"):
         raise BadInput(f"data {config.data} is a stream", "nothing says where it ends", "measure on a file or folder")
     needed = {"--max-steps N": (config.max_steps, "length"), "--val DATA": (config.val, "held-out part")}
-    if getattr(config, "task", None) == "vqa":
+    if hasattr(config, "answers"):
         needed["--answers FILE"] = (config.answers, "list of answers")
     missing = {option: what for option, (given, what) in needed.items() if not given}
     if missing:

@@ -9,14 +9,11 @@ from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import LiveTeacher
 from efficientvlm.objectives.terms import Term, hidden, tower_maps
-from efficientvlm.settings.methods import Quirks
+from efficientvlm.settings.methods import Distillation, DistillationQuirks
 
 
-def distilled(hard: Any, teacher: Any, settings: Any, weights: Any = None) -> Objective:
-    """`hard` mixed with L_KD as `settings` say: every layer of the student imitates one of the teacher; `hard` alone where `kd` is 0.
-
-    `settings` have `kd`, `weights`, `quirks`, `temperature`, `scale_by_temperature` and `cache_teacher`.
-    """
+def distilled(hard: Any, teacher: Any, settings: Distillation) -> Objective:
+    """`hard` mixed with L_KD as `settings` say: every layer of the student imitates one of the teacher; `hard` alone where `kd` is 0."""
     if not settings.kd:
         return hard
     return Distilled(
@@ -24,7 +21,7 @@ def distilled(hard: Any, teacher: Any, settings: Any, weights: Any = None) -> Ob
         hard.cached(teacher) if settings.cache_teacher else LiveTeacher(hard, teacher),
         released(hard.terms, settings.quirks),
         kd=settings.kd,
-        weights=dict(weights or settings.weights),
+        weights=dict(settings.weights),
         maps=tower_maps(hard.family, hard.model.config, teacher.config),
         alike=not settings.quirks.independent_negatives,
         temperature=settings.temperature,
@@ -32,7 +29,7 @@ def distilled(hard: Any, teacher: Any, settings: Any, weights: Any = None) -> Ob
     )
 
 
-def released(terms: Iterable[Term], quirks: Quirks) -> tuple[Term, ...]:
+def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, ...]:
     """`terms` with what the published release does instead, where `quirks` ask for it: it compares padding too, and leaves out the last
     hidden state of vision."""
     rows = []

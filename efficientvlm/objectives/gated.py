@@ -13,7 +13,7 @@ from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.settings.methods import Quirks
+from efficientvlm.settings.methods import GateQuirks
 from efficientvlm.training import Optimizer, adamw
 
 
@@ -42,7 +42,7 @@ class Gated(Objective):
         gate_steps: int,
         warmup_steps: int,
         epoch: int,
-        quirks: Quirks,
+        quirks: GateQuirks,
         settled: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Gated(Objective):
         self.learning = True  # not `frozen`, known without asking a GPU
         self.register_load_state_dict_post_hook(lambda module, _: module._note())
         self.hooks = attach(inner.model, scope.units)
-        self.reads = _released_rows(scope) if quirks.mask_offsets else None
+        self.reads = _released_rows(scope) if getattr(quirks, "mask_offsets", False) else None
 
     @property
     def model(self) -> Any:

@@ -12,6 +12,7 @@ from efficientvlm.card import flatten, number, results, sizes
 from efficientvlm.manifest import Manifest
 from efficientvlm.page.markup import Child, Html, join, table, tag
 from efficientvlm.page.story import Chapter, Story, moment
+from efficientvlm.settings.compose import of
 from efficientvlm.settings.stages import STAGES
 
 BOX, TALL, GUTTER, GAP, EDGE = 176, 50, 54, 30, 22
@@ -169,7 +170,7 @@ def costs(manifest: Manifest) -> list[tuple[str, str]]:
 
 def changed_settings(manifest: Manifest) -> list[tuple[str, Any, Any]]:
     """(name, value, default) of every setting that is not at its default; one without a default has None there."""
-    model = STAGES.get(manifest.stage)
+    model = of(manifest.stage, manifest.config) if manifest.stage in STAGES else None
     defaults = _defaults(model, manifest.config) if model else {}
     values = dict(flatten({key: value for key, value in manifest.config.items() if key not in HIDDEN}))
     known = dict(flatten({key: value for key, value in defaults.items() if key not in HIDDEN}))

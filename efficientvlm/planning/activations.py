@@ -22,7 +22,7 @@ from efficientvlm.hardware import pick_device
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.planning.parts import Run
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.tasks import VQASettings
 from efficientvlm.stages.common import Loaded, texts_of
 
 SAMPLE = 1000  # questions or texts that say how long texts are
@@ -71,8 +71,7 @@ def stand_in(run: Run, images: int) -> Run:
     changed: dict[str, Any] = {"batch_size": images, "cache_teacher": False}
     if hasattr(config, "region_probability"):
         changed["region_probability"] = float(config.region_probability > 0)
-    vqa = isinstance(config, TaskStage) and config.task == "vqa"
-    grey = Grey(source, images, run.student.sizes.image_size, vqa=vqa)
+    grey = Grey(source, images, run.student.sizes.image_size, vqa=isinstance(config, VQASettings))
     return replace(run, config=config.model_copy(update=changed), sources={**run.sources, "train": grey})
 
 

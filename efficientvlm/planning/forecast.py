@@ -136,7 +136,7 @@ def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
 def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     run = tuned(chain, step, found)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers)}
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(getattr(config, "answers", None))}
     training(chain, step, found, run, inputs)
 
 
@@ -197,7 +197,7 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
     keep = uniform_cut(scope)
     with on_meta():
         model = slice_model(student.family, student.model, keep)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers)}
+    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(getattr(config, "answers", None))}
     gates = len(scope.units) if config.method == "l0" else 0
     training(chain, step, found, run, inputs, result=replace(student, model=model), gates=gates, dense=config.keep_dense)
     chain.dense[place(config.out)] = student.model
@@ -266,13 +266,12 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     loaded = chain.open(config.model, step.name)
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
-    answers = listed_answers(config)
     reading, answer = Reading(), None
     with chain.problems.of(step.name):
         if config.task == "retrieval":
             check_able(loaded, config.rerank)
         else:
-            answer = Answerer(loaded, mode=config.mode, answers=answers, top=config.rank_top)
+            answer = Answerer(loaded, mode=config.mode, answers=listed_answers(config), top=config.rank_top)
             reading += answer.reading
     task, side = TASKS[config.task], loaded.preprocessing
     key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
@@ -293,7 +292,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
         at_once |= {"images": len(source), "batch_size": config.batch_size}
         costs.add(found.memory, activations=activations.retrieving(loaded, **at_once))
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
-    if config.answers:
+    if getattr(config, "answers", None):
         inputs["answers"] = fingerprint(as_input(config.answers) or "")
     measured(chain, step, found, inputs)
 

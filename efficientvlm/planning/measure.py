@@ -17,7 +17,7 @@ from efficientvlm.data.plan import plan_for
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.planning.parts import Run
 from efficientvlm.settings.stages import Prune
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.tasks import PretrainingSettings
 from efficientvlm.stages import pretrain, prune
 from efficientvlm.stages.common import Loaded, texts_of
 from efficientvlm.stages.cutting import scope_of
@@ -71,7 +71,7 @@ def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Modul
     """Objective, optimizers and batches as the stage has them, on the weights that `fill` gives its networks."""
     config = run.config
     student, teacher = fill(run.student, device), fill(run.teacher, device) if run.teacher else None
-    if not isinstance(config, TaskStage):
+    if isinstance(config, PretrainingSettings):
         _, objective = pretrain.objectives(config, student, teacher)
         plan = plan_for(run.sources["train"], config.batch_size, config.seed)
         feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)

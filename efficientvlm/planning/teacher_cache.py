@@ -7,7 +7,7 @@ from typing import Any
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.costs import FLOAT, main_memory, size
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.tasks import VQASettings
 from efficientvlm.stages.common import Loaded, texts_of
 
 
@@ -19,14 +19,14 @@ def bytes_kept(config: Any, teacher: Loaded, source: Any, images_seen: int) -> i
     images = min(len(source), images_seen)
     whole = getattr(source, "source", source)
     listed = min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)  # images whose texts are known without a picture
-    if isinstance(config, TaskStage) and config.task == "vqa":
+    if isinstance(config, VQASettings):
         tokens = _answer_tokens(config, teacher, [answer for answer, _ in source.answers()])
         return round(tokens * images / max(1, listed)) * teacher.sizes.vocab_size * FLOAT
     captions = images_seen if listed < len(whole) else min(images_seen, len(set(source.texts())))
     return (images + captions) * int(teacher.model.config.embed_dim) * FLOAT
 
 
-def _answer_tokens(config: TaskStage, teacher: Loaded, answers: list[str]) -> int:
+def _answer_tokens(config: VQASettings, teacher: Loaded, answers: list[str]) -> int:
     """Tokens of all `answers`, as training reads them."""
     distinct = list(dict.fromkeys(answers))
     _, mask = texts_of(teacher).batch(distinct, config.max_answer_tokens, double_sep=config.quirks.double_sep)

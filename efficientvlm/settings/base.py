@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -72,6 +73,18 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
+    @classmethod
+    def has(cls, path: Sequence[str]) -> bool:
+        """Whether there is a setting of this name, inside of groups where the path has several parts."""
+        field = cls.model_fields.get(path[0])
+        kind = field and field.annotation
+        return field is not None and (len(path) == 1 or (isinstance(kind, type) and issubclass(kind, Strict) and kind.has(path[1:])))
+
+    @classmethod
+    def owner(cls, path: Sequence[str]) -> str:
+        """Whose a setting is that is unknown here; empty where nobody knows it."""
+        return ""
+
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
@@ -102,8 +115,7 @@ def parse(model: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        items = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # it follows from another one
-        problems = [_describe(model, item) for item in items]
+        problems = [_describe(model, item) for item in error.errors()]
         raise BadInput(
             f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}",
             "\n  " + "\n  ".join(problems),
@@ -120,15 +132,17 @@ def problems_with(model: type[Strict], name: str, value: Any) -> list[str]:
     return []
 
 
-def _describe(model: type[BaseModel], item: Any) -> str:
+def _describe(model: type[Strict], item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)
     if item["type"] != "extra_forbidden":
         message = str(item["msg"]).removeprefix("Value error, ")
         return f"{name}: {message[:1].lower()}{message[1:]}"
+    if owner := model.owner(path):
+        return f"{name}: it belongs to {owner}"
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if isinstance(annotation, type) and issubclass(annotation, Strict):
             model = annotation
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1, cutoff=0.5)
     return f"{name}: unknown key" + (f", did you mean {near[0]}?" if near else f"; known are {', '.join(model.model_fields)}")

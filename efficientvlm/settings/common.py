@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from efficientvlm.settings.base import Aside, Count, DataName, Device, Precision, Seed, Strict
+from efficientvlm.settings.base import Aside, Count, DataName, Device, Precision, Seed, Size, Strict
 
 
 class Train(Strict):
@@ -61,3 +62,46 @@ class Stage(Strict):
     seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "fp32"
+
+
+class OnTask(Strict):
+    """A stage that learns or measures a task. What only the task knows is in its class in `tasks.py`."""
+
+    task: str
+
+    @classmethod
+    def task_of(cls, values: Mapping[str, Any]) -> Any:
+        """The task that settings as given are for; None where they leave it to what the stage reads."""
+        return values.get("task", cls.model_fields["task"].default)
+
+
+class Learning(OnTask, Stage, Data, Train):
+    """A stage that trains."""
+
+    model: str
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
+
+
+class Taught(Learning):
+    """A stage that trains, by a teacher if there is one. What only a method of distillation knows is in its classes in `methods.py`."""
+
+    teacher: str | None = None
+    distillation: str = Field("efficientvlm", description="method by which the student follows its teacher")
+
+
+class Measuring(OnTask):
+    """A stage that measures."""
+
+    model: str
+    data: DataName
+    columns: dict[str, str] = Field(default_factory=dict)
+    split: Literal["train", "val", "test"] = "test"
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    limit: Count | None = Field(None, ge=1)
+    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
+    out: str | None = Field(None, description="JSON file for the result")
+    batch_size: Count = Field(64, ge=1)
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    seed: Seed = 0

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Strict
+from efficientvlm.settings.base import Aside, Strict
+from efficientvlm.settings.common import Taught
 
 
-class Quirks(Strict):
-    """Behaviours of the published release that are known to be wrong; all off."""
+class GateQuirks(Strict):
+    """Behaviours of the published release that are known to be wrong, all off: how gates learn."""
 
-    mask_offsets: bool = Field(False, description="fusion gates read rows from 0 instead of their own in full-stack tasks")
     epoch_step: bool = Field(False, description="the sparsity target restarts every epoch")
     gates_in_main_optimizer: bool = Field(False, description="the main AdamW also moves gates and multipliers")
+    unfrozen_structure: bool = Field(False, description="the structure still moves after it was declared final")
+
+
+class DistillationQuirks(Strict):
+    """How the teacher is followed."""
+
     independent_negatives: bool = Field(False, description="teacher and student draw their own ITM negatives")
     unmasked_padding: bool = Field(False, description="KD terms include padding")
     skip_last_hidden: bool = Field(False, description="the last vision hidden state is not distilled")
-    unfrozen_structure: bool = Field(False, description="the structure still moves after it was declared final")
+
+
+class VQAQuirks(Strict):
+    """How answers are learnt and ranked."""
+
     double_sep: bool = Field(False, description="training answers end in two separators")
     first_token_twice: bool = Field(False, description="closed-list ranking counts the first token twice")
 
 
-def new_every_time(given: dict[str, Any], weights: str, kept: str) -> list[str]:
-    """Settings that a teacher needs whose outputs are to be kept: of all terms only `kept` has a weight, and pictures do not change."""
-    streamed = str(given.get("data", "")).startswith("stream:")
-    terms = [name for name, weight in given.get(weights, ()) if weight and name != kept]
-    wrong = ["data is no stream"] * streamed + ["augment=none"] * (given.get("augment", "none") != "none")
-    return wrong + [f"{weights}.{name}=0" for name in terms]
+class VQAPruningQuirks(VQAQuirks):
+    """And how their gates lie."""
+
+    mask_offsets: bool = Field(False, description="fusion gates read rows from 0 instead of their own in full-stack tasks")
 
 
 PASSES = {
@@ -88,8 +97,83 @@ class RetrievalWeights(Strict):
     fusion_cross_attention: float = Field(0.165, ge=0)
 
 
-PUBLISHED_KD = {"vqa": 0.4, "retrieval": 0.5}
-QUESTION_QUIRKS = ("mask_offsets", "double_sep", "first_token_twice")
+class Distillation(Taught):
+    """EfficientVLM's distillation, whatever the task: a mixture of the task's losses with the terms of L_KD."""
+
+    kept: ClassVar[str]
+    """The one term whose teacher may be cached: it compares what is the same for a sample whatever it is trained with."""
+
+    kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    weights: Strict = Field(default_factory=Strict)
+    temperature: float = Field(1.0, gt=0)
+    scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
+    quirks: DistillationQuirks = Field(default_factory=DistillationQuirks)
+    cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
+        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
+    )
+
+    @field_validator("cache_teacher", check_fields=False)
+    @classmethod
+    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
+        if cache and not info.data.get("teacher"):
+            raise ValueError("there is no teacher")
+        if cache and (wrong := list(cls._new_every_time(info.data))):
+            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
+        return cache
+
+    @classmethod
+    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
+        """Settings that would have to be otherwise: of all terms only `kept` has a weight, and pictures do not change."""
+        if str(given.get("data", "")).startswith("stream:"):
+            yield "data is no stream"
+        if given.get("augment", "none") != "none":
+            yield "augment=none"
+        yield from (f"weights.{name}=0" for name, weight in given.get("weights", ()) if weight and name != cls.kept)
+
+
+class PretrainingDistillation(Distillation):
+    kept = "itc_logits"
+    weights: DistillWeights = Field(default_factory=DistillWeights)
+
+    @field_validator("weights")
+    @classmethod
+    def _of_these_losses(cls, weights: DistillWeights, info: ValidationInfo) -> DistillWeights:
+        """A weight that was left at its default is no mistake where its loss is left out: it does nothing there."""
+        usual, losses = DistillWeights(), set(info.data.get("losses", ()))
+        chosen = [name for name, value in weights if value and value != getattr(usual, name)]
+        wrong = [f"{name} needs {' or '.join(PASSES[name])}" for name in chosen if name in PASSES and losses.isdisjoint(PASSES[name])]
+        if losses and wrong:
+            raise ValueError(f"{', '.join(wrong)} among the losses")
+        return weights
+
+    @classmethod
+    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
+        yield from super()._new_every_time(given)
+        if "box" in given.get("losses", ()) and given.get("region_probability"):
+            yield "region_probability=0"
+
+
+class VQADistillation(Distillation):
+    kept = "logits"
+    weights: TaskWeights = Field(default_factory=TaskWeights)
+
+    @classmethod
+    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
+        yield from super()._new_every_time(given)
+        if "quirks" in given and given["quirks"].unmasked_padding:
+            yield "quirks.unmasked_padding=false"
+
+
+class RetrievalDistillation(Distillation):
+    kept = "itc_logits"
+    kd: float = Field(0.5, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
+
+
+METHODS: dict[str, dict[str, type[Taught]]] = {
+    "efficientvlm": {"pretraining": PretrainingDistillation, "vqa": VQADistillation, "retrieval": RetrievalDistillation},
+}
+"""Method of distillation → task → what only the method knows, on that task."""
 
 
 class Gates(Strict):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict, Threads
-from efficientvlm.settings.common import Data, Stage, Train
-from efficientvlm.settings.methods import PASSES, DistillWeights, Gates, Quirks, new_every_time
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.base import Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
+from efficientvlm.settings.common import Learning, Measuring, Stage, Taught
+from efficientvlm.settings.methods import GateQuirks, Gates
 
 
 class InitConfig(Stage):
@@ -32,60 +32,19 @@ class ImportConfig(Stage):
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
 
 
-class Pretrain(Stage, Data, Train):
-    """Image-text pre-training without a teacher."""
+class Pretrain(Learning):
+    """Training without a teacher, before any task."""
 
-    model: str
-    losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
-    region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
-    regions_per_image: Size = Field(5, ge=1)
-    mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
-    max_masks: Size = Field(8, ge=1, description="at most so many of them")
-    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
-    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
-    freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
-
-    @field_validator("hard_negatives")
-    @classmethod
-    def _of_matching(cls, hard: bool, info: ValidationInfo) -> bool:
-        if not hard and "itm" not in info.data.get("losses", ["itm"]):
-            raise ValueError("it needs itm among the losses")
-        return hard
+    task: str = "pretraining"
 
 
-class Distill(Pretrain):
+class Distill(Taught):
+    task: str = "pretraining"
     teacher: str
-    kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * hard + kd * L_KD")
-    temperature: float = Field(1.0, gt=0)
-    scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
-    weights: DistillWeights = Field(default_factory=DistillWeights)
-    quirks: Quirks = Field(default_factory=Quirks)
-    cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
-        False, description="run the teacher once a sample and keep what it says in memory; for itc_logits alone"
-    )
-
-    @field_validator("weights")
-    @classmethod
-    def _of_these_losses(cls, weights: DistillWeights, info: ValidationInfo) -> DistillWeights:
-        """A weight that was left at its default is no mistake where its loss is left out: it does nothing there."""
-        usual, losses = DistillWeights(), set(info.data.get("losses", ()))
-        chosen = [name for name, value in weights if value and value != getattr(usual, name)]
-        wrong = [f"{name} needs {' or '.join(PASSES[name])}" for name in chosen if name in PASSES and losses.isdisjoint(PASSES[name])]
-        if losses and wrong:
-            raise ValueError(f"{', '.join(wrong)} among the losses")
-        return weights
-
-    @field_validator("cache_teacher")
-    @classmethod
-    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
-        regions = "box" in info.data.get("losses", ()) and info.data.get("region_probability")
-        if cache and (wrong := [*new_every_time(info.data, "weights", "itc_logits"), *(["region_probability=0"] if regions else [])]):
-            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
-        return cache
 
 
-class Finetune(TaskStage):
-    pass
+class Finetune(Taught):
+    task: str = "vqa"
 
 
 class Recut(Strict):
@@ -96,12 +55,11 @@ class Recut(Strict):
     )
 
 
-class Prune(TaskStage, Recut):
+class Prune(Taught, Recut):
     model: str = Field("", description="as elsewhere; not needed with from_gates")
     data: DataName = Field("", description="as elsewhere; not needed with from_gates, or where task is none")
-    task: Literal["vqa", "retrieval", "none"] = Field(  # type: ignore[assignment]
-        "vqa", description="none: cut by the weights alone, without training"
-    )
+    task: str = Field("vqa", description="none: cut by the weights alone, without training")
+    quirks: GateQuirks = Field(default_factory=GateQuirks)
     sparsity: float = Field(0.4, ge=0, lt=1, description="part of the prunable weights to remove")
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
@@ -117,6 +75,10 @@ class Prune(TaskStage, Recut):
     keep_dense: bool = True
     calibration_batches: Count = Field(8, ge=1, description="batches of the Taylor criterion")
 
+    @classmethod
+    def task_of(cls, values: Mapping[str, Any]) -> Any:
+        return None if values.get("from_gates") and not values.get("task") else super().task_of(values)
+
     @field_validator("model")
     @classmethod
     def _cut_from_something(cls, model: str, info: ValidationInfo) -> str:
@@ -131,8 +93,6 @@ class Prune(TaskStage, Recut):
             raise ValueError("gates were learnt on a task; leave task out")
         if task != "none" and info.data.get("data") == "" and not info.data.get("from_gates"):
             raise ValueError(f"{task} is learnt from data, which was not given")
-        if task == "none" and info.data.get("teacher"):
-            raise ValueError("nothing is trained, so that a teacher has no use")
         return task
 
     @field_validator("method")
@@ -150,34 +110,8 @@ class Shrink(Stage):
     layers: dict[str, Count | list[Count]] = Field(default_factory=dict, description="tower → layer count or list; half by default")
 
 
-class Eval(Strict):
-    model: str
-    data: DataName
-    columns: dict[str, str] = Field(default_factory=dict)
-    split: Literal["train", "val", "test"] = "test"
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: Count | None = Field(None, ge=1)
-    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
-    task: Literal["vqa", "retrieval"] = "vqa"
-    out: str | None = Field(None, description="JSON file for the result")
-    batch_size: Count = Field(64, ge=1)
-    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
-    mode: Literal["rank", "generate"] = "rank"
-    answers: str | None = None
-    rank_top: Count | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
-    first_token_twice: bool | None = None
-    rerank: Count = Field(0, ge=0, description="retrieval: so many candidates of every query are ranked anew by matching; 0: none")
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    seed: Seed = 0
-
-    @field_validator("mode", "answers", "rank_top", "first_token_twice", "rerank")
-    @classmethod
-    def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
-        task = "retrieval" if info.field_name == "rerank" else "vqa"
-        if info.data.get("task", task) != task and value != cls.model_fields[str(info.field_name)].default:
-            raise ValueError(f"it belongs to task {task}")
-        return value
+class Eval(Measuring):
+    task: str = "vqa"
 
 
 class Bench(Strict):
@@ -246,9 +180,3 @@ STAGES: dict[str, type[Strict]] = {
     "export": Export,
     "report": Report,
 }
-
-
-def asides(stage: str) -> dict[str, Aside]:
-    """The settings of a stage that do not change what is learnt, by name."""
-    fields = STAGES[stage].model_fields if stage in STAGES else {}
-    return {name: mark for name, field in fields.items() for mark in field.metadata if isinstance(mark, Aside)}

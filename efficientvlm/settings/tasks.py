@@ -1,73 +1,76 @@
-"""Settings of the stages that learn a task."""
+"""Settings that only a task knows, beside those of every stage that learns or measures one."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Count, Size
-from efficientvlm.settings.common import Data, Stage, Train
-from efficientvlm.settings.methods import PUBLISHED_KD, QUESTION_QUIRKS, Quirks, RetrievalWeights, TaskWeights, new_every_time
-
-QUESTIONS_ONLY = ("weights", "questions_per_image", "max_answer_tokens", "answers", "min_answer_count", "rank_top", "decoder_init")
+from efficientvlm.settings.common import Learning, Measuring, OnTask
+from efficientvlm.settings.methods import VQAPruningQuirks, VQAQuirks
 
 
-class TaskStage(Stage, Data, Train):
-    model: str
-    teacher: str | None = None
-    task: Literal["vqa", "retrieval"] = "vqa"
-    kd: float = Field(
-        default_factory=lambda given: PUBLISHED_KD.get(given.get("task"), 0.4),
-        ge=0,
-        le=1,
-        description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher; 0.5 by default for retrieval",
-    )
-    temperature: float = Field(1.0, gt=0)
-    scale_by_temperature: bool = False
-    weights: TaskWeights = Field(default_factory=TaskWeights, description="of VQA")
-    retrieval_weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
-    hard_negatives: bool = Field(True, description="of retrieval: matching draws its negatives by similarity, as published; false: any")
-    quirks: Quirks = Field(default_factory=Quirks)
+class PretrainingSettings(Learning):
+    """Image-text pre-training."""
+
+    losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
+    region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
+    regions_per_image: Size = Field(5, ge=1)
+    mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
+    max_masks: Size = Field(8, ge=1, description="at most so many of them")
+    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
+    freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
+
+    @field_validator("hard_negatives")
+    @classmethod
+    def _of_matching(cls, hard: bool, info: ValidationInfo) -> bool:
+        if not hard and "itm" not in info.data.get("losses", ["itm"]):
+            raise ValueError("it needs itm among the losses")
+        return hard
+
+
+class VQASettings(Learning):
+    """Visual question answering."""
+
+    quirks: VQAQuirks = Field(default_factory=VQAQuirks)
     questions_per_image: Size = Field(6, ge=1, description="questions that share one vision pass")
-    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
     max_answer_tokens: Size = Field(10, ge=3)
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
     min_answer_count: Count = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
     rank_top: Annotated[Count, Aside()] = Field(128, ge=1, description="candidates kept after the first token")
     decoder_init: Literal["auto", "teacher", "fusion"] = Field("auto", description="where a new answer decoder comes from")
-    cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
-        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
-    )
 
-    @field_validator("cache_teacher")
-    @classmethod
-    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
-        if cache and not info.data.get("teacher"):
-            raise ValueError("there is no teacher")
-        if info.data.get("task") == "retrieval":
-            wrong = new_every_time(info.data, "retrieval_weights", "itc_logits")
-        else:
-            wrong = new_every_time(info.data, "weights", "logits")
-            wrong += ["quirks.unmasked_padding=false"] if "quirks" in info.data and info.data["quirks"].unmasked_padding else []
-        if cache and wrong:
-            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
-        return cache
 
-    @field_validator(*QUESTIONS_ONLY, "retrieval_weights", "hard_negatives")
-    @classmethod
-    def _of_this_task(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        task = "vqa" if name in QUESTIONS_ONLY else "retrieval"
-        usual = cls.model_fields[name].get_default(call_default_factory=True, validated_data={})
-        if info.data.get("task", task) != task and value != usual:
-            raise ValueError(f"it belongs to task {task}")
-        return value
+class VQAPruning(VQASettings):
+    quirks: VQAPruningQuirks = Field(default_factory=VQAPruningQuirks)
 
-    @field_validator("quirks")
-    @classmethod
-    def _quirks_of_this_task(cls, quirks: Quirks, info: ValidationInfo) -> Quirks:
-        wrong = [name for name in QUESTION_QUIRKS if getattr(quirks, name)]
-        if wrong and info.data.get("task", "vqa") != "vqa":
-            raise ValueError(f"{', '.join(wrong)} belong to task vqa")
-        return quirks
+
+class VQAEval(Measuring):
+    mode: Literal["rank", "generate"] = "rank"
+    answers: str | None = None
+    rank_top: Count | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
+    first_token_twice: bool | None = None
+
+
+class RetrievalSettings(Learning):
+    """Image-text retrieval."""
+
+    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any")
+
+
+class RetrievalEval(Measuring):
+    rerank: Count = Field(0, ge=0, description="so many candidates of every query are ranked anew by matching; 0: none")
+
+
+class Untrained(Learning):
+    """No task: cut by the weights alone, without training."""
+
+
+TASKS: dict[str, dict[str, type[OnTask]]] = {
+    "pretraining": {"pretrain": PretrainingSettings, "distill": PretrainingSettings},
+    "vqa": {"finetune": VQASettings, "prune": VQAPruning, "eval": VQAEval},
+    "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
+    "none": {"prune": Untrained},
+}
+"""Task → stage that learns or measures it → what only the task knows there."""

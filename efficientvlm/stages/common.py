@@ -243,8 +243,6 @@ def learning(config: Any, output: Output) -> Iterator[None]:
     """
     again = "; that begins anew, with --force"
     names = [name for name in ("batch_size", "questions_per_image", "max_tokens") if name in type(config).model_fields]
-    if getattr(config, "task", "vqa") != "vqa":
-        names.remove("questions_per_image")
     lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
     if getattr(config, "cache_teacher", False):
         lower = f"leave cache_teacher out, or {lower}"

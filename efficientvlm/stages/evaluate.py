@@ -15,6 +15,7 @@ from efficientvlm.manifest import Manifest
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.settings.stages import Eval
+from efficientvlm.settings.tasks import RetrievalEval, VQAEval
 from efficientvlm.stages import influence
 from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, tuned_with
 from efficientvlm.stages.common import Loaded, check_precision, keep_length, load, say_notes, say_skipped
@@ -41,11 +42,11 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     loaded = load(config.model, exported=True)
     check_precision(loaded, config.precision)
     keep_length(loaded, config.max_tokens)
-    if config.task == "retrieval":
+    if isinstance(config, RetrievalEval):
         check_able(loaded, config.rerank)
     source = TASKS[config.task].open(config, config.split, loaded.preprocessing)
     inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
-    if config.answers:
+    if isinstance(config, VQAEval) and config.answers:
         inputs["answers"] = fingerprint(as_input(config.answers) or "")
     file = ResultFile.open(config, "eval", inputs, force=control.force)
     if file.finished:
@@ -55,7 +56,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     device = pick_device(config.device)
     loaded.model.to(device)
     began = time.monotonic()
-    measure = pairs if config.task == "retrieval" else answers
+    measure: Any = pairs if isinstance(config, RetrievalEval) else answers
     with enough_memory("evaluation", f"lower batch_size (now {config.batch_size})"), autocast(device, config.precision):
         found = measure(config, control, loaded, source)
     tell("eval", found["influence"], control.quiet)
@@ -73,7 +74,7 @@ def run(config: Eval, control: Control) -> dict[str, Any]:
     return file.write(result)
 
 
-def answers(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
+def answers(config: VQAEval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
     """Every question of `source` answered: `metric`, `mode`, how was ranked, `metrics`."""
     listed = listed_answers(config)
     twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
@@ -92,7 +93,7 @@ def answers(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict
     }
 
 
-def pairs(config: Eval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
+def pairs(config: RetrievalEval, control: Control, loaded: Loaded, source: Any) -> dict[str, Any]:
     """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")

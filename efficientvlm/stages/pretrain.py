@@ -21,7 +21,8 @@ from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.progress import counted, say, telling
-from efficientvlm.settings.stages import Distill, Pretrain
+from efficientvlm.settings.stages import Distill
+from efficientvlm.settings.tasks import PretrainingSettings
 from efficientvlm.stages.common import (
     Loaded,
     augmentation,
@@ -48,7 +49,7 @@ from efficientvlm.training import Batch, accelerator, train
 VALIDATION_BATCHES = 16
 
 
-def run(config: Pretrain, control: Control) -> Manifest:
+def run(config: PretrainingSettings, control: Control) -> Manifest:
     """Train `config.model` on image-text pairs; a :class:`Distill` configuration adds the teacher."""
     stage = "distill" if isinstance(config, Distill) else "pretrain"
     with telling(f"loading {config.model}", quiet=control.quiet):
@@ -105,7 +106,7 @@ def run(config: Pretrain, control: Control) -> Manifest:
         return ranks.on_main(finish, Manifest.model_validate)
 
 
-def student_problems(config: Pretrain, student: Loaded) -> Iterator[BadInput]:
+def student_problems(config: PretrainingSettings, student: Loaded) -> Iterator[BadInput]:
     """Every reason why `student` cannot be pre-trained as `config` says."""
     if "pretraining" not in student.tasks:
         does = ", ".join(sorted(student.tasks)) or "nothing by itself"
@@ -121,18 +122,18 @@ def student_problems(config: Pretrain, student: Loaded) -> Iterator[BadInput]:
             yield BadInput(f"{name} 1", "matching needs another pair as negative", "use 2 or more")
 
 
-def teacher_problems(config: Distill, student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+def teacher_problems(config: Any, student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
     """Every reason why `teacher` cannot pre-train `student`."""
     yield from pair_problems(student, teacher)
     if missing := sorted(set(config.losses) - set(getattr(teacher.model.config, "heads", ()))):
         yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
 
 
-def objectives(config: Pretrain, student: Loaded, teacher: Loaded | None) -> tuple[XvlmPretraining, Objective]:
+def objectives(config: Any, student: Loaded, teacher: Loaded | None) -> tuple[XvlmPretraining, Objective]:
     """The hard losses, and what is minimised: the same, or with `teacher` their mixture with L_KD. Towers in `freeze` are frozen."""
     freeze(student.model, config.freeze)
     hard = XvlmPretraining(student.family, student.model, losses=config.losses, seed=config.seed, hard_negatives=config.hard_negatives)
-    if teacher is None or not isinstance(config, Distill):
+    if teacher is None:
         return hard, hard
     return hard, distilled(hard, teacher.model, config)
 
@@ -152,7 +153,7 @@ def open_split(config: Any, split: str, image_size: Preprocessing | None) -> Any
     return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
-def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
+def feed_of(config: PretrainingSettings, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:
     """Training batches by step."""
     masking = settings_of(config, "mask_probability", "max_masks")
     regions = config.region_probability if "box" in config.losses else 0.0
@@ -172,7 +173,7 @@ def feed_of(config: Pretrain, student: Loaded, source: Any, texts: Texts, plan: 
 
 
 @torch.inference_mode()
-def validate(objective: XvlmPretraining, config: Pretrain, source: Any, texts: Texts, quiet: bool = False) -> dict[str, Any]:
+def validate(objective: XvlmPretraining, config: PretrainingSettings, source: Any, texts: Texts, quiet: bool = False) -> dict[str, Any]:
     """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches, with progress.
 
     A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.

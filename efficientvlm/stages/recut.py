@@ -20,7 +20,8 @@ from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
-from efficientvlm.settings.base import parse
+from efficientvlm.settings.base import Strict
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
@@ -84,9 +85,11 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     if config.model not in ("", start) and resolve(config.model).resolve() != resolve(start).resolve():
         raise BadInput("model and from_gates differ", "a re-cut starts from the run the gates are of", "leave the model out")
     given = {name: getattr(config, name) for name in config.model_fields_set}
+    given = {name: value.model_dump(exclude_unset=True) if isinstance(value, Strict) else value for name, value in given.items()}
     inherited = ("task",) if config.data else ("task", "data", "columns", "val", "val_fraction", "limit")
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
-    return parse(Prune, {**given, **known, "model": start}, f"the re-cut of {start}")
+    whole: Prune = stage_settings("prune", {**given, **known, "model": start}, f"the re-cut of {start}")
+    return whole
 
 
 def check_task(config: Prune, pruned: Loaded) -> None:

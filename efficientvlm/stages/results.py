@@ -14,7 +14,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.files import check_writable, result_path, unwritable, write_atomic
 from efficientvlm.page import shapes
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.stages import asides
+from efficientvlm.settings.compose import asides
 
 MACHINE = "machine"
 """Role of the machine that measured. A result of another one stays what it is: it is up to date, and says where it comes from."""

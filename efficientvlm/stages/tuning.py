@@ -18,7 +18,7 @@ from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.progress import say, telling
-from efficientvlm.settings.tasks import TaskStage
+from efficientvlm.settings.common import Taught
 from efficientvlm.stages.common import (
     Loaded,
     data_inputs,
@@ -42,7 +42,7 @@ from efficientvlm.training import Batch, Spent, accelerator, train
 class Tuning:
     """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster."""
 
-    config: TaskStage
+    config: Taught
     student: Loaded
     teacher: Loaded | None
     new: list[str]
@@ -50,7 +50,7 @@ class Tuning:
     reading: Reading = field(default_factory=Reading)
 
     @classmethod
-    def open(cls, config: TaskStage, *, quiet: bool = False) -> Tuning:
+    def open(cls, config: Taught, *, quiet: bool = False) -> Tuning:
         """Load what `config` names; nothing is written.
 
         Raises:
@@ -73,7 +73,12 @@ class Tuning:
     def inputs(self) -> dict[str, str | None]:
         """Role → what is read, for the output's manifest."""
         config = self.config
-        return {"model": config.model, "teacher": config.teacher, "answers": as_input(config.answers), **data_inputs(config, self.sources)}
+        return {
+            "model": config.model,
+            "teacher": config.teacher,
+            "answers": as_input(getattr(config, "answers", None)),
+            **data_inputs(config, self.sources),
+        }
 
     @cached_property
     def hardware(self) -> Any:
@@ -144,7 +149,7 @@ class Tuning:
         return write(output, student.family, student.model, student.tokenizer, **common)
 
 
-def load_for_task(config: TaskStage) -> tuple[Loaded, Loaded | None, list[str]]:
+def load_for_task(config: Taught) -> tuple[Loaded, Loaded | None, list[str]]:
     """Student and teacher, and the names of the student's tensors that are new.
 
     Raises:
