@@ -11,25 +11,14 @@ from efficientvlm.cli import output, plan
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 
-CONTROL = {"resume", "force", "json", "quiet", "dry_run", "assignments", "column"}
+CONTROL = ("dry_run", "resume", "force", "json", "quiet")
 KEYS = {"eval": ("metrics",), "bench": ("latency",)}
 
 
-def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
-    """`key=value` texts as a mapping; anything else is a usage error."""
-    found = {}
-    for text in texts or []:
-        key, sign, value = text.partition("=")
-        if not sign or not key or not value:
-            raise typer.BadParameter(f"{text!r} is not of the form key=value", param_hint=option)
-        found[key] = value
-    return found
+def launch(name: str, options: dict[str, Any]) -> None:
+    """Run a stage with the options of its command: those of `CONTROL`, `set`, and settings by their names.
 
-
-def stage(name: str, options: dict[str, Any]) -> None:
-    """Run a stage with the options of its command: `options` are the command's own local variables.
-
-    Options that were not given stay out of the configuration, so that its defaults rule; `--set` is applied last.
+    Settings that were not given (None) stay out of the configuration, so that its defaults rule; `set` is applied last.
     """
     from efficientvlm import idle
     from efficientvlm.planning.checks import preflight
@@ -38,15 +27,12 @@ def stage(name: str, options: dict[str, Any]) -> None:
     from efficientvlm.settings.base import merge, parse
     from efficientvlm.settings.compose import of
 
-    given = {key: value for key, value in options.items() if key not in CONTROL and value not in (None, {}, [])}
-    if columns := pairs(options.get("column"), "--column"):
-        given["columns"] = columns
-    values = merge(given, options.get("assignments") or [])
+    given = {key: value for key, value in options.items() if key not in (*CONTROL, "set") and value is not None}
+    values = merge(given, options["set"] or [])
     model = of(name, values)
-    for key, field in model.model_fields.items():
-        if field.is_required() and key not in values:
-            option = {"models": "model"}.get(key, key).replace("_", "-")
-            raise typer.BadParameter("it is needed and was not given", param_hint=f"--{option}")
+    for key in model.lacking(values):
+        option = {"models": "model"}.get(key, key).replace("_", "-")
+        raise typer.BadParameter("it is needed and was not given", param_hint=f"--{option}")
     config = parse(model, values, f"evlm {name}")
     if wrong := idle.refused(config, values):
         raise BadInput(f"evlm {name} has {len(wrong)} idle setting{'s' * (len(wrong) > 1)}", "\n  " + "\n  ".join(wrong), "leave them out")

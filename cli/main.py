@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 from efficientvlm import ranks, waiting
-from efficientvlm.cli import build, folders, measure, plan, recipes, train
+from efficientvlm.cli import folders, plan, recipes
+from efficientvlm.cli.predict import predict
+from efficientvlm.cli.stages import command
 from efficientvlm.cli.streams import unbreakable
 from efficientvlm.errors import EvlmError, printable, shorten
 from efficientvlm.files import out_of_space
@@ -53,16 +55,17 @@ REFUSALS = {
 }
 """What a system says where it will not, or cannot, give a file."""
 
-PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "Make a model": {"init": build.init, "import": build.import_, "shrink": build.shrink},
-    "Train": {"pretrain": train.pretrain, "distill": train.distill, "prune": train.prune, "finetune": train.finetune},
-    "Use and measure": {"eval": measure.evaluate, "bench": measure.bench, "predict": measure.predict, "export": measure.export},
+PANELS: dict[str, dict[str, Callable[..., None] | None]] = {
+    "Make a model": {"init": None, "import": None, "shrink": None},
+    "Train": {"pretrain": None, "distill": None, "prune": None, "finetune": None},
+    "Use and measure": {"eval": None, "bench": None, "predict": predict, "export": None},
     "Look into folders": {"inspect": folders.inspect, "verify": folders.verify, "report": folders.report},
     "Whole chains": {"plan": plan.plan, "run": recipes.run},
 }
-for panel, commands in PANELS.items():
-    for name, function in commands.items():
-        app.command(name, rich_help_panel=panel)(function)
+"""Panel → command → its function; those of stages come from their table."""
+for panel, functions in PANELS.items():
+    for name, function in functions.items():
+        app.command(name, rich_help_panel=panel)(function or command(name))
 app.add_typer(recipes.app, name="recipes", rich_help_panel="Whole chains")
 
 

@@ -1,56 +1,52 @@
-"""The options of all commands, declared once. None always means: not given, so that the defaults of the configuration rule."""
+"""The options of all commands, declared once. None always means: not given, so that the defaults of the settings rule."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-RUN, TRAINING, KNOWLEDGE = "How it runs", "Training", "Distillation"
+RUN, TRAINING, KNOWLEDGE, UNITS = "How it runs", "Training", "Distillation", "What is removed"
 
-Model = Annotated[str | None, typer.Option("--model", help="Checkpoint folder, or bundled:NAME.", metavar="DIR")]
-Models = Annotated[list[str] | None, typer.Option("--model", help="Checkpoint folder, or bundled:NAME. Repeatable.", metavar="DIR")]
-Out = Annotated[str | None, typer.Option("--out", help="Folder to write.", metavar="DIR")]
-OutFile = Annotated[str | None, typer.Option("--out", help="JSON file for the result.", metavar="FILE")]
-DataSpec = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one.",
-        metavar="DATA",
-    ),
-]
-Columns = Annotated[
-    list[str] | None, typer.Option("--column", help="Where a role is found, e.g. question=text. Repeatable.", metavar="ROLE=NAME")
-]
-Val = Annotated[str | None, typer.Option("--val", help="Validation data; by default held-out training images.", metavar="DATA")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Use only so many images.")]
-Task = Annotated[str | None, typer.Option("--task", help="vqa or retrieval.", metavar="TASK")]
-Answers = Annotated[str | None, typer.Option("--answers", help="File with one answer a line.", metavar="FILE")]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Folder of a tokenizer.", metavar="DIR")]
 
-Teacher = Annotated[str | None, typer.Option("--teacher", help="Checkpoint to learn from.", metavar="DIR", rich_help_panel=KNOWLEDGE)]
-Kd = Annotated[float | None, typer.Option("--kd", help="Weight of the distillation terms, 0 to 1.", rich_help_panel=KNOWLEDGE)]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="Softens the logits that are compared.", rich_help_panel=KNOWLEDGE)
-]
-CacheTeacher = Annotated[
-    bool | None,
-    typer.Option("--cache-teacher/--no-cache-teacher", help="Run the teacher once a sample; memory for time.", rich_help_panel=KNOWLEDGE),
-]
+class Option(NamedTuple):
+    """An option of a stage: its annotation for Typer, and how what was given becomes the value of the setting."""
 
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the images.", rich_help_panel=TRAINING)]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Length in steps, instead of --epochs.", rich_help_panel=TRAINING)]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, over all processes.", rich_help_panel=TRAINING)]
-Lr = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)]
+    annotation: Any
+    read: Callable[[Any], Any] = lambda value: value
+    default: Any = None
 
-Seed = Annotated[int | None, typer.Option("--seed", help="Every random draw follows from it.", rich_help_panel=RUN)]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps, ...", rich_help_panel=RUN)]
-Precision = Annotated[str | None, typer.Option("--precision", help="fp32 or bf16.", rich_help_panel=RUN)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any setting by its name, e.g. weights.text_hidden=0.5.", metavar="KEY=VALUE", rich_help_panel=RUN),
-]
+
+def option(kind: Any, flag: str, help: str, metavar: str | None = None, panel: str | None = None, **more: Any) -> Option:
+    """An option that is left out of the settings unless it is given."""
+    return Option(Annotated[kind | None, typer.Option(flag, help=help, metavar=metavar, rich_help_panel=panel)], **more)
+
+
+def pairs(texts: list[str], flag: str) -> dict[str, str]:
+    """`key=value` texts as a mapping; anything else is a usage error."""
+    found = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key or not value:
+            raise typer.BadParameter(f"{text!r} is not of the form key=value", param_hint=flag)
+        found[key] = value
+    return found
+
+
+def layers(texts: list[str]) -> dict[str, int | list[int]]:
+    """`vision=6` is a count, `text=1,3,5` (or `5,` for a single one) are layers counted from 0."""
+    found: dict[str, int | list[int]] = {}
+    for tower, text in pairs(texts, "--layers").items():
+        numbers = [part.strip() for part in text.split(",") if part.strip()]
+        if not numbers or not all(number.isdecimal() for number in numbers):
+            raise typer.BadParameter(f"{text!r} is neither a number of layers nor a list of them", param_hint="--layers")
+        found[tower] = int(text) if "," not in text else [int(number) for number in numbers]
+    return found
+
+
+DATA = "easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one."
+MODE = "rank: choose from the answer list; generate: write freely."
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print settings and plan as JSON, and all that is wrong; do nothing.", rich_help_panel=RUN)
 ]
@@ -58,3 +54,73 @@ Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an 
 Force = Annotated[bool, typer.Option("--force", help="Replace a finished output.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=RUN)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)]
+
+RESULT = option(str, "--out", "JSON file for the result.", "FILE")
+OPTIONS: dict[str, Option] = {
+    "model": option(str, "--model", "Checkpoint folder, or bundled:NAME.", "DIR"),
+    "import.model": option(str, "--model", "Published file, or folder or hub id of a CLIP, SigLIP or BLIP.", "FILE|DIR|NAME"),
+    "models": option(list[str], "--model", "Checkpoint folder, or bundled:NAME. Repeatable.", "DIR"),
+    "out": option(str, "--out", "Folder to write.", "DIR"),
+    "eval.out": RESULT,
+    "bench.out": RESULT,
+    "data": option(str, "--data", DATA, "DATA"),
+    "columns": option(
+        list[str],
+        "--column",
+        "Where a role is found, e.g. question=text. Repeatable.",
+        "ROLE=NAME",
+        read=lambda texts: pairs(texts, "--column"),
+    ),
+    "val": option(str, "--val", "Validation data; by default held-out training images.", "DATA"),
+    "split": option(str, "--split", "train, val or test."),
+    "export.split": option(str, "--split", "What accuracy is measured on: val or test."),
+    "limit": option(int, "--limit", "Use only so many images."),
+    "task": option(str, "--task", "vqa or retrieval.", "TASK"),
+    "answers": option(str, "--answers", "File with one answer a line.", "FILE"),
+    "family": option(str, "--family", "xvlm or blip."),
+    "size": option(str, "--size", "tiny, small or base: random weights."),
+    "vision_from": option(str, "--vision-from", "Folder of a CLIP or DINOv2 image model.", "DIR"),
+    "text_from": option(str, "--text-from", "Folder of a BERT model.", "DIR"),
+    "tokenizer": option(str, "--tokenizer", "Folder of a tokenizer.", "DIR"),
+    "init.tokenizer": option(str, "--tokenizer", "Folder of a tokenizer, or train.", "DIR|train"),
+    "vocab_size": option(int, "--vocab-size", "Size of a tokenizer that is trained."),
+    "image_size": option(int, "--image-size", "Side of the square images in pixels."),
+    "layout": option(str, "--layout", "auto, pretrain, retrieval or vqa."),
+    "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
+    "mode": option(str, "--mode", MODE),
+    "rerank": option(int, "--rerank", "Retrieval: so many candidates of a query are ranked anew by matching.", "K"),
+    "text_length": option(int, "--text-length", "Tokens a question."),
+    "batch_sizes": option(list[int], "--batch-size", "Repeatable; 1 and 8 by default."),
+    "rounds": option(int, "--rounds", "Timed rounds; the models take turns."),
+    "export.rounds": option(int, "--rounds", "Timed rounds; 0 times nothing."),
+    "threads": option(int, "--threads", "Processor threads."),
+    "format": option(str, "--format", "onnx: graphs; padded: zeros in the original shapes; hf: transformers' own classes.", "FORM"),
+    "int8": option(bool, "--int8", "ONNX with int8 weights; what they cost and gain is measured."),
+    "teacher": option(str, "--teacher", "Checkpoint to learn from.", "DIR", KNOWLEDGE),
+    "kd": option(float, "--kd", "Weight of the distillation terms, 0 to 1.", panel=KNOWLEDGE),
+    "temperature": option(float, "--temperature", "Softens the logits that are compared.", panel=KNOWLEDGE),
+    "cache_teacher": option(bool, "--cache-teacher/--no-cache-teacher", "Run the teacher once a sample; memory for time.", panel=KNOWLEDGE),
+    "sparsity": option(float, "--sparsity", "Part of the prunable weights to remove, 0 to 1.", panel=UNITS),
+    "method": option(str, "--method", "l0, magnitude, taylor or random.", panel=UNITS),
+    "from_gates": option(str, "--from-gates", "Cut this prune output again, without training.", "DIR", UNITS),
+    "min_heads": option(int, "--min-heads", "Heads every layer keeps.", panel=UNITS),
+    "min_neurons": option(int, "--min-neurons", "Neurons every layer keeps.", panel=UNITS),
+    "round_to": option(int, "--round-to", "Keep neurons in multiples of this.", panel=UNITS),
+    "allow_blind": option(bool, "--allow-blind/--no-allow-blind", "Let the last path of an input be cut as well.", panel=UNITS),
+    "keep_dense": option(bool, "--keep-dense/--no-keep-dense", "Store the unsliced weights for later cuts.", panel=UNITS),
+    "epochs": option(float, "--epochs", "Passes over the images.", panel=TRAINING),
+    "max_steps": option(int, "--max-steps", "Length in steps, instead of --epochs.", panel=TRAINING),
+    "batch_size": option(int, "--batch-size", "Images a step, over all processes.", panel=TRAINING),
+    "eval.batch_size": option(int, "--batch-size", "Images at a time."),
+    "lr": option(float, "--lr", "Peak learning rate.", panel=TRAINING),
+    "seed": option(int, "--seed", "Every random draw follows from it.", panel=RUN),
+    "device": option(str, "--device", "auto, cpu, cuda, mps, ...", panel=RUN),
+    "precision": option(str, "--precision", "fp32 or bf16.", panel=RUN),
+    "set": option(list[str], "--set", "Any setting by its name, e.g. weights.text_hidden=0.5.", "KEY=VALUE", RUN),
+    "dry_run": Option(DryRun, default=False),
+    "resume": Option(Resume, default=True),
+    "force": Option(Force, default=False),
+    "json": Option(Json, default=False),
+    "quiet": Option(Quiet, default=False),
+}
+"""Setting, or `STAGE.SETTING` where a stage says it in other words → its option."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -79,6 +79,11 @@ class Strict(BaseModel):
         field = cls.model_fields.get(path[0])
         kind = field and field.annotation
         return field is not None and (len(path) == 1 or (isinstance(kind, type) and issubclass(kind, Strict) and kind.has(path[1:])))
+
+    @classmethod
+    def lacking(cls, values: Mapping[str, Any]) -> list[str]:
+        """The settings that are needed beside `values`."""
+        return [name for name, field in cls.model_fields.items() if field.is_required() and name not in values]
 
     @classmethod
     def owner(cls, path: Sequence[str]) -> str:

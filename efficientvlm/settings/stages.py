@@ -79,6 +79,11 @@ class Prune(Taught, Recut):
     def task_of(cls, values: Mapping[str, Any]) -> Any:
         return None if values.get("from_gates") and not values.get("task") else super().task_of(values)
 
+    @classmethod
+    def lacking(cls, values: Mapping[str, Any]) -> list[str]:
+        needed = [] if values.get("from_gates") else ["model"] if cls.task_of(values) == "none" else ["model", "data"]
+        return super().lacking(values) + [name for name in needed if not values.get(name)]
+
     @field_validator("model")
     @classmethod
     def _cut_from_something(cls, model: str, info: ValidationInfo) -> str:

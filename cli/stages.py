@@ -1,0 +1,85 @@
+"""The commands that run a stage: each is a row of a table, which says what it does and which options it has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from efficientvlm.cli.launch import CONTROL, launch
+from efficientvlm.cli.options import OPTIONS, Option
+
+HOW = ("set", *CONTROL)
+RUN = ("seed", "device", "precision", *HOW)
+SAMPLES = ("columns", "val", "limit")
+TRAINING = ("epochs", "max_steps", "batch_size", "lr")
+KNOWLEDGE = ("kd", "temperature", "cache_teacher")
+UNITS = ("sparsity", "method", "from_gates", "min_heads", "min_neurons", "round_to", "allow_blind", "keep_dense")
+
+
+class Command(NamedTuple):
+    help: str
+    options: tuple[str, ...]
+
+
+COMMANDS = {
+    "init": Command(
+        "Make a new model at random, or an X-VLM from CLIP and BERT folders.",
+        ("out", "family", "size", "vision_from", "text_from", "tokenizer", "data", "columns", "vocab_size", "image_size", *RUN),
+    ),
+    "import": Command(
+        "Read a published X-VLM or EfficientVLM file, or a Hugging Face folder of CLIP, SigLIP or BLIP.",
+        ("model", "out", "tokenizer", "layout", *RUN),
+    ),
+    "shrink": Command(
+        "Make a student of fewer layers from its teacher's weights; half the layers by default.", ("model", "out", "layers", *RUN)
+    ),
+    "pretrain": Command("Train on images and their texts (ITC, ITM, MLM, boxes).", ("model", "data", "out", *SAMPLES, *TRAINING, *RUN)),
+    "distill": Command(
+        "Pre-train a student with its teacher beside it (hidden states, attention maps, logits).",
+        ("model", "teacher", "data", "out", *SAMPLES, *TRAINING, *KNOWLEDGE, *RUN),
+    ),
+    "prune": Command(
+        "Remove attention heads and neurons while the task is learnt; the result is really smaller.\n\n"
+        "With --from-gates, --model, --task and --data default to those of that run. "
+        "With --task none nothing is learnt and no data is needed.",
+        ("model", "teacher", "data", "out", "task", *SAMPLES, "answers", *UNITS, *TRAINING, *KNOWLEDGE, *RUN),
+    ),
+    "finetune": Command(
+        "Train a task, with or without a teacher, from any stage's output.",
+        ("model", "teacher", "data", "out", "task", *SAMPLES, "answers", *TRAINING, *KNOWLEDGE, *RUN),
+    ),
+    "eval": Command(
+        "Measure a task's metrics; nothing is trained.",
+        ("model", "data", "out", "task", "split", "columns", "limit", "answers", "mode", "rerank", "batch_size", *RUN),
+    ),
+    "bench": Command(
+        "Measure latency and size of one or more models side by side.",
+        ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
+    ),
+    "export": Command(
+        "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",
+        ("model", "format", "out", "int8", "data", "split", "columns", "limit", "rounds", "seed", *HOW),
+    ),
+}
+
+
+def command(stage: str) -> Callable[..., None]:
+    """The function of a command, with the signature that Typer reads its options from."""
+    row = COMMANDS[stage]
+    options = {name: OPTIONS.get(f"{stage}.{name}", OPTIONS[name]) for name in row.options}
+
+    def run(**given: Any) -> None:
+        launch(stage, {name: _read(options[name], value) for name, value in given.items()})
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, kind, default=option.default, annotation=option.annotation) for name, option in options.items()]
+    )
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    run.__doc__ = row.help
+    return run
+
+
+def _read(option: Option, value: Any) -> Any:
+    return option.read(value) if value not in (None, []) else None
