@@ -256,6 +256,23 @@ def test_what_a_run_refuses_is_refused_by_its_dry_run(chain: Path, evlm: Any) ->
     assert not Path("o").exists()
 
 
+def test_a_stream_is_planned_by_its_first_rows(chain: Path, evlm: Any) -> None:
+    Image.new("RGB", (16, 16)).save("a.png")
+    row = {"image": "a.png", "question": "which?", "answer": "red", "caption": "a red one"}
+    region = {"caption": "a red one on the left", "bb": [0, 0, 8, 8]}
+    for name, more in (("plain", {}), ("places", {"regions": [region] * 8})):
+        Path(f"{name}.jsonl").write_text(json.dumps({**row, **more}))
+    Path("answers.txt").write_text("red\n")
+    ask = f"finetune --model {chain}/init --answers answers.txt --set kd=0"
+    held = []
+    for line, data in ((ask, "plain"), (f"pretrain --model {chain}/init", "plain"), (f"pretrain --model {chain}/init", "places")):
+        words = f"{line} --data stream:{data}.jsonl --val {data}.jsonl --max-steps 5 --out o --dry-run"
+        code, out, err = evlm(*words.split())
+        assert code == 0, err
+        held.append(json.loads(out)["plan"]["memory"]["activations"])
+    assert held[2] > held[1] > 0
+
+
 def test_an_unreachable_sparsity_alone_exits_4(chain: Path, evlm: Any) -> None:
     line = ["prune", "--model", chain / "distilled", "--data", SHAPES, "--sparsity", 0.95, "--min-heads", 4, "--out", "o", "--dry-run"]
     code, out, err = evlm(*line)

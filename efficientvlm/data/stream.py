@@ -110,18 +110,35 @@ class Stream(Generic[T]):
 
     def texts(self) -> Iterator[str]:
         """Every string of the first 100,000 rows."""
+        for content in self._contents():
+            if issubclass(self.kind, VQAItem):
+                yield from (content.text, *(answer for answer, _ in content.answers))
+            else:
+                captions, places = content
+                yield from (*captions, *(region.phrase for place in places for region in regions_of(place, None, "")))
+
+    def questions(self) -> Iterator[Question]:
+        """The question of each of the first 100,000 rows."""
+        yield from self._contents()
+
+    def regions(self) -> Iterator[int]:
+        """Described regions of each of the first 100,000 rows."""
+        for _, places in self._contents():
+            yield sum(len(regions_of(place, None, "")) for place in places)
+
+    def _contents(self) -> Iterator[Any]:
+        """What the first 100,000 rows hold beside their pictures, of which none is decoded."""
         for raw in itertools.islice(self._pass(0), TEXTS):
             try:
-                values = self._values(raw)
-                if issubclass(self.kind, VQAItem):
-                    asked: Question = question_of(values, raw.where, self.columns)
-                    yield from (asked.text, *(answer for answer, _ in asked.answers))
-                else:
-                    yield from captions_of(values, raw.where, self.columns)
-                    for place in places_of(values, raw.where):
-                        yield from (region.phrase for region in regions_of(place, None, raw.where))
+                yield self._content(self._values(raw), raw.where)
             except BadInput as error:
                 self.skips.add(error)
+
+    def _content(self, values: dict[str, Any], where: str) -> Any:
+        """The question of a row, or its captions and the entries of its regions."""
+        if issubclass(self.kind, VQAItem):
+            return question_of(values, where, self.columns)
+        return captions_of(values, where, self.columns), places_of(values, where)
 
     def answers(self) -> Iterator[tuple[str, float]]:
         """A stream cannot be read in advance.
@@ -200,11 +217,7 @@ class Stream(Generic[T]):
             BadInput: it cannot be used; names the row.
         """
         values, where = self._values(raw), raw.where
-        content: Any = (
-            question_of(values, where, self.columns)
-            if issubclass(self.kind, VQAItem)
-            else (captions_of(values, where, self.columns), places_of(values, where))
-        )
+        content = self._content(values, where)
         image = encoded(values["image"], raw.base, where)
         pixels, size = open_sized(image, self.size, where)
         key = text_of(values.get("image_id"))

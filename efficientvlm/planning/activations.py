@@ -111,15 +111,15 @@ def said_length(question: Question) -> int:
 
 
 def described(source: Any) -> int:
-    """Described regions an image, by the first images of `source`; 0 where it has none, or cannot be read in advance."""
+    """Described regions an image, by the first images of `source`; 0 where it has none."""
     whole = getattr(source, "source", source)
     counts = list(islice(whole.regions(), SAMPLE)) if hasattr(whole, "regions") else []
     return -(-sum(counts) // len(counts)) if counts else 0
 
 
 def asked_each(source: Any) -> float:
-    """Questions an image, by the first questions of `source`; 1 where it cannot be read in advance."""
-    if not hasattr(source, "questions"):
+    """Questions an image, by the first questions of `source`; 1 of a stream, whose every row is a sample of its own."""
+    if getattr(source, "endless", False):
         return 1.0
     whole = getattr(source, "source", source)
     listed = min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)
