@@ -10,7 +10,7 @@ from toy_family import ToyConfig, ToyFamily
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
 from efficientvlm.families.clip import CLIP
-from efficientvlm.families.clip_model import SlicedCLIPConfig, SlicedSiglipConfig
+from efficientvlm.families.clip_config import SlicedCLIPConfig, SlicedSiglipConfig
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
 

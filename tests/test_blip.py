@@ -18,6 +18,7 @@ from spoiling import edit, spoil_weights
 from torch import Tensor
 
 from efficientvlm import families
+from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
@@ -62,6 +63,12 @@ def stock_of(model: Any) -> Any:
     stock = getattr(transformers, model.config.stock)(config).eval()
     stock.load_state_dict(model.state_dict())
     return stock
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two networks have the same tensors, by name."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 def cut(model: Any) -> Any:
@@ -198,7 +205,7 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
     torch.manual_seed(0)
     ours = FAMILY.build(config)
     theirs = getattr(transformers, config.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"})).state_dict()
-    assert list(ours.state_dict()) == list(theirs)
+    assert ours.state_dict().keys() == theirs.keys()
     for tensor, values in ours.state_dict().items():
         if values.numel() < 500:
             assert not tensor.endswith("bias") or float(values.abs().max()) == 0, tensor
@@ -330,7 +337,7 @@ def test_whole_networks_are_written_for_transformers(name, tmp_path):
     assert (values["model_type"], values["architectures"]) == ("blip", [model.config.stock])
     stock, info = getattr(transformers, model.config.stock).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), model.state_dict().values(), strict=True))
+    assert same_tensors(stock, model)
     again = families.of_folder(tmp_path).load(tmp_path)
     assert type(again) is type(model) and again.config.answers == ["yes"] and again.config.question_start_id == 9
     torch.testing.assert_close(
@@ -448,7 +455,8 @@ def test_sizes_and_tasks():
         _, config = FAMILIES[name]
         assert type(config) is kind and FAMILY.tasks(config) == {task}
         sizes = FAMILY.sizes(config)
-        assert sizes.heads == {"vision": 4, "text": 3, "decoder": 3} and sizes.widths["vision"] == 16 and sizes.vocab_size == 20
+        assert sizes.heads == {"vision": (4, 4), **{tower: (3, 3) if tower in kind.towers else () for tower in ("text", "decoder")}}
+        assert sizes.widths["vision"] == (16, 16, 16) and sizes.vocab_size == 20
 
 
 def test_a_fresh_base_is_the_published_one():
@@ -547,7 +555,9 @@ def test_a_folder_of_transformers_is_imported_and_shrunk(name, blip, tmp_path, c
     assert "forward pass" in result["timed"]  # the question answerer is not tuned, so there is no list of answers to rank
     pruning = {"task": "none", "method": "magnitude", "sparsity": 0.4}
     run_stage("prune", out=str(tmp_path / "pruned"), model=str(tmp_path / "student"), **pruning)
-    assert load(str(tmp_path / "pruned")).manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.02)
+    pruned = load(str(tmp_path / "pruned"))
+    dearest = int(Anatomy.of(FAMILY, loaded.model).costs.max()) / loaded.manifest.accounting["sparsity"]["initial"]
+    assert 0.4 <= pruned.manifest.accounting["sparsity"]["achieved"] < 0.4 + dearest
 
 
 def test_the_recipe_runs_scaled_down(tmp_path):
@@ -590,9 +600,7 @@ for argument in arguments:
     x, ids, mask = saved["pixels"], saved["ids"], saved["mask"]
     with torch.no_grad():
         if name == "BlipForQuestionAnswering":
-            image = model.vision_model(x).last_hidden_state
-            seen = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
-            got = model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=mask).logits
+            got = model(pixel_values=x, input_ids=ids, attention_mask=mask, labels=ids).loss
         else:
             out = model(pixel_values=x, input_ids=ids, attention_mask=mask)
             got = out.logits if name == "BlipForConditionalGeneration" else out.itm_score
@@ -621,6 +629,8 @@ def test_folders_open_in_fresh_processes(blip, tmp_path):
             batch = {f"{kind}_{part}": inputs[part] for kind in kinds for part in ("ids", "mask")}
             with torch.no_grad():
                 logits = FAMILY.forward(model, {"pixels": inputs["pixels"], "answer_index": torch.arange(3), **batch})["logits"]
+            if name == "blip-qa":  # transformers gives the loss alone
+                logits = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))
             save_file({**inputs, "logits": logits}, folder.parent / "inputs.safetensors")
             folders[state].append(f"{config.stock}={folder}")

@@ -20,13 +20,14 @@ from transformers import CLIPModel, CLIPTokenizer, SiglipModel
 
 from efficientvlm import families
 from efficientvlm.compression.anatomy import Anatomy
-from efficientvlm.compression.surgery import slice_model
+from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.control import Control
 from efficientvlm.data.collate import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.clip import CLIP
-from efficientvlm.families.clip_model import LEGACY_END, SlicedCLIPModel, SlicedSiglipConfig, SlicedSiglipModel
+from efficientvlm.families.clip_config import LEGACY_END, SlicedSiglipConfig
+from efficientvlm.families.clip_model import SlicedCLIPModel, SlicedSiglipModel
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import load
@@ -94,17 +95,30 @@ def test_the_numbers_are_those_of_transformers(name, end):
 
 
 @both
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_forward_pass_of_transformers_works_on_cut_networks(name, attention):
+def test_networks_are_called_as_transformers_ones(name):
+    """A cut network as the same with zeros in transformers' class: every output, states and maps too, and the loss of training."""
     model = cut(name)
-    model.set_attn_implementation(attention)
+    whole = pad_model(FAMILY, model)
+    stock_config = STOCK[name].config_class.from_dict({**whole.config.to_dict(), "model_type": name})
+    stock = STOCK[name](stock_config).eval()
+    stock.set_attn_implementation("eager")
+    stock.load_state_dict(whole.state_dict())
+    inputs = stock_inputs(model.config)
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1].flip(3)])
+    asked = {"output_attentions": True, "output_hidden_states": True, "return_loss": True}
     with torch.no_grad():
-        expected = FAMILY.forward(model, example(model.config))["logits"]
-        output = model(**stock_inputs(model.config), output_attentions=True)
-        plain = model(**stock_inputs(model.config))
-    for given in (output, plain):
-        torch.testing.assert_close(given.logits_per_image, expected, **CLOSE)
-    assert output.vision_model_output.attentions[0].shape[1] == len(KEPT["vision.0.head"]) and plain.vision_model_output.attentions is None
+        mine, theirs = (net(**inputs, **asked) for net in (model, stock))
+        plain = model(**inputs)
+    assert mine.keys() == theirs.keys() and plain.loss is None and plain.vision_model_output.attentions is None
+    for key in ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
+        torch.testing.assert_close(mine[key], theirs[key], **CLOSE)
+    for tower in FAMILY.towers:
+        part, other = mine[f"{tower}_model_output"], theirs[f"{tower}_model_output"]
+        for key in ("last_hidden_state", "pooler_output", "hidden_states"):
+            torch.testing.assert_close(part[key], other[key], **CLOSE)
+        for number, (maps, stock_maps) in enumerate(zip(part.attentions, other.attentions, strict=True)):
+            kept = FAMILY.kept(model.config)[f"{tower}.{number}.head"]
+            torch.testing.assert_close(maps, stock_maps[:, kept], **CLOSE)
 
 
 @both

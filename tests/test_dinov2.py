@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClas
 
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blocks import resize_positions
+from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_folder
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias
 from efficientvlm.families.xvlm_towers import from_towers

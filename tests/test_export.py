@@ -449,7 +449,14 @@ def test_graphs_that_do_not_go_together_are_refused(spoil: Any, words: str) -> N
     }
     graphs = {name: {"file": f"{name}.onnx", "difference": 0.0, **graph} for name, graph in graphs.items()}
     sizes = StoredSizes(
-        image_size=8, patch_size=4, max_positions=9, vocab_size=9, widths={}, heads={}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        image_size=8,
+        patch_size=4,
+        max_positions=9,
+        vocab_size=9,
+        widths={"vision": [4]},
+        heads={},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     whole = {"family": "blip", "tasks": ["retrieval"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "sizes": sizes.model_dump()}
     assert Exported(Description.model_validate({**whole, "graphs": graphs})).retrieval == ("itc", "itm")

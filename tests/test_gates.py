@@ -18,7 +18,7 @@ from efficientvlm.families.base import NEURON, GatePoint, Unit
 
 
 def heads(layer, count, kind="head"):
-    return [Unit("vision", layer, kind, i, (), GatePoint("out", i, i + 1)) for i in range(count)]
+    return [Unit("vision", layer, kind, i, (), (GatePoint("out", i, i + 1),)) for i in range(count)]
 
 
 def test_open_probability_is_its_closed_form():
@@ -65,7 +65,7 @@ def test_draws_depend_on_seed_and_step_only():
 
 
 def test_initial_values_and_clamp():
-    units = [*heads(0, 4), *[Unit("vision", 0, NEURON, i, (), GatePoint("fc2", i, i + 1)) for i in range(200)]]
+    units = [*heads(0, 4), *[Unit("vision", 0, NEURON, i, (), (GatePoint("fc2", i, i + 1),)) for i in range(200)]]
     gates = Gates(units, seed=5)
     again = Gates(units, seed=5)
     assert torch.equal(gates.log_alpha, again.log_alpha) and not torch.equal(gates.log_alpha, Gates(units, seed=6).log_alpha)
@@ -113,7 +113,7 @@ def test_hooks_change_nothing_until_set_and_pass_gradients(name):
 def test_gates_work_under_checkpointing_and_in_half_precision():
     torch.manual_seed(0)
     linear = nn.Linear(6, 3)
-    units = [Unit("vision", 0, "head", i, (), GatePoint("", 2 * i, 2 * i + 2)) for i in range(2)]  # columns 4, 5 have no gate
+    units = [Unit("vision", 0, "head", i, (), (GatePoint("", 2 * i, 2 * i + 2),)) for i in range(2)]  # columns 4, 5 have no gate
     x = torch.randn(5, 6, requires_grad=True)
 
     def run(recompute):
@@ -136,8 +136,8 @@ def test_gates_work_under_checkpointing_and_in_half_precision():
 def test_impossible_gate_points_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     with pytest.raises(TypeError, match="not a Linear"):
-        attach(model, [Unit("vision", 0, "head", 0, (), GatePoint("1", 0, 2))])
+        attach(model, [Unit("vision", 0, "head", 0, (), (GatePoint("1", 0, 2),))])
     with pytest.raises(ValueError, match="outside"):
-        attach(model, [Unit("vision", 0, "head", 0, (), GatePoint("0", 2, 6))])
+        attach(model, [Unit("vision", 0, "head", 0, (), (GatePoint("0", 2, 6),))])
     with pytest.raises(ValueError, match="expected 1 gates"):
-        attach(model, [Unit("vision", 0, "head", 0, (), GatePoint("0", 0, 2))]).set(torch.ones(2))
+        attach(model, [Unit("vision", 0, "head", 0, (), (GatePoint("0", 0, 2),))]).set(torch.ones(2))

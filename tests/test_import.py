@@ -20,7 +20,7 @@ from efficientvlm.cli import main as cli
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blocks import resize_positions
+from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_file, read_folder
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published

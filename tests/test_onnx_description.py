@@ -53,7 +53,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     graph(folder / "question.onnx", QUESTION, STATES, "pixels")
     graph(folder / "answer.onnx", ANSWER, LOGITS, "answer_ids")
-    sizes = {"image_size": 8, "patch_size": 4, "max_positions": 9, "vocab_size": 9, "widths": {"vision": 4}, "heads": {"vision": 2}}
+    sizes = {"image_size": 8, "patch_size": 4, "max_positions": 9, "vocab_size": 9, "widths": {"vision": [4, 4]}, "heads": {"vision": [2]}}
     sizes |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     graphs = {
         "question": {"file": "question.onnx", "inputs": QUESTION, "outputs": STATES, "difference": 0.0},

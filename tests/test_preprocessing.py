@@ -23,8 +23,7 @@ from efficientvlm.data.preprocessing import PROCESSORS, Preprocessing, seen_regi
 from efficientvlm.data.sources import open_pairs
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip_model import see
-from efficientvlm.families.blocks import normalise
+from efficientvlm.families.towers.parts import normalise
 from efficientvlm.stages.common import load
 from efficientvlm.stages.image_settings import default_settings, preprocessing_of
 
@@ -183,7 +182,7 @@ def test_features_of_pictures_of_any_aspect_are_those_of_transformers(name, tmp_
     with torch.no_grad():
         expected = theirs.vision_model(pixel_values=processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state
         if name == "blip-caption":
-            got = see(loaded.model, pixels, frozenset()).states
+            got = loaded.model.encode_image(pixels).states
         else:
             expected = theirs.get_image_features(pixel_values=processor(images, return_tensors="pt")["pixel_values"])
             expected = torch.nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)

@@ -40,7 +40,7 @@ dense = dense_model(pruned)
 masks = {}
 units = family.units(dense)
 for unit, stays in zip(units, mask_vector(units, family.kept(pruned.model.config)).tolist(), strict=True):
-    gate = unit.gate
+    (gate,) = unit.gates
     module = dense.get_submodule(gate.module)
     if module not in masks:
         masks[module] = torch.ones(module.in_features)

@@ -90,7 +90,9 @@ def test_plain_groups_keep_their_most_probable_units(case):
 
 def row(tower, layer, kind, count, cost):
     name = f"{tower}.{layer}.{kind}"
-    return [Unit(tower, layer, kind, i, (Site(name, 0, i, i + 1),), GatePoint("m", i, i + 1)) for i in range(count)], {name: (count, cost)}
+    return [Unit(tower, layer, kind, i, (Site(name, 0, i, i + 1),), (GatePoint("m", i, i + 1),)) for i in range(count)], {
+        name: (count, cost)
+    }
 
 
 def scope_of(*rows, sparsity, **limits):

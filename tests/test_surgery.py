@@ -141,7 +141,7 @@ def test_shared_key_value_head_goes_with_its_last_user():
 
 
 def unit(index, *sites, layer=0, kind="neuron"):
-    return Unit("text", layer, kind, index, sites, GatePoint("fc2", index, index + 1))
+    return Unit("text", layer, kind, index, sites, (GatePoint("fc2", index, index + 1),))
 
 
 def test_a_tensor_cut_along_two_dimensions_is_a_union():

@@ -16,7 +16,8 @@ from test_training import stop_at
 from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
 from efficientvlm.data.sources import open_pairs, open_vqa
 from efficientvlm.errors import BadInput, Interrupted
-from efficientvlm.families.blocks import Sharing, attend, quick_gelu, take
+from efficientvlm.families.towers.attention import Sharing, attend
+from efficientvlm.families.towers.parts import quick_gelu, take
 from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
@@ -114,7 +115,7 @@ def test_no_map_is_made_that_no_term_compares(chain: Path, monkeypatch: pytest.M
         made.append((args[5] if len(args) > 5 else kwargs.get("maps")) is not None)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr("efficientvlm.families.xvlm_model.attend", spy)
+    monkeypatch.setattr("efficientvlm.families.towers.attention.attend", spy)
     hidden = [name for name in TaskWeights.model_fields if not name.endswith("attention")]
     objective, student, _ = answering(chain, only(TaskWeights, *hidden))
     objective(questions(student), 0)
@@ -160,8 +161,8 @@ def test_a_teacher_makes_only_the_passes_that_are_compared(chain: Path) -> None:
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2], [2, 0, 1, 0, 2, 1, 1]])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_that_share_keys_attend_as_with_copies_of_them(rows: list[int], masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efficientvlm.families.blocks.PADDING", 9.0)
-    from efficientvlm.families.xvlm_model import Attention
+    monkeypatch.setattr("efficientvlm.families.towers.attention.PADDING", 9.0)
+    from efficientvlm.families.towers.attention import Attention
 
     torch.manual_seed(0)
     index = torch.tensor(rows)

@@ -13,8 +13,9 @@ from spoiling import edit, spoil_weights
 
 from efficientvlm import families
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blocks import Cache, normalise
 from efficientvlm.families.structure import format_ranges, parse_ranges
+from efficientvlm.families.towers.attention import Cache
+from efficientvlm.families.towers.parts import normalise
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
 from efficientvlm.tasks.vqa import accuracy, answer_loss, evaluate, generate, rank, sequence_nll
@@ -92,8 +93,9 @@ def test_every_unit_has_its_sites_and_gate(kept):
             seen = taken.setdefault((site.tensor, site.dim), set())
             assert not seen & span, unit
             seen |= span
-        assert unit.gate.stop <= modules[unit.gate.module].in_features
-        assert any(site.tensor == f"{unit.gate.module}.weight" and site[1:] == (1, *unit.gate[1:]) for site in unit.sites)
+        (gate,) = unit.gates
+        assert gate.stop <= modules[gate.module].in_features
+        assert any(site.tensor == f"{gate.module}.weight" and site[1:] == (1, *gate[1:]) for site in unit.sites)
     # and together they are the whole of every prunable tensor
     assert all(len(span) == tensors[name].shape[dim] for (name, dim), span in taken.items())
     assert {name for name, _ in taken} == {n for n in tensors if any(p in n for p in (".q.", ".k.", ".v.", ".fc1.", "out.w", "fc2.w"))}

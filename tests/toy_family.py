@@ -223,7 +223,7 @@ def _units(config: ToyConfig, tower: str, layer: int, kind: str, kept: list[int]
                 kind,
                 index,
                 (*(Site(f"{base}.ffn.{name}", 0, i, i + 1) for name in inputs), Site(f"{base}.ffn.fc2.weight", 1, i, i + 1)),
-                GatePoint(f"{base}.ffn.fc2", i, i + 1),
+                (GatePoint(f"{base}.ffn.fc2", i, i + 1),),
             )
             for i, index in enumerate(kept)
         ]
@@ -240,5 +240,5 @@ def _units(config: ToyConfig, tower: str, layer: int, kind: str, kept: list[int]
             rows = [("q", i), ("k", kv), ("v", kv)]
         sites = [Site(f"{name}.{linear}.{what}", 0, row * d, (row + 1) * d) for linear, row in rows for what in ("weight", "bias")]
         sites.append(Site(f"{name}.out.weight", 1, i * d, (i + 1) * d))
-        units.append(Unit(tower, layer, kind, index, tuple(sites), GatePoint(f"{name}.out", i * d, (i + 1) * d)))
+        units.append(Unit(tower, layer, kind, index, tuple(sites), (GatePoint(f"{name}.out", i * d, (i + 1) * d),)))
     return units

@@ -122,7 +122,8 @@ class GateHooks:
         self._vectors: dict[str, torch.Tensor] = {}
         by_module: dict[str, list[tuple[int, int, int]]] = {}
         for number, unit in enumerate(units):
-            by_module.setdefault(unit.gate.module, []).append((unit.gate.start, unit.gate.stop, number))
+            for point in unit.gates:
+                by_module.setdefault(point.module, []).append((point.start, point.stop, number))
         self._widths: dict[str, int] = {}
         self._gated: dict[str, nn.Linear] = {}
         columns = []

@@ -14,8 +14,8 @@ from efficientvlm.compression.accounting import count_macs, count_parameters
 from efficientvlm.compression.surgery import pad_model
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import NEURON, Family
-from efficientvlm.families.blocks import normalise
 from efficientvlm.families.loading import open_model
+from efficientvlm.families.towers.parts import normalise
 
 INSTEAD = "use --format onnx, which keeps every saving, or --format padded, which fills the gaps with zeros"
 TEXT_LENGTH = 12

@@ -38,7 +38,8 @@ class GatePoint(NamedTuple):
 class Unit(NamedTuple):
     """One removable head or neuron.
 
-    `index` counts in the *original* layer, before anything was removed; `sites` and `gate` are positions in the present tensors.
+    `index` counts in the *original* layer, before anything was removed; `sites` and `gates` are positions in the present tensors. One that
+    works in several places, as a head of two attentions with common keys and values, has a gate point in each.
     """
 
     tower: str
@@ -46,7 +47,7 @@ class Unit(NamedTuple):
     kind: str
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     sites: tuple[Site, ...]
-    gate: GatePoint
+    gates: tuple[GatePoint, ...]
 
     @property
     def group(self) -> str:
@@ -82,17 +83,23 @@ class Record(dict[str, Any]):
 class Sizes(NamedTuple):
     """What batches must fit, and what a teacher and its student must share.
 
-    `widths` and `heads` are by tower; heads count what a layer had before anything was removed.
+    `widths` are the columns of a tower's states by layer: of the input of each, and last of the output. `heads` are by tower and layer, and
+    count what a layer had before anything was removed.
     """
 
     image_size: int
     patch_size: int
     max_positions: int
     vocab_size: int
-    widths: dict[str, int]
-    heads: dict[str, int]
+    widths: dict[str, tuple[int, ...]]
+    heads: dict[str, tuple[int, ...]]
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+
+    def shapes(self, tower: str) -> dict[str, list[int]]:
+        """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""
+        parts = {"width": self.widths[tower], "heads": self.heads[tower]}
+        return {name: list(dict.fromkeys(values)) for name, values in parts.items()}
 
 
 class Graph(NamedTuple):

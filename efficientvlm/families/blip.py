@@ -9,25 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import (
-    CROSS_HEAD,
-    HEAD,
-    NEURON,
-    Flow,
-    GatePoint,
-    Graph,
-    Record,
-    Site,
-    Sizes,
-    Unit,
-    check_taps,
-    groups_of,
-    kinds_of,
-)
+from efficientvlm.families.base import CROSS_HEAD, HEAD, Flow, Graph, Record, Sizes, check_taps, groups_of, kinds_of
 from efficientvlm.families.blip_config import (
     KINDS,
     BlipAnswerConfig,
@@ -36,15 +21,15 @@ from efficientvlm.families.blip_config import (
     check_sizes,
 )
 from efficientvlm.families.blip_fresh import DECODE, ENCODE, fresh_config
-from efficientvlm.families.blip_graphs import NOTHING, blip_graphs
-from efficientvlm.families.blip_model import MODELS, context, decode, read, see, starting, text_model
-from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, tap
+from efficientvlm.families.blip_graphs import blip_graphs
+from efficientvlm.families.blip_model import MODELS, Blip
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
 from efficientvlm.families.structure import Described, kept_of_layers
+from efficientvlm.families.towers.attention import Cache, Context, Sharing
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, tap
 
-LAYERS = {"vision": "vision_model.encoder.layers.", "text": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
 TASKS = {"BlipForQuestionAnswering": "vqa", "BlipForConditionalGeneration": "captioning", "BlipForImageTextRetrieval": "retrieval"}
 FEATURES = "features"
 
@@ -57,6 +42,7 @@ class BLIP(Described):
     """
 
     name = "blip"
+    network = Blip
     stock = True
     model_types: tuple[str, ...] = ("blip", *(kind.model_type for kind in KINDS))
     auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
@@ -114,43 +100,20 @@ class BLIP(Described):
 
     def sizes(self, config: SlicedBlipConfig) -> Sizes:
         vision, text = config.vision_config, config.text_config
-        parts = {"vision": vision, "text": text, "decoder": text}
+        parts = {tower: (vision if tower == "vision" else text, count) for tower, count in config.layers().items()}
         return Sizes(
             vision.image_size,
             vision.patch_size,
             text.max_position_embeddings,
             text.vocab_size,
-            {tower: part.hidden_size for tower, part in parts.items()},
-            {tower: part.num_attention_heads for tower, part in parts.items()},
+            {tower: (part.hidden_size,) * (count + 1) for tower, (part, count) in parts.items()},
+            {tower: (part.num_attention_heads,) * count for tower, (part, count) in parts.items()},
             tuple(config.image_mean),
             tuple(config.image_std),
         )
 
     def tasks(self, config: SlicedBlipConfig) -> frozenset[str]:
         return frozenset({TASKS[config.stock]})
-
-    def tower_of(self, parameter: str) -> str:
-        first = parameter.partition(".")[0]
-        return {"vision_model": "vision", "text_encoder": "text", "text_decoder": "decoder"}.get(first, "heads")
-
-    def is_embedding(self, parameter: str) -> bool:
-        table = parameter.rpartition(".embeddings.")[2]
-        return table.startswith(("word_embeddings.", "position_embeddings.")) or table == "position_embedding"
-
-    def units(self, model: Any) -> list[Unit]:
-        config = model.config
-        units: list[Unit] = []
-        for group, indices in config.kept_indices().items():
-            tower, number, kind = group.split(".")
-            part = config.vision_config if tower == "vision" else config.text_config
-            width = 1 if kind == NEURON else part.hidden_size // part.num_attention_heads
-            sites = _vision_sites if tower == "vision" else _text_sites
-            for position, index in enumerate(indices):
-                unit_sites = sites(f"{LAYERS[tower]}{number}", kind, position * width, (position + 1) * width, len(indices) * width)
-                last = unit_sites[-1]
-                gate = GatePoint(last.tensor.removesuffix(".weight"), last.start, last.stop)
-                units.append(Unit(tower, int(number), kind, index, unit_sites, gate))
-        return units
 
     def flows(self, config: SlicedBlipConfig) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
@@ -187,13 +150,6 @@ class BLIP(Described):
         changed.decoder_layers = depth["decoder"] if both and depth["decoder"] != depth["text"] else None
         return changed
 
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        for tower, start in LAYERS.items():
-            if parameter.startswith(start):
-                number, _, tail = parameter.removeprefix(start).partition(".")
-                return f"{start}{layers[tower][int(number)]}.{tail}"
-        return parameter
-
     def forward(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
 
@@ -209,8 +165,9 @@ class BLIP(Described):
         if "answer_ids" in batch:
             rows = batch["answer_index"]
             keep = kinds_of(wanted, "decoder")
-            seen = Context(answers.kv, None if answers.mask is None else answers.mask[rows], rows)
-            record["logits"], out = decode(model, batch["answer_ids"], batch["answer_mask"], seen, keep)
+            sharing = Sharing.of(rows, len(batch["question_ids"]))
+            seen = Context(answers.kv, None if answers.mask is None else answers.mask[rows], rows, sharing)
+            record["logits"], out = model.decode(batch["answer_ids"], batch["answer_mask"], seen, keep=keep)
             tap(record, "decoder", out, keep)
         return record
 
@@ -218,16 +175,13 @@ class BLIP(Described):
         self._require_answers(model.config)
         wanted = self._check(model, want)
         record, states = self._read_with_image(model, batch, batch["question_ids"], batch["question_mask"], wanted)
-        return record, context(model.text_decoder.bert, states, batch["question_mask"])
+        return record, model.text_decoder.bert.context(states, batch["question_mask"])
 
     def answer(
         self, model: Any, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        seen = context.mask if rows is None or context.mask is None else context.mask[rows]
-        return decode(model, ids, mask, Context(context.kv, seen, rows), cache=cache)[0]
-
-    def new_cache(self, model: Any) -> Cache:
-        return Cache()
+        logits: Tensor = model.decode(ids, mask, context if rows is None else context.of(rows), cache)[0]
+        return logits
 
     def graphs(self, model: Any) -> list[Graph]:
         return blip_graphs(self, model)
@@ -258,18 +212,15 @@ class BLIP(Described):
         )
 
     def image_features(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        states = see(model, pixels, NOTHING).states
-        return states, F.normalize(model.vision_proj(states[:, 0]), dim=-1)
+        states = model.encode_image(pixels).states
+        return states, model.image_feature(states)
 
     def text_features(self, model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The states are the ids themselves: to match, a text is read once more from its first layer, with the image."""
-        alone = read(model.text_encoder, ids, mask.bool()[:, None, None], None, NOTHING)
-        return ids, F.normalize(model.text_proj(alone.states[:, 0]), dim=-1)
+        return ids, model.text_feature(ids, mask)
 
     def match(self, model: Any, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
-        seen = context(model.text_encoder, images, rows=rows)
-        started = starting(texts, model.config.question_start_id)
-        logits: Tensor = model.itm_head(read(model.text_encoder, started, mask.bool()[:, None, None], seen, NOTHING).states[:, 0])
+        logits: Tensor = model.itm_head(model.read(texts, mask, model.text_encoder.context(images, rows=rows)).states[:, 0])
         return logits
 
     def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
@@ -290,10 +241,9 @@ class BLIP(Described):
         self, model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, wanted: frozenset[str]
     ) -> tuple[Record, Tensor]:
         """Record of vision and text, with text `states` [B, L, W] after cross-attention."""
-        image = see(model, batch["pixels"], kinds_of(wanted, "vision"))
-        seen = context(model.text_encoder, image.states, rows=batch.get("image_index"))
-        started = starting(ids, model.config.question_start_id)
-        text = read(model.text_encoder, started, mask.bool()[:, None, None], seen, kinds_of(wanted, "text"))
+        image = model.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        seen = model.text_encoder.context(image.states, rows=batch.get("image_index"))
+        text = model.read(ids, mask, seen, kinds_of(wanted, "text"))
         record = Record(states=text.states, image_states=image.states)
         for tower, out in (("vision", image), ("text", text)):
             tap(record, tower, out, kinds_of(wanted, tower) - {FEATURES})
@@ -304,17 +254,16 @@ class BLIP(Described):
         record, states = self._read_with_image(model, batch, ids, mask, wanted)
         record["logits"] = model.itm_head(states[:, 0])
         if f"vision.{FEATURES}" in wanted:
-            record[f"vision.{FEATURES}"] = F.normalize(model.vision_proj(record["image_states"][:, 0]), dim=-1)
+            record[f"vision.{FEATURES}"] = model.image_feature(record["image_states"])
         if f"text.{FEATURES}" in wanted:
-            alone = read(model.text_encoder, ids, mask.bool()[:, None, None], None, frozenset())
-            record[f"text.{FEATURES}"] = F.normalize(model.text_proj(alone.states[:, 0]), dim=-1)
+            record[f"text.{FEATURES}"] = model.text_feature(ids, mask)
         return record
 
     def _caption(self, model: Any, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
         record = Record()
-        image = see(model, batch["pixels"], kinds_of(wanted, "vision"))
-        seen = context(text_model(model, "decoder"), image.states, rows=batch.get("image_index"))
-        record["logits"], out = decode(model, batch["text_ids"], batch["text_mask"], seen, kinds_of(wanted, "decoder"))
+        image = model.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        seen = model.text_decoder.bert.context(image.states, rows=batch.get("image_index"))
+        record["logits"], out = model.decode(batch["text_ids"], batch["text_mask"], seen, keep=kinds_of(wanted, "decoder"))
         for tower, encoded in (("vision", image), ("decoder", out)):
             tap(record, tower, encoded, kinds_of(wanted, tower))
         return record
@@ -334,21 +283,3 @@ class BLIP(Described):
     def _require_answers(self, config: SlicedBlipConfig) -> None:
         if not isinstance(config, BlipAnswerConfig):
             raise BadInput("this model cannot answer questions", f"it is a {config.stock}", "use a BlipForQuestionAnswering")
-
-
-def _vision_sites(layer: str, kind: str, start: int, stop: int, width: int) -> tuple[Site, ...]:
-    if kind == HEAD:  # qkv has the rows of all queries, then of all keys, then of all values
-        fused = ((part * width + start, part * width + stop) for part in range(3))
-        rows = [Site(f"{layer}.self_attn.qkv.{what}", 0, a, b) for a, b in fused for what in ("weight", "bias")]
-        return (*rows, Site(f"{layer}.self_attn.projection.weight", 1, start, stop))
-    rows = [Site(f"{layer}.mlp.fc1.{what}", 0, start, stop) for what in ("weight", "bias")]
-    return (*rows, Site(f"{layer}.mlp.fc2.weight", 1, start, stop))
-
-
-def _text_sites(layer: str, kind: str, start: int, stop: int, width: int) -> tuple[Site, ...]:
-    if kind == NEURON:
-        rows = [Site(f"{layer}.intermediate.dense.{what}", 0, start, stop) for what in ("weight", "bias")]
-        return (*rows, Site(f"{layer}.output.dense.weight", 1, start, stop))
-    module = f"{layer}.{'crossattention' if kind == CROSS_HEAD else 'attention'}"
-    rows = [Site(f"{module}.self.{part}.{what}", 0, start, stop) for part in ("query", "key", "value") for what in ("weight", "bias")]
-    return (*rows, Site(f"{module}.output.dense.weight", 1, start, stop))

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from efficientvlm.families.base import Family, Graph
-from efficientvlm.families.blip_model import context, read, see, starting, text_model
-from efficientvlm.families.blocks import Context
 from efficientvlm.families.graphs import Axes, Part, Tensors, flat, names, padded, pairs, present, step_graph, vqa_graphs
+from efficientvlm.families.towers.attention import Context
 
 IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 1}, {"texts": 8, "tokens": 7})
 MATCH_SIZES = ({"images": 2, "texts": 3, "tokens": 5}, {"images": 1, "texts": 1, "tokens": 1}, {"images": 3, "texts": 8, "tokens": 4})
-NOTHING: frozenset[str] = frozenset()
 
 
 def blip_graphs(family: Family, model: Any) -> list[Graph]:
@@ -42,10 +39,10 @@ def _captioning(family: Family, model: Any) -> list[Graph]:
     example = _images(family, model)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
-        states = see(model, inputs["pixels"], NOTHING).states
-        return (states, *flat(context(text_model(model, "decoder"), states).kv))
+        states = model.encode_image(inputs["pixels"]).states
+        return (states, *flat(model.text_decoder.bert.context(states).kv))
 
-    kv = context(text_model(model, "decoder"), see(model, example({"images": 2})["pixels"], NOTHING).states).kv
+    kv = model.text_decoder.bert.context(model.encode_image(example({"images": 2})["pixels"]).states).kv
     outputs = ("image_states", *names(present(kv)))
     return [
         Graph("image", Part(model, image), {"pixels": {0: "images"}}, outputs, IMAGE_SIZES, example),
@@ -57,26 +54,24 @@ def _captioning(family: Family, model: Any) -> list[Graph]:
 def _matching(family: Family, model: Any) -> list[Graph]:
     """`image` and `text` give features to compare; `match` reads a text with the keys and values of the image it belongs to (`rows`)."""
     example = _images(family, model)
-    vocabulary, layers = family.sizes(model.config).vocab_size, len(model.text_encoder.encoder.layer)
+    vocabulary, layers = family.sizes(model.config).vocab_size, len(model.text_encoder.layers)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
-        states = see(model, inputs["pixels"], NOTHING).states
-        return (F.normalize(model.vision_proj(states[:, 0]), dim=-1), *flat(context(model.text_encoder, states).kv))
+        states = model.encode_image(inputs["pixels"]).states
+        return (model.image_feature(states), *flat(model.text_encoder.context(states).kv))
 
     def text(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
-        alone = read(model.text_encoder, inputs["text_ids"], inputs["text_mask"].bool()[:, None, None], None, NOTHING)
-        return (F.normalize(model.text_proj(alone.states[:, 0]), dim=-1),)
+        return (model.text_feature(inputs["text_ids"], inputs["text_mask"]),)
 
     def match(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
         seen = Context(pairs(inputs, layers), None, inputs["rows"])
-        ids = starting(inputs["text_ids"], model.config.question_start_id)
-        return (model.itm_head(read(model.text_encoder, ids, inputs["text_mask"].bool()[:, None, None], seen, NOTHING).states[:, 0]),)
+        return (model.itm_head(model.read(inputs["text_ids"], inputs["text_mask"], seen).states[:, 0]),)
 
     def texts(axes: Axes) -> dict[str, Tensor]:
         draw, shape = torch.Generator().manual_seed(0), (axes["texts"], axes["tokens"])
         return {"text_ids": torch.randint(vocabulary, shape, generator=draw), "text_mask": padded(*shape, draw)}
 
-    kv = context(model.text_encoder, see(model, example({"images": 1})["pixels"], NOTHING).states).kv
+    kv = model.text_encoder.context(model.encode_image(example({"images": 1})["pixels"]).states).kv
     keys = names(present(kv))
 
     def both(axes: Axes) -> dict[str, Tensor]:

@@ -1,303 +1,309 @@
-"""BLIP's three networks with any number of heads and neurons a layer: subclasses of transformers' own, with its parameter names.
+"""BLIP's three networks with any number of heads and neurons a layer, under the names of transformers' files.
 
-Called as transformers' classes are (`forward`, `generate`), they compute what those do, eagerly. :func:`see` and :func:`read` are the
-passes of this package: fused attention, images projected once for several texts, and what is asked for kept on the way.
+Called as transformers' classes are (`forward`, `generate`), they compute what those do; but padding of a question is never attended to.
 """
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-    BlipTextConfig,
-    BlipVisionConfig,
-    EncoderDecoderCache,
-)
-from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipMLP, BlipVisionModel
-from transformers.models.blip.modeling_blip_text import (
-    BlipTextAttention,
-    BlipTextIntermediate,
-    BlipTextLayer,
-    BlipTextModel,
-    BlipTextOutput,
-    BlipTextSelfAttention,
-    BlipTextSelfOutput,
-)
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.utils import ModelOutput
 
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.errors import BadInput
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
-from efficientvlm.families.blocks import (
-    CROSS_ATTENTION,
-    HIDDEN,
-    SELF_ATTENTION,
-    Bias,
-    Cache,
-    Context,
-    Encoded,
-    KeyValue,
-    attend,
-    no_maps,
-    normalise,
-    take,
-)
+from efficientvlm.families.towers.attention import Cache, Context
+from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
+from efficientvlm.families.towers.decoding import greedy
+from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
+from efficientvlm.families.towers.network import TowerNetwork, asked
+from efficientvlm.families.towers.parts import NOTHING, Encoded, activation, normalise
+from efficientvlm.families.towers.vit import Vit
 
-Maps = list[Tensor] | None
-
-
-def projection(inputs: int, width: int) -> nn.Module:
-    """An output projection; with no inputs, what is left of it."""
-    return nn.Linear(inputs, width) if inputs else Bias(width)
-
-
-class VisionAttention(BlipAttention):
-    """Self-attention with one Linear for queries, keys and values of any number of heads, none included."""
-
-    def __init__(self, config: BlipVisionConfig, heads: int) -> None:
-        nn.Module.__init__(self)
-        self.config, self.embed_dim, self.num_heads = config, config.hidden_size, heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.dropout = nn.Dropout(config.attention_dropout)
-        if heads:
-            self.qkv = nn.Linear(self.embed_dim, 3 * heads * self.head_dim)
-        self.projection = projection(heads * self.head_dim, self.embed_dim)
-
-    def forward(self, hidden_states: Tensor, fused: bool = False, maps: Maps = None, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """States [B, T, W] to (states, map [B, H, T, T]); `fused` gives no map, but appends it to `maps`."""
-        seen: Maps = maps if fused else []
-        if self.num_heads:
-            q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-            x = attend(q, k, v, dropout=self.dropout.p if self.training else 0.0, maps=seen).transpose(1, 2).flatten(2)
-        else:
-            no_maps(hidden_states, None, seen)
-            x = hidden_states
-        return self.projection(x), None if fused or not seen else seen[-1]
+IMAGES = {
+    **{role: f"embeddings.{role}" for role in ("class_embedding", "patch_embedding", "position_embedding")},
+    "layers": "encoder.layers",
+    "post_norm": "post_layernorm",
+}
+IMAGE_LAYER = {
+    **{"attention": "self_attn", ":qkv": "qkv", ":out": "projection", "attention_norm": "layer_norm1"},
+    **{"fc1": "mlp.fc1", "fc2": "mlp.fc2", "ffn_norm": "layer_norm2"},
+}
+EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings", "norm": "LayerNorm"}
+TEXT_LAYER = {
+    **{":q": "self.query", ":k": "self.key", ":v": "self.value", ":out": "output.dense"},
+    **{"attention_norm": "attention.output.LayerNorm"},
+    **{"cross_attention": "crossattention", "cross_attention_norm": "crossattention.output.LayerNorm"},
+    **{"fc1": "intermediate.dense", "fc2": "output.dense", "ffn_norm": "output.LayerNorm"},
+}
+HEAD = {"dense": "transform.dense", "norm": "transform.LayerNorm", "tied_weight": "decoder.weight", "tied_bias": "decoder.bias"}
+LAYERS = {"vision": "vision_model.encoder.layers", "text": "text_encoder.encoder.layer", "decoder": "text_decoder.bert.encoder.layer"}
+PREDICTIONS = "text_decoder.cls.predictions"
 
 
-class VisionLayer(BlipEncoderLayer):
-    def __init__(self, config: BlipVisionConfig, heads: int, neurons: int) -> None:
-        nn.Module.__init__(self)
-        self.embed_dim = config.hidden_size
-        self.self_attn = VisionAttention(config, heads)
-        self.layer_norm1 = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
-        self.mlp = BlipMLP(_sized(config, neurons))
-        if not neurons:
-            self.mlp.fc1 = self.mlp.activation_fn = nn.Identity()
-            self.mlp.fc2 = Bias(self.embed_dim)
-        self.layer_norm2 = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
+@dataclass
+class Called(ModelOutput):
+    """What transformers' classes give, by the same names; `hidden_states` and `attentions` are those of the vision tower."""
+
+    itm_score: Tensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    vision_pooler_output: Tensor | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    question_embeds: Tensor | None = None
 
 
-class TextHeads(BlipTextSelfAttention):
-    """Queries, keys and values of any number of heads; without heads it hands on what it is given, for the bias behind it."""
+class Decoder(nn.Module):
+    """The text tower that writes, and its prediction head."""
 
-    def __init__(self, config: BlipTextConfig, heads: int, context_width: int, index: int) -> None:
-        nn.Module.__init__(self)
-        self.config, self.layer_idx, self.num_attention_heads = config, index, heads
-        self.attention_head_size = config.hidden_size // config.num_attention_heads
-        self.all_head_size = heads * self.attention_head_size
-        if heads:
-            self.query = nn.Linear(config.hidden_size, self.all_head_size)
-            self.key = nn.Linear(context_width, self.all_head_size)
-            self.value = nn.Linear(context_width, self.all_head_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-
-    def project(self, states: Tensor) -> KeyValue | None:
-        """Keys and values [B, H, S, D] of `states` [B, S, W]; None where no head is left."""
-        return (self._split(self.key(states)), self._split(self.value(states))) if self.num_attention_heads else None
+    def __init__(self, bert: Bert, head: LanguageHead) -> None:
+        super().__init__()
+        self.bert, self.cls = bert, nn.Module()
+        self.cls.predictions = head
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        context: Context | None = None,
-        maps: Maps = None,
-        **named: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(heads' outputs [B, T, H * D], map): as transformers calls it, or attending to the only entry of `context.kv`, without a map."""
-        if context is not None:
-            (kv,) = context.kv
-            if kv is not None and context.rows is not None:
-                kv = take(kv[0], context.rows), take(kv[1], context.rows)
-            return self._attend(hidden_states, kv, context.mask, maps), None
-        kv = self._remembered(hidden_states, encoder_hidden_states, cache_of(named))
-        mask = None if attention_mask is None else visible(attention_mask)
-        found: list[Tensor] = []
-        return self._attend(hidden_states, kv, mask, found), found[-1]
+        self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
+    ) -> tuple[Tensor, Encoded]:
+        """Tokens [B, L] to next-token logits [B, L, V]; with a `cache`, `ids` are the tokens that follow those in it."""
+        out = self.bert.follow(ids, mask, context, cache, keep)
+        head = cast(LanguageHead, self.cls.predictions)
+        return head(out.states, self.bert.embeddings), out
 
-    def _attend(self, x: Tensor, kv: KeyValue | None, mask: Tensor | None, maps: Maps) -> Tensor:
-        if kv is None:
-            no_maps(x, mask, maps)
-            return x
-        dropout = self.dropout.p if self.training else 0.0
-        return attend(self._split(self.query(x)), *kv, mask, dropout, maps).transpose(1, 2).flatten(2)
 
-    def _remembered(self, x: Tensor, images: Tensor | None, cache: Any) -> KeyValue | None:
-        """Keys and values of `x`, after those in `cache`, or of `images`, which a cache for both holds after the first step."""
-        if images is None:
-            if cache is None:
-                return self.project(x)
-            own = getattr(cache, "self_attention_cache", cache)
-            if (kv := self.project(x)) is not None:
-                return cast(KeyValue, own.update(*kv, self.layer_idx))
-            empty = x.new_zeros(len(x), 1, x.shape[1], 1)  # transformers reads the length of a cache off its first layer
-            own.update(empty, empty, self.layer_idx)
+class Blip(TowerNetwork):
+    """What the three networks have in common."""
+
+    places = LAYERS
+    owners = {"vision_model": "vision", "text_encoder": "text", "text_decoder": "decoder"}
+    main_input_name = "pixel_values"
+    config: SlicedBlipConfig
+
+    def __init__(self, config: SlicedBlipConfig) -> None:
+        super().__init__(config)
+        self.vision_model = self._images()
+        if "text" in config.towers:
+            self.text_encoder = self._texts("text")
+        if "decoder" in config.towers:
+            bert, text = self._texts("decoder"), config.text_config
+            shape = (text.hidden_size, text.vocab_size, text.layer_norm_eps, activation(text.hidden_act))
+            self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, tied=bert.embeddings.word))
+
+    def _images(self) -> Vit:
+        part, kept = self.config.vision_config, self.config.kept_indices()
+        sizes = (Size.of(kept, f"vision.{i}", part.hidden_size, part.num_attention_heads) for i in range(part.num_hidden_layers))
+        kind: dict[str, Any] = {"dropout": part.attention_dropout, "fused": True}
+        layers = [PreNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), IMAGE_LAYER, **kind) for size in sizes]
+        shape = (part.hidden_size, part.image_size, part.patch_size, part.layer_norm_eps)
+        return Vit(layers, *shape, IMAGES, patch_bias=True, batch_axis=True)
+
+    def _texts(self, tower: str) -> Bert:
+        part, kept, context = self.config.text_config, self.config.kept_indices(), self.config.context_width(tower)
+        names = (f"{tower}.{i}" for i in range(self.config.layers()[tower]))
+        sizes = (Size.of(kept, name, part.hidden_size, part.num_attention_heads, context) for name in names)
+        dropout = {"dropout": part.hidden_dropout_prob, "attention_dropout": part.attention_probs_dropout_prob}
+        layers = [PostNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), TEXT_LAYER, **dropout) for size in sizes]
+        shape = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps, part.hidden_dropout_prob)
+        return Bert(layers, Embeddings(*shape, padding=part.pad_token_id, names=EMBEDDINGS), {"layers": "encoder.layer"})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every tower by its own `initializer_range`, what is behind them by the common one."""
+        vision, text = self.config.vision_config.initializer_range, self.config.text_config.initializer_range
+        if isinstance(module, Vit):
+            _draw(module, vision)
+            init.trunc_normal_(module.class_embedding, std=vision)
+            init.trunc_normal_(module.position_embedding, std=vision)
+        elif isinstance(module, Bert | LanguageHead):
+            _draw(module, text)
+        elif module is self:
+            for part in self.children():
+                if isinstance(part, nn.Linear):
+                    _draw(part, self.config.initializer_range)
+
+    @classmethod
+    def is_embedding(cls, parameter: str) -> bool:
+        table = parameter.rpartition(".embeddings.")[2]
+        return table.startswith(("word_embeddings.", "position_embeddings.")) or table == "position_embedding"
+
+    def get_input_embeddings(self) -> nn.Module:
+        bert: Bert = self.text_encoder if "text" in self.config.towers else self.text_decoder.bert
+        return bert.embeddings.word
+
+    def encode_image(self, pixels: Tensor, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, 1 + patches, W]."""
+        pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.vision_model.dtype)
+        out: Encoded = self.vision_model(pixels, keep=keep)
+        out.states = self.vision_model.post_norm(out.states)
+        return out
+
+    def image_feature(self, states: Tensor) -> Tensor:
+        """Image states [I, T, W] to unit vectors [I, E]; only of the network that matches."""
+        return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
+
+    def text_feature(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Texts [B, L], read without an image, to unit vectors [B, E]; only of the network that matches."""
+        return F.normalize(self.text_proj(self.text_encoder.read(ids, mask).states[:, 0]), dim=-1)
+
+    def read(self, ids: Tensor, mask: Tensor, context: Context, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Texts [B, L] that are read with an image, whose first token becomes `question_start_id`, to states [B, L, W]."""
+        return self.text_encoder.read(starting(ids, self.config.question_start_id), mask, context, keep)
+
+    def decode(
+        self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
+    ) -> tuple[Tensor, Encoded]:
+        """Tokens [B, L] to next-token logits [B, L, V], causal; the first token of a text becomes the decoder's own."""
+        ids = starting(ids, self.config.decoder_start, cache.length if cache else 0)
+        logits, out = self.text_decoder(ids, mask, context, cache, keep)
+        return logits, out
+
+    def _called(self, pixels: Tensor, attentions: bool | None, hidden: bool | None) -> tuple[Tensor, dict[str, Any]]:
+        """States of images, and what is given of the vision tower."""
+        image = self.encode_image(pixels, asked(self.config, attentions, hidden))
+        kept = {"hidden_states": tuple(image.hidden) or None, "attentions": tuple(image.self_attention) or None}
+        return image.states, {"last_hidden_state": image.states, **kept}
+
+    def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Mean cross-entropy of the tokens after the first; -100 is not counted."""
+        if labels is None:
             return None
-        both = isinstance(cache, EncoderDecoderCache)
-        if both and cache.is_updated.get(self.layer_idx):
-            held = cache.cross_attention_cache.layers[self.layer_idx]
-            return held.keys, held.values
-        if (kv := self.project(images)) is not None and both:
-            cache.is_updated[self.layer_idx] = True
-            cache.cross_attention_cache.update(*kv, self.layer_idx)
-        return kv
+        smoothing = self.config.text_config.label_smoothing
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
+    def _written(self, ids: Tensor, context: Context, max_length: int, max_new_tokens: int | None) -> Tensor:
+        text, most = self.config.text_config, max_length - ids.shape[1] if max_new_tokens is None else max_new_tokens
+        step = lambda ids, cache: self.text_decoder(ids, None, context, cache)[0]  # noqa: E731
+        return torch.cat([ids, greedy(step, ids, text.sep_token_id, text.pad_token_id, most)], 1)
 
 
-class TextAttention(BlipTextAttention):
-    def __init__(self, config: BlipTextConfig, heads: int, context_width: int, index: int) -> None:
-        nn.Module.__init__(self)
-        self.self = TextHeads(config, heads, context_width, index)
-        self.output = BlipTextSelfOutput(config)
-        self.output.dense = projection(self.self.all_head_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        """What :class:`TextHeads` gives, through the output projection and norm."""
-        heads, seen = self.self(hidden_states, *given, **named)
-        return self.output(heads, hidden_states), seen
-
-
-class TextLayer(BlipTextLayer):
-    def __init__(self, config: BlipTextConfig, index: int, heads: int, cross_heads: int, neurons: int) -> None:
-        nn.Module.__init__(self)
-        self.config, self.layer_num = config, index
-        self.chunk_size_feed_forward, self.seq_len_dim = config.chunk_size_feed_forward, 1
-        self.attention = TextAttention(config, heads, config.hidden_size, index)
-        self.crossattention = TextAttention(config, cross_heads, config.encoder_hidden_size, index)
-        self.intermediate = BlipTextIntermediate(_sized(config, neurons)) if neurons else nn.Identity()
-        self.output = BlipTextOutput(_sized(config, neurons))
-        if not neurons:
-            self.output.dense = Bias(config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        **named: Any,
-    ) -> Tensor:
-        """As transformers calls a layer of BLIP, which itself drops the mask of what is cross-attended to."""
-        x, cache = hidden_states, cache_of(named)
-        x = self.attention(x, attention_mask, cache=cache)[0]
-        if encoder_hidden_states is not None:
-            x = self.crossattention(x, encoder_attention_mask, encoder_hidden_states, cache=cache)[0]
-        return self.feed(x)
-
-    def feed(self, x: Tensor) -> Tensor:
-        """`x` [B, T, W] through the feed-forward network."""
-        return self.output(self.intermediate(x), x)
-
-
-def cache_of(named: dict[str, Any]) -> Any:
-    """The key/value cache among keyword arguments of transformers, under its name of 5.24 or the one before."""
-    return named.get("cache", named.get("past_key_values"))
-
-
-def visible(mask: Tensor) -> Tensor:
-    """Where attention may go, as booleans, from a mask that transformers adds to the scores."""
-    return mask if mask.dtype == torch.bool else mask >= 0
-
-
-def _sized(config: Any, neurons: int) -> Any:
-    """`config` for a feed-forward network of `neurons`; without any, its Linears are replaced, and made small."""
-    sized = copy.copy(config)
-    sized.intermediate_size = max(neurons, 1)
-    return sized
-
-
-def _without_layers(config: SlicedBlipConfig) -> SlicedBlipConfig:
-    """`config` for transformers' constructor, which then builds all but the layers."""
-    bare = config.copy()
-    bare.vision_config.num_hidden_layers = bare.text_config.num_hidden_layers = 0
-    return bare
-
-
-def _add_layers(model: Any, config: SlicedBlipConfig) -> None:
-    """Give a network built :func:`_without_layers` those that are left of them, and fresh weights to these."""
-    kept = {group: len(indices) for group, indices in config.kept_indices().items()}
-    parts = ("vision_config", "text_config")
-    for part in parts:  # of the configuration that the network has, which knows how it attends
-        getattr(model.config, part).num_hidden_layers = getattr(config, part).num_hidden_layers
-    config = model.config
-    vision = config.vision_config
-    model.vision_model.config = model.vision_model.encoder.config = vision
-    for i in range(config.layers()["vision"]):
-        model.vision_model.encoder.layers.append(VisionLayer(vision, kept[f"vision.{i}.{HEAD}"], kept[f"vision.{i}.{NEURON}"]))
-    for tower in set(config.towers) - {"vision"}:
-        part = config.text_tower(tower)
-        bert = text_model(model, tower)
-        bert.config = bert.encoder.config = part
-        if tower == "decoder":
-            model.text_decoder.config = part
-        for i in range(config.layers()[tower]):
-            counts = (kept[f"{tower}.{i}.{kind}"] for kind in (HEAD, CROSS_HEAD, NEURON))
-            bert.encoder.layer.append(TextLayer(part, i, *counts))
-    model.post_init()
-
-
-def text_model(model: Any, tower: str) -> BlipTextModel:
-    """The network of tower `text` or `decoder`."""
-    return cast(BlipTextModel, model.text_encoder if tower == "text" else model.text_decoder.bert)
-
-
-class SlicedBlipForQuestionAnswering(BlipForQuestionAnswering):
+class SlicedBlipForQuestionAnswering(Blip):
     config_class = BlipAnswerConfig
+    _tied_weights_keys = {
+        f"{PREDICTIONS}.decoder.bias": f"{PREDICTIONS}.bias",
+        f"{PREDICTIONS}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    }
 
     def __init__(self, config: BlipAnswerConfig) -> None:
-        super().__init__(_without_layers(config))
-        _add_layers(self, config)
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Called:
+        """As transformers' own class is called, and what it gives; answers are `labels` unless `decoder_input_ids` are given."""
+        answers = labels if decoder_input_ids is None else decoder_input_ids
+        if answers is None:
+            raise ValueError("give labels or decoder_input_ids, or call generate")
+        states, given = self._called(pixel_values, output_attentions, output_hidden_states)
+        logits, _ = self.text_decoder(answers, decoder_attention_mask, self._asked(input_ids, attention_mask, states))
+        return Called(loss=self._loss(logits, labels), image_embeds=states, **given)
+
+    def _asked(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Context:
+        """What answers to the questions `ids` [B, L] about `images` [B, T, W] attend to."""
+        mask = torch.ones_like(ids) if mask is None else mask
+        return self.text_decoder.bert.context(self.text_encoder.read(ids, mask, self.text_encoder.context(images)).states, mask)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Answers [B, L] to questions [B, Q], as transformers' `generate` with the same `options`, which here attend to no padding."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        seen = context(self.text_encoder, see(self, pixel_values, frozenset()).states, rows=rows)
-        question = read(self.text_encoder, input_ids, mask.bool()[:, None, None], seen, frozenset()).states
-        text = self.config.text_config
-        answer: Tensor = self.text_decoder.generate(
-            input_ids=input_ids.new_full((len(input_ids), 1), text.bos_token_id),
-            eos_token_id=text.sep_token_id,
-            pad_token_id=text.pad_token_id,
-            encoder_hidden_states=question,
-            encoder_attention_mask=mask,
-            **options,
-        )
-        return answer
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        max_length: int = 20,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:
+        """Greedy answers [B, L] to questions [B, Q], their first token included, padded behind the separator."""
+        context = self._asked(input_ids, attention_mask, self.encode_image(pixel_values).states)
+        return self._written(input_ids.new_full((len(input_ids), 1), self.config.decoder_start), context, max_length, max_new_tokens)
 
 
-class SlicedBlipForConditionalGeneration(BlipForConditionalGeneration):
+class SlicedBlipForConditionalGeneration(Blip):
     config_class = BlipCaptionConfig
+    _tied_weights_keys = SlicedBlipForQuestionAnswering._tied_weights_keys
 
     def __init__(self, config: BlipCaptionConfig) -> None:
-        super().__init__(_without_layers(config))
-        _add_layers(self, config)
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Called:
+        """As transformers' own class is called, and what it gives."""
+        states, given = self._called(pixel_values, output_attentions, output_hidden_states)
+        logits, _ = self.text_decoder(input_ids, attention_mask, self.text_decoder.bert.context(states))
+        return Called(loss=self._loss(logits, labels), logits=logits, image_embeds=states, **given)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_length: int = 20,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:
+        """Greedy captions [B, L] that go on with a prompt, without its last token, which ends it; padded behind the separator.
+
+        Raises:
+            BadInput: prompts of different length.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            why = "the next token stands behind the last one, and there is padding"
+            raise BadInput("captions cannot go on from prompts of different length", why, "give those of one length at a time")
+        first = torch.full((len(pixel_values), 1), self.config.decoder_start, device=pixel_values.device)
+        ids = first if input_ids is None else starting(input_ids[:, :-1], self.config.decoder_start)
+        context = self.text_decoder.bert.context(self.encode_image(pixel_values).states)
+        return self._written(ids, context, max_length, max_new_tokens)
 
 
-class SlicedBlipForImageTextRetrieval(BlipForImageTextRetrieval):
+class SlicedBlipForImageTextRetrieval(Blip):
     config_class = BlipRetrievalConfig
 
     def __init__(self, config: BlipRetrievalConfig) -> None:
-        super().__init__(_without_layers(config))
-        _add_layers(self, config)
+        super().__init__(config)
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
+        self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        use_itm_head: bool = True,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Called:
+        """As transformers' own class is called, and what it gives: matching logits [B, 2], or the similarities [I, B] of features."""
+        states, given = self._called(pixel_values, output_attentions, output_hidden_states)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        context = self.text_encoder.context(states) if use_itm_head else None
+        read = self.text_encoder.read(input_ids, mask, context).states
+        if use_itm_head:
+            score = self.itm_head(read[:, 0])
+        else:
+            score = self.image_feature(states) @ F.normalize(self.text_proj(read[:, 0]), dim=-1).T
+        return Called(itm_score=score, question_embeds=read, **given)
 
 
 MODELS: dict[type[SlicedBlipConfig], type[Any]] = {
@@ -307,79 +313,22 @@ MODELS: dict[type[SlicedBlipConfig], type[Any]] = {
 }
 
 
-def see(model: Any, pixels: Tensor, keep: frozenset[str]) -> Encoded:
-    """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, 1 + patches, W]."""
-    vision: BlipVisionModel = model.vision_model
-    x = normalise(pixels, model.config.image_mean, model.config.image_std, vision.post_layernorm.weight.dtype)
-    x = vision.embeddings(x)
-    out = Encoded(x)
-    for i, layer in enumerate(vision.encoder.layers):
-        if HIDDEN in keep:
-            out.hidden.append(x)
-        x = x + layer.self_attn(layer.layer_norm1(x), fused=True, maps=out.maps(SELF_ATTENTION, keep, i))[0]
-        x = x + layer.mlp(layer.layer_norm2(x))
-    if HIDDEN in keep:
-        out.hidden.append(x)
-    out.states = vision.post_layernorm(x)
-    return out
-
-
-def context(bert: BlipTextModel, states: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Context:
-    """`states` [C, S, W] projected for every layer of `bert`; `mask` [B, S] (rows already applied), 1 = token."""
-    kv = [layer.crossattention.self.project(states) for layer in bert.encoder.layer]
-    return Context(kv, None if mask is None else mask.bool()[:, None, None], rows)
-
-
-def embed(bert: BlipTextModel, ids: Tensor, offset: int) -> Tensor:
-    """Tokens [B, L], from position `offset` on, to states [B, L, W]."""
-    table = bert.embeddings
-    x = table.word_embeddings(ids) + table.position_embeddings.weight[offset : offset + ids.shape[1]]
-    return table.dropout(table.LayerNorm(x))
-
-
-def read(
-    bert: BlipTextModel, ids: Tensor, mask: Tensor | None, seen: Context | None, keep: frozenset[str], cache: Cache | None = None
-) -> Encoded:
-    """Tokens [B, L] to states [B, L, W], attending to `seen`, or to themselves alone without it.
-
-    `mask` is True where attention may go, broadcast to [B, H, L, L]; with a `cache`, `ids` are the tokens that follow those in it.
-    """
-    x = embed(bert, ids, cache.length if cache else 0)
-    out = Encoded(x)
-    for i, layer in enumerate(bert.encoder.layer):
-        if HIDDEN in keep:
-            out.hidden.append(x)
-        kv = layer.attention.self.project(x)
-        if cache is not None:
-            kv = cache.extend(i, kv)
-        own_maps, cross_maps = (out.maps(kind, keep, i) for kind in (SELF_ATTENTION, CROSS_ATTENTION))
-        x = layer.attention.output(layer.attention.self(x, context=Context([kv], mask), maps=own_maps)[0], x)
-        if seen is not None:
-            one = Context([seen.kv[i]], seen.mask, seen.rows)
-            x = layer.crossattention.output(layer.crossattention.self(x, context=one, maps=cross_maps)[0], x)
-        x = layer.feed(x)
-    if HIDDEN in keep:
-        out.hidden.append(x)
-    out.states = x
-    return out
-
-
-def decode(
-    model: Any, ids: Tensor, mask: Tensor | None, seen: Context, keep: frozenset[str] = frozenset(), cache: Cache | None = None
-) -> tuple[Tensor, Encoded]:
-    """Tokens [B, L] to next-token logits [B, L, V], causal; the first token of a text becomes the decoder's own."""
-    offset, length = cache.length if cache else 0, ids.shape[1]
-    ids = starting(ids, model.config.decoder_start, offset)
-    causal = torch.ones(length, offset + length, dtype=torch.bool, device=ids.device).tril(offset)
-    visible = causal if mask is None else causal & mask.bool()[:, None, None]
-    out = read(model.text_decoder.bert, ids, visible, seen, keep, cache)
-    if cache is not None:
-        cache.length += length
-    return model.text_decoder.cls(out.states), out
-
-
 def starting(ids: Tensor, first: int | None, offset: int = 0) -> Tensor:
     """`ids` [B, L], tokens from number `offset` on, with `first` as token 0; None leaves them."""
     if first is None:
         return ids
     return torch.where(torch.arange(offset, offset + ids.shape[1], device=ids.device) == 0, first, ids)
+
+
+def _draw(module: nn.Module, std: float) -> None:
+    """Fresh weights for all linear maps and tables in `module`."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.LayerNorm) and part.bias is not None:
+            init.zeros_(part.bias)
+        if isinstance(part, nn.LayerNorm):
+            init.ones_(part.weight)
+        elif isinstance(part, nn.Embedding) and part.padding_idx is not None and not getattr(part.weight, "_is_hf_initialized", False):
+            with torch.no_grad():
+                part.weight[part.padding_idx] = 0

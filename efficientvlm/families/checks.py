@@ -27,6 +27,9 @@ def check_config(family: Any, config: Any, where: str) -> None:
     answers = config.answers
     if answers is not None and not (isinstance(answers, list) and answers and all(isinstance(text, str) and text for text in answers)):
         raise BadInput(f"{where}: answers are {shorten(answers)}", "they are a list of texts", CORRECT)
+    for tower, count in family.layer_counts(config).items():
+        if not _whole(count, 0, MOST_LAYERS):
+            raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)
     sizes = family.sizes(config)
     for name in ("image_size", "patch_size"):
         if not _whole(getattr(sizes, name), 1, MOST_PIXELS):
@@ -34,13 +37,11 @@ def check_config(family: Any, config: Any, where: str) -> None:
             raise BadInput(f"{where}: {name} is {shorten(getattr(sizes, name))}", why, CORRECT)
     if sizes.patch_size > sizes.image_size:
         raise BadInput(f"{where}: patches of {sizes.patch_size} px", f"images have {sizes.image_size} px", CORRECT)
-    for tower, count in family.layer_counts(config).items():
-        if not _whole(count, 0, MOST_LAYERS):
-            raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)
-    for tower, width in sizes.widths.items():
-        if not _whole(width, 1) or not _whole(sizes.heads[tower], 1) or width % sizes.heads[tower]:
-            why = f"{shorten(width)} columns cannot be shared evenly by so many heads"
-            raise BadInput(f"{where}: {shorten(sizes.heads[tower])} {tower} heads", why, CORRECT)
+    for tower, heads in sizes.heads.items():
+        for width, number in zip(sizes.widths[tower], heads, strict=False):  # the last width is that of the output
+            if not _whole(width, 1) or not _whole(number, 1) or width % number:
+                why = f"{shorten(width)} columns cannot be shared evenly by so many heads"
+                raise BadInput(f"{where}: {shorten(number)} {tower} heads", why, CORRECT)
     counts = {"positions for tokens": sizes.max_positions, "tokens in the vocabulary": sizes.vocab_size}
     counts |= {f"units in {group}": count for group, count in family.original_counts(config).items()}
     counts |= {"tokens of a text (max_tokens)": config.max_tokens} if config.max_tokens is not None else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,32 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD, Flow, GatePoint, Graph, Record, Site, Sizes, Unit, check_taps, groups_of, kinds_of
-from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Cache, tap
+from efficientvlm.families.base import HEAD, Flow, Graph, Record, Sizes, check_taps, groups_of, kinds_of
 from efficientvlm.families.checks import check_config
-from efficientvlm.families.clip_model import (
-    TOWERS,
-    Sliced,
-    SlicedCLIPConfig,
-    SlicedCLIPModel,
-    SlicedSiglipConfig,
-    SlicedSiglipModel,
-)
+from efficientvlm.families.clip_config import TOWERS, SlicedSiglipConfig
+from efficientvlm.families.clip_model import MODELS, Comparing
 from efficientvlm.families.graphs import Part
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
 from efficientvlm.families.structure import Described, kept_of_layers
+from efficientvlm.families.towers.parts import HIDDEN, SELF_ATTENTION, tap
 
-MODELS: dict[type, type] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}
 CONFIGS: dict[str, Any] = {name: kind for kind in MODELS for name in (kind.stock[0], kind.model_type)}  # type: ignore[attr-defined]
 IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 PAIR_SIZES = ({"images": 2, "texts": 3}, {"images": 1, "texts": 1}, {"images": 8, "texts": 2})
 TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 2}, {"texts": 8, "tokens": 7})
-LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.*)")
 
 
 class CLIP(Described):
     name = "clip"
+    network = Comparing
     model_types: tuple[str, ...] = tuple(CONFIGS)
     auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
     towers: tuple[str, ...] = TOWERS
@@ -95,36 +87,14 @@ class CLIP(Described):
             vision.patch_size,
             text.max_position_embeddings,
             text.vocab_size,
-            {name: config.tower(name).hidden_size for name in TOWERS},
-            {name: config.tower(name).num_attention_heads for name in TOWERS},
+            {name: (config.tower(name).hidden_size,) * (count + 1) for name, count in config.layers().items()},
+            {name: (config.tower(name).num_attention_heads,) * count for name, count in config.layers().items()},
             tuple(config.image_mean),
             tuple(config.image_std),
         )
 
     def tasks(self, config: Any) -> frozenset[str]:
         return frozenset({"retrieval"})
-
-    def tower_of(self, parameter: str) -> str:
-        first = parameter.partition(".")[0].removesuffix("_model")
-        return first if first in TOWERS else "heads"
-
-    def is_embedding(self, parameter: str) -> bool:
-        return parameter.endswith(("token_embedding.weight", "position_embedding.weight"))
-
-    def units(self, model: Any) -> list[Unit]:
-        units: list[Unit] = []
-        for group, indices in model.config.kept_indices().items():
-            tower, number, kind = group.split(".")
-            part = model.config.tower(tower)
-            width = part.hidden_size // part.num_attention_heads if kind == HEAD else 1
-            module = f"{tower}_model.encoder.layers.{number}.{'self_attn' if kind == HEAD else 'mlp'}"
-            ins, out = (("q_proj", "k_proj", "v_proj"), "out_proj") if kind == HEAD else (("fc1",), "fc2")
-            for position, index in enumerate(indices):
-                start, stop = position * width, (position + 1) * width
-                rows = tuple(Site(f"{module}.{name}.{what}", 0, start, stop) for name in ins for what in ("weight", "bias"))
-                sites = (*rows, Site(f"{module}.{out}.weight", 1, start, stop))
-                units.append(Unit(tower, int(number), kind, index, sites, GatePoint(f"{module}.{out}", start, stop)))
-        return units
 
     def flows(self, config: Any) -> list[Flow]:
         """The pooled position of a tower sees the others by self-attention alone; SigLIP's pooling of the image is never pruned."""
@@ -140,14 +110,7 @@ class CLIP(Described):
             chosen.tower(tower).num_hidden_layers = len(numbers)
         return chosen
 
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        found = LAYER.fullmatch(parameter)
-        if not found:
-            return parameter
-        tower, number, rest = found.groups()
-        return f"{tower}_model.encoder.layers.{layers[tower][int(number)]}.{rest}"
-
-    def forward(self, model: Sliced, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+    def forward(self, model: Comparing, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """Images and texts: `image_features` [I, E] and `text_features` [T, E], unit vectors, and their `logits` [I, T]."""
         wanted = check_taps(self, want)
         record = Record()
@@ -220,11 +183,11 @@ class CLIP(Described):
         why = "the losses of retrieval are those of an X-VLM, which matches too"
         raise BadInput("CLIP and SigLIP are not trained here", why, "use an X-VLM, or prune with --task none")
 
-    def image_features(self, model: Sliced, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def image_features(self, model: Comparing, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = model.encode_image(pixels).states
         return states, model.image_feature(states)
 
-    def text_features(self, model: Sliced, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def text_features(self, model: Comparing, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         ids, out = model.encode_text(ids, mask)
         return out.states, model.text_feature(out.states, ids)
 
@@ -238,9 +201,6 @@ class CLIP(Described):
         self, model: Any, context: Any, ids: Tensor, mask: Tensor | None, rows: Any | None = None, cache: Any | None = None
     ) -> NoReturn:
         self.for_vqa(model, None, "auto")
-
-    def new_cache(self, model: Any) -> Cache:
-        return Cache()
 
 
 class ImageGraph(nn.Module):
@@ -266,5 +226,5 @@ class TextGraph(nn.Module):
         return (self.model.text_feature(out.states, ids),)
 
 
-def _similarity(model: Sliced, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+def _similarity(model: Comparing, inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
     return (model.similarity(inputs["image_features"], inputs["text_features"]),)

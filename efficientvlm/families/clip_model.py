@@ -1,308 +1,328 @@
-"""CLIP and SigLIP whose layers may have lost heads and neurons: transformers' own classes with other attention and MLP modules."""
+"""CLIP and SigLIP, with layers that may have lost heads and neurons, under the names of transformers' files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
-from transformers.activations import ACT2FN
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMLP
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
-from efficientvlm.data.preprocessing import HALVES
-from efficientvlm.data.tokenizer import ends_of
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD, NEURON
-from efficientvlm.families.blocks import HIDDEN, SELF_ATTENTION, Bias, Encoded, attend, no_maps, normalise
-from efficientvlm.families.structure import Cuttable
+from efficientvlm.families.clip_config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, Structure
+from efficientvlm.families.towers.attention import causal
+from efficientvlm.families.towers.layers import Layers, PreNormLayer, Size
+from efficientvlm.families.towers.network import TowerNetwork, asked
+from efficientvlm.families.towers.parts import NOTHING, Encoded, Named, Part, activation, normalise
+from efficientvlm.families.towers.vit import Vit
 
-TOWERS = ("vision", "text")
-LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
-
-
-class Structure(Cuttable):
-    """What the configurations of both kinds answer about their layers."""
-
-    vision_config: Any
-    text_config: Any
-    stock: tuple[str, str]
-    """`model_type` and class of transformers that open a model of which nothing was removed."""
-    processor = "CLIPImageProcessor"
-    """Class of transformers that reads a `preprocessor_config.json` which names none."""
-
-    @property
-    def end(self) -> int:
-        """A token for the end of example texts."""
-        raise NotImplementedError
-
-    def tower(self, name: str) -> Any:
-        """transformers' configuration of a tower."""
-        return getattr(self, f"{name}_config")
-
-    def layers(self) -> dict[str, int]:
-        return {name: self.tower(name).num_hidden_layers for name in TOWERS}
-
-    def original_counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for name in TOWERS:
-            for layer in range(self.tower(name).num_hidden_layers):
-                counts[f"{name}.{layer}.{HEAD}"] = self.tower(name).num_attention_heads
-                counts[f"{name}.{layer}.{NEURON}"] = self.tower(name).intermediate_size
-        return counts
+TOWER = {"position_embedding": "embeddings.position_embedding.weight", "layers": "encoder.layers"}
+IMAGES = TOWER | {
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",
+    "post_norm": "post_layernorm",
+}
+TEXTS = TOWER | {"token_embedding": "embeddings.token_embedding", "post_norm": "final_layer_norm"}
+LAYER = {
+    "attention": "self_attn",
+    **{f":{role}": f"{role}_proj" for role in ("q", "k", "v", "out")},
+    "attention_norm": "layer_norm1",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    "ffn_norm": "layer_norm2",
+}
 
 
-class SlicedCLIPConfig(Structure, CLIPConfig):
-    model_type = "evlm_clip"
-    stock = ("clip", "CLIPModel")
+@dataclass
+class Compared(ModelOutput):
+    """What transformers' classes give, by the same names."""
 
-    def adopt(self, tokenizer: Any) -> list[str]:
-        """The end token, whose state stands for a text; old files leave it to the highest id."""
-        before, (_, end) = self.text_config.eos_token_id, ends_of(tokenizer)
-        if before == end or (before == LEGACY_END and end == max(tokenizer.get_vocab().values())):
-            return []
-        if end == LEGACY_END:
-            why = f"transformers takes the id {LEGACY_END} for a CLIP whose texts end in their highest id"
-            raise BadInput(f"the tokenizer ends texts with the id {end}", why, "give the tokenizer the model was trained with")
-        self.text_config.eos_token_id = end
-        return [f"end of text {end} (config.json: {before})"]
-
-    @property
-    def end(self) -> int:
-        """A token that ends a text."""
-        end: int = self.text_config.eos_token_id
-        return self.text_config.vocab_size - 1 if end == LEGACY_END else end
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
 
 
-class SlicedSiglipConfig(Structure, SiglipConfig):
-    model_type = "evlm_siglip"
-    stock = ("siglip", "SiglipModel")
-    processor = "SiglipImageProcessor"
+class Text(Named):
+    """The text tower: tokens and positions, pre-norm layers, a norm, in SigLIP a Linear `head`."""
 
-    image_mean: list[float] | tuple[float, ...] = HALVES
-    image_std: list[float] | tuple[float, ...] = HALVES
+    token_embedding = Part[nn.Embedding]()
+    position_embedding = Part[nn.Parameter]()
+    layers = Part[Layers]()
+    post_norm = Part[nn.LayerNorm]()
+    head = Part[nn.Linear]()
 
-    def adopt(self, tokenizer: Any) -> list[str]:
-        """The token that fills a text up to all positions."""
-        before, self.text_config.pad_token_id = self.text_config.pad_token_id, tokenizer.pad_token_id
-        return [f"padding {tokenizer.pad_token_id} (config.json: {before})"] if before != tokenizer.pad_token_id else []
+    def __init__(self, part: Any, layers: list[PreNormLayer], outputs: int | None) -> None:
+        super().__init__(TEXTS)
+        self.put(token_embedding=nn.Embedding(part.vocab_size, part.hidden_size))
+        self.put(position_embedding=nn.Parameter(torch.zeros(part.max_position_embeddings, part.hidden_size)))
+        self.put(layers=Layers(layers), post_norm=nn.LayerNorm(part.hidden_size, part.layer_norm_eps))
+        if outputs is not None:
+            self.put(head=nn.Linear(part.hidden_size, outputs))
 
-    @property
-    def end(self) -> int:
-        """Any token, as the last position is what is pooled."""
-        return 0
-
-
-class AnyHeads:
-    """In front of a stock attention class: `heads` of its heads, one code path for SDPA and for maps."""
-
-    def __init__(self, config: Any, heads: int) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
-        self.config, self.num_heads, self.embed_dim = config, heads, config.hidden_size
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scale, self.dropout, self.is_causal = self.head_dim**-0.5, config.attention_dropout, False
-        inner = heads * self.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, inner)
-        self.v_proj = nn.Linear(config.hidden_size, inner)
-        self.q_proj = nn.Linear(config.hidden_size, inner)
-        self.out_proj = nn.Linear(inner, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        is_causal: bool = False,
-        maps: list[Tensor] | None = None,
-        output_attentions: bool | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the stock forward; maps are appended to `maps`, and returned where attentions are asked of the network."""
-        asked = self.config.output_attentions if output_attentions is None else output_attentions
-        if returned := maps is None and asked:
-            maps = []
-        split = (self.num_heads, self.head_dim)
-        q, k, v = (part(hidden_states).unflatten(-1, split).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
-        mask = visible(attention_mask, is_causal, hidden_states)
-        out = attend(q, k, v, mask, self.dropout if self.training else 0.0, maps)  # type: ignore[attr-defined]
-        return self.out_proj(out.transpose(1, 2).flatten(2)), maps[0] if returned and maps else None
+    def forward(self, ids: Tensor, mask: Tensor | None, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Token ids [B, L] to the states of the last layer; `mask` is True where attention may go."""
+        return self.layers.run(self.token_embedding(ids) + self.position_embedding[: ids.shape[1]], keep, mask)
 
 
-class CLIPHeads(AnyHeads, CLIPAttention):
-    pass
+class Pooling(Named):
+    """SigLIP's pooling of an image: a probe that attends to all its states, and an MLP; it is never pruned."""
+
+    fc1 = Part[nn.Linear]()
+    fc2 = Part[nn.Linear]()
+
+    def __init__(self, part: Any) -> None:
+        super().__init__({"fc1": "mlp.fc1", "fc2": "mlp.fc2"})
+        width = part.hidden_size
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, part.num_attention_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(width, part.layer_norm_eps)
+        self.put(fc1=nn.Linear(width, part.intermediate_size), fc2=nn.Linear(part.intermediate_size, width))
+        self.activation = activation(part.hidden_act)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [B, T, W] to one vector each [B, W]."""
+        x = self.attention(self.probe.expand(len(states), -1, -1), states, states, need_weights=False)[0]
+        return (x + self.fc2(self.activation(self.fc1(self.layernorm(x)))))[:, 0]
 
 
-class SiglipHeads(AnyHeads, SiglipAttention):
-    pass
+class Comparing(TowerNetwork):
+    """What CLIP and SigLIP have in common: a tower of images and one of texts."""
 
+    places = {tower: f"{tower}_model.encoder.layers" for tower in TOWERS}
+    owners = {f"{tower}_model": tower for tower in TOWERS}
+    renamed = {r"^(vision|text)_model\.(vision|text)_model\.": r"\1_model."}
+    main_input_name = "input_ids"
+    vision_model: Vit
+    text_model: Text
 
-class NoHeads(nn.Module):
-    """An attention of which only the output bias is left."""
+    def _layers(self, tower: str) -> list[PreNormLayer]:
+        part, kept = self.config.tower(tower), self.config.kept_indices()
+        sizes = (Size.of(kept, f"{tower}.{i}", part.hidden_size, part.num_attention_heads) for i in range(part.num_hidden_layers))
+        return [
+            PreNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), LAYER, dropout=part.attention_dropout) for size in sizes
+        ]
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.out_proj = Bias(config.hidden_size)
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, maps: list[Tensor] | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        no_maps(hidden_states, None, maps)
-        return self.out_proj(hidden_states), None
-
-
-class AnyNeurons:
-    """In front of a stock MLP class: `neurons` of its neurons."""
-
-    def __init__(self, config: Any, neurons: int) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
-        self.config, self.activation_fn = config, ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, neurons)
-        self.fc2 = nn.Linear(neurons, config.hidden_size)
-
-
-class CLIPNeurons(AnyNeurons, CLIPMLP):
-    pass
-
-
-class SiglipNeurons(AnyNeurons, SiglipMLP):
-    pass
-
-
-class NoNeurons(nn.Module):
-    """An MLP of which only the output bias is left."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.fc2 = Bias(config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        out: Tensor = self.fc2(hidden_states)
-        return out
-
-
-def visible(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
-    """Where attention may go, as booleans, from what transformers hands to its attention: booleans, added floats, or a flag."""
-    if mask is None:
-        return causal(x) if is_causal else None
-    return mask if mask.dtype == torch.bool else mask >= 0
-
-
-def causal(x: Tensor) -> Tensor:
-    """bool [T, T] for states [B, T, W]: each position sees itself and what is before it."""
-    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-
-
-class Sliced:
-    """In front of a stock model class: layers of the sizes in `config.kept`, and encoders that record what they are asked for."""
-
-    config: Any
-    vision_model: Any
-    text_model: Any
-    attention: type
-    mlp: type
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        kept = config.kept_indices()
-        for name in TOWERS:
-            part = config.tower(name)
-            for number, layer in enumerate(self.encoder(name).encoder.layers):
-                heads, neurons = (len(kept[f"{name}.{number}.{kind}"]) for kind in (HEAD, NEURON))
-                layer.self_attn = self.attention(layer.self_attn.config, heads) if heads else NoHeads(part)
-                layer.mlp = self.mlp(part, neurons) if neurons else NoNeurons(part)
-        self.init_weights()  # type: ignore[attr-defined]  # the new modules; the others are marked as done
+    def _images(self, **kind: bool) -> Vit:
+        part = self.config.vision_config
+        return Vit(self._layers("vision"), part.hidden_size, part.image_size, part.patch_size, part.layer_norm_eps, IMAGES, **kind)
 
     @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, though this class is outside transformers: what is not its own it initialises by module class only where this is False."""
-        return False
+    def is_embedding(cls, parameter: str) -> bool:
+        return parameter.endswith(("token_embedding.weight", "position_embedding.weight"))
 
-    def encoder(self, name: str) -> Any:
-        return getattr(self, f"{name}_model")
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.token_embedding
 
-    def encode_image(self, pixels: Tensor, keep: frozenset[str] = frozenset()) -> Encoded:
+    def encode_image(self, pixels: Tensor, keep: frozenset[str] = NOTHING) -> Encoded:
         """Images [B, 3, H, W] (uint8, or normalised floats) to the states of the last layer [B, T, W]."""
-        tower = self.vision_model
-        x = normalise(pixels, self.config.image_mean, self.config.image_std, tower.embeddings.patch_embedding.weight.dtype)
-        x = tower.embeddings(x)
-        return run(tower.encoder.layers, tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x, None, keep)
+        pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.vision_model.dtype)
+        out: Encoded = self.vision_model(pixels, keep=keep)
+        return out
 
-    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = frozenset()) -> tuple[Tensor, Encoded]:
+    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         """Token ids and mask [B, L] (1 = token) as the network reads them, and the states of the last layer."""
+        raise NotImplementedError
+
+    def pool_image(self, states: Tensor) -> Tensor:
+        """States [B, T, W] to one vector each [B, E]."""
+        raise NotImplementedError
+
+    def pool_text(self, states: Tensor, ids: Tensor) -> Tensor:
+        """States [B, L, W] of the token ids [B, L] to one vector each [B, E]."""
         raise NotImplementedError
 
     def image_feature(self, states: Tensor) -> Tensor:
         """States [B, T, W] to unit vectors [B, E]."""
-        raise NotImplementedError
+        return F.normalize(self.pool_image(states), dim=-1)
 
     def text_feature(self, states: Tensor, ids: Tensor) -> Tensor:
         """States [B, L, W] of the token ids [B, L] to unit vectors [B, E]."""
-        raise NotImplementedError
+        return F.normalize(self.pool_text(states, ids), dim=-1)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         """Logits [I, T] of unit vectors [I, E] and [T, E]."""
         raise NotImplementedError
 
+    def loss(self, logits: Tensor) -> Tensor:
+        """What the family is trained with, of the logits [B, B] of pairs."""
+        raise NotImplementedError
 
-def run(layers: Iterable[Any], x: Tensor, mask: Tensor | None, keep: frozenset[str]) -> Encoded:
-    """States through the layers of a tower; `mask` is True where attention may go."""
-    out = Encoded(x)
-    for i, layer in enumerate(layers):
-        if HIDDEN in keep:
-            out.hidden.append(x)
-        x = layer(x, mask, maps=out.maps(SELF_ATTENTION, keep, i))
-    if HIDDEN in keep:
-        out.hidden.append(x)
-    out.states = x
-    return out
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Compared:
+        """As transformers' own class is called, and what it gives."""
+        keep = asked(self.config, output_attentions, output_hidden_states)
+        image = self.encode_image(pixel_values, keep)
+        ids, text = self.encode_text(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask, keep)
+        features = self.image_feature(image.states), self.text_feature(text.states, ids)
+        logits = self.similarity(*features)
+        return Compared(
+            loss=self.loss(logits) if return_loss else None,
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            text_embeds=features[1],
+            image_embeds=features[0],
+            text_model_output=_output(text, self.text_model.post_norm(text.states), self.pool_text(text.states, ids)),
+            vision_model_output=_output(image, self._seen(image.states), self.pool_image(image.states)),
+        )
+
+    def _seen(self, states: Tensor) -> Tensor:
+        """The states of an image as transformers' class gives them."""
+        return states
 
 
-class SlicedCLIPModel(Sliced, CLIPModel):
+def _output(out: Encoded, states: Tensor, pooled: Tensor) -> BaseModelOutputWithPooling:
+    hidden, maps = tuple(out.hidden) or None, tuple(out.self_attention) or None
+    return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=hidden, attentions=maps)
+
+
+class SlicedCLIPModel(Comparing):
     config_class = SlicedCLIPConfig
-    attention, mlp = CLIPHeads, CLIPNeurons
-    _supports_flash_attn = _supports_flex_attn = False
 
-    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = frozenset()) -> tuple[Tensor, Encoded]:
-        x = self.text_model.embeddings(ids)
-        return ids, run(self.text_model.encoder.layers, x, causal(x) & mask.bool()[:, None, None], keep)
+    def __init__(self, config: SlicedCLIPConfig) -> None:
+        super().__init__(config)
+        self.text_model = Text(config.text_config, self._layers("text"), None)
+        self.vision_model = self._images(pre_norm=True)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
 
-    def image_feature(self, states: Tensor) -> Tensor:
-        return F.normalize(self.visual_projection(self.vision_model.post_layernorm(states[:, 0])), dim=-1)
+    def _init_weights(self, module: nn.Module) -> None:
+        """As OpenAI's CLIP: by the width and depth of a tower."""
+        super()._init_weights(module)
+        factor = self.config.initializer_factor
+        if isinstance(module, Vit | Text):
+            part = self.config.tower("vision" if isinstance(module, Vit) else "text")
+            width, factor, std = part.hidden_size, part.initializer_factor, part.initializer_range if isinstance(module, Vit) else 0.02
+            init.normal_(module.position_embedding, std=std * factor)
+            if isinstance(module, Vit):
+                init.normal_(module.class_embedding, std=width**-0.5 * factor)
+                init.normal_(module.patch_embedding.weight, std=std * factor)
+            else:
+                init.normal_(module.token_embedding.weight, std=std * factor)
+            deep = (2 * part.num_hidden_layers) ** -0.5
+            for layer in module.layers:
+                for name, values in layer.named_parameters():
+                    if values.dim() == 2:
+                        inner = 2**-0.5 if ".fc1." in name else 1.0 if ".out_proj." in name else deep
+                        init.normal_(values, std=width**-0.5 * inner * factor)
+        elif module is self:
+            for projection in (self.visual_projection, self.text_projection):
+                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
-    def text_feature(self, states: Tensor, ids: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
+        return ids, self.text_model(ids, causal(ids.shape[1], 0, ids.device) & mask.bool()[:, None, None], keep)
+
+    def pool_image(self, states: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model.post_norm(states[:, 0]))
+
+    def pool_text(self, states: Tensor, ids: Tensor) -> Tensor:
         """Of the end token: the first with its id, in old files the highest id."""
         end = self.config.text_config.eos_token_id
         at = ids.argmax(-1) if end == LEGACY_END else (ids == end).int().argmax(-1)
         picked = states[torch.arange(states.shape[0], device=states.device), at]
-        return F.normalize(self.text_projection(self.text_model.final_layer_norm(picked)), dim=-1)
+        return self.text_projection(self.text_model.post_norm(picked))
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         return self.logit_scale.exp() * image @ text.T
 
+    def loss(self, logits: Tensor) -> Tensor:
+        """Mean of the cross-entropies over texts and over images."""
+        right = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
-class SlicedSiglipModel(Sliced, SiglipModel):
-    """The pooling of the image (`vision_model.head`: a probe, its attention and MLP) is part of the vision tower and is never pruned."""
+
+class SlicedSiglipModel(Comparing):
+    """Of both versions. The pooling of the image is part of the vision tower and is never pruned."""
 
     config_class = SlicedSiglipConfig
-    attention, mlp = SiglipHeads, SiglipNeurons
-    _supports_flash_attn = _supports_flex_attn = False
 
-    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = frozenset()) -> tuple[Tensor, Encoded]:
+    def __init__(self, config: SlicedSiglipConfig) -> None:
+        super().__init__(config)
+        self.text_model = Text(config.text_config, self._layers("text"), config.text_config.projection_size)
+        self.vision_model = self._images(class_token=False, patch_bias=True)
+        self.vision_model.add_module("head", Pooling(config.vision_config))
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As big_vision's SigLIP: Xavier in layers, LeCun elsewhere."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        if isinstance(module, Vit | Text):
+            for layer in module.layers:
+                _xavier(layer)
+            if isinstance(module, Vit):
+                init.normal_(module.position_embedding, std=1 / math.sqrt(module.position_embedding.shape[-1]))
+            else:
+                init.default_flax_embed_init_(module.token_embedding.weight)
+                init.default_flax_embed_init_(module.position_embedding)
+        elif isinstance(module, Pooling):
+            _xavier(module.fc1)
+            _xavier(module.fc2)
+            init.xavier_uniform_(module.probe)
+            init.xavier_uniform_(module.attention.in_proj_weight)
+            init.zeros_(module.attention.in_proj_bias)
+        elif module is self:
+            init.zeros_(self.logit_scale)
+            init.zeros_(self.logit_bias)
+
+    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         """Texts are filled up to every position and nothing is masked, as SigLIP was trained: the last position is what is pooled."""
         part = self.config.text_config
         if ids.shape[1] > part.max_position_embeddings:
             raise BadInput(f"a text of {ids.shape[1]} tokens", f"this SigLIP reads {part.max_position_embeddings}", "cut it first")
         ids = ids.masked_fill(mask == 0, part.pad_token_id)
         ids = F.pad(ids, (0, part.max_position_embeddings - ids.shape[1]), value=part.pad_token_id)
-        return ids, run(self.text_model.encoder.layers, self.text_model.embeddings(ids), None, keep)
+        return ids, self.text_model(ids, None, keep)
 
-    def image_feature(self, states: Tensor) -> Tensor:
-        return F.normalize(self.vision_model.head(self.vision_model.post_layernorm(states)), dim=-1)
+    def pool_image(self, states: Tensor) -> Tensor:
+        pooled: Tensor = self.get_submodule("vision_model.head")(self._seen(states))
+        return pooled
 
-    def text_feature(self, states: Tensor, ids: Tensor) -> Tensor:
-        return F.normalize(self.text_model.head(self.text_model.final_layer_norm(states[:, -1])), dim=-1)
+    def pool_text(self, states: Tensor, ids: Tensor) -> Tensor:
+        return self.text_model.head(self.text_model.post_norm(states[:, -1]))
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         return self.logit_scale.exp() * image @ text.T + self.logit_bias
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Of every pair by itself: does it belong together?"""
+        belongs = 2 * torch.eye(len(logits), device=logits.device) - 1
+        return -F.logsigmoid(belongs * logits).sum(-1).mean()
+
+    def _seen(self, states: Tensor) -> Tensor:
+        return self.vision_model.post_norm(states)
+
+
+def _xavier(module: nn.Module) -> None:
+    """Fresh matrices by Xavier; biases stay 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init.xavier_uniform_(part.weight)
+
+
+MODELS: dict[type[Structure], type[Comparing]] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}

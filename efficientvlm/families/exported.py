@@ -16,10 +16,11 @@ from torch import Tensor
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.base import Record, Sizes
-from efficientvlm.families.blocks import Cache, normalise
-from efficientvlm.families.checks import HUGE, MOST, MOST_PIXELS
+from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.graphs import names
 from efficientvlm.families.loading import read_json
+from efficientvlm.families.towers.attention import Cache
+from efficientvlm.families.towers.parts import normalise
 from efficientvlm.files import open_plain
 from efficientvlm.manifest import FileName
 from efficientvlm.memory import out_of_memory
@@ -70,8 +71,8 @@ class StoredSizes(Strict):
     patch_size: int = Field(ge=1, le=MOST_PIXELS)
     max_positions: int = Field(ge=1, le=MOST)
     vocab_size: int = Field(ge=1, le=MOST, strict=True)
-    widths: dict[str, Length]
-    heads: dict[str, Length]
+    widths: dict[str, Annotated[list[Length], Field(min_length=1, max_length=MOST_LAYERS + 1)]]
+    heads: dict[str, Annotated[list[Length], Field(max_length=MOST_LAYERS)]]
     image_mean: Colours
     image_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
 
@@ -249,7 +250,8 @@ class Exported:
 
     def sizes(self, config: Description) -> Sizes:
         values = config.sizes.model_dump()
-        return Sizes(**{**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
+        by_layer = {name: {tower: tuple(layers) for tower, layers in values[name].items()} for name in ("widths", "heads")}
+        return Sizes(**{**values, **by_layer, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
 
     def layer_counts(self, config: Description) -> dict[str, int]:
         """Layers by tower, as far as a graph shows them by their keys and values; those of other towers are inside the graphs."""

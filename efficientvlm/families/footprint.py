@@ -36,12 +36,13 @@ class Footprint:
         """For networks of `config`, pruned or not: as if nothing was removed."""
         sizes = family.sizes(config)
         layers = family.layer_counts(config)
-        text = max((width for tower, width in sizes.widths.items() if tower != "vision"), default=sizes.widths["vision"])
+        vision = max(sizes.widths["vision"])
+        text = max((width for tower, widths in sizes.widths.items() if tower != "vision" for width in widths), default=vision)
         tokens, readers = (sizes.image_size // sizes.patch_size) ** 2 + 1, sum(n for tower, n in layers.items() if tower != "vision")
         decoder = layers.get("decoder", 0)
         return cls(
-            encoding=FLOAT * (tokens * LAYER * sizes.widths["vision"] + 9 * sizes.image_size**2),
-            seen=FLOAT * tokens * (sizes.widths["vision"] + 2 * text * readers),
+            encoding=FLOAT * (tokens * LAYER * vision + 9 * sizes.image_size**2),
+            seen=FLOAT * tokens * (vision + 2 * text * readers),
             attended=FLOAT * tokens * 2 * text,
             question_token=FLOAT * text * (LAYER + 2 * decoder),
             vocabulary=FLOAT * 2 * sizes.vocab_size,

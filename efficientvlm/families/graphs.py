@@ -1,8 +1,8 @@
 """The graphs of decoders for export, whatever the family.
 
 A decoder goes on from keys and values of what it attends to, projected once and picked by row, and from those of its own earlier tokens, so
-that ranking many answers repeats neither. Written against :class:`blocks.Context` and :class:`blocks.Cache`, which every family's `answer`
-uses.
+that ranking many answers repeats neither. Written against :class:`attention.Context` and :class:`attention.Cache`, which every family's
+`answer` uses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.families.base import Family, Graph
-from efficientvlm.families.blocks import Cache, Context, KeyValue
+from efficientvlm.families.towers.attention import Cache, Context, KeyValue
 
 Tensors = Mapping[str, Tensor]
 Axes = Mapping[str, int]

@@ -105,6 +105,7 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                key_mapping=getattr(kind, "renamed", None),
                 ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
             )
     except MemoryError:

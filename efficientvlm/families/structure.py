@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
+from efficientvlm.families.towers.attention import Cache
 
 DAMAGED = "restore config.json, or make the folder again"
 
@@ -77,7 +78,26 @@ class Cuttable:
 
 
 class Described:
-    """In front of a family: what its configurations, each a :class:`Cuttable`, answer themselves."""
+    """In front of a family: what its configurations, each a :class:`Cuttable`, and its networks, built of towers, answer themselves."""
+
+    network: ClassVar[Any]
+    """What all its network classes have in common."""
+
+    def units(self, model: Any) -> list[Any]:
+        units: list[Any] = model.units()
+        return units
+
+    def tower_of(self, parameter: str) -> str:
+        return str(self.network.tower_of(parameter))
+
+    def is_embedding(self, parameter: str) -> bool:
+        return bool(self.network.is_embedding(parameter))
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        return str(self.network.source_name(parameter, layers))
+
+    def new_cache(self, model: Any) -> Cache:
+        return Cache()
 
     def original_counts(self, config: Cuttable) -> dict[str, int]:
         return config.original_counts()

@@ -10,35 +10,21 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import (
-    CROSS_HEAD,
-    HEAD,
-    NEURON,
-    Flow,
-    GatePoint,
-    Graph,
-    Record,
-    Site,
-    Sizes,
-    Unit,
-    check_taps,
-    groups_of,
-    kinds_of,
-)
-from efficientvlm.families.blocks import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Cache, Context, Encoded, Sharing, tap
+from efficientvlm.families.base import CROSS_HEAD, HEAD, Flow, Graph, Record, Sizes, check_taps, groups_of, kinds_of
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.graphs import vqa_graphs
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, open_model, read_json
 from efficientvlm.families.structure import Described, kept_of_layers
+from efficientvlm.families.towers.attention import Cache, Context, Sharing
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, SELF_ATTENTION, Encoded, tap
 from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel
-
-MODULE = {HEAD: "attention", CROSS_HEAD: "cross_attention", NEURON: "ffn"}
 
 
 class XVLM(Described):
     name = "xvlm"
+    network = XVLMModel
     model_types: tuple[str, ...] = ("xvlm",)
     auto_classes: tuple[tuple[type, type], ...] = ((XVLMConfig, XVLMModel),)
     towers: tuple[str, ...] = ("vision", "text", "fusion", "decoder")
@@ -74,14 +60,14 @@ class XVLM(Described):
         model.save_pretrained(folder)
 
     def sizes(self, config: XVLMConfig) -> Sizes:
-        by_tower = {tower: "vision" if tower == "vision" else "text" for tower in self.towers}
+        layers, by_tower = config.layers(), {tower: "vision" if tower == "vision" else "text" for tower in self.towers}
         return Sizes(
             config.image_size,
             config.patch_size,
             config.max_positions,
             config.vocab_size,
-            {tower: getattr(config, f"{kind}_width") for tower, kind in by_tower.items()},
-            {tower: getattr(config, f"{kind}_heads") for tower, kind in by_tower.items()},
+            {tower: (getattr(config, f"{kind}_width"),) * (layers[tower] + 1) for tower, kind in by_tower.items()},
+            {tower: (getattr(config, f"{kind}_heads"),) * layers[tower] for tower, kind in by_tower.items()},
             tuple(config.image_mean),
             tuple(config.image_std),
         )
@@ -101,31 +87,6 @@ class XVLM(Described):
         """
         model: XVLMModel = open_model(XVLMModel, path, self.read_config(path))
         return model
-
-    def tower_of(self, parameter: str) -> str:
-        first = parameter.partition(".")[0]
-        return {"decoder_head": "decoder"}.get(first, first if first in self.towers else "heads")
-
-    def is_embedding(self, parameter: str) -> bool:
-        return ".embeddings." in parameter and ".norm." not in parameter
-
-    def units(self, model: XVLMModel) -> list[Unit]:
-        config = model.config
-        units: list[Unit] = []
-        for group, indices in config.kept_indices().items():
-            tower, number, kind = group.split(".")
-            module = f"{tower}.layers.{number}.{MODULE[kind]}"
-            for position, index in enumerate(indices):
-                if kind == NEURON:
-                    sites, gate = _neuron_sites(module, position), GatePoint(f"{module}.fc2", position, position + 1)
-                else:
-                    width, heads = (
-                        (config.vision_width, config.vision_heads) if tower == "vision" else (config.text_width, config.text_heads)
-                    )
-                    start, stop = position * (width // heads), (position + 1) * (width // heads)
-                    sites, gate = _head_sites(module, start, stop), GatePoint(f"{module}.out", start, stop)
-                units.append(Unit(tower, int(number), kind, index, sites, gate))
-        return units
 
     def flows(self, config: XVLMConfig) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a pooled [CLS] sees other positions by self-attention alone."""
@@ -154,13 +115,6 @@ class XVLM(Described):
         source = {tower: list(chosen) for tower, chosen in layers.items()}
         before = {"layer_source": source, "layer_source_of": config.layers()}
         return config.copy(**sizes, **before, kept=kept_of_layers(config.kept, layers), local_attention_depth=local)
-
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        tower, _, rest = parameter.partition(".layers.")
-        if not rest:
-            return parameter
-        number, _, tail = rest.partition(".")
-        return f"{tower}.layers.{layers[tower][int(number)]}.{tail}"
 
     def forward(self, model: XVLMModel, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V].
@@ -209,9 +163,6 @@ class XVLM(Described):
     ) -> Tensor:
         """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
         return model.decode(ids, mask, context if rows is None else context.of(rows), cache)[0]
-
-    def new_cache(self, model: XVLMModel) -> Cache:
-        return Cache()
 
     def graphs(self, model: XVLMModel) -> list[Graph]:
         if not model.config.decoder_layers:
@@ -324,16 +275,3 @@ def _decoder_source(name: str, layers: int, model: XVLMModel, source: XVLMModel 
     if source is not None:
         return tensors[name]
     return tensors[name.replace("decoder_head.", "mlm_head.").replace("decoder.embeddings.", "text.embeddings.")]
-
-
-def _head_sites(module: str, start: int, stop: int) -> tuple[Site, ...]:
-    rows = tuple(Site(f"{module}.{part}.{kind}", 0, start, stop) for part in "qkv" for kind in ("weight", "bias"))
-    return (*rows, Site(f"{module}.out.weight", 1, start, stop))
-
-
-def _neuron_sites(module: str, at: int) -> tuple[Site, ...]:
-    return (
-        Site(f"{module}.fc1.weight", 0, at, at + 1),
-        Site(f"{module}.fc1.bias", 0, at, at + 1),
-        Site(f"{module}.fc2.weight", 1, at, at + 1),
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blocks import resize_positions
+from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm_config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_model import XVLMModel

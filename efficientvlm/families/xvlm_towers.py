@@ -12,8 +12,8 @@ from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.families.blocks import resize_positions
 from efficientvlm.families.loading import image_statistics, open_config, read_json
+from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import finite, read_folder
 from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values

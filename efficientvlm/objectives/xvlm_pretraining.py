@@ -12,7 +12,7 @@ from efficientvlm import ranks
 from efficientvlm.data.draw import seed_of
 from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record, check_taps, kinds_of
-from efficientvlm.families.blocks import Encoded, take
+from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
     Negatives,
     box_losses,

@@ -163,11 +163,16 @@ def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
 def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
     """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
     parts = {
-        **{f"{tower} width": (theirs.widths[tower], width) for tower, width in ours.widths.items()},
-        **{f"{tower} heads": (theirs.heads[tower], heads) for tower, heads in ours.heads.items()},
-        "patch size": (theirs.patch_size, ours.patch_size),
+        **{
+            f"{tower} {name}": (theirs.shapes(tower)[name], values)
+            for tower in ours.widths
+            for name, values in ours.shapes(tower).items()
+            if values and theirs.shapes(tower)[name]
+        },
+        "patch size": ([theirs.patch_size], [ours.patch_size]),
     }
-    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in parts.items() if teacher != student]:
+    spelled = {name: tuple(", ".join(map(str, values)) for values in pair) for name, pair in parts.items()}
+    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in spelled.items() if teacher != student]:
         yield BadInput(
             "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
         )

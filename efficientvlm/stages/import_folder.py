@@ -123,13 +123,13 @@ def _check(config: ImportConfig, path: Path, weights: bool) -> None:
 def heads_of(values: Mapping[str, Any], sizes: Sizes) -> dict[str, str]:
     """Tower → its heads, their width, and where the number comes from: tensors do not show it, and published files have been wrong."""
     found = {}
-    for tower, heads in sizes.heads.items():
+    for tower in (tower for tower, layers in sizes.heads.items() if layers):
         part = tower if f"{tower}_config" in values else "text"
         said = any("num_attention_heads" in (values.get(name) or {}) for name in (f"{part}_config", f"{part}_config_dict"))
-        width = sizes.widths[tower] // heads
+        columns = {heads: width // heads for width, heads in zip(sizes.widths[tower], sizes.heads[tower], strict=False)}
         source = "config.json" if said else "not in config.json, transformers' default"
-        doubt = "" if width == COLUMNS else f", where {COLUMNS} are usual: check it" if not said else ""
-        found[tower] = f"{heads} of {width} columns ({source}{doubt})"
+        doubt = "" if {*columns.values()} == {COLUMNS} else f", where {COLUMNS} are usual: check it" if not said else ""
+        found[tower] = f"{', '.join(f'{heads} of {width}' for heads, width in columns.items())} columns ({source}{doubt})"
     return found
 
 

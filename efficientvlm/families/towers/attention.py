@@ -1,0 +1,224 @@
+"""The attention of every tower: any number of heads, fused or with maps, keys and values that are shared, projected once, or cached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from efficientvlm.families.base import Site
+from efficientvlm.families.towers.parts import Named, Part, projection, take
+
+KeyValue = tuple[Tensor, Tensor]
+Maps = list[Tensor] | None
+PADDING = 1.25  # slots a row: beyond this, copying keys and values costs less
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, maps: Maps = None) -> Tensor:
+    """Attention of queries [B, H, T, D] to keys and values [B, H, S, D], any H: [B, H, T, D].
+
+    `mask` is True where attention may go. With `maps` the softmax is explicit and the probabilities before dropout are appended to it.
+    """
+    if maps is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # no backward pass reads the scores
+    probabilities = scores.softmax(-1)
+    maps.append(probabilities)
+    return (F.dropout(probabilities, dropout) if dropout else probabilities) @ v
+
+
+def causal(length: int, before: int, device: torch.device) -> Tensor:
+    """bool [length, before + length]: each of `length` tokens sees the `before` ones, those up to it, and itself."""
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How rows [B] that attend to the same of `entries` lie side by side: in `most` slots an entry, row i in slot `place[i]`.
+
+    Keys and values are then read where they are instead of copied for every row. `place` is None where the rows fill all slots in order.
+    """
+
+    entries: int
+    most: int
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, entries: int) -> Sharing | None:
+        """For rows that attend to the entries `rows` [B]; None where it would not pay, in graphs that are exported included."""
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or not len(rows):
+            return None  # on a GPU, copying costs less than waiting for the counts
+        counts = rows.bincount(minlength=entries)
+        most = int(counts.max())
+        if entries * most > PADDING * len(rows):
+            return None
+        if len(rows) == entries * most and bool((rows.diff() >= 0).all()):
+            return cls(entries, most, None)
+        order = rows.argsort(stable=True)
+        rank = torch.empty_like(rows)
+        rank[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows[order]]
+        return cls(entries, most, rows * most + rank)
+
+    def together(self, x: Tensor, filler: float = 0) -> Tensor:
+        """[B, T, W] to [entries, most * T, W]; slots without a row hold `filler`."""
+        if self.place is not None:
+            x = x.new_full((self.entries * self.most, *x.shape[1:]), filler).index_copy(0, self.place, x)
+        return x.reshape(self.entries, self.most * x.shape[1], *x.shape[2:])
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[entries, most * T, W] to [B, T, W]."""
+        x = x.reshape(self.entries * self.most, x.shape[1] // self.most, *x.shape[2:])
+        return x if self.place is None else x.index_select(0, self.place)
+
+
+@dataclass
+class Context:
+    """Keys and values of what a tower cross-attends to, projected once; `rows` [B] maps each query row to an entry of it.
+
+    With `sharing`, rows of one entry read its keys and values together; `rows` says the same.
+    """
+
+    kv: list[KeyValue | None]
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    sharing: Sharing | None = None
+
+    def of(self, rows: Tensor) -> Context:
+        """For queries that attend to the entries `rows` [B]; where these are a run of entries, no key or value is copied."""
+        kv, mask = self.kv, None if self.mask is None else self.mask[rows]
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or not len(rows):
+            return Context(kv, mask, rows)
+        first, last = int(rows.min()), int(rows.max()) + 1
+        kv, rows = [pair and (pair[0][first:last], pair[1][first:last]) for pair in kv], rows - first
+        return Context(kv, mask, rows, Sharing.of(rows, last - first))
+
+
+class Cache:
+    """Keys and values of the answer tokens decoded so far, layer by layer."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.kv: dict[int, KeyValue] = {}
+
+    def select(self, rows: Tensor) -> Cache:
+        """A cache whose row i continues row `rows[i]` of this one."""
+        chosen = Cache()
+        chosen.length = self.length
+        chosen.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+        return chosen
+
+    def extend(self, layer: int, new: KeyValue) -> KeyValue:
+        """Keys and values of all tokens, those of `new` last; they are kept."""
+        if layer in self.kv:
+            old = self.kv[layer]
+            new = (torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2))
+        self.kv[layer] = new
+        return new
+
+
+class Attention(Named):
+    """Multi-head attention with any number of heads, none included.
+
+    Queries, keys and values come from a Linear each (roles `q`, `k`, `v`), or with `fused` from one (`qkv`), which attends to itself only.
+    """
+
+    q = Part[nn.Linear]()
+    k = Part[nn.Linear]()
+    v = Part[nn.Linear]()
+    qkv = Part[nn.Linear]()
+    out = Part[nn.Linear]()
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        *,
+        fused: bool = False,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(names)
+        self.heads, self.head_dim, self.dropout, self.fused = heads, head_dim, dropout, fused
+        inner = heads * head_dim
+        if heads and fused:
+            self.put(qkv=nn.Linear(width, 3 * inner))
+        elif heads:
+            self.put(q=nn.Linear(width, inner), k=nn.Linear(context_width, inner), v=nn.Linear(context_width, inner))
+        self.put(out=projection(inner, width))
+
+    def project(self, context: Tensor) -> KeyValue | None:
+        """Keys and values [B, H, S, D] of `context` [B, S, W]; None where no head is left."""
+        return (self._split(self.k(context)), self._split(self.v(context))) if self.heads else None
+
+    def itself(self, x: Tensor, mask: Tensor | None = None, maps: Maps = None, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """`x` [B, T, W] attends to itself, with a `cache` also to the tokens before it; `mask` is True where attention may go."""
+        if not self.heads:
+            return self._nothing(x, mask, maps)
+        if self.fused:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        else:
+            k, v = self._split(self.k(x)), self._split(self.v(x))
+            q = self._split(self.q(x))
+        if cache is not None:
+            k, v = cache.extend(layer, (k, v))
+        return self._out(attend(q, k, v, mask, self.dropout if self.training else 0.0, maps))
+
+    def forward(
+        self,
+        x: Tensor,
+        kv: KeyValue | None,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        maps: Maps = None,
+        sharing: Sharing | None = None,
+    ) -> Tensor:
+        """`x` [B, T, W] attends to `kv`; `rows` [B] picks the entry of `kv` for each row; `mask` is True where attention may go.
+
+        With `sharing`, which says the same as `rows`, `kv` is not copied; `mask` is then [B, 1, 1, S].
+        """
+        if kv is None:
+            return self._nothing(x, mask, maps)
+        q, dropout = self.q(x), self.dropout if self.training else 0.0
+        if sharing is not None:
+            return self.out(sharing.apart(self._share(q, kv, mask, dropout, maps, sharing)))
+        k, v = kv if rows is None else (take(kv[0], rows), take(kv[1], rows))
+        return self._out(attend(self._split(q), k, v, mask, dropout, maps))
+
+    def sites(self, prefix: str, position: int) -> tuple[Site, ...]:
+        """Where the head at `position` lies; `prefix` is the name of this module."""
+        start, stop = position * self.head_dim, (position + 1) * self.head_dim
+        if self.fused:  # the rows of all queries, then of all keys, then of all values
+            parts = [(f"{prefix}.{self.name_of('qkv')}", part * self.heads * self.head_dim) for part in range(3)]
+        else:
+            parts = [(f"{prefix}.{self.name_of(role)}", 0) for role in "qkv"]
+        rows = tuple(Site(f"{name}.{kind}", 0, at + start, at + stop) for name, at in parts for kind in ("weight", "bias"))
+        return (*rows, Site(f"{prefix}.{self.name_of('out')}.weight", 1, start, stop))
+
+    def _share(self, q: Tensor, kv: KeyValue, mask: Tensor | None, dropout: float, maps: Maps, sharing: Sharing) -> Tensor:
+        seen = None if mask is None else sharing.together(mask[:, 0].expand(-1, q.shape[1], -1), True)[:, None]
+        found: Maps = None if maps is None else []
+        out = attend(self._split(sharing.together(q)), *kv, seen, dropout, found).transpose(1, 2).flatten(2)
+        if maps is not None and found:
+            maps.append(sharing.apart(found[0].transpose(1, 2)).transpose(1, 2))
+        return out
+
+    def _nothing(self, x: Tensor, mask: Tensor | None, maps: Maps) -> Tensor:
+        """What an attention without heads gives; its map is [B, 0, T, S]."""
+        if maps is not None:
+            maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
+        return self.out(x)
+
+    def _out(self, heads: Tensor) -> Tensor:
+        """[B, H, T, D] to [B, T, W]."""
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

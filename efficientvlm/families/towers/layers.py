@@ -1,0 +1,172 @@
+"""Transformer layers of any number of heads and neurons, and the one loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Site
+from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps
+from efficientvlm.families.towers.parts import (
+    CROSS_ATTENTION,
+    HIDDEN,
+    NOTHING,
+    SELF_ATTENTION,
+    Activation,
+    Encoded,
+    Named,
+    Part,
+    projection,
+)
+
+Names = Mapping[str, str]
+
+
+class Size(NamedTuple):
+    """Sizes of one layer: its columns, those of a head, what is left of its heads and neurons.
+
+    `cross_heads` is None where there is no cross-attention; it attends to states of `context_width` columns.
+    """
+
+    width: int
+    head_width: int
+    heads: int
+    neurons: int
+    cross_heads: int | None = None
+    context_width: int = 0
+
+    @classmethod
+    def of(cls, kept: Mapping[str, list[int]], group: str, width: int, heads: int, context_width: int = 0) -> Size:
+        """Of layer `group` (`text.3`), of which `kept` units are left and which had `heads` heads on `width` columns."""
+        counts = {kind: len(kept[f"{group}.{kind}"]) for kind in (HEAD, NEURON)}
+        cross = len(kept[f"{group}.{CROSS_HEAD}"]) if context_width else None
+        return cls(width, width // heads, counts[HEAD], counts[NEURON], cross, context_width)
+
+
+class Layer(Named):
+    """What layers of both orders share; roles are those below, and of the attentions those of :class:`Attention` after a colon."""
+
+    attention = Part[Attention]()
+    attention_norm = Part[nn.LayerNorm]()
+    cross_attention = Part[Attention]()
+    cross_attention_norm = Part[nn.LayerNorm]()
+    fc1 = Part[nn.Linear]()
+    fc2 = Part[nn.Linear]()
+    ffn_norm = Part[nn.LayerNorm]()
+
+    def __init__(self, size: Size, activation: Activation, names: Names) -> None:
+        super().__init__({"fc1": "ffn.fc1", "fc2": "ffn.fc2"} | {role: name for role, name in names.items() if ":" not in role})
+        self.size, self.activation = size, activation
+        self._of_attention = {role.partition(":")[2]: name for role, name in names.items() if ":" in role}
+
+    def _attention(self, heads: int, context_width: int, dropout: float, fused: bool = False) -> Attention:
+        return Attention(self.size.width, context_width, heads, self.size.head_width, dropout, fused=fused, names=self._of_attention)
+
+    def _add_neurons(self) -> None:
+        if self.size.neurons:
+            self.put(fc1=nn.Linear(self.size.width, self.size.neurons))
+        self.put(fc2=projection(self.size.neurons, self.size.width))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """`x` [B, T, W] through the neurons; without any, what is left of them."""
+        return self.fc2(self.activation(self.fc1(x)) if self.size.neurons else x)
+
+    def sites(self, prefix: str, kind: str, position: int) -> tuple[Site, ...]:
+        """Where the unit of `kind` at `position` lies, the columns that a gate multiplies last; `prefix` is the name of this layer."""
+        if kind != NEURON:
+            role = "attention" if kind == HEAD else "cross_attention"
+            attention: Attention = getattr(self, role)
+            return attention.sites(f"{prefix}.{self.name_of(role)}", position)
+        fc1, fc2 = (f"{prefix}.{self.name_of(role)}" for role in ("fc1", "fc2"))
+        rows = (Site(f"{fc1}.{part}", 0, position, position + 1) for part in ("weight", "bias"))
+        return (*rows, Site(f"{fc2}.weight", 1, position, position + 1))
+
+
+class PreNormLayer(Layer):
+    """A layer of a vision transformer: norms in front of self-attention and neurons."""
+
+    def __init__(self, size: Size, eps: float, activation: Activation, names: Names, *, dropout: float = 0.0, fused: bool = False) -> None:
+        super().__init__(size, activation, names)
+        self.put(attention_norm=nn.LayerNorm(size.width, eps))
+        self.put(attention=self._attention(size.heads, size.width, dropout, fused))
+        self.put(ffn_norm=nn.LayerNorm(size.width, eps))
+        self._add_neurons()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Context | None = None,
+        layer: int = 0,
+        cache: Cache | None = None,
+        maps: tuple[Maps, Maps] = (None, None),
+    ) -> Tensor:
+        x = x + self.attention.itself(self.attention_norm(x), mask, maps[0], cache, layer)
+        return x + self.feed(self.ffn_norm(x))
+
+
+class PostNormLayer(Layer):
+    """A layer of BERT: norms behind self-attention, cross-attention where it has any, and neurons."""
+
+    def __init__(self, size: Size, eps: float, activation: Activation, names: Names, *, dropout: float, attention_dropout: float) -> None:
+        super().__init__(size, activation, names)
+        self.put(attention=self._attention(size.heads, size.width, attention_dropout))
+        self.put(attention_norm=nn.LayerNorm(size.width, eps))
+        if size.cross_heads is not None:
+            self.put(cross_attention=self._attention(size.cross_heads, size.context_width, attention_dropout))
+            self.put(cross_attention_norm=nn.LayerNorm(size.width, eps))
+        self._add_neurons()
+        self.put(ffn_norm=nn.LayerNorm(size.width, eps))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Context | None = None,
+        layer: int = 0,
+        cache: Cache | None = None,
+        maps: tuple[Maps, Maps] = (None, None),
+    ) -> Tensor:
+        """Without a `context` there is nothing to cross-attend to, and it does not."""
+        x = self.attention_norm(x + self.dropout(self.attention.itself(x, mask, maps[0], cache, layer)))
+        if context is not None:
+            h = self.cross_attention(x, context.kv[layer], context.mask, context.rows, maps[1], context.sharing)
+            x = self.cross_attention_norm(x + self.dropout(h))
+        return self.ffn_norm(x + self.dropout(self.feed(x)))
+
+
+class Layers(nn.ModuleList):
+    """The layers of a tower, and the loop over them that keeps what is wanted."""
+
+    def run(
+        self,
+        x: Tensor,
+        keep: frozenset[str] = NOTHING,
+        mask: Tensor | None = None,
+        context: Context | None = None,
+        cache: Cache | None = None,
+        *,
+        after: Encoded | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Encoded:
+        """States [B, T, W] through the layers `first` to `last` (all by default); `mask` is True where attention may go.
+
+        A pass that changes something on its way runs some layers, then goes on `after` what these gave.
+        """
+        out = Encoded(x) if after is None else after
+        for i in range(first, len(self) if last is None else last):
+            if HIDDEN in keep:
+                out.hidden.append(x)
+            x = self[i](x, mask, context, i, cache, (out.maps(SELF_ATTENTION, keep, i), out.maps(CROSS_ATTENTION, keep, i)))
+        if HIDDEN in keep and last is None:
+            out.hidden.append(x)
+        out.states = x
+        return out
+
+    def context(self, states: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of `states` [C, S, W] for the cross-attention of every layer."""
+        return [cast(Layer, layer).cross_attention.project(states) for layer in self]

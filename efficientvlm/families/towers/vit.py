@@ -1,0 +1,85 @@
+"""Vision transformers: patches, positions, pre-norm layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.families.towers.layers import Layers, Names, PreNormLayer
+from efficientvlm.families.towers.parts import NOTHING, Encoded, Named, Part
+
+
+class Vit(Named):
+    """A ViT, or the CLIP, SigLIP and BLIP kinds of it.
+
+    Args:
+        layers: the first one's width is that of the embeddings, the last one's that of the norm behind them.
+        class_token: whether a token stands in front of the patches.
+        pre_norm: whether the embeddings are normalised too (CLIP).
+        patch_bias: whether the patch embedding has a bias.
+        batch_axis: whether class token and positions are stored with an axis of one in front.
+        local_layers: how many of the last layers run on regions of images, where there are any (X-VLM).
+    """
+
+    class_embedding = Part[nn.Parameter]()
+    patch_embedding = Part[nn.Conv2d]()
+    position_embedding = Part[nn.Parameter]()
+    pre_norm = Part[nn.LayerNorm]()
+    layers = Part[Layers]()
+    post_norm = Part[nn.LayerNorm]()
+
+    def __init__(
+        self,
+        layers: Sequence[PreNormLayer],
+        width: int,
+        image_size: int,
+        patch_size: int,
+        eps: float,
+        names: Names,
+        *,
+        class_token: bool = True,
+        pre_norm: bool = False,
+        patch_bias: bool = False,
+        batch_axis: bool = False,
+        local_layers: int = 0,
+    ) -> None:
+        super().__init__(names)
+        self.class_token, self.has_pre_norm, self.local_layers = class_token, pre_norm, local_layers
+        lead, positions = (1,) if batch_axis else (), (image_size // patch_size) ** 2 + class_token
+        if class_token:
+            self.put(class_embedding=nn.Parameter(torch.zeros(*lead, *lead, width)))
+        self.put(patch_embedding=nn.Conv2d(3, width, patch_size, patch_size, bias=patch_bias))
+        self.put(position_embedding=nn.Parameter(torch.zeros(*lead, positions, width)))
+        if pre_norm:
+            self.put(pre_norm=nn.LayerNorm(width, eps))
+        self.put(layers=Layers(layers))
+        self.put(post_norm=nn.LayerNorm(layers[-1].size.width if layers else width, eps))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] to the input [B, T, W] of the first layer."""
+        x = self.patch_embedding(pixels.to(self.dtype)).flatten(2).transpose(1, 2)
+        if self.class_token:
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1)
+        x = x + self.position_embedding
+        return self.pre_norm(x) if self.has_pre_norm else x
+
+    def forward(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Normalised images [I, 3, H, W] to the states [I, T, W] of the last layer, without the norm behind it.
+
+        With `regions` = (row → image [R], visible tokens [R, T]) the last `local_layers` run on the regions and on the whole images, and
+        the states are [R + I, ...], regions first (X-VLM, multi-grained encoding).
+        """
+        x = self.embed(pixels)
+        if regions is None:
+            return self.layers.run(x, keep)
+        (rows, visible), local = regions, len(self.layers) - self.local_layers
+        out = self.layers.run(x, keep, last=local)
+        x = torch.cat([out.states[rows], out.states])
+        mask = torch.cat([visible.bool(), visible.new_ones(out.states.shape[:2]).bool()])[:, None, None]
+        return self.layers.run(x, keep, mask, after=out, first=local)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype

@@ -1,0 +1,122 @@
+"""The towers that networks are built from, and what they need of transformers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import fresh
+import pytest
+import torch
+from compression_cases import build
+from torch.nn import functional as F
+
+import efficientvlm
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import HEAD
+from efficientvlm.families.towers.attention import Attention, Cache, Context, causal
+from efficientvlm.families.towers.layers import Layers, PostNormLayer, PreNormLayer, Size
+from efficientvlm.families.towers.parts import activation
+
+PACKAGE = Path(efficientvlm.__file__).parent
+NAMED = {"attention": "attn", ":q": "self.query", ":out": "output.dense", "attention_norm": "attn.output.LayerNorm", "fc1": "up.dense"}
+
+
+def layer(heads: int = 2, neurons: int = 5, cross: int | None = 2, **names: str) -> PostNormLayer:
+    torch.manual_seed(0)
+    size = Size(8, 4, heads, neurons, cross, 6)
+    return PostNormLayer(size, 1e-5, F.gelu, names, dropout=0.0, attention_dropout=0.0).eval()
+
+
+def test_networks_need_nothing_from_inside_the_models_of_transformers(tmp_path: Path) -> None:
+    """Configurations, tokenizers and processors only: no class of a network, and no file that holds one."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            inside = [
+                name for name in modules if name.startswith("transformers.models") or "modeling_" in name.removesuffix("modeling_outputs")
+            ]
+            assert not inside, f"{file} imports {inside}"
+    program = (
+        "import sys\nfrom efficientvlm import families\n"
+        "for name in families.NAMES: families.get(name)\n"
+        "inside = [name for name in sys.modules if name.startswith('transformers.models.') and '.modeling_' in name]\n"
+        "print(*(name for name in inside if '.auto.' not in name))"
+    )
+    assert fresh.outputs({"families": (program, [])}, tmp_path)["families"].split() == []
+
+
+def test_parts_lie_where_they_are_named_and_compute_the_same() -> None:
+    plain, named = layer(), layer(**NAMED)
+    renamed = {"attn.self.query.weight", "attn.k.weight", "attn.output.dense.weight", "attn.output.LayerNorm.weight", "ffn.fc2.bias"}
+    assert renamed <= set(named.state_dict()) and "attention.q.weight" in plain.state_dict()
+    named.load_state_dict(dict(zip(named.state_dict(), plain.state_dict().values(), strict=True)))
+    x, context = torch.randn(3, 5, 8), Context([plain.cross_attention.project(torch.randn(3, 7, 6))])
+    torch.testing.assert_close(named(x, None, context), plain(x, None, context), rtol=0, atol=0)
+    site = named.sites("text.3", HEAD, 1)[0]
+    assert site == ("text.3.attn.self.query.weight", 0, 4, 8) and named.attention.q is named.attn.self.query
+    with pytest.raises(AttributeError, match="qkv"):
+        _ = named.attention.qkv
+
+
+def test_a_part_that_is_exchanged_is_used() -> None:
+    named = layer(**NAMED)
+    x = torch.randn(2, 3, 8)
+    before = named(x)
+    named.attn.self.query = torch.nn.Linear(8, 8)
+    assert not torch.equal(named(x), before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tokens_one_by_one_attend_as_all_at_once(fused: bool) -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(8, 8, 2, 4, fused=fused), torch.randn(2, 5, 8)
+    maps: list[torch.Tensor] = []
+    whole = attention.itself(x, causal(5, 0, x.device), maps)
+    torch.testing.assert_close(attention.itself(x, causal(5, 0, x.device)), whole)
+    cache = Cache()
+    steps = []
+    for at in range(5):
+        steps.append(attention.itself(x[:, at : at + 1], causal(1, at, x.device), None, cache, 3))
+        cache.length += 1
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+    assert cache.kv[3][0].shape == (2, 2, 5, 4) and not maps[0].triu(1).any()
+
+
+def test_a_pass_in_two_runs_keeps_what_one_keeps() -> None:
+    torch.manual_seed(0)
+    layers = Layers(PreNormLayer(Size(8, 4, 2, 5), 1e-5, F.gelu, {}) for _ in range(3))
+    x, keep = torch.randn(2, 5, 8), frozenset({"hidden", "self_attention.1"})
+    whole = layers.run(x, keep)
+    half = layers.run(x, keep, last=1)
+    both = layers.run(half.states, keep, after=half, first=1)
+    assert [len(maps) for maps in both.self_attention] == [0, 2, 0] and len(both.hidden) == 4
+    for mine, other in zip([both.states, *both.hidden], [whole.states, *whole.hidden], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_an_activation_that_is_not_known_is_refused() -> None:
+    for name in ("gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu"):
+        from transformers.activations import ACT2FN
+
+        x = torch.linspace(-4, 4, 33)
+        torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
+    for name in ("gelu_squared", 3, None):
+        with pytest.raises(BadInput, match="unknown activation"):
+            activation(name)
+
+
+@pytest.mark.parametrize("name", ["xvlm", "clip", "siglip", "blip-qa"])
+def test_a_copy_of_a_network_is_its_own(name: str) -> None:
+    import copy
+
+    _, model, batch = build(name)
+    other: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert any(parameter.any() for parameter in model.parameters())
+    family = build(name)[0]
+    assert family.forward(model, batch)["logits"].abs().max() > 0
