@@ -110,12 +110,13 @@ class Stream(Generic[T]):
 
     def texts(self) -> Iterator[str]:
         """Every string of the first 100,000 rows."""
+        content: Any
         for content in self._contents():
-            if issubclass(self.kind, VQAItem):
+            if isinstance(content, Question):
                 yield from (content.text, *(answer for answer, _ in content.answers))
             else:
-                captions, places = content
-                yield from (*captions, *(region.phrase for place in places for region in regions_of(place, None, "")))
+                yield from content[0]
+                yield from (region.phrase for place in content[1] for region in regions_of(place, None, ""))
 
     def questions(self) -> Iterator[Question]:
         """The question of each of the first 100,000 rows."""
