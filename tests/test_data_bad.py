@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from test_data_forms import WRITERS, as_csv, shards, vqav2, written
 
 from efficientvlm.data.images import MAX_PIXELS, open_image
 from efficientvlm.data.items import PairItem, VQAItem
-from efficientvlm.data.skips import Skips
+from efficientvlm.data.skips import LONGEST_LINE, Skips
 from efficientvlm.data.sources import open_pairs, open_vqa, record, usable
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.objectives.objective import Objective
@@ -319,6 +320,21 @@ def test_what_was_skipped_survives_a_restart(tmp_path: Path) -> None:
     second.add(BadInput("d", "no"))
     with pytest.raises(BadInput, match="4 samples"):
         second.add(BadInput("e", "no"))
+
+
+def test_a_list_of_what_was_skipped_is_read_line_by_line(tmp_path: Path) -> None:
+    log = tmp_path / "skipped.jsonl"
+    log.write_text('{"sample": "a", "reason": "why"}\n')
+    with log.open("r+b") as file:
+        file.truncate(50 * LONGEST_LINE)
+    skips = Skips("x", 3)
+    tracemalloc.start()
+    try:
+        skips.keep_in(log)
+        assert tracemalloc.get_traced_memory()[1] < 20 * LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+    assert skips.reasons == {"a": "why"}
 
 
 def test_what_was_skipped_of_other_data_is_not_counted(tmp_path: Path) -> None:

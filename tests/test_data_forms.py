@@ -19,6 +19,7 @@ from efficientvlm.data import hub
 from efficientvlm.data.forms import braces
 from efficientvlm.data.images import open_image
 from efficientvlm.data.sources import check_spec, open_pairs, open_texts, open_vqa, texts
+from efficientvlm.data.tar import LARGEST_TEXT
 from efficientvlm.errors import BadInput
 
 
@@ -140,6 +141,10 @@ def test_image_folder_with_captions_beside(tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a loop, if it were followed
     source = open_pairs(str(tmp_path), "test")
     assert [source[i].captions for i in range(3)] == [[f"first {i}", "second"] for i in range(3)] and source[0].id == "img/0.png"
+    with (tmp_path / "img" / "1.txt").open("wb") as file:
+        file.truncate(LARGEST_TEXT + 1)
+    with pytest.raises(BadInput, match=r"img/1\.png: its \.txt has 10,000,001 bytes, at most 10,000,000 are read"):
+        open_pairs(str(tmp_path), "test")
     (tmp_path / "img" / "1.txt").unlink()
     with pytest.raises(BadInput, match=r"img/1\.png: there is no 1\.txt beside it"):
         open_pairs(str(tmp_path), "test")

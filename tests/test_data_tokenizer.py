@@ -181,8 +181,9 @@ def test_older_files_that_are_damaged_are_bad_input(tmp_path: Path) -> None:
 
 
 def test_tokenizer_files_have_a_limit_and_are_files(tmp_path: Path) -> None:
-    for name in ("tokenizer.json", "vocab.txt", "merges.txt"):
+    for name in ("tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/a.jinja"):
         folder = spoiled(tmp_path / name, content=b"{}")
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         with (folder / name).open("wb") as file:
             file.truncate(8_000_000_000)

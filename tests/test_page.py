@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,20 @@ def test_what_a_reader_ought_to_know_is_noted(runs: Path) -> None:
     assert "half is unfinished" in notes and "old.json measures checkpoints that are not among these" in notes
     assert "broken.json is not what evlm eval writes" in damage and "final: 5 lines of metrics.jsonl cannot be read" in damage
     assert "notes.json" not in notes + damage and "recall@1 0.4" in read(runs).words
+
+
+def test_a_huge_file_of_metrics_is_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    with path.open("r+b") as file:
+        file.truncate(200 * page.LONGEST_LINE)
+    tracemalloc.start()
+    try:
+        lines, broken = page.read_lines(path)
+        assert tracemalloc.get_traced_memory()[1] < 50 * page.LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+    assert lines == [{"step": 1.0}] and broken == 200
 
 
 def test_manifests_that_cannot_be_drawn_are_left_out_by_name(runs: Path) -> None:

@@ -13,6 +13,7 @@ from efficientvlm.data.images import PICTURES
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import split_of
 from efficientvlm.data.tables import MemoryTable
+from efficientvlm.data.tar import check_size
 from efficientvlm.data.text_tables import caption_lines, is_unicode, opened
 from efficientvlm.errors import BadInput, shorten
 
@@ -131,6 +132,7 @@ def _sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:
         several = f"{stems[stem]} pictures and {len(texts)} files of captions have its name"
         raise BadInput(str(picture), several, "give every picture a name of its own")
     with opened(texts[0]) as file:
+        check_size(".txt", os.fstat(file.fileno()).st_size, str(picture))
         content = file.read()
     try:
         lines = caption_lines(content)

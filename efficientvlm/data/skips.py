@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from efficientvlm.errors import BadInput
+from efficientvlm.files import open_plain
 
 SHARE = 100  # by default one sample in so many may be bad
 OF_A_STREAM = 100  # by default, where the number of samples is not known
 REMEMBERED = 10_000
 SHOWN = 5
+LONGEST_LINE = 2**20
 
 
 class Skips:
@@ -67,14 +70,7 @@ class Skips:
     def keep_in(self, path: Path) -> None:
         """Write what is skipped to `path`, a JSON line each, and take up what an interrupted run wrote there."""
         with self._lock:
-            earlier = path.read_bytes().splitlines() if path.is_file() else []
-            known: dict[str, str] = {}
-            for line in earlier:
-                try:
-                    entry = json.loads(line)
-                    known[str(entry["sample"])] = str(entry["reason"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut short by a crash; the sample will be met again
+            known = dict(_written(path)) if path.is_file() else {}
             new = {what: why for what, why in self.reasons.items() if what not in known}
             self.count += sum(map(self._is_new, known))
             self.reasons = known | new
@@ -126,3 +122,14 @@ class Skips:
             return
         with self._file.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps({"sample": what, "reason": why}) + "\n" for what, why in reasons.items()))
+
+
+def _written(path: Path) -> Iterator[tuple[str, str]]:
+    """Samples and reasons in a file of :meth:`Skips.keep_in`."""
+    with open_plain(path) as file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                entry = json.loads(line)
+                yield str(entry["sample"]), str(entry["reason"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # cut short by a crash; the sample will be met again

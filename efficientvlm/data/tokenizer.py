@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("pad", "unk", "cls", "sep", "mask")
 FILES = ("tokenizer.json", "tokenizer_config.json")
-READ = (*FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+READ = (
+    *(*FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 LARGEST = 256 * MIB  # of a tokenizer's file
 LONGEST_RULES = 500_000  # characters, about twice those of SigLIP's
 MOST_GROWTH = 1000
@@ -85,9 +88,9 @@ def load_tokenizer(path: str | os.PathLike[str], *, bert: bool = False) -> PreTr
 
     folder = Path(path)
     ready, plain = folder / "tokenizer.json", folder / "vocab.txt"
-    for name in READ:  # other libraries read some of them, whole and without asking
-        if (folder / name).is_file() and (folder / name).stat().st_size > LARGEST:
-            read_limited(folder / name, LARGEST, "a tokenizer's file")
+    for file in itertools.chain.from_iterable(map(folder.glob, READ)):  # other libraries read some of them, whole and without asking
+        if file.is_file() and file.stat().st_size > LARGEST:
+            read_limited(file, LARGEST, "a tokenizer's file")
     with guarded(f"tokenizer in {folder}", FIX):
         if ready.exists():
             text = _text(ready)

@@ -216,18 +216,17 @@ def read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
     if not path.is_file():
         return [], 0
     with open_plain(path) as file:
-        texts = list(iter(lambda: file.readline(LONGEST_LINE), b""))
-    for text in texts:
-        try:
-            values = json.loads(text)
-            line = {name: float(value) for name, value in values.items() if type(value) in (int, float) and abs(value) < LARGEST_NUMBER}
-            before = lines[-1]["step"] if lines else 0.0
-        except (ValueError, AttributeError, RecursionError):
-            line, before = {}, 0.0
-        if line.get("step", 0.0) > before:
-            lines.append(line)
-        else:
-            broken += 1
+        while text := file.readline(LONGEST_LINE):
+            try:
+                values = json.loads(text)
+                line = {name: float(value) for name, value in values.items() if type(value) in (int, float) and abs(value) < LARGEST_NUMBER}
+                before = lines[-1]["step"] if lines else 0.0
+            except (ValueError, AttributeError, RecursionError):
+                line, before = {}, 0.0
+            if line.get("step", 0.0) > before:
+                lines.append(line)
+            else:
+                broken += 1
     return lines, broken
 
 
