@@ -175,6 +175,24 @@ def test_the_end_of_a_torn_cell_is_no_row() -> None:
         assert found[torn + 1] == {"caption": '9" nail', "image": "4.jpg"}
 
 
+@pytest.mark.parametrize("column", ["note", "image", "caption"])
+def test_text_that_is_not_utf8_counts_where_it_is_read(tmp_path: Path, column: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = {"image": pictures(tmp_path, 2), "caption": ["one", "two"], "note": ["", ""]}
+    plain = pyarrow.table({**cells, column: [cell.encode() for cell in cells[column][:1]] + [b"\xff"]})
+    rows = plain.set_column(plain.schema.get_field_index(column), column, plain[column].chunk(0).view(pyarrow.string()))
+    pyarrow.parquet.write_table(rows, tmp_path / "d.parquet")
+    stream, spec = open_pairs(f"stream:{tmp_path}/d.parquet", "train", shuffle_buffer=1), str(tmp_path / "d.parquet")
+    if column == "note":
+        assert said(spec) == [["one"], ["two"]] and [stream[n].captions for n in range(2)] == [["one"], ["two"]]
+        return
+    with pytest.raises(BadInput, match=f"{column} is not UTF-8 text"):
+        said(spec)
+    assert [stream[n].captions for n in range(2)] == [["one"], ["one"]] and "UTF-8" in stream.skips.lines()[0]
+
+
 def test_a_first_line_of_values_is_no_header(tmp_path: Path) -> None:
     for line in ("1.png\tred\n", f"7\t{'A' * 100_000}\n"):
         (tmp_path / "d.tsv").write_text(line * 2)

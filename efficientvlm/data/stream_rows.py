@@ -20,6 +20,13 @@ ROWS_AT_A_TIME = 64
 BYTES_AT_A_TIME = 1 << 20
 
 
+class Undecodable:
+    """Stands in a row for what cannot be decoded, so that whoever reads it refuses it by its column."""
+
+    def __repr__(self) -> str:
+        return "text that is not UTF-8"
+
+
 @dataclass(slots=True)
 class Raw:
     """A row as it was read: values by column, or the problem that kept it from being read; image paths are relative to `base`."""
@@ -121,11 +128,28 @@ def _parquet(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
         parquet = pyarrow.parquet.ParquetFile(file)
         means = _readers(parquet.schema_arrow)
         for batch in parquet.iter_batches(ROWS_AT_A_TIME):
-            for values in batch.to_pylist():
+            for values in _decoded(batch):
                 yield Raw(read_as(values, means), base, f"{name} row {number}")
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"data {name}", f"it cannot be read as parquet after row {number} ({one_line(error)})", "mend the file") from None
+
+
+def _decoded(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; text that is not UTF-8 is no reason to stop, for nobody may read its column."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        columns = [list(map(_cell, column)) for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Undecodable()
 
 
 def _readers(schema: Any) -> dict[str, Any]:

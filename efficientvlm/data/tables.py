@@ -109,6 +109,7 @@ class SavedTable:
             if isinstance(feature, Image):
                 data = data.cast_column(name, Image(decode=False))
         self._data, self._readers = data, readers(data.features)
+        self._alone: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self._data)
@@ -121,7 +122,13 @@ class SavedTable:
         return list(map(self._readers[name], values)) if name in self._readers else values
 
     def image(self, row: int, name: str) -> bytes | Path:
-        return encoded(self._data[row][name], self.base, self.where(row))
+        if name not in self._alone:  # a whole row would be decoded, with columns that nobody asked for
+            self._alone[name] = self._data.select_columns([name])
+        try:
+            value = self._alone[name][row][name]
+        except UnicodeDecodeError:
+            raise BadInput(self.where(row), f"its {name} is not UTF-8 text", "mend or remove the row") from None
+        return encoded(value, self.base, self.where(row))
 
     def where(self, row: int) -> str:
         return f"{self.path} row {row}"
