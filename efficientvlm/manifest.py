@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import MANIFEST as MANIFEST
 from efficientvlm.files import MIB, read_limited, unreadable
+from efficientvlm.settings.base import check_plain
 
 SCHEMA_VERSION = 1
 LARGEST_JSON = 64 * MIB
@@ -24,6 +25,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "t
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+Group = Annotated[str, Field(pattern=r"^[^.]+\.\d{1,4}\.[^.]+$")]
 
 
 def inside(name: str) -> str:
@@ -43,7 +45,7 @@ class Record(BaseModel):
 
 class Parent(Record):
     role: str = Field(description="option the checkpoint was given as: model, teacher, ...")
-    path: str = Field(description="relative to this folder where possible, or bundled:NAME")
+    path: str = Field(description="relative to this folder where possible, or bundled:NAME", pattern=r"^[^\x00]+$")
     sha256: Sha256 = Field(description="of the parent's manifest")
 
 
@@ -84,6 +86,46 @@ class Change(Record):
     same_bits: bool = Field(description="whether the weights are those of a run without the change, to the bit; else up to rounding")
 
 
+class Counted(BaseModel):
+    """Counts of a model; each may be absent, and there may be others."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Parameters(Counted):
+    total: Count | None = None
+    without_embeddings: Count | None = None
+    by_tower: dict[str, Count] | None = None
+
+
+class Macs(Counted):
+    total: Count | None = None
+    image_size: Count | None = None
+    text_length: Count | None = None
+
+
+class Kept(Counted):
+    kept: Count
+    of: Count
+
+
+class Sparsity(Counted):
+    achieved: float | None = None
+
+
+class Accounting(Counted):
+    parameters: Parameters | None = None
+    macs: Macs | None = None
+    units: dict[Group, Kept] | None = None
+    sparsity: Sparsity | None = None
+
+
+def counted(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` if what they hold of :class:`Accounting` is of its form, else a ValidationError."""
+    Accounting.model_validate(values)
+    return values
+
+
 class Manifest(Record):
     """Contents of `evlm_manifest.json`. It is written last: a folder that holds one is complete."""
 
@@ -103,7 +145,9 @@ class Manifest(Record):
     cost: Cost = Field(default_factory=Cost)
     changes: list[Change] = Field(default_factory=list, description="what changed while the run was stopped")
     metrics: dict[str, Any] = Field(default_factory=dict)
-    accounting: dict[str, Any] = Field(default_factory=dict, description="parameters, macs, units, sparsity")
+    accounting: Annotated[dict[str, Any], AfterValidator(counted)] = Field(
+        default_factory=dict, description="parameters, macs, units, sparsity"
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="what only this stage knows: layers, budget, ...")
     created: str = Field(description="UTC, ISO 8601")
     digest: Sha256 | None = Field(None, description="of this manifest without this key, as canonical JSON; shows damage, not forgery")
@@ -111,6 +155,21 @@ class Manifest(Record):
     def ancestors(self) -> list[Parent]:
         """Parents and the teacher, each role once."""
         return self.parents + ([self.teacher] if self.teacher else [])
+
+    def noted(self, name: str, kind: Any, default: Any) -> Any:
+        """What the stage that made it noted as `name`, a setting or (of what was exported) an extra; `default` where it noted nothing.
+
+        Raises:
+            BadInput: what is there is no `kind`.
+        """
+        value = self.config.get(name)
+        if (value := self.extra.get(name) if value is None else value) is None:
+            return default
+        try:
+            return TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            why = f"{name}: {error.errors()[0]['msg'].lower()}"
+            raise BadInput(f"the manifest of a model for {self.stage} is damaged", why, "restore it, or make the folder again") from None
 
     def dump(self) -> bytes:
         """UTF-8 JSON with a final newline, the digest made anew.
@@ -193,6 +252,10 @@ def read(folder: Path) -> Manifest:
     version = values.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise BadInput(f"{path} has schema version {version}", f"this program reads version {SCHEMA_VERSION}", "upgrade efficientvlm")
+    try:
+        check_plain(values)
+    except ValueError as error:
+        raise BadInput(f"{path} is not a manifest", str(error), "restore it, or make the folder again") from None
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:

@@ -82,6 +82,12 @@ def test_damaged_files_are_errors_with_a_reason(tmp_path: Path, content: bytes, 
         {"seed": 1.5},
         {"parents": [{"role": "model", "path": "x", "sha256": "short"}]},
         {"parents": {"role": "model"}},
+        {"parents": [{"role": "model", "path": "x\0y", "sha256": "0" * 64}]},
+        {"accounting": {"units": {"a": {"kept": 1, "of": 2}}}},
+        {"accounting": {"units": {"vision.0.head": {"kept": "1", "of": 2}}}},
+        {"accounting": {"parameters": 5}},
+        {"accounting": {"macs": {"total": "many"}}},
+        {"accounting": {"sparsity": {"achieved": "most"}}},
         {"files": {"../outside": {"sha256": "0" * 64, "bytes": 1}}},
         {"files": {"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}}},
         {"files": {"a/../../b": {"sha256": "0" * 64, "bytes": 1}}},
@@ -97,6 +103,20 @@ def test_wrong_types_and_values_are_refused(tmp_path: Path, change: dict[str, An
     values = {**json.loads(example().dump()), **change}
     with pytest.raises(BadInput, match=f"is not a manifest: {next(iter(change))}"):
         read(write(tmp_path, values))
+
+
+def test_text_that_is_none_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    for change in ({"stage": "\ud800"}, {"config": {"a": [{"b": "\udfff"}]}}):
+        path = write(tmp_path, {**json.loads(example().dump()), **change})
+        with pytest.raises(BadInput, match="no text that can be written as UTF-8"):
+            read(path)
+
+
+def test_what_a_stage_noted_is_checked_when_it_is_used() -> None:
+    made = example().model_copy(update={"config": {"max_tokens": "40", "twice": None}, "extra": {"twice": 2, "max_tokens": 3}})
+    assert made.noted("other", int, 7) == 7 and made.noted("twice", int, 7) == 2
+    with pytest.raises(BadInput, match="damaged: max_tokens: input should be a valid integer"):
+        made.noted("max_tokens", int, None)
 
 
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:

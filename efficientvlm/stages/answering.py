@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.collate import Texts, vqa_batch
@@ -34,9 +35,9 @@ def listed_answers(config: Any) -> list[str] | None:
     return read_answers(resolve(config.answers)) if config.answers else None
 
 
-def tuned_with(manifest: Manifest, name: str, default: Any) -> Any:
-    """A setting of the stage that tuned the checkpoint; an exported one carries it along in `extra`."""
-    return manifest.config.get(name, manifest.extra.get(name, default))
+def longest_answer(manifest: Manifest) -> int:
+    """Tokens of the longest answer, by the stage that tuned the checkpoint."""
+    return int(manifest.noted("max_answer_tokens", Annotated[int, Field(ge=3)], 10))
 
 
 def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
@@ -58,7 +59,7 @@ class Answerer:
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
         self.device = loaded.model.device
-        self.room = self.texts.room(tuned_with(loaded.manifest, "max_answer_tokens", 10))
+        self.room = self.texts.room(longest_answer(loaded.manifest))
         self.reading, self.listed = reading.Reading(), frozenset[Any]()
         if "vqa" not in loaded.tasks:
             raise no_answers(loaded)
@@ -95,7 +96,7 @@ class Answerer:
         if self.mode == "rank":
             return [row[0][0] for row in self.scored(batch)]
         texts = self.texts
-        limit = tuned_with(self.loaded.manifest, "max_answer_tokens", 10)
+        limit = longest_answer(self.loaded.manifest)
         ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
         return [self.decoded(row) for row in ids.tolist()]
 

@@ -132,7 +132,7 @@ def text_length(loaded: Loaded, asked: int | None = None) -> int:
     positions, config, manifest = loaded.sizes.max_positions, loaded.model.config, loaded.manifest
     if asked is not None and asked > positions:
         raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
-    tuned = config.max_tokens or manifest.config.get("max_tokens") or manifest.extra.get("max_tokens")
+    tuned = config.max_tokens or manifest.noted("max_tokens", int | None, None)
     return max(SHORTEST, min(asked or tuned or getattr(config, "usual_tokens", None) or positions, positions))
 
 

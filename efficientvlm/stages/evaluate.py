@@ -17,7 +17,7 @@ from efficientvlm.progress import say
 from efficientvlm.settings.stages import Eval
 from efficientvlm.settings.tasks import RetrievalEval, VQAEval
 from efficientvlm.stages import influence
-from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers, tuned_with
+from efficientvlm.stages.answering import Answerer, evaluate_on, listed_answers
 from efficientvlm.stages.common import Loaded, check_precision, keep_length, load, say_notes, say_skipped
 from efficientvlm.stages.influence import tell
 from efficientvlm.stages.results import ResultFile
@@ -128,4 +128,4 @@ def metric_of(measured: dict[str, Any]) -> str:
 
 def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
     """How a checkpoint ranks: as asked, else as it was tuned."""
-    return asked if asked is not None else bool(tuned_with(manifest, "quirks", {}).get("first_token_twice", False))
+    return asked if asked is not None else manifest.noted("quirks", dict[str, Any], {}).get("first_token_twice") is True

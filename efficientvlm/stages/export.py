@@ -23,8 +23,9 @@ from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.settings.stages import Export
-from efficientvlm.stages.answering import tuned_with
+from efficientvlm.stages.answering import longest_answer
 from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, summary, write
+from efficientvlm.stages.evaluate import counts_first_token_twice
 from efficientvlm.stages.image_settings import write_settings
 from efficientvlm.stages.measuring import measure, measured_task, table
 from efficientvlm.stages.tasks import TASKS
@@ -148,9 +149,9 @@ def _description(config: Export, loaded: Loaded) -> Description:
         sizes=StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict()))),
         answers=loaded.model.config.answers,
         rank_top=loaded.model.config.rank_top,
-        first_token_twice=bool(tuned_with(loaded.manifest, "quirks", {}).get("first_token_twice", False)),
+        first_token_twice=counts_first_token_twice(loaded.manifest, None),
         max_tokens=loaded.model.config.max_tokens,
-        max_answer_tokens=tuned_with(loaded.manifest, "max_answer_tokens", 10),
+        max_answer_tokens=longest_answer(loaded.manifest),
         start_token=tokenizer.cls_token_id if "vqa" in loaded.tasks else None,
         end_token=tokenizer.sep_token_id if "vqa" in loaded.tasks else None,
     )
@@ -205,7 +206,7 @@ def _bytes(folder: Path, *endings: str) -> int:
 def _carried(loaded: Loaded) -> dict[str, Any]:
     """How the model was tuned, which decides how it is asked; the settings of the export do not say it."""
     names = ("task", "quirks", "max_answer_tokens")
-    return {name: value for name in names if (value := tuned_with(loaded.manifest, name, None)) is not None}
+    return {name: value for name in names if (value := loaded.manifest.noted(name, Any, None)) is not None}
 
 
 def _transformers(config: Export, control: Control, loaded: Loaded, output: Output) -> Manifest:

@@ -53,7 +53,7 @@ def run(config: Prune, control: Control) -> Manifest:
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": pruned.manifest.extra.get("dense_kept")}
+        extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": dense_kept(pruned)}
         say_cut(extra, control.quiet)
         if dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
@@ -111,7 +111,9 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
         BadInput, TargetMissed: as :func:`run`.
     """
     if not dense:
-        achieved = pruned.manifest.accounting["sparsity"]["achieved"]
+        achieved = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")
+        if achieved is None:
+            raise BadInput(f"{pruned.path} does not say how much of it was removed", "its manifest holds no sparsity", "prune again")
         if config.sparsity < achieved:
             raise BadInput(
                 f"sparsity {config.sparsity} is below the {achieved:.4f} of {pruned.path}",
@@ -137,10 +139,16 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
     return scope, snap(probabilities, scope)
 
 
+def dense_kept(pruned: Loaded) -> dict[str, str] | None:
+    """What was kept before this prune, as in a configuration."""
+    kept: dict[str, str] | None = pruned.manifest.noted("dense_kept", dict[str, str] | None, None)
+    return kept
+
+
 def dense_config(pruned: Loaded) -> Any:
     """The configuration the gates were learnt on: what was kept before this prune."""
     family, config = pruned.family, pruned.model.config
-    return family.with_kept(config, kept_indices(family.original_counts(config), pruned.manifest.extra.get("dense_kept")))
+    return family.with_kept(config, kept_indices(family.original_counts(config), dense_kept(pruned)))
 
 
 def dense_model(pruned: Loaded) -> Any:
