@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.errors import TargetMissed
+from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.page.story import DAMAGE
 from efficientvlm.stages import page
 from efficientvlm.stages.influence import measure, of_anything
@@ -122,6 +123,9 @@ def test_what_was_not_measured_is_said(chain: Path, tmp_path: Path, capsys: pyte
     assert code == 0 and "the influence of the inputs was not measured: eval_limit is 0" in out
     story = page.tell_folder(tmp_path / "out")
     assert story.unmeasured[-1] == "out"
+    run_stage("report", out=str(tmp_path / "report"), models={"tuned": str(tmp_path / "out")})
+    said = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "No problem was found." not in said and "whether its inputs have any influence was not measured of tuned" in said
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "out", old)
     values = json.loads((old / "evlm_manifest.json").read_text())
@@ -162,6 +166,8 @@ def test_measure_compares_bits_of_every_output() -> None:
     assert found["samples"] == 5 and found["inputs"]["c"] == {"not_measured": "all samples have the same"}
     assert found["inputs"]["a"] == {"outputs": {"sum": 1.0, "first": 1.0}, "said": 0.0}
     assert found["inputs"]["b"]["outputs"] == {"sum": 1.0, "first": 0.0} and found["inputs"]["b"]["said"] > 0
+    with pytest.raises(Diverged, match="of some samples sum are no finite numbers"):
+        measure(run, batch | {"b": batch["b"] * math.nan}, {"a": ("a",)})
     record = influence.Influence.model_validate(found)
     assert record.without() == [("b", "first")] and record.unheard() == ["a"] and list(record.gaps()) == ["c"]
     assert record.summary().startswith("a 0%, b ") and record.summary().endswith("c not measured of 5 answers")

@@ -15,6 +15,8 @@ from torch import Tensor
 from efficientvlm import influence
 from efficientvlm.data.collate import stack, vqa_batch
 from efficientvlm.data.sources import usable
+from efficientvlm.errors import Diverged
+from efficientvlm.families.weights import finite
 from efficientvlm.progress import say
 from efficientvlm.stages.answering import Answerer
 from efficientvlm.stages.common import Loaded, texts_of, validated
@@ -115,6 +117,9 @@ def measure(run: Run, batch: Batch, inputs: Mapping[str, tuple[str, ...]], batch
     Returns:
         `samples`; `inputs`: input → `outputs`, by output the part of the samples of which some bit is another, and `said`, the part that is
         answered otherwise, where answers are given; or `not_measured`, why that could not be found out.
+
+    Raises:
+        Diverged: outputs are NaN or infinite.
     """
     count = len(next(iter(batch.values())))
     parts = torch.arange(count).split(batch_size or count)
@@ -128,6 +133,10 @@ def measure(run: Run, batch: Batch, inputs: Mapping[str, tuple[str, ...]], batch
         changed = {**batch, **{entry: batch[entry][others] for entry in entries}}
         after = [run(_rows(changed, rows)) for rows in parts]
         pairs = list(zip(before, after, strict=True))
+        outputs = [part for old, new in pairs for part in (old[0], new[0])]
+        if wrong := sorted({output for part in outputs for output, value in part.items() if not finite(value)}):
+            what = f"of some samples {' and '.join(wrong)} are no finite numbers"
+            raise Diverged(what, "the network overflows, though its weights are finite", "train it with a smaller --lr, in fp32, or anew")
         moved = {output: [(old[0][output] != new[0][output]).flatten(1).any(1) for old, new in pairs] for output in before[0][0]}
         found[name] = {"outputs": {output: _part(torch.cat(hits)) for output, hits in moved.items()}}
         if before[0][1]:

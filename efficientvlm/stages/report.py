@@ -33,6 +33,8 @@ def run(config: Report, control: Control) -> dict[str, Any]:
         BadInput: an unfinished checkpoint, a result of another checkpoint, a folder that holds other files.
     """
     models = {label: (require_complete(spec), fingerprint(spec)) for label, spec in config.models.items()}
+    if bare := next((label for label, (made, _) in models.items() if not shapes.fits(made.accounting, shapes.Accounting)), None):
+        raise BadInput(f"{config.models[bare]} has no figures for the table", "its manifest lacks some counts of a model", "make it again")
     evals = {label: read_result(expanded(path), "eval") for label, path in config.evals.items()}
     if bare := next((label for label, result in evals.items() if not shapes.fits(result, shapes.Ranked)), None):
         why = "it has neither an accuracy nor a mean recall with its number of samples"
@@ -70,7 +72,9 @@ def tell_recipe(config: Report, summary: dict[str, Any]) -> Story:
     results = [expanded(path) for path in (*config.evals.values(), *([config.bench] if config.bench else []))]
     measurements = [Measurement(path.name, manifest.read_json(path)) for path in dict.fromkeys(results)]
     out = expanded(config.out).resolve()
-    return Story(out.parent.name, shown(out.parent), manifest.now(), chapters, summary, measurements, unique(problems), hashed=False)
+    blind, unmeasured = pages.see_inputs(chapters, measurements)
+    known = unique([*problems, *blind])
+    return Story(out.parent.name, shown(out.parent), manifest.now(), chapters, summary, measurements, known, False, unmeasured)
 
 
 def claim(out: Path) -> Path:
