@@ -7,6 +7,7 @@ whose lock is held, is left alone, whatever it is called.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ PREFIX = ".evlm-"
 RECORD = "record.json"
 PROGRAM = "efficientvlm"
 LARGEST_RECORD = 16_384
+TRIES = 20
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def sweep(parent: Path) -> None:
     except OSError:
         return
     for folder in found:
-        if (held := _lock(folder, must=True)) is not None:
+        if (held := _lock(folder)) is not None:
             if _is_left_over(folder):
                 remove(folder)
             os.close(held)
@@ -73,11 +75,14 @@ def remove(folder: Path) -> None:
 
 
 def _make(parent: Path) -> tuple[Path, int]:
-    while True:
+    for _ in range(TRIES):
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        held = _lock(folder, must=False)
+        held = _lock(folder, made=True)
         if held is not None:
-            return folder, held  # else another process took it for an empty one that was left over
+            return folder, held
+        with contextlib.suppress(OSError):  # another process took it for an empty one that was left over, and may have removed it
+            folder.rmdir()
+    raise OSError(errno.EAGAIN, "a private folder cannot be kept", str(parent))
 
 
 def _write_record(folder: Path, target: Path) -> None:
@@ -87,11 +92,12 @@ def _write_record(folder: Path, target: Path) -> None:
         file.write(json.dumps(record).encode())
 
 
-def _lock(folder: Path, *, must: bool) -> int | None:
+def _lock(folder: Path, *, made: bool = False) -> int | None:
     """An open, locked descriptor of a private folder of this user; None if it is none, is gone, or somebody else holds its lock.
 
     Args:
-        must: whether a file system without locks counts as one where somebody holds it.
+        made: it was made here a moment ago, and is ours even where the file system has neither owners nor modes nor locks; else such a
+            folder counts as one that somebody holds.
     """
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
@@ -101,13 +107,13 @@ def _lock(folder: Path, *, must: bool) -> int | None:
         return None
     status = os.fstat(descriptor)
     try:
-        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o777 == 0o700:
+        if made or (status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o777 == 0o700):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise
             except OSError:
-                if must:
+                if not made:
                     raise
             if os.path.samestat(status, os.lstat(folder)):
                 return descriptor

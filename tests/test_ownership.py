@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,23 @@ def test_what_no_manifest_can_hold_is_refused_before_anything_is_done(tmp_path: 
     with pytest.raises(BadInput, match="not UTF-8"):
         Output.open(tmp_path / "caf\udce9", stage="x", inputs={}, config={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_folder_is_ours_where_the_file_system_knows_no_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tempfile.mkdtemp
+
+    def open_to_all(**place: Any) -> str:
+        folder = made(**place)
+        os.chmod(folder, 0o777)
+        return folder
+
+    monkeypatch.setattr("efficientvlm.scratch.tempfile.mkdtemp", open_to_all)
+    write_atomic(tmp_path / "result.json", b"new")
+    assert (tmp_path / "result.json").read_bytes() == b"new" and litter(tmp_path) == []
+    monkeypatch.setattr(scratch, "_lock", lambda *_, **__: None)
+    with pytest.raises(OSError, match="a private folder cannot be kept"):
+        write_atomic(tmp_path / "other.json", b"new")
+    assert litter(tmp_path) == []
 
 
 def test_private_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
