@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,16 @@ class _Raw(io.RawIOBase):
         return os.isatty(self.descriptor)
 
     def write(self, content: Any) -> int:
-        try:
-            return os.write(self.descriptor, content)
-        except BrokenPipeError:
-            pass
-        except OSError as error:
-            self.failure = self.failure or error
+        while True:
+            try:
+                return os.write(self.descriptor, content)
+            except BlockingIOError:  # a pipe that does not wait for its reader: this does
+                select.select([], [self.descriptor], [])
+            except BrokenPipeError:
+                break
+            except OSError as error:
+                self.failure = self.failure or error
+                break
         return len(memoryview(content).cast("B"))
 
 

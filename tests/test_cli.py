@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from efficientvlm import control
 from efficientvlm.checkpoint import MANIFEST, Output
 from efficientvlm.cli import main as cli
-from efficientvlm.cli import output
+from efficientvlm.cli import output, streams
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
 from efficientvlm.manifest import DataRecord, digest
 from efficientvlm.progress import say
@@ -489,6 +492,31 @@ def test_output_that_goes_nowhere_is_an_error(buffered: bool) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 3 and "Traceback" not in done.stderr and "no space left on device" in done.stderr.lower()
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_pipe_that_does_not_wait_for_its_reader_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffer is full when a write comes: nothing is lost, and nothing counts as a failure."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    content, found = bytes(range(256)) * 2000, bytearray()
+
+    def read_all() -> None:
+        while part := os.read(reader, 4096):
+            found.extend(part)
+
+    raw = streams._Raw(writer)
+    thread = threading.Thread(target=read_all)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"\0" * 4096):
+            pass
+    thread.start()
+    with io.BufferedWriter(raw) as out:
+        out.write(content)
+    os.close(writer)
+    thread.join()
+    os.close(reader)
+    assert raw.failure is None and found.lstrip(b"\0") == content.lstrip(b"\0")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
