@@ -25,25 +25,32 @@ QUESTION: Ports = {
     "question_mask": INTEGERS,
     "image_index": {"type": "int64", "shape": ["questions"]},
 }
-STATES: Ports = {"states": {"type": "float32", "shape": ["images", 3, 8, 8]}}
+STATES: Ports = {"states": {"type": "float32", "shape": ["images", 3, 8]}}
+CACHE = {"type": "float32", "shape": ["sequences", 2, "past", 4]}
 ANSWER: Ports = {
     "states": STATES["states"],
     "rows": {"type": "int64", "shape": ["sequences"]},
     "answer_ids": {"type": "int64", "shape": ["sequences", "length"]},
-    "past_key_0": {"type": "float32", "shape": ["sequences", 2, "past", 4]},
+    "past_key_0": CACHE,
+    "past_value_0": CACHE,
 }
-LOGITS: Ports = {"logits": {"type": "int64", "shape": ["sequences", "length"]}}
+LOGITS: Ports = {"logits": {"type": "int64", "shape": ["sequences", "length", 1]}, "present_key_0": CACHE, "present_value_0": CACHE}
 NUMBERS = {"float32": 1, "int64": 7}
 
 
-def graph(path: Path, inputs: Ports, outputs: Ports, source: str) -> None:
-    """A graph that hands `source` on as its only output."""
+def graph(path: Path, inputs: Ports, outputs: Ports, *nodes: tuple[str, str, str]) -> None:
+    """A graph of single operations, each (operation, input, output); those that need an axis work on the last."""
     ports = [
         [onnx.helper.make_tensor_value_info(name, NUMBERS[port["type"]], port["shape"]) for name, port in side.items()]
         for side in (inputs, outputs)
     ]
-    node = onnx.helper.make_node("Identity", [source], list(outputs))
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], path.stem, *ports), opset_imports=[onnx.helper.make_opsetid("", 18)])
+    last = onnx.helper.make_tensor("last", 7, [1], [-1])
+    made = [onnx.helper.make_node(op, [source, *["last"] * (op != "Identity")], [output]) for op, source, output in nodes]
+    for node in made:
+        if node.op_type == "ReduceMean":
+            node.attribute.append(onnx.helper.make_attribute("keepdims", 0))
+    whole = onnx.helper.make_graph(made, path.stem, *ports, initializer=[last])
+    model = onnx.helper.make_model(whole, opset_imports=[onnx.helper.make_opsetid("", 18)])
     model.ir_version = 10
     onnx.save(model, path)
 
@@ -51,8 +58,9 @@ def graph(path: Path, inputs: Ports, outputs: Ports, source: str) -> None:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
-    graph(folder / "question.onnx", QUESTION, STATES, "pixels")
-    graph(folder / "answer.onnx", ANSWER, LOGITS, "answer_ids")
+    graph(folder / "question.onnx", QUESTION, STATES, ("ReduceMean", "pixels", "states"))
+    handed_on = [("Identity", f"past_{part}_0", f"present_{part}_0") for part in ("key", "value")]
+    graph(folder / "answer.onnx", ANSWER, LOGITS, ("Unsqueeze", "answer_ids", "logits"), *handed_on)
     sizes = {"image_size": 8, "patch_size": 4, "max_positions": 9, "vocab_size": 9, "widths": {"vision": [4, 4]}, "heads": {"vision": [2]}}
     sizes |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     graphs = {
@@ -141,6 +149,17 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "shape of another size": put("graphs", "answer", "inputs", "past_key_0", "shape", value=["sequences", 3, "past", 4]),
     "shape negative": put("graphs", "answer", "inputs", "past_key_0", "shape", value=["sequences", -2, "past", 4]),
     "shape huge": put("graphs", "answer", "inputs", "past_key_0", "shape", value=["sequences", 2, "past", 10**12]),
+    "states without tokens": put(*GRAPH, "outputs", "states", "shape", value=["images", 8]),
+    "logits without tokens": put("graphs", "answer", "outputs", "logits", "shape", value=["sequences", 1]),
+    "keys without values": drop("graphs", "answer", "inputs", "past_value_0"),
+    "keys not handed on": drop("graphs", "answer", "outputs", "present_key_0"),
+    "keys of a layer of no number": lambda values: values["graphs"]["answer"]["inputs"].update(past_key_x=CACHE),
+    "keys of three dimensions": put("graphs", "answer", "inputs", "past_key_0", "shape", value=["sequences", 2, "past"]),
+    "heads left open": lambda values: [
+        values["graphs"]["answer"][side].update({f"{name}_{part}_0": {**CACHE, "shape": ["sequences", "heads", "past", 4]}})
+        for side, name in (("inputs", "past"), ("outputs", "present"))
+        for part in ("key", "value")
+    ],
     "pixels of another size": put("sizes", "image_size", value=16),
     "image size zero": put("sizes", "image_size", value=0),
     "image size huge": put("sizes", "image_size", value=10**6),

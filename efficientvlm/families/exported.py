@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ MATCH = ("rows", *TEXT)
 """What the graph `match` takes besides outputs of `image`; a model for retrieval may have it."""
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
 """Graphs whose layers keep keys and values as ports, and the tower those are of."""
+RANKS = {"states": 3, "logits": None, "image_features": 2, "text_features": 2}
+"""Dimensions of what the graphs give; `logits` have three from `answer` and two from `match`."""
+CACHED = re.compile(r"(past|present)_(key|value)_(\d{1,4})", re.ASCII)
 INSTALL = "pip install 'efficientvlm[onnx]'"
 
 
@@ -107,6 +111,12 @@ class Description(Strict):
             missing = [port for port in inputs if port not in graphs[name].inputs] + [p for p in outputs if p not in graphs[name].outputs]
             if missing:
                 raise ValueError(f"graph {name} has no {missing[0]}")
+            for port in outputs:
+                wanted = RANKS[port] or 3
+                if len(shape := graphs[name].outputs[port].shape) != wanted:
+                    raise ValueError(f"graph {name} gives {port} as {shape}, where {wanted} dimensions are read")
+        if "answer" in graphs:
+            check_cache(graphs["answer"])
         if "match" in graphs and "image" in graphs:
             taken, given = graphs["match"].inputs, graphs["image"].outputs
             if strange := sorted({*MATCH} - taken.keys()) + sorted(taken.keys() - {*MATCH} - given.keys()):
@@ -115,9 +125,26 @@ class Description(Strict):
                 ours, theirs = given[name].shape[1:], taken[name].shape[1:]
                 if ours != theirs or any(isinstance(size, str) for size in theirs):
                     raise ValueError(f"graph image gives {name} as {ours}, graph match takes {theirs}")
-            if "logits" not in graphs["match"].outputs:
-                raise ValueError("graph match has no logits")
+            if "logits" not in graphs["match"].outputs or len(graphs["match"].outputs["logits"].shape) != 2:
+                raise ValueError("graph match has no logits of two dimensions")
         return graphs
+
+
+def check_cache(graph: GraphFile) -> None:
+    """ValueError unless keys and values of earlier tokens come in pairs, as [rows, heads, tokens, size], and go on as they came."""
+    found: dict[str, dict[str, list[Any]]] = {"past": {}, "present": {}}
+    for side, ports in (("past", graph.inputs), ("present", graph.outputs)):
+        for name, port in ports.items():
+            if name.startswith(f"{side}_"):
+                if not (match := CACHED.fullmatch(name)) or len(port.shape) != 4:
+                    raise ValueError(f"graph answer has a port {shorten(name)} of shape {port.shape}, which is no cache")
+                found[side][f"{match[2]}_{match[3]}"] = [port.shape[1], port.shape[3]]
+    layers = {name.partition("_")[2] for name in found["past"]}
+    whole = {f"{part}_{layer}" for layer in layers for part in ("key", "value")}
+    if found["past"] != found["present"] or whole != found["past"].keys():
+        raise ValueError("graph answer gives other keys and values than it takes")
+    if strange := [sizes for sizes in found["past"].values() if not all(isinstance(size, int) and size for size in sizes)]:
+        raise ValueError(f"graph answer leaves heads and sizes of its keys open: {strange[0]}")
 
 
 def is_exported(folder: Path) -> bool:
