@@ -15,7 +15,7 @@ from efficientvlm.compression.reach import Pair, Reach
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import TargetMissed
-from efficientvlm.families.base import Flow
+from efficientvlm.families.base import Flow, GatePoint, Site, Unit
 
 NETWORKS = {name: build(name) for name in FAMILIES}
 ANATOMIES = {name: Anatomy.of(family, model) for name, (family, model, _) in NETWORKS.items()}
@@ -155,6 +155,20 @@ def test_a_budget_that_needs_the_last_path_is_missed():
     blind = Scope.of(anatomy, 1.0, allow_blind=True)
     blind.check_feasible()
     assert not snap(values, blind).any()
+
+
+def test_the_cheapest_path_stays_where_the_best_one_does_not_fit_the_budget():
+    def unit(layer, rows):
+        return Unit("vision", layer, "head", 0, (Site(f"w{layer}", 0, 0, rows),), GatePoint(f"m{layer}", 0, rows))
+
+    rows = (90, 10, 10)  # the third is no way to the answer
+    units, shapes = [unit(layer, size) for layer, size in enumerate(rows)], {f"w{layer}": (size, 1) for layer, size in enumerate(rows)}
+    anatomy = Anatomy(units, shapes, flows=[Flow("image", "answer", ("vision.0.head", "vision.1.head"))])
+    values = torch.tensor([0.9, 0.1, 0.95])
+    assert snap(values, Scope.of(anatomy, 0.05)).tolist() == [True, False, True]
+    scope = Scope.of(anatomy, 0.82)
+    scope.check_feasible()
+    assert snap(values, scope).tolist() == snap_scores(values, scope).tolist() == [False, True, False]
 
 
 def test_a_network_that_was_blind_before_keeps_what_it_still_sees():

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
 from efficientvlm.compression.sparsity import Scope, Target
-from efficientvlm.errors import Diverged
+from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.families.base import NEURON
 
 Floats = NDArray[np.float64]
@@ -122,9 +122,12 @@ def _make_blocks(values: Floats, scope: Scope, round_counts: bool, course: _Cour
 def _cut(values: Floats, scope: Scope, round_counts: bool) -> torch.Tensor:
     course = _Course()
     keep = _meet(values, scope, round_counts, course)
-    while not scope.allow_blind and (lost := scope.cut_off(keep)):
-        course = _Course(course.held | scope.paths(values, lost, course.held))
-        keep = _meet(values, scope, round_counts, course)
+    try:
+        while not scope.allow_blind and (lost := scope.cut_off(keep)):
+            course = _Course(course.held | scope.paths(values, lost, course.held))
+            keep = _meet(values, scope, round_counts, course)
+    except TargetMissed:  # the best paths cost too much: the cheapest
+        keep = _meet(values, scope, round_counts, _Course(scope.paths(scope.cheapness)))
     if scope.cut_off(keep):
         values, course = _unreachable_last(values, scope, keep)
         keep = _meet(values, scope, round_counts, course)

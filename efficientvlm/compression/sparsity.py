@@ -164,6 +164,12 @@ class Scope:
         ranking = sorted((name for name in reach.groups if name in best), key=lambda name: -best[name])
         return reach.narrowest(reach.pairs(set(self.anatomy.groups.names)) if wanted is None else wanted, ranking, always)
 
+    @property
+    def cheapness(self) -> NDArray[np.float64]:
+        """Minus the elements of each unit that has a gate: by these values :meth:`paths` are the cheapest."""
+        costs: NDArray[np.float64] = -self.anatomy.costs.double().numpy()[self.active]
+        return costs
+
     def achieved(self, keep: torch.Tensor) -> dict[str, float]:
         """Exact sparsity by budget when only `keep` (bool [units of the anatomy]) stays."""
         removed = self.anatomy.removed_mask(keep)
@@ -172,8 +178,7 @@ class Scope:
     def check_feasible(self) -> None:
         """Raise :class:`TargetMissed` when a budget cannot be met even with every unit gone that may go."""
         removed = self.active.copy()
-        cheapest = -self.anatomy.costs.double().numpy()[self.active]
-        paths = frozenset() if self.allow_blind else self.paths(cheapest)
+        paths = frozenset() if self.allow_blind else self.paths(self.cheapness)
         for name, part in self.anatomy.groups.slices.items():
             removed[part.start : part.start + self.floor(name, paths)] = False
         for target in self.targets:
