@@ -92,7 +92,7 @@ def xvlm() -> Iterator[tuple[str, str, list[Settings]]]:
         yield f"{task}-recut", "prune", [again, {**again, "model": f"@{task}-pruned"}]
         yield f"{task}-final", "finetune", [{**taught, "model": f"@{task}-pruned", "freeze": []}, {**taught, "model": f"@{task}-pruned"}]
     taught = {**TRAIN, "task": "vqa", "teacher": "@vqa-teacher", "model": "@distilled"}
-    yield "vqa-quirks", "prune", [{**taught, "sparsity": 0.4, "quirks": dict.fromkeys(TASK_QUIRKS, True)}]
+    yield "vqa-quirks", "prune", [{**taught, "sparsity": 0.4, "quirks": dict.fromkeys(TASK_QUIRKS, True), "allow_blind": True}]
     yield "vqa-taylor", "prune", [{**taught, "sparsity": 0.4, "method": "taylor", "calibration_batches": 2}]
     kept = (
         only({"logits": 1, **TERMS, **DECODER, "text_cross_attention": 1}, "logits"),

@@ -94,7 +94,7 @@ MAIN = (
 SINGLE = (
     Arm("magnitude-kd", "the method with Torch-Pruning magnitude in place of learnt gates", "tuned", method="magnitude"),
     Arm("tower-budgets", "the method with a budget of its own for each tower"),
-    Arm("quirks", "the method with every published quirk on", settings={"quirks": EVERY}),
+    Arm("quirks", "the method with every published quirk on", settings={"quirks": EVERY, "allow_blind": True}),
     Arm("no-distill", "the method without the general distillation stage", start="student"),
     Arm("no-logits", "the method without logit terms", without=LOGITS),
     Arm("no-hidden", "the method without hidden-state terms", without=HIDDEN),

@@ -73,6 +73,9 @@ def check(config: Prune) -> None:
     """:class:`BadInput` for settings of a pruning run that do not belong together."""
     if config.parallel == "fsdp":
         raise BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
+    if config.quirks.unfrozen_structure and not config.allow_blind:
+        why = "a structure that moves to the end may cut an input off from the output"
+        raise BadInput("quirks.unfrozen_structure", why, "leave it out, or add --allow-blind")
 
 
 def gate_steps(config: Prune, steps: int) -> int:
