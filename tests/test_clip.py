@@ -251,6 +251,7 @@ def test_folders_of_older_versions(tmp_path):
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "is damaged or cut short"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+        (lambda f: edit(f, "text_config", eos_token_id=list(range(300))), "the id that ends a text is"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     ],

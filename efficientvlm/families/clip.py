@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import HEAD, Flow, Graph, Record, Sizes, check_taps, groups_of, kinds_of
-from efficientvlm.families.checks import check_config
+from efficientvlm.families.checks import check_config, check_id
 from efficientvlm.families.clip_config import TOWERS, SlicedSiglipConfig
 from efficientvlm.families.clip_model import MODELS, Comparing
 from efficientvlm.families.graphs import Part
@@ -57,6 +57,8 @@ class CLIP(Described):
             )
         config = open_config(kind, {**values, **image_statistics(path, values, (kind.image_mean, kind.image_std), kind.processor)}, file)
         check_config(self, config, str(file))
+        if values["model_type"] == kind.model_type or not isinstance(config.end, int):  # a stock one takes it from its tokenizer
+            check_id("the id that ends a text", config.end, config.text_config.vocab_size, str(file))
         if not getattr(config.vision_config, "vision_use_head", True):
             raise BadInput(
                 f"{file}: vision_use_head is false",
