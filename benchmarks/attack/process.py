@@ -87,6 +87,15 @@ class Place:
         return self.root / "home"
 
 
+def read_first(path: Path) -> str:
+    """The beginning of what a command said; nothing where it was killed before it could say anything."""
+    try:
+        with path.open("rb") as file:
+            return file.read(SHOWN).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
 class Running:
     """A command line at work; :meth:`poll` until it has ended."""
 
@@ -114,7 +123,7 @@ class Running:
         code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGXCPU:
             self.stopped = f"more than {CPU_SECONDS} s of processor time"
-        said = [(self.place.root / name).open("rb").read(SHOWN).decode("utf-8", "replace") for name in ("out", "err")]
+        said = [read_first(self.place.root / name) for name in ("out", "err")]
         return Ended(code, *said, time.monotonic() - self.began, self.peak, self.stopped)
 
     def wait(self) -> Ended:
