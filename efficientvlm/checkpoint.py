@@ -23,7 +23,7 @@ from efficientvlm import manifest as manifests
 from efficientvlm import ownership
 from efficientvlm.card import model_card
 from efficientvlm.errors import BadInput
-from efficientvlm.files import expanded, fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
+from efficientvlm.files import expanded, files_below, fsync_dir, make_folders, resolve, sha256, shown, unreadable, unwritable, write_new
 from efficientvlm.lineage import CARD, is_read, known_data
 from efficientvlm.lock import Lock
 from efficientvlm.manifest import MANIFEST, FileRecord, Manifest, Parent
@@ -86,7 +86,7 @@ def fingerprint(spec: str | Path) -> str:
             return sha256(path / MANIFEST)
         os.listdir(path)
         digest = hashlib.sha256()
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        for file in files_below(path):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise unreadable(path, error) from None
@@ -115,7 +115,7 @@ def _readable() -> int:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ MANIFEST = "evlm_manifest.json"
 MIB = 2**20
 CHUNK = MIB
 LARGE = 1024 * MIB
+DEEPEST = 100  # folders in one another
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -129,6 +131,38 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise unreadable(path, error) from None
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder with the names of its folders, of which the caller may remove some, and of all else; links are not followed.
+
+    As `os.walk`, which does not say what it could not read, and with which older Pythons fail on folders that are nested deeply.
+
+    Raises:
+        BadInput: a folder that cannot be read, or that lies deeper than `DEEPEST`.
+    """
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        if len(place.parts) - len(folder.parts) > DEEPEST:
+            raise BadInput(
+                f"{folder} cannot be read", f"its folders are nested more than {DEEPEST} deep", "check that it is the right folder"
+            )
+        try:
+            with os.scandir(place) as found:
+                entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+        except FileNotFoundError:
+            continue  # removed in the meantime
+        except OSError as error:
+            raise unreadable(place, error) from None
+        folders = [name for name, is_folder in entries if is_folder]
+        yield place, folders, [name for name, is_folder in entries if not is_folder]
+        waiting += [place / name for name in reversed(folders)]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders, and those that links lead to, sorted; :class:`BadInput` as :func:`walk`."""
+    return sorted(path for place, _, names in walk(folder) for path in (place / name for name in names) if path.is_file())
 
 
 def fsync_dir(path: Path) -> None:

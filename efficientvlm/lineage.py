@@ -9,7 +9,7 @@ from pathlib import Path
 
 from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
-from efficientvlm.files import locate, resolve, sha256
+from efficientvlm.files import locate, resolve, sha256, walk
 from efficientvlm.manifest import MANIFEST, DataRecord, Manifest
 from efficientvlm.request import STATE
 
@@ -201,12 +201,11 @@ def _look_at_files(folder: Path, manifest: Manifest, hashes: bool, found: Verifi
     if CARD not in manifest.files and not (folder / CARD).is_file():  # older checkpoints have one, and do not list it
         found.problems.append(f"{folder / CARD} is missing")
     known = {*manifest.files, MANIFEST, CARD}
-    for place, below, held in os.walk(folder):
-        if Path(place) == folder and STATE in below:
+    for place, below, held in walk(folder):
+        if place == folder and STATE in below:
             below.remove(STATE)
             found.notes.append(f"{folder / STATE} is there: a stage is at work, or was interrupted")
-        links = [name for name in below if Path(place, name).is_symlink()]
-        for path in sorted(Path(place, name) for name in (*held, *links)):
+        for path in (place / name for name in held):
             if path.relative_to(folder).as_posix() in known:
                 continue
             if is_read(path.name):

@@ -12,7 +12,7 @@ from typing import Any
 from efficientvlm import files as places
 from efficientvlm import manifest as manifests
 from efficientvlm.errors import BadInput
-from efficientvlm.files import expanded, kind, resolve, unreadable
+from efficientvlm.files import expanded, kind, resolve, unreadable, walk
 from efficientvlm.lineage import CARD
 from efficientvlm.manifest import MANIFEST
 from efficientvlm.request import BEGINNING, REQUEST, STATE, UNDER_WAY, read_request
@@ -148,8 +148,8 @@ def refuse_links(out: Path, names: Iterable[str]) -> None:
     if os.path.lexists(out / STATE):
         if not stat.S_ISDIR(mode := os.lstat(out / STATE).st_mode):
             raise _in_the_way(out, out / STATE, mode)
-        for folder, below, held in os.walk(out / STATE):
-            for path in (Path(folder, name) for name in (*below, *held)):
+        for folder, below, held in walk(out / STATE):
+            for path in (folder / name for name in (*below, *held)):
                 mode = os.lstat(path).st_mode
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     raise _in_the_way(out, path, mode)

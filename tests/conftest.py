@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def PRUNE(root: Path) -> dict[str, Any]:
     return {"model": str(root / "distilled"), "teacher": str(root / "teacher"), "data": SHAPES, "sparsity": 0.4}
+
+
+@contextmanager
+def nested(folder: Path, depth: int = 1200) -> Iterator[Path]:
+    """The innermost of `depth` folders that are made in `folder`, and removed at the end: older Pythons cannot do it for pytest."""
+    folders = [folder / "/".join("a" * count) for count in range(1, depth + 1)]
+    for place in (folder, *folders):
+        place.mkdir(exist_ok=place == folder)
+    try:
+        yield folders[-1]
+    finally:
+        for place in reversed(folders):
+            place.rmdir()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import nested
 from PIL import Image
 from test_data_files import jsonl, pictures, png
 from test_data_forms import add, as_csv, vqav2
@@ -285,6 +286,15 @@ def test_metadata_at_the_root_is_obeyed(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     with pytest.raises(BadInput, match=r"metadata\.csv and metadata\.jsonl both say"):
         said(tmp_path, "train")
+
+
+def test_pictures_lie_as_deep_as_they_like(tmp_path: Path) -> None:
+    with nested(tmp_path / "d") as deepest:
+        in_folders(deepest, "cat/1.png", "dog/1.png")
+        assert said(tmp_path / "d") == [["cat"], ["dog"]]
+        for kind in ("cat", "dog"):
+            (deepest / kind / "1.png").unlink()
+            (deepest / kind).rmdir()
 
 
 def test_folder_names_are_captions_only_where_they_are_plainly_classes(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import nested
 from test_checkpoint import killed, litter, make, tree
 
 from efficientvlm import scratch
-from efficientvlm.checkpoint import MANIFEST, Output, require_complete
+from efficientvlm.checkpoint import MANIFEST, Output, fingerprint, require_complete
 from efficientvlm.errors import BadInput
 from efficientvlm.files import write_atomic
 from efficientvlm.lineage import verify
@@ -215,6 +216,20 @@ def test_a_target_that_cannot_be_replaced_is_found_before_the_old_checkpoint_is_
     (tmp_path / "a" / "README.md").unlink()
     (tmp_path / "a" / "README.md").mkdir()
     assert_refused(tmp_path, tmp_path / "a", "README.md in it is a folder")
+
+
+def test_folders_nested_deeply_are_refused_where_folders_are_ours(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with nested(tmp_path / "a"):
+        assert "nested more than 100 deep" in verify(tmp_path / "a")[0]
+    with nested(tmp_path / "read"), pytest.raises(BadInput, match="nested more than 100 deep"):
+        fingerprint(tmp_path / "read")
+    output = Output.open(tmp_path / "b", stage="init", inputs={}, config={})
+    (output.state_dir / "step-1").mkdir()
+    (output.state_dir / "step-1" / "state.json").write_text("{}")
+    output.abandon()
+    with nested(output.state_dir / "step-1"), pytest.raises(BadInput, match="nested more than 100 deep"):
+        Output.open(tmp_path / "b", stage="init", inputs={}, config={})
 
 
 def test_a_model_card_that_a_person_changed_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

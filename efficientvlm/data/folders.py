@@ -75,17 +75,18 @@ def walk(folder: Path, skips: Skips) -> Found:
     """The files of a folder and its subfolders by their endings, sorted; hidden ones are left out, and a link never leads in circles."""
     found = Found()
     seen: set[tuple[int, int]] = set()
-
-    def look(place: Path, link: bool) -> None:
+    waiting = [(False, folder)]
+    while waiting:
+        link, place = waiting.pop()
         try:
             status = place.stat()
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
             skips.add(BadInput(str(place), f"the folder cannot be read ({(error.strerror or '').lower()})", "check its permissions"))
-            return
+            continue
         if (status.st_dev, status.st_ino) in seen:
             found.circles += 1
-            return
+            continue
         seen.add((status.st_dev, status.st_ino))
         found.followed += link
         folders = []
@@ -104,10 +105,7 @@ def walk(folder: Path, skips: Skips) -> Found:
                 found.texts.setdefault(path.with_suffix(""), []).append(path)
             else:
                 found.others[path.suffix.lower() or "no ending"] += 1
-        for is_link, path in sorted(folders):  # links last: what they lead to may be here itself
-            look(path, is_link)
-
-    look(folder, False)
+        waiting += sorted(folders, reverse=True)  # links last: what they lead to may be here itself
     found.pictures.sort()
     return found
 
