@@ -287,6 +287,13 @@ def steps(folder: Path, tmp_path: Path) -> list[recipe.Step]:
     return recipe.validate(recipe.load_recipe(str(file)), out=str(tmp_path / "runs"))
 
 
+def test_a_recipe_with_data_that_cannot_be_meant_runs_no_stage(steps: Any, tmp_path: Path) -> None:
+    tuned = steps[1]._replace(config=steps[1].config.model_copy(update={"data": "shapes:dificulty=2"}))
+    with pytest.raises(BadInput, match="unknown key dificulty"):
+        run.run_recipe([steps[0], tuned], Control())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_recipe_runs_to_its_report_and_then_has_nothing_to_do(steps: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run.run_recipe(steps, Control(json=True))
     shown = capsys.readouterr()

@@ -43,6 +43,7 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
     Raises:
         EvlmError: whatever a stage raises, :class:`Interrupted` included; the same call goes on from there.
     """
+    check_data(steps)
     stages: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for number, step in enumerate(steps, 1):
@@ -55,6 +56,16 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
         stages.append({"name": step.name, "stage": step.stage, "out": str(out), "seconds": seconds, "up_to_date": unchanged})
         result = made.model_dump(mode="json") if isinstance(made, Manifest) else made
     return {"stages": stages, "result": result}
+
+
+def check_data(steps: Sequence[Step]) -> None:
+    """:class:`BadInput` for generated data that cannot be meant, before the first stage has run for nothing."""
+    from efficientvlm.data import shapes  # numpy, which a recipe that is only looked at does without
+
+    for step in steps:
+        for spec in (getattr(step.config, name, None) for name in ("data", "val")):
+            if isinstance(spec, str) and spec.partition(":")[0] == "shapes":
+                shapes.parse(spec)
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
