@@ -274,6 +274,26 @@ def test_braces_are_those_of_a_shell() -> None:
         list(braces("{0..999999999}"))
 
 
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "g[1]{a,b}*"
+    folder.mkdir()
+    for name in ("c[2].tar", "d.tar"):
+        with tarfile.open(folder / name, "w") as archive:
+            add(archive, f"{name[0]}.png", png(len(name)))
+            add(archive, f"{name[0]}.txt", name.encode())
+    written(folder, ".parquet", CAPTIONS, "p[3]")
+
+    def captions(pattern: str) -> list[str]:
+        source = open_pairs(f"{folder}/{pattern}", "test")
+        return sorted(source[index].captions[0] for index in range(len(source)))
+
+    for pattern in ("{c[2],d}.tar", "*.tar", "[cd]*.tar"):
+        assert captions(pattern) == ["c[2].tar", "d.tar"]
+    assert captions("p[3].parquet") == captions("*.parquet") == ["one", "three"]
+    with pytest.raises(BadInput, match="there is no such file or folder"):
+        captions("e.tar")
+
+
 class Hub:
     """Stands in for the hub: what `datasets` would load."""
 

@@ -106,11 +106,16 @@ def paths_of(spec: str) -> list[Path]:
             return [Path(spec)]
     except ValueError:
         raise BadInput(f"no data called {spec!r}", "it is not a usable path", "check the path") from None
-    if not PATTERN.search(spec):
+    folder = os.path.dirname(spec)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    pattern = spec[len(folder) :]  # what is there already is a name, whatever marks it has
+    if not PATTERN.search(pattern):
         raise BadInput(f"no data called {spec}", "there is no such file or folder", "check the path")
     paths: list[Path] = []
-    for text in braces(spec):
-        matches = sorted(glob.glob(text)) if re.search(r"[*?\[]", text) else [text]
+    for rest in braces(pattern):
+        text = folder + rest
+        matches = [text] if os.path.isfile(text) or not glob.has_magic(rest) else sorted(glob.glob(glob.escape(folder) + rest))
         missing = not matches or not os.path.isfile(matches[0])
         if missing:
             raise BadInput(f"no data called {spec}", f"there is no file {text}", "check the pattern")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -161,7 +162,8 @@ class ParquetTable(SavedTable):
             cache = Path(datasets.config.HF_DATASETS_CACHE) / "efficientvlm" / self.digest[:32]
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of damage it would write a line of its own
-            self._keep(datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(cache)))
+            names = [glob.escape(str(path)) for path in paths]  # which the library takes for patterns
+            self._keep(datasets.Dataset.from_parquet(names, cache_dir=str(cache)))
         except BadInput:
             raise
         except Exception as error:  # noqa: BLE001  as above
