@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,14 @@ from safetensors.torch import load_file
 from efficientvlm.compression.gates import open_probability, published_gates, sample_gates
 from efficientvlm.compression.sparsity import expected_sparsity, lagrangian, published_costs, target_at
 
-FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "l0"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
+FOLDER = Path(__file__).parent / "reference"
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 WIDTH, HEADS, INTERMEDIATE = 48, 4, 96
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return load_file(FOLDER / "expected.safetensors"), json.loads((FOLDER / "meta.json").read_text())
+    return load_file(FOLDER / "l0.safetensors"), json.loads((FOLDER / "l0.json").read_text())
 
 
 def test_samples_probabilities_and_deterministic_gates(numbers):

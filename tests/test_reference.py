@@ -1,0 +1,159 @@
+"""X-VLM's losses, distillation terms, features and answers on rebuilt networks, against stored numbers.
+
+The numbers in `reference/xvlm.json` were written by this file (`python tests/test_reference.py`) at a version of the code that agrees with
+the published implementation on its own random networks, which are too large for a repository (`test_parity_xvlm.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rebuilt import rebuilt, tokens, values
+from torch import Tensor
+
+from efficientvlm.families.xvlm import XVLM
+from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.objectives.efficientvlm import released
+from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.terms import compared, tower_maps
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.settings.methods import DistillationQuirks
+from efficientvlm.tasks.vqa import rank
+
+FILE = Path(__file__).parent / "reference" / "xvlm.json"
+LOSSES = ("itc", "itm", "mlm", "box")
+VOCABULARY, LENGTH, PAIRS = 40, 7, 4
+NEGATIVES = torch.tensor([2, 3, 1, 0]), torch.tensor([1, 2, 3, 0])
+STUDENT = {"vision": [1, 3], "text": [1], "fusion": [1]}
+
+
+def network(**changes: Any) -> Any:
+    """A teacher of 4 + 2 + 2 layers, with what pre-training needs."""
+    sizes = {"vision_width": 24, "text_width": 32, "vision_layers": 4, "text_layers": 2, "fusion_layers": 2, "vision_heads": 3}
+    sizes |= {"text_heads": 4, "vision_intermediate": 40, "text_intermediate": 36, "image_size": 16, "patch_size": 4, "embed_dim": 12}
+    config = XVLMConfig(**{**sizes, "vocab_size": VOCABULARY, "max_positions": 12, "local_attention_depth": 1, "dropout": 0.0, **changes})
+    return rebuilt(XVLM().build(config))
+
+
+def student_of(teacher: Any) -> Any:
+    return rebuilt(XVLM().build(XVLM().with_layers(teacher.config, STUDENT)))
+
+
+def pairs() -> dict[str, Tensor]:
+    """Four pairs, of which two texts are padded; two tokens of each are masked."""
+    ids = tokens("texts", (PAIRS, LENGTH), VOCABULARY)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = mask[3, 4:] = 0
+    positions = torch.tensor([[1, 3], [2, 0], [4, 5], [1, 2]])
+    labels = ids.gather(1, positions)
+    labels[1, 1] = -100
+    return {
+        "pixels": values("pixels", (PAIRS, 3, 16, 16)),
+        "text_ids": ids * mask,
+        "text_mask": mask,
+        "masked_ids": ids.scatter(1, positions, 4) * mask,
+        "masked_positions": positions,
+        "masked_labels": labels,
+    }
+
+
+def regions() -> dict[str, Tensor]:
+    """The same texts for three regions and one whole image, of two images."""
+    seen = (values("regions", (PAIRS, 17)) > 0).long()
+    seen[:, 0] = seen[3] = 1
+    boxes = 0.2 + 0.3 * values("boxes", (PAIRS, 4)).abs()
+    own = {"pixels": values("pixels", (2, 3, 16, 16)), "image_index": torch.tensor([0, 0, 1, 1]), "image_mask": seen, "boxes": boxes}
+    return pairs() | own | {"is_whole_image": torch.tensor([0, 0, 0, 1])}
+
+
+def questions() -> dict[str, Tensor]:
+    asked, answers = tokens("questions", (3, LENGTH), VOCABULARY), tokens("answers", (5, 4), VOCABULARY)
+    asked_mask, answer_mask = torch.ones_like(asked), torch.ones_like(answers)
+    asked_mask[1, 4:] = answer_mask[2, 3:] = 0
+    return {
+        "pixels": values("pictures", (2, 3, 16, 16)),
+        "image_index": torch.tensor([0, 0, 1]),
+        "question_ids": asked * asked_mask,
+        "question_mask": asked_mask,
+        "answer_ids": answers * answer_mask,
+        "answer_mask": answer_mask,
+        "answer_weights": torch.tensor([1.0, 0.25, 0.75, 0.5, 0.5]),
+        "answer_index": torch.tensor([0, 1, 1, 2, 2]),
+    }
+
+
+def told(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """A scalar as it is, a tensor by its sum of squares and by a weighted sum of its entries."""
+    tensor = torch.as_tensor(value).detach().double()
+    if tensor.ndim == 0:
+        yield name, float(tensor)
+    else:
+        yield f"{name} squares", float(tensor.square().sum())
+        yield f"{name} weighted", float((tensor * values("weights", tensor.shape).double()).sum())
+
+
+def pretraining() -> Iterator[tuple[str, float]]:
+    teacher = network()
+    student, records = student_of(teacher), {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        objective = XvlmPretraining(XVLM(), model, losses=LOSSES, seed=0)
+        for kind, batch in (("pairs", pairs()), ("regions", regions())):
+            passed = objective.passes(model, batch, 0, [term.tap for term in objective.terms], NEGATIVES)
+            losses, records[name, kind] = passed[0], passed[1]
+            for loss, value in losses.items():
+                yield from told(f"{name} {kind} {loss}", value)
+        yield from told(f"{name} matching", records[name, "pairs"]["itm_logits"])
+        yield from told(f"{name} similarities", records[name, "pairs"]["itc_logits"])
+        yield from told(f"{name} image states", records[name, "pairs"]["vision.hidden"][-1])
+    sum(losses.values()).backward()
+    for part in ("vision.patch_embedding.weight", "fusion.layers.0.cross_attention.k.weight", "text.embeddings.word.weight"):
+        yield from told(f"student gradient {part}", student.get_parameter(part).grad)
+    maps = tower_maps(XVLM(), student.config, teacher.config)
+    for kind in ("pairs", "regions"):
+        for quirks in (DistillationQuirks(), DistillationQuirks(unmasked_padding=True, skip_last_hidden=True)):
+            for term in released(XvlmPretraining.terms, quirks):
+                ours, theirs = records["student", kind], records["teacher", kind]
+                distance = compared(term, ours, theirs, maps, temperature=2.0, scale=quirks.unmasked_padding)
+                yield from told(f"{kind} {term.weight} {term.tap}{' released' * quirks.unmasked_padding}", distance)
+
+
+def answering() -> Iterator[tuple[str, float]]:
+    teacher = network(decoder_layers=2, heads=[])
+    student = rebuilt(XVLM().build(XVLM().with_layers(teacher.config, {**STUDENT, "decoder": [1]})))
+    batch, records = questions(), []
+    for name, model in (("teacher", teacher), ("student", student)):
+        objective = Generation(XVLM(), model)
+        losses, record = objective.passes(model, batch, 0, [term.tap for term in objective.terms])[:2]
+        records.append(record)
+        yield from told(f"{name} answers", losses["task"])
+        yield from told(f"{name} answer logits", record["logits"])
+        for twice in (False, True):
+            candidates = tokens("candidates", (6, 4), VOCABULARY), torch.tensor([[1, 1, 1, 1]] * 5 + [[1, 1, 1, 0]])
+            chosen, probabilities = rank(XVLM(), model, batch, candidates, top=4, first_token_twice=twice)
+            yield from told(f"{name} ranks{' twice' * twice}", chosen.double())
+            yield from told(f"{name} probabilities{' twice' * twice}", probabilities)
+    maps = tower_maps(XVLM(), student.config, teacher.config)
+    for term in objective.terms:
+        yield from told(f"answering {term.weight} {term.tap}", compared(term, records[1], records[0], maps))
+
+
+def written(figures: Iterator[tuple[str, float]]) -> dict[str, float]:
+    return {name: float(f"{value:.7g}") for name, value in figures}
+
+
+@pytest.mark.parametrize("part", [pretraining, answering])
+def test_numbers_are_those_that_are_stored(part: Any) -> None:
+    expected = json.loads(FILE.read_text("utf-8"))[part.__name__]
+    found = dict(part())
+    assert found.keys() == expected.keys()
+    wrong = {name: (found[name], value) for name, value in expected.items() if found[name] != pytest.approx(value, rel=1e-4, abs=1e-4)}
+    assert not wrong
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({part.__name__: written(part()) for part in (pretraining, answering)}, indent=1) + "\n", "utf-8")
