@@ -21,6 +21,8 @@ from efficientvlm.settings.compose import stage_settings
 def test_lines_are_answers_once_each_without_the_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("red\n\n blue \nred\n", encoding="utf-8-sig")
     assert read_answers(tmp_path / "a.txt") == ["red", "blue"]
+    (tmp_path / "b.txt").write_bytes("one\u2028two\r\nthr\x85ee\x1c!\rfour".encode())
+    assert read_answers(tmp_path / "b.txt") == ["one\u2028two", "thr\x85ee\x1c!", "four"]
     assert as_input(str(tmp_path / "a.txt")) == str(tmp_path / "a.txt") and as_input(None) is None
 
 

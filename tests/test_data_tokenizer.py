@@ -167,6 +167,16 @@ def test_a_tokenizer_file_of_other_content_is_bad_input(tmp_path: Path, content:
         load_tokenizer(spoiled(tmp_path, content=content))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_ids_of_an_older_vocabulary_are_its_lines(tmp_path: Path, end: str) -> None:
+    from transformers import BertTokenizer
+
+    tokens = [*SPECIAL, "a", "x\u2028y", "x\x85y", "x\x1cy", "", "b"]
+    (tmp_path / "vocab.txt").write_bytes("".join(token + end for token in tokens).encode())
+    vocab = load_tokenizer(tmp_path).get_vocab()
+    assert vocab == {token: number for number, token in enumerate(tokens)} == BertTokenizer.from_pretrained(tmp_path).get_vocab()
+
+
 def test_older_files_that_are_damaged_are_bad_input(tmp_path: Path) -> None:
     good = "\n".join([*SPECIAL, "a", "b"]).encode()
     for number, (vocab, config) in enumerate(

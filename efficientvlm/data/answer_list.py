@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from efficientvlm.data.cells import LONGEST_TEXT
+from efficientvlm.data.text_tables import lines_of
 from efficientvlm.errors import BadInput
 from efficientvlm.files import MIB, read_limited, resolve
 
@@ -28,7 +29,7 @@ def read_answers(path: Path) -> list[str]:
     """
     content = read_limited(path, LARGEST, "a list of answers") if path.is_file() else _content(path)
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = lines_of(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadInput(
             f"cannot read the answers in {path}", f"{error.reason} at byte {error.start}", "write one answer a line, in UTF-8"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -425,9 +426,14 @@ def free_memory() -> int:
     return min(free)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, as Python reads them from a file; `str.splitlines` ends some at marks that belong into a line."""
+    return io.StringIO(text, newline=None).read().removesuffix("\n").split("\n")
+
+
 def caption_lines(content: bytes) -> list[str]:
     """The captions in a `.txt`, one a line; :class:`UnicodeDecodeError` if it is not UTF-8."""
-    return [line.strip() for line in re.split(r"\r\n|\n|\r", content.decode("utf-8-sig")) if line.strip()]
+    return [line.strip() for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
 
 
 def is_unicode(text: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efficientvlm.data.text_tables import lines_of
 from efficientvlm.errors import BadInput, EvlmError, shorten
 from efficientvlm.files import MIB, read_limited
 from efficientvlm.manifest import parse_json, read_json
@@ -98,7 +99,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, bert: bool = False) -> PreTr
                 return _load_stock(folder, kind, bert)
             tokenizer = Tokenizer.from_str(text)
         elif plain.exists():
-            tokens = _text(plain).splitlines()
+            tokens = lines_of(_text(plain))
             tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
             tokenizer.normalizer = normalizers.BertNormalizer(lowercase=_lowercase(folder))
             tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
