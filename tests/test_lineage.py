@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_checkpoint import chain, make
 
+from efficientvlm import files
 from efficientvlm.cli import folders
 from efficientvlm.errors import BadInput
 from efficientvlm.files import sha256
@@ -137,3 +141,20 @@ def test_a_large_file_that_was_never_written_is_not_hashed(tmp_path: Path) -> No
         file.truncate(10**13)  # hours
     with pytest.raises(BadInput, match="empty for the most part"):
         sha256(tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_on_a_disk_that_compresses_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    content = bytes(range(256)) * 40
+    (tmp_path / "w.bin").write_bytes(content)
+    monkeypatch.setattr(files, "LARGE", 1000)
+    status, seek = os.stat(tmp_path / "w.bin"), os.lseek
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_mode=status.st_mode, st_size=status.st_size, st_blocks=0))
+
+    def lseek(descriptor: int, offset: int, how: int) -> int:
+        if how != os.SEEK_SET and not told:
+            raise OSError(errno.EINVAL, "of a file system that knows no holes")
+        return seek(descriptor, offset, how)
+
+    monkeypatch.setattr(os, "lseek", lseek)
+    assert sha256(tmp_path / "w.bin") == hashlib.sha256(content).hexdigest()
