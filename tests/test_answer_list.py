@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from efficientvlm.data.answer_list import as_input, read_answers
-from efficientvlm.data.cells import places_of, question_of
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.kinds.pairs import places_of
+from efficientvlm.data.kinds.questions import question_of
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.checks import path_problems
@@ -102,7 +103,7 @@ def test_a_tokenizer_reads_a_part_at_a_time_and_nothing_without_bound(monkeypatc
         sizes.append(sum(map(len, some)))
         return read(some, **options)
 
-    monkeypatch.setattr("efficientvlm.data.collate.AT_A_TIME", 1000)
+    monkeypatch.setattr("efficientvlm.data.texts.AT_A_TIME", 1000)
     again = Texts(read)
     again.tokenizer = watched
     assert again.ids(given) == whole and again.read == texts.read and len(sizes) > 5 and max(sizes) <= 1000

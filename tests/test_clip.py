@@ -22,7 +22,7 @@ from efficientvlm import families
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.clip import CLIP

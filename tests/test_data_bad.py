@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +23,15 @@ from test_data_files import jsonl, pictures, png
 from test_data_forms import WRITERS, as_csv, shards, vqav2, written
 
 from efficientvlm.data.images import MAX_PIXELS, open_image
-from efficientvlm.data.items import PairItem, VQAItem
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem
+from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem
+from efficientvlm.data.opening import open_data, record, usable
 from efficientvlm.data.skips import LONGEST_LINE, Skips
-from efficientvlm.data.sources import open_pairs, open_vqa, record, usable
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.stages.common import keep_skipped
 
-OPEN = {"questions": open_vqa, "pairs": open_pairs}
+OPEN = {kind.name: partial(open_data, kind) for kind in (QUESTIONS, PAIRS)}
 COUNT = 12
 
 
@@ -182,7 +184,7 @@ def test_a_quote_that_is_not_closed_costs_one_row(tmp_path: Path) -> None:
     for line, text in ((90, '"never closed'), (200, '"closed by another row'), (201, '"good"'), (299, '"at the end')):
         lines[line] = f"img/0.png{mark}{text}"
     (tmp_path / f"d{suffix}").write_text("\n".join([f"image{mark}caption", *lines]) + "\n")
-    source = open_pairs(str(tmp_path / f"d{suffix}"), "test", image_size=8, max_bad=3)
+    source = open_data(PAIRS, str(tmp_path / f"d{suffix}"), "test", image_size=8, max_bad=3)
     named = [int(reason.partition(" line ")[2]) for reason in source.skips.reasons]
     assert source.skips.count == 3 and named == [93, 203, 302], "one more than the row, for the row of two lines"
     said = [f"caption {i}" for i in range(300) if i not in (90, 200, 299)]
@@ -190,7 +192,7 @@ def test_a_quote_that_is_not_closed_costs_one_row(tmp_path: Path) -> None:
     assert source[0].captions == said
     (tmp_path / f"d{suffix}").write_text(f'image{mark}"caption\nimg/0.png{mark}c\n')
     with pytest.raises(BadInput, match="no header"):
-        open_pairs(str(tmp_path / f"d{suffix}"), "test")
+        open_data(PAIRS, str(tmp_path / f"d{suffix}"), "test")
 
 
 @pytest.mark.parametrize("kind", OPEN)
@@ -226,21 +228,21 @@ def test_a_broken_shard_names_its_place_and_costs_what_is_lost(tmp_path: Path) -
     for damaged in (whole[: len(whole) // 2], whole[:header] + b"\x01" * 512 + whole[header + 512 :]):
         shard.write_bytes(damaged)
         with pytest.raises(BadInput, match=r"shard .*001\.tar: .* at byte [\d,]+"):
-            open_pairs(folder, "test")
-        source = open_pairs(folder, "test", max_bad=40)
+            open_data(PAIRS, folder, "test")
+        source = open_data(PAIRS, folder, "test", max_bad=40)
         assert 20 < len(source) < 35 and source.skips.count >= 3, "the rest of the shard is counted, not its one error"
         assert [item.captions for item in usable(source, [0, len(source) - 1])] and record(source, "test")["skipped"]
     shard.write_bytes(b"no archive at all, " * 100)
     with pytest.raises(BadInput, match="cannot be read as a tar file"):
-        open_pairs(folder, "test")
+        open_data(PAIRS, folder, "test")
 
 
 def test_vqav2_without_pictures_or_questions(tmp_path: Path) -> None:
     folder = vqav2(tmp_path / "vqa")
     (folder / "train2014" / f"COCO_train2014_{2:012}.jpg").unlink()
     with pytest.raises(BadInput, match=r"question 3: there is no image train2014/COCO_train2014_000000000002\.jpg"):
-        open_vqa(str(folder), "train")
-    assert len(open_vqa(str(folder), "train", max_bad=2)) == 2
+        open_data(QUESTIONS, str(folder), "train")
+    assert len(open_data(QUESTIONS, str(folder), "train", max_bad=2)) == 2
     questions = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
     for content, words in (
         ('{"questions": 1}', "no list called questions"),
@@ -250,7 +252,7 @@ def test_vqav2_without_pictures_or_questions(tmp_path: Path) -> None:
     ):
         questions.write_text(content)
         with pytest.raises(BadInput, match=words):
-            open_vqa(str(folder), "val")
+            open_data(QUESTIONS, str(folder), "val")
 
 
 @pytest.mark.parametrize(
@@ -288,8 +290,9 @@ def test_a_bomb_is_refused_by_its_header_alone(tmp_path: Path, large: bytes) -> 
     spec = jsonl(tmp_path / "d.jsonl", rows_of("pairs", [f"img/{i}.png" for i in range(3)]))
     code = f"""
 import resource
-from efficientvlm.data.sources import open_pairs
-source = open_pairs({spec!r}, "test", image_size=8, max_bad=2)
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.opening import open_data
+source = open_data(PAIRS, {spec!r}, "test", image_size=8, max_bad=2)
 source[0]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
@@ -346,7 +349,7 @@ def test_what_was_skipped_of_other_data_is_not_counted(tmp_path: Path) -> None:
     output: Any = SimpleNamespace(state_dir=tmp_path, mine=True)
 
     def counted(name: str) -> int:
-        source: Any = open_pairs(specs[name], "test", max_bad=2)
+        source: Any = open_data(PAIRS, specs[name], "test", max_bad=2)
         keep_skipped(output, {"val": source}, quiet=True)
         return int(source.skips.count)
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from efficientvlm.data.collate import Texts, pair_batch, patches_of, region_batch, vqa_batch
 from efficientvlm.data.easy_vqa import EasyVQA
-from efficientvlm.data.items import PairItem, Question, Region, VQAItem
+from efficientvlm.data.items import Question, Region
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem, pair_batch, patches_of, region_batch
+from efficientvlm.data.kinds.questions import VQAItem, vqa_batch
 from efficientvlm.data.masking import mask_tokens
 from efficientvlm.data.shapes import Shapes
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.data.transforms import augment, light, names_a_side, paper, rand_augment
 from efficientvlm.errors import BadInput
@@ -18,7 +20,7 @@ from efficientvlm.errors import BadInput
 
 @pytest.fixture(scope="module")
 def texts() -> Texts:
-    words = [text for _, text in zip(range(4000), Shapes(PairItem, "train", spec="shapes:difficulty=4").texts())]
+    words = [text for _, text in zip(range(4000), Shapes(PAIRS, "train", spec="shapes:difficulty=4").texts())]
     return Texts(train_wordpiece([*words, "embankment"], 400), 40)
 
 
@@ -81,7 +83,7 @@ def test_evaluation_takes_every_question_in_order(texts: Texts) -> None:
 
 
 def test_pair_batch(texts: Texts) -> None:
-    items = [Shapes(PairItem, "train")[i] for i in (0, 1, 0)]
+    items = [Shapes(PAIRS, "train")[i] for i in (0, 1, 0)]
     batch = pair_batch(items, texts, seed=0, step=0, augment_kind="none")
     assert batch["image_ids"][0] == batch["image_ids"][2] != batch["image_ids"][1]
     assert batch["text_ids"].shape == batch["masked_ids"].shape == batch["text_mask"].shape
@@ -132,7 +134,7 @@ def test_words_are_hidden_whole_and_the_budget_is_kept() -> None:
 
 
 def test_region_batch(texts: Texts) -> None:
-    items = [Shapes(PairItem, "train", spec="shapes:difficulty=4")[i] for i in range(6)]
+    items = [Shapes(PAIRS, "train", spec="shapes:difficulty=4")[i] for i in range(6)]
     batch = region_batch(items, texts, seed=0, step=0, patch_grid=8, augment_kind="none", regions_per_image=2)
     rows = len(batch["image_index"])
     assert batch["image_mask"].shape == (rows, 65) and batch["boxes"].shape == (rows, 4) and batch["text_ids"].shape[0] == rows

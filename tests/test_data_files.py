@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from efficientvlm.data import images
-from efficientvlm.data.cells import weighted_answers
 from efficientvlm.data.images import open_image
-from efficientvlm.data.items import PairItem, VQAItem
-from efficientvlm.data.sources import Source, open_pairs, open_vqa, record, texts
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem
+from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem, weighted_answers
+from efficientvlm.data.opening import Source, open_data, record, texts
 from efficientvlm.errors import BadInput
 
 
@@ -50,7 +50,7 @@ def explained(caught: pytest.ExceptionInfo[BadInput]) -> str:
 
 def test_jsonl_with_paths_is_grouped_by_image(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "vqa.jsonl", vqa_rows(pictures(tmp_path, 3)))
-    source = open_vqa(spec, "test", image_size=8)
+    source = open_data(QUESTIONS, spec, "test", image_size=8)
     assert len(source) == 3
     item = source[1]
     assert [q.text for q in item.questions] == ["what is 0?", "what is 1?"] and item.questions[1].answers == [("thing 1", 1.0)]
@@ -66,7 +66,7 @@ def in_base64(seed: int) -> str:
 @pytest.mark.parametrize("wrap", [str, lambda text: f"data:image/png;base64,{text}", lambda text: {"bytes": text, "path": None}])
 def test_jsonl_with_base64(tmp_path: Path, wrap: Any) -> None:
     spec = jsonl(tmp_path / "vqa.jsonl", vqa_rows([wrap(in_base64(seed)) for seed in range(3)]))
-    source = open_vqa(spec, "test")
+    source = open_data(QUESTIONS, spec, "test")
     assert len(source) == 3 and np.array_equal(source[2].image, open_image(png(2)))
 
 
@@ -92,7 +92,7 @@ def test_tables_of_datasets(tmp_path: Path, form: str) -> None:
         data.to_parquet(path)
     else:
         data.select([2, 1, 0]).select([2, 1, 0]).save_to_disk(path)
-    source = open_vqa(str(path), "test")
+    source = open_data(QUESTIONS, str(path), "test")
     assert len(source) == 2, "images are told apart by content, not by a stored name"
     assert len(source[0].questions) == 2 and np.array_equal(source[1].image, open_image(png(1)))
     assert dict(source[1].questions[0].answers) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
@@ -105,11 +105,11 @@ def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
 
     table = pyarrow.table({"pic": [png(0), png(1)], "says": ["red", "blue"]})
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
-    source = open_pairs(str(tmp_path / "p.parquet"), "test", columns={"image": "pic", "caption": "says"})
+    source = open_data(PAIRS, str(tmp_path / "p.parquet"), "test", columns={"image": "pic", "caption": "says"})
     assert [source[i].captions for i in range(2)] == [["red"], ["blue"]] and source[0].image.shape == (10, 20, 3)
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(BadInput, match=r"empty\.parquet: it has no rows"):
-        open_pairs(str(tmp_path / "empty.parquet"), "test")
+        open_data(PAIRS, str(tmp_path / "empty.parquet"), "test")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_pairs_with_captions_and_regions(tmp_path: Path) -> None:
         {"image": paths[1], "captions": "c"},
         {"image": paths[0], "captions": ["b", "d"]},
     ]
-    source = open_pairs(jsonl(tmp_path / "p.jsonl", rows), "test", image_size=16)
+    source = open_data(PAIRS, jsonl(tmp_path / "p.jsonl", rows), "test", image_size=16)
     first, second = source[0], source[1]
     assert first.captions == ["a", "b", "d"] and second.captions == ["c"] and second.regions == []
     assert [(r.phrase, r.box) for r in first.regions] == [
@@ -176,7 +176,7 @@ def test_image_id_groups_rows(tmp_path: Path) -> None:
     first, copy = pictures(tmp_path, 2)
     (tmp_path / copy).write_bytes((tmp_path / first).read_bytes())
     rows = [{"image": first, "image_id": 7, "caption": "a"}, {"image": copy, "image_id": 7, "caption": "b"}]
-    source = open_pairs(jsonl(tmp_path / "p.jsonl", rows), "test")
+    source = open_data(PAIRS, jsonl(tmp_path / "p.jsonl", rows), "test")
     assert len(source) == 1 and source[0].id == "7" and source[0].captions == ["a", "b"]
 
 
@@ -187,19 +187,19 @@ def test_columns_can_be_named(tmp_path: Path, image: str, expected: int) -> None
     for row in rows:
         del row["image_id"]
     columns = {"image": image, "question": "text", "answer": "says"}
-    assert len(open_vqa(jsonl(tmp_path / "v.jsonl", rows), "test", columns=columns)) == expected
+    assert len(open_data(QUESTIONS, jsonl(tmp_path / "v.jsonl", rows), "test", columns=columns)) == expected
 
 
 def test_a_missing_column_lists_those_found(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "v.jsonl", [{"image": "a.png", "query": "?", "answer": "b"}])
     with pytest.raises(BadInput) as caught:
-        open_vqa(spec, "train")
+        open_data(QUESTIONS, spec, "train")
     assert "image, query, answer" in explained(caught) and "--column question=<name>" in explained(caught)
     with pytest.raises(BadInput) as caught:
-        open_vqa(spec, "train", columns={"question": "ask"})
+        open_data(QUESTIONS, spec, "train", columns={"question": "ask"})
     assert "no column ask" in explained(caught) and "query" in explained(caught)
     with pytest.raises(BadInput) as caught:
-        open_vqa(spec, "train", columns={"query": "query"})
+        open_data(QUESTIONS, spec, "train", columns={"query": "query"})
     assert "no role query" in explained(caught) and "question" in explained(caught)
 
 
@@ -210,18 +210,18 @@ def keys(source: Source[Any]) -> set[str]:
 def test_the_held_out_images_are_stable(tmp_path: Path) -> None:
     rows = vqa_rows(pictures(tmp_path, 60))
     spec = jsonl(tmp_path / "v.jsonl", rows)
-    train, val = (keys(open_vqa(spec, split, val_fraction=0.3)) for split in ("train", "val"))
+    train, val = (keys(open_data(QUESTIONS, spec, split, val_fraction=0.3)) for split in ("train", "val"))
     assert not train & val and len(train | val) == 60 and 8 <= len(val) <= 28
-    assert len(open_vqa(spec, "test")) == 60
+    assert len(open_data(QUESTIONS, spec, "test")) == 60
     again = jsonl(tmp_path / "shuffled.jsonl", rows[::-1] + vqa_rows([base64.b64encode(png(99)).decode()]))
-    assert keys(open_vqa(again, "val", val_fraction=0.3, seed=5)) >= val
-    assert not keys(open_vqa(again, "train", val_fraction=0.3)) & val
-    assert len(open_vqa(spec, "val", val_fraction=0.0)) == 0
+    assert keys(open_data(QUESTIONS, again, "val", val_fraction=0.3, seed=5)) >= val
+    assert not keys(open_data(QUESTIONS, again, "train", val_fraction=0.3)) & val
+    assert len(open_data(QUESTIONS, spec, "val", val_fraction=0.0)) == 0
 
 
 def test_limit_draws_a_sample(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "v.jsonl", vqa_rows(pictures(tmp_path, 30)))
-    some = [keys(open_vqa(spec, "test", limit=5, seed=seed)) for seed in (0, 0, 1)]
+    some = [keys(open_data(QUESTIONS, spec, "test", limit=5, seed=seed)) for seed in (0, 0, 1)]
     assert len(some[0]) == 5 and some[0] == some[1] != some[2]
 
 
@@ -229,10 +229,14 @@ def test_a_folder_with_a_file_a_split(tmp_path: Path) -> None:
     paths = pictures(tmp_path, 12)
     jsonl(tmp_path / "train.jsonl", vqa_rows(paths[:8]))
     jsonl(tmp_path / "test.jsonl", vqa_rows(paths[8:10]))
-    assert len(open_vqa(str(tmp_path), "train", val_fraction=0.4)) + len(open_vqa(str(tmp_path), "val", val_fraction=0.4)) == 8
-    assert keys(open_vqa(str(tmp_path), "test")) == set(paths[8:10])
+    assert (
+        len(open_data(QUESTIONS, str(tmp_path), "train", val_fraction=0.4))
+        + len(open_data(QUESTIONS, str(tmp_path), "val", val_fraction=0.4))
+        == 8
+    )
+    assert keys(open_data(QUESTIONS, str(tmp_path), "test")) == set(paths[8:10])
     jsonl(tmp_path / "validation.jsonl", vqa_rows(paths[10:]))
-    assert keys(open_vqa(str(tmp_path), "val")) == set(paths[10:]) and len(open_vqa(str(tmp_path), "train")) == 8
+    assert keys(open_data(QUESTIONS, str(tmp_path), "val")) == set(paths[10:]) and len(open_data(QUESTIONS, str(tmp_path), "train")) == 8
 
 
 def test_shards_and_a_saved_dictionary(tmp_path: Path) -> None:
@@ -246,11 +250,11 @@ def test_shards_and_a_saved_dictionary(tmp_path: Path) -> None:
         (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
         part.to_parquet(tmp_path / "hub" / "data" / f"train-0000{index}-of-00002.parquet")
     datasets.DatasetDict(train=parts[0], validation=parts[1], test=parts[2]).save_to_disk(tmp_path / "dict")
-    assert len(open_pairs(str(tmp_path / "hub"), "train", val_fraction=0)) == 5
-    found = [open_pairs(str(tmp_path / "dict"), split) for split in ("train", "val", "test")]
+    assert len(open_data(PAIRS, str(tmp_path / "hub"), "train", val_fraction=0)) == 5
+    found = [open_data(PAIRS, str(tmp_path / "dict"), split) for split in ("train", "val", "test")]
     assert [len(source) for source in found] == [3, 2, 1] and found[2][0].captions == ["c5"]
     with pytest.raises(BadInput, match="no split test: it has train"):
-        open_pairs(str(tmp_path / "hub"), "test")
+        open_data(PAIRS, str(tmp_path / "hub"), "test")
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "v.jsonl", vqa_rows(paths))
 
     def now() -> str:
-        return record(open_vqa(spec, "test"), "test")["fingerprint"]
+        return record(open_data(QUESTIONS, spec, "test"), "test")["fingerprint"]
 
     first = now()
     assert now() == first
@@ -292,7 +296,7 @@ def test_damaged_and_huge_pictures_name_file_and_row(tmp_path: Path, monkeypatch
     paths = pictures(tmp_path, 3)
     (tmp_path / paths[1]).write_bytes(png(1)[:60])
     (tmp_path / paths[2]).write_text("no picture")
-    source = open_vqa(jsonl(tmp_path / "v.jsonl", vqa_rows(paths, each=1)), "test", image_size=8)
+    source = open_data(QUESTIONS, jsonl(tmp_path / "v.jsonl", vqa_rows(paths, each=1)), "test", image_size=8)
     assert source[0].image.shape == (8, 8, 3)
     for row in (1, 2):
         with pytest.raises(BadInput, match=rf"v\.jsonl line {row + 1}: .*{row}\.png.* cannot be read"):
@@ -315,7 +319,7 @@ def test_damaged_and_huge_pictures_name_file_and_row(tmp_path: Path, monkeypatch
 def test_a_bad_row_is_named_when_opened(tmp_path: Path, row: dict[str, Any], words: str) -> None:
     good = vqa_rows(pictures(tmp_path, 1), each=1)
     with pytest.raises(BadInput, match=words):
-        open_vqa(jsonl(tmp_path / "v.jsonl", [*good, row]), "test")
+        open_data(QUESTIONS, jsonl(tmp_path / "v.jsonl", [*good, row]), "test")
 
 
 def test_a_bad_region_is_named(tmp_path: Path) -> None:
@@ -323,7 +327,7 @@ def test_a_bad_region_is_named(tmp_path: Path) -> None:
     for box in ([30, 0, 5, 5], [0, 0, 0, 5], [0, 0, 5], "all", None):
         spec = jsonl(tmp_path / "p.jsonl", [{"image": paths[0], "caption": "a", "regions": [{"caption": "x", "bb": box}]}])
         with pytest.raises(BadInput, match="line 1: a region's box"):
-            open_pairs(spec, "test")[0]
+            open_data(PAIRS, spec, "test")[0]
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
@@ -341,29 +345,29 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     }
     for name, words in cases.items():
         with pytest.raises(BadInput, match=words):
-            open_vqa(str(tmp_path / name), "train")
+            open_data(QUESTIONS, str(tmp_path / name), "train")
 
 
 def test_unknown_data_says_what_there_is() -> None:
     for spec, words in (("shapez:seed=1", "did you mean shapes"), ("nowhere.jsonl", "no such file"), ("", "easy-vqa")):
         with pytest.raises(BadInput) as caught:
-            open_vqa(spec, "train")
+            open_data(QUESTIONS, spec, "train")
         assert words in explained(caught)
     with pytest.raises(BadInput, match="no captions"):
-        open_pairs("easy-vqa", "train")
+        open_data(PAIRS, "easy-vqa", "train")
     with pytest.raises(BadInput, match="no split dev"):
-        open_vqa("easy-vqa", "dev")
+        open_data(QUESTIONS, "easy-vqa", "dev")
 
 
 def test_built_in_data_opens_by_name() -> None:
-    shapes = open_pairs("shapes:size=40", "train", limit=7, image_size=16)
+    shapes = open_data(PAIRS, "shapes:size=40", "train", limit=7, image_size=16)
     assert len(shapes) == 7 and isinstance(shapes[6], PairItem) and shapes[0].image.shape == (16, 16, 3)
-    easy = open_vqa("easy-vqa", "val", limit=2)
+    easy = open_data(QUESTIONS, "easy-vqa", "val", limit=2)
     assert isinstance(easy[1], VQAItem) and easy[1].image.shape == (64, 64, 3)
     said = {"name": "easy-vqa", "split": "val", "count": 2, "fingerprint": easy.fingerprint, "licence": "MIT", "skipped": 0}
     said["read_as"] = ["2 of 400 images, drawn at random (seed 0)"]
     assert record(easy, "val") == said
-    assert {"rectangle", "teal", "what color is the shape?"} <= set(texts(open_vqa("shapes:difficulty=2,size=300", "train")))
+    assert {"rectangle", "teal", "what color is the shape?"} <= set(texts(open_data(QUESTIONS, "shapes:difficulty=2,size=300", "train")))
 
 
 @pytest.mark.parametrize("numbers", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32), np.full((4, 4), 200, np.int32)])

@@ -18,7 +18,9 @@ from test_data_files import jsonl, pictures, png
 from efficientvlm.data import hub
 from efficientvlm.data.forms import braces
 from efficientvlm.data.images import open_image
-from efficientvlm.data.sources import check_spec, open_pairs, open_texts, open_vqa, texts
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.opening import check_spec, open_data, open_texts, texts
 from efficientvlm.data.tar import LARGEST_TEXT
 from efficientvlm.errors import BadInput
 
@@ -31,7 +33,7 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
-QUESTIONS = [
+QUESTION_ROWS = [
     {"image": "img/0.png", "question": 'what, "then"?\nsecond line', "answer": ["a", "a", "b"], "weight": 0.5},
     {"image": "img/0.png", "question": "größe?", "answer": "x", "weight": None},
     {"image": "img/1.png", "question": "and?", "answer": "2", "weight": None},
@@ -106,19 +108,19 @@ def written(folder: Path, suffix: str, rows: list[dict[str, Any]], name: str = "
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_questions_of_every_form_are_the_same(tmp_path: Path, suffix: str) -> None:
-    source = open_vqa(written(tmp_path, suffix, QUESTIONS), "test", image_size=8)
+    source = open_data(QUESTIONS, written(tmp_path, suffix, QUESTION_ROWS), "test", image_size=8)
     assert len(source) == 2
     first, second = source[0], source[1]
     assert [q.text for q in first.questions] == ['what, "then"?\nsecond line'.replace("\n", " " if suffix == ".tsv" else "\n"), "größe?"]
     assert dict(first.questions[0].answers) == pytest.approx({"a": 1 / 3, "b": 1 / 6}) and first.questions[0].annotators == 3
     assert [q.answers for q in (first.questions[1], second.questions[0])] == [[("x", 1.0)], [("2", 1.0)]]
     assert np.array_equal(second.image, open_image(png(1), 8))
-    assert open_vqa(written(tmp_path, suffix, QUESTIONS), "test").fingerprint == source.fingerprint
+    assert open_data(QUESTIONS, written(tmp_path, suffix, QUESTION_ROWS), "test").fingerprint == source.fingerprint
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_pairs_of_every_form_are_the_same(tmp_path: Path, suffix: str) -> None:
-    source = open_pairs(written(tmp_path, suffix, CAPTIONS), "test", image_size=8)
+    source = open_data(PAIRS, written(tmp_path, suffix, CAPTIONS), "test", image_size=8)
     assert [source[i].captions for i in range(2)] == [["one", "two"], ["three"]] and len(source) == 2
     assert [(r.phrase, r.box) for r in source[0].regions] == [("r", (0.25, 0.25, 0.5, 0.5))] and source[1].regions == []
     assert np.array_equal(source[1].image, open_image(png(1), 8))
@@ -130,7 +132,7 @@ def test_csv_holds_long_base64_and_reads_it_again(tmp_path: Path) -> None:
 
     rows = [{"image": base64.b64encode(png(seed, (40, 40))).decode(), "caption": f"c {seed}\nd"} for seed in range(3)]
     as_csv(tmp_path / "p.csv", rows)
-    source = open_pairs(str(tmp_path / "p.csv"), "test")
+    source = open_data(PAIRS, str(tmp_path / "p.csv"), "test")
     assert len(rows[0]["image"]) > 1000 and np.array_equal(source[2].image, open_image(png(2, (40, 40))))
 
 
@@ -139,49 +141,49 @@ def test_image_folder_with_captions_beside(tmp_path: Path) -> None:
     for index in range(3):
         (tmp_path / "img" / f"{index}.txt").write_text(f"first {index}\n\nsecond\n", encoding="utf-8")
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a loop, if it were followed
-    source = open_pairs(str(tmp_path), "test")
+    source = open_data(PAIRS, str(tmp_path), "test")
     assert [source[i].captions for i in range(3)] == [[f"first {i}", "second"] for i in range(3)] and source[0].id == "img/0.png"
     with (tmp_path / "img" / "1.txt").open("wb") as file:
         file.truncate(LARGEST_TEXT + 1)
     with pytest.raises(BadInput, match=r"img/1\.png: its \.txt has 10,000,001 bytes, at most 10,000,000 are read"):
-        open_pairs(str(tmp_path), "test")
+        open_data(PAIRS, str(tmp_path), "test")
     (tmp_path / "img" / "1.txt").unlink()
     with pytest.raises(BadInput, match=r"img/1\.png: there is no 1\.txt beside it"):
-        open_pairs(str(tmp_path), "test")
-    assert len(open_pairs(str(tmp_path), "test", max_bad=1)) == 2
+        open_data(PAIRS, str(tmp_path), "test")
+    assert len(open_data(PAIRS, str(tmp_path), "test", max_bad=1)) == 2
 
 
 def test_image_folder_of_classes_and_splits(tmp_path: Path) -> None:
     for split, kind, seed in (("train", "fire_truck", 0), ("train", "cat", 1), ("validation", "cat", 2)):
         (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
         (tmp_path / split / kind / "1.PNG").write_bytes(png(seed))
-    train, val = (open_pairs(str(tmp_path), split) for split in ("train", "val"))
+    train, val = (open_data(PAIRS, str(tmp_path), split) for split in ("train", "val"))
     assert sorted(train[i].captions[0] for i in range(len(train))) == ["cat", "fire truck"]
     assert len(val) == 1 and np.array_equal(val[0].image, open_image(png(2)))
     with pytest.raises(BadInput, match="no column for question and answer: columns found: image, caption"):
-        open_vqa(str(tmp_path), "train")
+        open_data(QUESTIONS, str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_image_folder_with_metadata(tmp_path: Path, suffix: str) -> None:
-    rows = [{"file_name": row["image"], **{k: v for k, v in row.items() if k != "image"}} for row in QUESTIONS]
+    rows = [{"file_name": row["image"], **{k: v for k, v in row.items() if k != "image"}} for row in QUESTION_ROWS]
     written(tmp_path, suffix, rows, "metadata")
-    assert [q.text for q in open_vqa(str(tmp_path), "test")[1].questions] == ["and?"]
+    assert [q.text for q in open_data(QUESTIONS, str(tmp_path), "test")[1].questions] == ["and?"]
     written(tmp_path, suffix, [{"file_name": "img/1.png", "text": "said"}], "metadata")
-    assert open_pairs(str(tmp_path), "test")[0].captions == ["said"]
+    assert open_data(PAIRS, str(tmp_path), "test")[0].captions == ["said"]
 
 
 def test_a_folder_of_mixed_forms_and_one_whose_table_has_another_name(tmp_path: Path) -> None:
     written(tmp_path / "mine", ".csv", CAPTIONS[:1], "train")
     written(tmp_path / "mine", ".tar", CAPTIONS[1:], "test-000")
     for split, said in (("train", [["one", "two"]]), ("test", [["three"]])):
-        source = open_pairs(str(tmp_path / "mine"), split, val_fraction=0)
+        source = open_data(PAIRS, str(tmp_path / "mine"), split, val_fraction=0)
         assert [source[i].captions for i in range(len(source))] == said
     written(tmp_path / "other", ".jsonl", CAPTIONS, "captions")
-    assert open_pairs(str(tmp_path / "other"), "test")[0].captions == ["one", "two"], "the only table, whatever it is called"
+    assert open_data(PAIRS, str(tmp_path / "other"), "test")[0].captions == ["one", "two"], "the only table, whatever it is called"
     written(tmp_path / "other", ".csv", CAPTIONS, "others")
     with pytest.raises(BadInput, match=r"cannot use captions\.jsonl, others\.csv as one split"):
-        open_pairs(str(tmp_path / "other"), "train")
+        open_data(PAIRS, str(tmp_path / "other"), "train")
 
 
 def vqav2(folder: Path, *, answers: Callable[[int], list[str]] = lambda q: ["yes"] * 7 + ["no"] * 3) -> Path:
@@ -206,25 +208,25 @@ def test_two_splits_for_one_part_are_refused(tmp_path: Path) -> None:
         as_jsonl = "".join(json.dumps({"image": path, "caption": name}) + "\n" for path in pictures(tmp_path, 2))
         (tmp_path / f"{name}.jsonl").write_text(as_jsonl)
     with pytest.raises(BadInput, match=r"2 splits for val: it has dev\.jsonl, val\.jsonl"):
-        open_pairs(str(tmp_path), "val")
-    assert open_pairs(str(tmp_path), "test")[0].captions == ["test"]
+        open_data(PAIRS, str(tmp_path), "val")
+    assert open_data(PAIRS, str(tmp_path), "test")[0].captions == ["test"]
     (tmp_path / "val.jsonl").unlink()
-    assert open_pairs(str(tmp_path), "val")[0].captions == ["dev"]
+    assert open_data(PAIRS, str(tmp_path), "val")[0].captions == ["dev"]
 
 
 def test_the_layout_of_vqav2(tmp_path: Path) -> None:
     folder = vqav2(tmp_path / "vqa")
-    train, val = (open_vqa(str(folder), split, image_size=8) for split in ("train", "val"))
+    train, val = (open_data(QUESTIONS, str(folder), split, image_size=8) for split in ("train", "val"))
     assert (len(train), len(val)) == (3, 1) and np.array_equal(train[1].image, open_image(png(2), 8))
     question = train[0].questions[1]
     assert question.text == "is it 1?" and question.annotators == 10
     assert [a for a, _ in question.answers] == ["yes", "no"] and [w for _, w in question.answers] == pytest.approx([0.7, 0.3])
     (folder / "v2_OpenEnded_mscoco_test2015_questions.json").write_text('{"questions": []}')
     with pytest.raises(BadInput, match="no annotations"):
-        open_vqa(str(folder), "test")
+        open_data(QUESTIONS, str(folder), "test")
     (folder / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
     with pytest.raises(BadInput, match="question_id 1000 has no annotation"):
-        open_vqa(str(folder), "val")
+        open_data(QUESTIONS, str(folder), "val")
 
 
 def shards(folder: Path, count: int = 4, each: int = 3) -> str:
@@ -240,12 +242,12 @@ def shards(folder: Path, count: int = 4, each: int = 3) -> str:
 def test_tar_shards_as_pattern_folder_and_file(tmp_path: Path) -> None:
     folder = shards(tmp_path / "shards")
     for spec, count in ((folder, 12), (f"{folder}/{{001..003}}.tar", 9), (f"{folder}/{{000,002}}.tar", 6), (f"{folder}/*3.tar", 3)):
-        source = open_pairs(spec, "test", image_size=8)
+        source = open_data(PAIRS, spec, "test", image_size=8)
         assert len(source) == count
     assert source[2].captions == ["picture 11"] and np.array_equal(source[2].image, open_image(png(11), 8))
     with pytest.raises(BadInput, match=r"there is no file .*004\.tar"):
-        open_pairs(f"{folder}/{{000..004}}.tar", "test")
-    assert len(open_pairs(folder, "train")) + len(open_pairs(folder, "val")) == 12
+        open_data(PAIRS, f"{folder}/{{000..004}}.tar", "test")
+    assert len(open_data(PAIRS, folder, "train")) + len(open_data(PAIRS, folder, "val")) == 12
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar", ".jsonl"])
@@ -254,7 +256,7 @@ def test_a_file_of_the_same_size_and_time_is_read_anew(tmp_path: Path, suffix: s
     for word in ("old", "new"):
         spec = written(tmp_path, suffix, [{"image": "img/0.png", "caption": word}])
         os.utime(spec, (1_700_000_000, 1_700_000_000))
-        source = open_pairs(spec, "test")
+        source = open_data(PAIRS, spec, "test")
         seen.append((source[0].captions, source.fingerprint))
     assert seen[0][0] == ["old"] and seen[1][0] == ["new"] and seen[0][1] != seen[1][1]
 
@@ -263,7 +265,7 @@ def test_a_compressed_shard_says_to_unpack_it(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         add(archive, "a.png", png(0))
     with pytest.raises(BadInput) as caught:
-        open_pairs(str(tmp_path / "a.tar"), "test")
+        open_data(PAIRS, str(tmp_path / "a.tar"), "test")
     assert "unpack" in caught.value.fix
 
 
@@ -284,7 +286,7 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
     written(folder, ".parquet", CAPTIONS, "p[3]")
 
     def captions(pattern: str) -> list[str]:
-        source = open_pairs(f"{folder}/{pattern}", "test")
+        source = open_data(PAIRS, f"{folder}/{pattern}", "test")
         return sorted(source[index].captions[0] for index in range(len(source)))
 
     for pattern in ("{c[2],d}.tar", "*.tar", "[cd]*.tar"):
@@ -313,11 +315,11 @@ class Hub:
 
 def test_data_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch)
-    train, val = (open_pairs("hub:owner/name:small", split) for split in ("train", "val"))
+    train, val = (open_data(PAIRS, "hub:owner/name:small", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (20, 10) and val[0].captions == ["c20"] and np.array_equal(train[3].image, open_image(png(3)))
     with pytest.raises(BadInput, match="no split test"):
-        open_pairs("hub:owner/name:small", "test")
-    stream = open_pairs("stream:hub:owner/name:small", "train", shuffle_buffer=1)
+        open_data(PAIRS, "hub:owner/name:small", "test")
+    stream = open_data(PAIRS, "stream:hub:owner/name:small", "train", shuffle_buffer=1)
     assert [stream[i].captions for i in range(3)] == [["c0"], ["c1"], ["c2"]]
 
 
@@ -331,16 +333,16 @@ def test_the_hub_out_of_reach_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     for spec in ("hub:owner/name", "stream:hub:owner/name"):
         with pytest.raises(BadInput, match="ConnectionError: Couldn't reach") as caught:
-            open_vqa(spec, "train")
+            open_data(QUESTIONS, spec, "train")
         assert "local copy" in caught.value.fix
     with pytest.raises(BadInput, match="no name of the hub"):
-        open_vqa("hub:a/b/c", "train")
+        open_data(QUESTIONS, "hub:a/b/c", "train")
     with pytest.raises(BadInput, match="data of the hub is given as hub:owner/name"):
         check_spec("owner/name")
 
 
 def test_texts_for_a_tokenizer_come_from_any_form(tmp_path: Path) -> None:
-    assert "größe?" in set(texts(open_texts(written(tmp_path, ".csv", QUESTIONS))))
+    assert "größe?" in set(texts(open_texts(written(tmp_path, ".csv", QUESTION_ROWS))))
     assert set(texts(open_texts(written(tmp_path, ".tar", CAPTIONS)))) == {"one", "two", "three", "r"}
     for kind in ("boat", "car"):
         (tmp_path / "f" / kind).mkdir(parents=True)
@@ -370,7 +372,7 @@ def test_files_of_a_neighbouring_form_are_named(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=why) as caught:
-        open_vqa(str(tmp_path / name), "test")
+        open_data(QUESTIONS, str(tmp_path / name), "test")
     assert caught.value.fix and capfd.readouterr() == ("", "")
 
 

@@ -22,12 +22,14 @@ from test_data_forms import add, as_csv, vqav2
 
 from efficientvlm.data import text_tables
 from efficientvlm.data.cells import listed, text_of
-from efficientvlm.data.collate import Texts, pair_batch, region_batch, vqa_batch
 from efficientvlm.data.images import open_image
-from efficientvlm.data.items import PairItem, Question, Region, VQAItem
-from efficientvlm.data.sources import drawn, notes, open_pairs, open_vqa, record, usable
+from efficientvlm.data.items import Question, Region
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem, pair_batch, region_batch
+from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem, answers, vqa_batch
+from efficientvlm.data.opening import drawn, notes, open_data, record, usable
 from efficientvlm.data.splits import by_split, split_of
 from efficientvlm.data.text_tables import csv_rows
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 
@@ -40,7 +42,7 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(spec: Any, split: str = "test", **settings: Any) -> list[list[str]]:
-    source = open_pairs(str(spec), split, **settings)
+    source = open_data(PAIRS, str(spec), split, **settings)
     return [source[index].captions for index in range(len(source))]
 
 
@@ -91,12 +93,12 @@ def test_numbers_labels_and_decimals_of_tables(tmp_path: Path) -> None:
     wanted = {"answer": ["cat", "dog"], "many": ["x", "y"], "short": ["0.1"]}
     for spec in (str(tmp_path / "saved"), str(tmp_path / "d.parquet"), f"stream:{tmp_path / 'd.parquet'}"):
         for column, found in wanted.items():
-            source = open_vqa(spec, "train", columns={"answer": column}, val_fraction=0, shuffle_buffer=1)
+            source = open_data(QUESTIONS, spec, "train", columns={"answer": column}, val_fraction=0, shuffle_buffer=1)
             items = [source[n] for n in (0, 1)]
             assert sorted({answer for item in items for answer, _ in item.questions[0].answers}) == found
         with pytest.raises(BadInput, match=r"gap is no answer \(None\)|none could be read"):
-            open_vqa(spec, "train", columns={"answer": "gap"}, val_fraction=0, shuffle_buffer=1, max_bad=0)[0]
-    assert list(open_vqa(str(tmp_path / "saved"), "test", columns={"answer": "gap"}, max_bad=1).answers()) == [("7000000", 1.0)]  # type: ignore[attr-defined]
+            open_data(QUESTIONS, spec, "train", columns={"answer": "gap"}, val_fraction=0, shuffle_buffer=1, max_bad=0)[0]
+    assert list(answers(open_data(QUESTIONS, str(tmp_path / "saved"), "test", columns={"answer": "gap"}, max_bad=1))) == [("7000000", 1.0)]
     table = pyarrow.table({"image": [png(0)], "caption": pyarrow.array(["c"]).dictionary_encode()})
     pyarrow.parquet.write_table(table, tmp_path / "kinds.parquet")
     assert said(tmp_path / "kinds.parquet") == [["c"]]
@@ -185,7 +187,7 @@ def test_text_that_is_not_utf8_counts_where_it_is_read(tmp_path: Path, column: s
     plain = pyarrow.table({**cells, column: [cell.encode() for cell in cells[column][:1]] + [b"\xff"]})
     rows = plain.set_column(plain.schema.get_field_index(column), column, plain[column].chunk(0).view(pyarrow.string()))
     pyarrow.parquet.write_table(rows, tmp_path / "d.parquet")
-    stream, spec = open_pairs(f"stream:{tmp_path}/d.parquet", "train", shuffle_buffer=1), str(tmp_path / "d.parquet")
+    stream, spec = open_data(PAIRS, f"stream:{tmp_path}/d.parquet", "train", shuffle_buffer=1), str(tmp_path / "d.parquet")
     if column == "note":
         assert said(spec) == [["one"], ["two"]] and [stream[n].captions for n in range(2)] == [["one"], ["two"]]
         return
@@ -206,13 +208,16 @@ def test_an_optional_column_is_left_out(tmp_path: Path) -> None:
     rows = [{"image": path, "question": "q", "answer": "a", "weight": "1.5 kg", "image_id": 7} for path in pictures(tmp_path, 2)]
     spec = jsonl(tmp_path / "d.jsonl", rows)
     with pytest.raises(BadInput, match=r"its weight is no weight \('1\.5 kg'\)") as caught:
-        open_vqa(spec, "test", columns={"image_id": ""})
+        open_data(QUESTIONS, spec, "test", columns={"image_id": ""})
     assert "--column weight=none" in caught.value.fix
-    source = open_vqa(spec, "test", columns={"weight": "none", "image_id": ""})
+    source = open_data(QUESTIONS, spec, "test", columns={"weight": "none", "image_id": ""})
     assert len(source) == 2 and record(source, "test")["read_as"][0] == "columns: image=image, question=question, answer=answer"
     with pytest.raises(BadInput, match="answer cannot be left out"):
-        open_vqa(spec, "test", columns={"answer": "none"})
-    assert len(open_vqa(jsonl(tmp_path / "d.jsonl", [{**row, "weight": float("nan"), "image_id": None} for row in rows]), "test")) == 2
+        open_data(QUESTIONS, spec, "test", columns={"answer": "none"})
+    assert (
+        len(open_data(QUESTIONS, jsonl(tmp_path / "d.jsonl", [{**row, "weight": float("nan"), "image_id": None} for row in rows]), "test"))
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,9 +253,9 @@ def test_claims_to_one_split_are_refused_by_name(tmp_path: Path) -> None:
     folder = vqav2(tmp_path / "vqa")
     for part in ("test2015", "test-dev2015"):
         (folder / f"v2_OpenEnded_mscoco_{part}_questions.json").write_text('{"questions": []}')
-    assert len(open_vqa(str(folder), "val")) == 1
+    assert len(open_data(QUESTIONS, str(folder), "val")) == 1
     with pytest.raises(BadInput, match=r"2 splits for test: .*test-dev2015_questions\.json"):
-        open_vqa(str(folder), "test")
+        open_data(QUESTIONS, str(folder), "test")
 
 
 def coco(folder: Path) -> Path:
@@ -268,7 +273,7 @@ def test_the_layout_of_coco(tmp_path: Path) -> None:
     folder = coco(tmp_path / "coco")
     assert said(folder, "train", val_fraction=0) == [["train2017 1 0", "train2017 1 1"], ["train2017 2 0", "train2017 2 1"]]
     assert said(folder, "val") == [["val2017 9 0", "val2017 9 1"]] == said(folder / "annotations" / "captions_val2017.json")
-    assert "split val is captions_val2017.json" in notes(open_pairs(str(folder), "val"))
+    assert "split val is captions_val2017.json" in notes(open_data(PAIRS, str(folder), "val"))
     with pytest.raises(BadInput, match=r"no split test: it has captions_train2017\.json, captions_val2017\.json"):
         said(folder)
 
@@ -299,7 +304,7 @@ def test_pictures_lie_as_deep_as_they_like(tmp_path: Path) -> None:
 
 def test_folder_names_are_captions_only_where_they_are_plainly_classes(tmp_path: Path) -> None:
     in_folders(tmp_path / "ok", "fire_truck/1.png", "cat/1.JPG", "cat/2.png")
-    source = open_pairs(str(tmp_path / "ok"), "test")
+    source = open_data(PAIRS, str(tmp_path / "ok"), "test")
     assert said(tmp_path / "ok") == [["cat"], ["cat"], ["fire truck"]]
     assert notes(source) == ["the captions are the names of 2 folders: cat, fire truck"] == record(source, "test")["read_as"][1:]
     for number, (names, why) in enumerate(
@@ -324,7 +329,7 @@ def test_links_are_followed_once_and_said(tmp_path: Path) -> None:
         (tmp_path / "d" / kind).symlink_to(tmp_path / "real" / kind)
     (tmp_path / "d" / "c" / "round").symlink_to(tmp_path / "d")
     (tmp_path / "d" / "c" / "film.mp4").write_bytes(b"")
-    source = open_pairs(str(tmp_path / "d"), "test")
+    source = open_data(PAIRS, str(tmp_path / "d"), "test")
     assert said(tmp_path / "d") == [["a"], ["b"], ["c"]]
     assert notes(source)[0] == "2 linked folders were followed" and "1 linked folders were not followed" in notes(source)[1]
     assert ".mp4 1" in notes(source)[2]
@@ -335,12 +340,12 @@ def test_stray_files_hide_no_data(tmp_path: Path) -> None:
     (tmp_path / "hub" / "dataset_infos.json").write_text("{}")
     jsonl(tmp_path / "hub" / "data" / "train-0.jsonl", [{"image": str(tmp_path / path), "caption": "c"} for path in pictures(tmp_path, 1)])
     assert said(tmp_path / "hub", "train", val_fraction=0) == [["c"]]
-    assert "dataset_infos.json: no list of rows, passed over" in notes(open_pairs(str(tmp_path / "hub"), "train", val_fraction=0))
+    assert "dataset_infos.json: no list of rows, passed over" in notes(open_data(PAIRS, str(tmp_path / "hub"), "train", val_fraction=0))
     in_folders(tmp_path / "parts", "train/1.png", "test/1.png", "car/1.png")
     for part in ("train", "test"):
         jsonl(tmp_path / "parts" / part / "annotations.jsonl", [{"image": "1.png", "caption": part}])
     assert said(tmp_path / "parts") == [["test"]] and said(tmp_path / "parts", "train", val_fraction=0) == [["train"]]
-    assert notes(open_pairs(str(tmp_path / "parts"), "test")) == ["car: passed over, as other folders are named after splits"]
+    assert notes(open_data(PAIRS, str(tmp_path / "parts"), "test")) == ["car: passed over, as other folders are named after splits"]
     (tmp_path / "web").mkdir()
     with tarfile.open(tmp_path / "web" / "00000.tar", "w") as archive:
         add(archive, "0.jpg", png(0))
@@ -348,7 +353,7 @@ def test_stray_files_hide_no_data(tmp_path: Path) -> None:
     (tmp_path / "web" / "00000.parquet").write_bytes(b"")
     (tmp_path / "web" / "00000_stats.json").write_text("{}")
     assert said(tmp_path / "web") == [["c"]]
-    assert notes(open_pairs(str(tmp_path / "web"), "test")) == ["2 files that img2dataset wrote beside its shards were passed over"]
+    assert notes(open_data(PAIRS, str(tmp_path / "web"), "test")) == ["2 files that img2dataset wrote beside its shards were passed over"]
 
 
 def shard(path: Path, *members: tuple[str, bytes]) -> str:
@@ -367,7 +372,7 @@ def test_shards_in_any_order_and_names_that_are_there_twice(tmp_path: Path) -> N
     with pytest.raises(BadInput, match=r"sample 1: it has 2 pictures, \.png and \.jpg"):
         said(shard(tmp_path / "c.tar", *members, ("1.JPG", png(9))))
     with pytest.raises(BadInput, match="the files of a sample follow each other"):
-        open_pairs(f"stream:{tmp_path / 'a.tar'}", "train", max_bad=0)
+        open_data(PAIRS, f"stream:{tmp_path / 'a.tar'}", "train", max_bad=0)
     in_folders(tmp_path / "d", "1.png", "1.jpg", "2.png")
     for n in (1, 2):
         (tmp_path / "d" / f"{n}.TXT").write_text("c")
@@ -413,7 +418,7 @@ def test_what_is_no_plain_file_or_too_large_is_refused_at_once(tmp_path: Path, m
     in_folders(tmp_path / "f", "cat/1.png", "dog/1.png")
     os.mkfifo(tmp_path / "f" / "cat" / "0.png")
     (tmp_path / "f" / "cat" / "2.png").symlink_to("/dev/zero")
-    source = open_pairs(str(tmp_path / "f"), "test", max_bad=2)
+    source = open_data(PAIRS, str(tmp_path / "f"), "test", max_bad=2)
     assert len(source) == 2 and source.skips.count == 2 and len(source.fingerprint) == 64  # type: ignore[attr-defined]
     with pytest.raises(BadInput, match="is no file"):
         said(jsonl(tmp_path / "p.jsonl", [{"image": "d.csv", "caption": "c"}]))
@@ -448,7 +453,7 @@ def test_texts_and_lists_of_a_row_have_bounds(tmp_path: Path) -> None:
         ({"question": "q", "answer": [f"a{n}" for n in range(2000)]}, "its answer lists 2,000"),
     ):
         with pytest.raises(BadInput, match=why) as caught:
-            open_vqa(jsonl(tmp_path / "d.jsonl", [{"image": paths[0], **row}]), "test")
+            open_data(QUESTIONS, jsonl(tmp_path / "d.jsonl", [{"image": paths[0], **row}]), "test")
         assert len(str(caught.value)) < 500
 
 
@@ -474,29 +479,29 @@ def test_damaged_tables_end_in_three_lines(tmp_path: Path) -> None:
 
 def test_limits_are_drawn_and_said(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "d.jsonl", [{"image": path, "caption": str(n)} for n, path in enumerate(pictures(tmp_path, 40))])
-    some = open_pairs(spec, "test", limit=8)
+    some = open_data(PAIRS, spec, "test", limit=8)
     chosen = [int(some[n].captions[0]) for n in range(8)]
     assert chosen == sorted(chosen) and max(chosen) > 20 and notes(some) == ["8 of 40 images, drawn at random (seed 0)"]
-    assert {item.captions[0] for item in usable(drawn(open_pairs(spec, "test"), 8), range(8))} == {str(n) for n in chosen}
+    assert {item.captions[0] for item in usable(drawn(open_data(PAIRS, spec, "test"), 8), range(8))} == {str(n) for n in chosen}
     (tmp_path / "img" / f"{chosen[3]}.png").write_bytes(b"")
-    assert len(usable(drawn(open_pairs(spec, "test", max_bad=1), 8), range(8))) == 7, "nothing stands in for what is measured"
-    for source in (open_vqa("easy-vqa", "test", limit=5), open_pairs("shapes:size=500", "test", limit=5)):
+    assert len(usable(drawn(open_data(PAIRS, spec, "test", max_bad=1), 8), range(8))) == 7, "nothing stands in for what is measured"
+    for source in (open_data(QUESTIONS, "easy-vqa", "test", limit=5), open_data(PAIRS, "shapes:size=500", "test", limit=5)):
         assert len(source) == 5 and "drawn at random" in record(source, "test")["read_as"][-1]
-    assert notes(open_pairs(f"stream:{spec}", "train", limit=5)) == ["the first 5 rows of each pass: a stream cannot be drawn from"]
+    assert notes(open_data(PAIRS, f"stream:{spec}", "train", limit=5)) == ["the first 5 rows of each pass: a stream cannot be drawn from"]
 
 
 def test_a_stream_looks_beyond_its_first_rows(tmp_path: Path) -> None:
     (path,) = pictures(tmp_path, 1)
     rows: list[dict[str, Any]] = [{"image": path, "other": 1} for _ in range(300)] + [{"image": path, "caption": f"c{n}"} for n in range(9)]
-    stream = open_pairs(f"stream:{jsonl(tmp_path / 'd.jsonl', rows)}", "train", max_bad=1000)
+    stream = open_data(PAIRS, f"stream:{jsonl(tmp_path / 'd.jsonl', rows)}", "train", max_bad=1000)
     assert stream[700].captions[0].startswith("c")
     asked = [{"image": path, "question": "q", "answer": "a"} for _ in range(1100)]
     asked[1050]["weight"] = 0.5
     spec = f"stream:{jsonl(tmp_path / 'q.jsonl', asked)}"
-    late = open_vqa(spec, "train", shuffle_buffer=1)
+    late = open_data(QUESTIONS, spec, "train", shuffle_buffer=1)
     assert {late[n].questions[0].answers[0][1] for n in range(1090)} == {1.0}
     assert "column weight comes first in" in notes(late)[0]
-    named = open_vqa(spec, "train", shuffle_buffer=1, columns={"weight": "weight"})
+    named = open_data(QUESTIONS, spec, "train", shuffle_buffer=1, columns={"weight": "weight"})
     assert named[1050].questions[0].answers == [("a", 0.5)] and not notes(named)
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from efficientvlm.data import phrases
 from efficientvlm.data.easy_vqa import EasyVQA
-from efficientvlm.data.items import PairItem, TwoImageItem, VQAItem
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.kinds.statements import STATEMENTS, about_two
 from efficientvlm.data.scenes import COLOURS, LEVELS, Scene, Thing, draw, sample
 from efficientvlm.data.shapes import Shapes, parse
 from efficientvlm.errors import BadInput
@@ -24,25 +26,25 @@ TWO = Scene((thing("red", "circle", 0.2, 0.5), thing("blue", "triangle", 0.8, 0.
 
 
 def test_an_item_is_a_pure_function_of_settings_split_and_index() -> None:
-    first, again = Shapes(PairItem, "train", spec="shapes:seed=3"), Shapes(PairItem, "train", spec="shapes:seed=3")
+    first, again = Shapes(PAIRS, "train", spec="shapes:seed=3"), Shapes(PAIRS, "train", spec="shapes:seed=3")
     again[11]
     assert np.array_equal(first[7].image, again[7].image)
     assert (first[7].captions, first[7].regions, first[7].id) == (again[7].captions, again[7].regions, again[7].id)
-    for other in (Shapes(PairItem, "val", spec="shapes:seed=3"), Shapes(PairItem, "train", spec="shapes:seed=4")):
+    for other in (Shapes(PAIRS, "val", spec="shapes:seed=3"), Shapes(PAIRS, "train", spec="shapes:seed=4")):
         assert not np.array_equal(other[7].image, first[7].image)
-    assert np.array_equal(Shapes(VQAItem, "train", spec="shapes:seed=3")[7].image, first[7].image)
+    assert np.array_equal(Shapes(QUESTIONS, "train", spec="shapes:seed=3")[7].image, first[7].image)
 
 
 def test_generated_content_is_pinned() -> None:
     # If this changes, so does every data set that was named by its settings: raise VERSION in shapes.py.
-    item = Shapes(PairItem, "train")[0]
+    item = Shapes(PAIRS, "train")[0]
     assert (
         item.captions[1]
         == "a green circle below a yellow rectangle and a yellow rectangle above a yellow triangle on a pale yellow background"
     )
     assert abs(int(item.image.astype(np.int64).sum()) - 2581670) < 50
-    assert Shapes(PairItem, "train").fingerprint != Shapes(PairItem, "train", spec="shapes:seed=1").fingerprint
-    assert Shapes(PairItem, "train").fingerprint == Shapes(PairItem, "val", spec="shapes:difficulty=3").fingerprint
+    assert Shapes(PAIRS, "train").fingerprint != Shapes(PAIRS, "train", spec="shapes:seed=1").fingerprint
+    assert Shapes(PAIRS, "train").fingerprint == Shapes(PAIRS, "val", spec="shapes:difficulty=3").fingerprint
 
 
 @pytest.mark.parametrize("difficulty", sorted(LEVELS))
@@ -97,10 +99,10 @@ def truth(question: str, scene: Scene) -> str | None:
 
 @pytest.mark.parametrize("difficulty", [2, 3, 5])
 def test_presence_and_counts_are_true(difficulty: int) -> None:
-    source = Shapes(VQAItem, "train", spec=f"shapes:difficulty={difficulty}")
+    source = Shapes(QUESTIONS, "train", spec=f"shapes:difficulty={difficulty}")
     checked = Counter()
     for index in range(150):
-        _, scene = source._scene(index)
+        _, scene = source.scene(index)
         for question in source[index].questions:
             expected = truth(question.text, scene)
             if expected is not None:
@@ -127,12 +129,12 @@ def test_one_object_asks_in_the_words_of_easy_vqa() -> None:
     known = {
         question.text for item_texts in [EasyVQA("train")] for questions in item_texts._all_questions.values() for question in questions
     }
-    ours = {q.text for item in (Shapes(VQAItem, "train", spec="shapes:difficulty=2")[i] for i in range(800)) for q in item.questions}
+    ours = {q.text for item in (Shapes(QUESTIONS, "train", spec="shapes:difficulty=2")[i] for i in range(800)) for q in item.questions}
     assert ours == known
 
 
 def test_one_object_pictures_cover_easy_vqa() -> None:
-    theirs, ours = EasyVQA("train", limit=300), Shapes(PairItem, "train", spec="shapes:difficulty=2,size=600")
+    theirs, ours = EasyVQA("train", limit=300), Shapes(PAIRS, "train", spec="shapes:difficulty=2,size=600")
 
     def sides(image: np.ndarray) -> tuple[int, int]:
         rows, columns = np.nonzero(np.abs(image.astype(int) - np.median(image.reshape(-1, 3), axis=0)).sum(-1) > 60)
@@ -147,10 +149,11 @@ def test_one_object_pictures_cover_easy_vqa() -> None:
 
 
 def test_statements_are_true_and_balanced() -> None:
-    source = Shapes(TwoImageItem, "train", spec="shapes:difficulty=3")
+    source = Shapes(STATEMENTS, "train", spec="shapes:difficulty=3")
     labels: dict[str, list[bool]] = {}
     for index in range(600):
-        left, right, statement, label, _ = source._about_two(index)
+        left, right, said, _ = about_two(source, index)
+        statement, label = said.text, said.label
         labels.setdefault(" ".join(statement.split()[:2]), []).append(label)
         if match := re.fullmatch(r"both images contain an? (.+)", statement):
             assert label == all(
@@ -164,15 +167,15 @@ def test_statements_are_true_and_balanced() -> None:
 
 
 def test_size_and_limits_of_the_specification() -> None:
-    source = Shapes(VQAItem, "train", spec="shapes:size=50,objects=2-4,difficulty=1", image_size=32)
-    assert len(source) == 50 and len(Shapes(VQAItem, "val", spec="shapes:size=50")) == 5
+    source = Shapes(QUESTIONS, "train", spec="shapes:size=50,objects=2-4,difficulty=1", image_size=32)
+    assert len(source) == 50 and len(Shapes(QUESTIONS, "val", spec="shapes:size=50")) == 5
     assert source[0].image.shape == (32, 32, 3) and source[0].image.dtype == np.uint8
     with pytest.raises(IndexError):
         source[50]
-    assert {len(source._scene(i)[1].things) for i in range(50)} == {2, 3, 4}
+    assert {len(source.scene(i)[1].things) for i in range(50)} == {2, 3, 4}
     for objects in range(1, 10):
-        crowded = Shapes(PairItem, "train", spec=f"shapes:objects={objects},difficulty=5")
-        assert crowded[0].captions and len(crowded[0].regions) == len(crowded._scene(0)[1].things)
+        crowded = Shapes(PAIRS, "train", spec=f"shapes:objects={objects},difficulty=5")
+        assert crowded[0].captions and len(crowded[0].regions) == len(crowded.scene(0)[1].things)
 
 
 @pytest.mark.parametrize(

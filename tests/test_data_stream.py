@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from conftest import run_stage
 from test_data_files import jsonl, pictures, png
-from test_data_forms import CAPTIONS, QUESTIONS, add, as_csv, as_parquet, shards, written
+from test_data_forms import CAPTIONS, QUESTION_ROWS, add, as_csv, as_parquet, shards, written
 
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.data.images import open_image
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.kinds.questions import QUESTIONS, answers
+from efficientvlm.data.opening import open_data, texts
 from efficientvlm.data.plan import IndexPlan, StreamPlan, plan_for
-from efficientvlm.data.sources import open_pairs, open_vqa, texts
 from efficientvlm.data.stream import Stream, check_settings
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
@@ -44,13 +46,13 @@ def captions(stream: Any, indices: Any) -> list[str]:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet", ".tar"])
 def test_every_form_can_be_streamed(tmp_path: Path, suffix: str) -> None:
-    source = open_vqa(f"stream:{written(tmp_path, suffix, QUESTIONS)}", "train", image_size=8, shuffle_buffer=1)
+    source = open_data(QUESTIONS, f"stream:{written(tmp_path, suffix, QUESTION_ROWS)}", "train", image_size=8, shuffle_buffer=1)
     items = [source[index] for index in range(3)]
-    asked = [str(row["question"]).replace("\n", " " if suffix == ".tsv" else "\n") for row in QUESTIONS]
+    asked = [str(row["question"]).replace("\n", " " if suffix == ".tsv" else "\n") for row in QUESTION_ROWS]
     assert [item.questions[0].text for item in items] == asked
     assert dict(items[0].questions[0].answers) == pytest.approx({"a": 1 / 3, "b": 1 / 6})
     assert np.array_equal(items[2].image, open_image(png(1), 8)) and items[0].id == items[1].id != items[2].id
-    said = open_pairs(f"stream:{written(tmp_path, suffix, CAPTIONS)}", "train", shuffle_buffer=1)
+    said = open_data(PAIRS, f"stream:{written(tmp_path, suffix, CAPTIONS)}", "train", shuffle_buffer=1)
     assert said[0].captions == ["one", "two"] and said[0].regions[0].box == (0.25, 0.25, 0.5, 0.5)
     assert list(texts(said)) == ["one", "two", "r", "three"]
 
@@ -58,12 +60,12 @@ def test_every_form_can_be_streamed(tmp_path: Path, suffix: str) -> None:
 def test_an_address_is_read_like_a_file(tmp_path: Path) -> None:
     rows = [{"image": (tmp_path / path).as_posix(), "caption": "c"} for path in pictures(tmp_path, 2)]
     spec = jsonl(tmp_path / "p.jsonl", rows)
-    stream = open_pairs(f"stream:file://{spec}", "train", shuffle_buffer=1)
+    stream = open_data(PAIRS, f"stream:file://{spec}", "train", shuffle_buffer=1)
     assert np.array_equal(stream[1].image, open_image(png(1)))
     with pytest.raises(BadInput, match="cannot be opened"):
-        open_pairs(f"stream:file://{tmp_path}/none.jsonl", "train")
+        open_data(PAIRS, f"stream:file://{tmp_path}/none.jsonl", "train")
     with pytest.raises(BadInput, match="cannot be streamed"):
-        open_pairs(f"stream:file://{tmp_path}/none.zip", "train")
+        open_data(PAIRS, f"stream:file://{tmp_path}/none.zip", "train")
 
 
 class Line(io.RawIOBase):
@@ -106,19 +108,19 @@ def test_a_connection_that_breaks_is_no_damaged_file(
 
 def test_a_pass_holds_every_sample_and_the_next_has_another_order(tmp_path: Path) -> None:
     spec = f"stream:{pairs(tmp_path)}"
-    stream = open_pairs(spec, "train", shuffle_buffer=8)
+    stream = open_data(PAIRS, spec, "train", shuffle_buffer=8)
     seen = captions(stream, range(4 * COUNT))
     assert set(seen[: COUNT + 8]) == {f"c{n}" for n in range(COUNT)} and seen[:COUNT] != [f"c{n}" for n in range(COUNT)]
     assert seen[:COUNT] != seen[COUNT : 2 * COUNT] and len(stream) == 4 * COUNT
-    assert captions(open_pairs(spec, "train", shuffle_buffer=8, seed=1), range(COUNT)) != seen[:COUNT]
-    assert set(captions(open_pairs(spec, "train", limit=5), range(50))) == {f"c{n}" for n in range(5)}
+    assert captions(open_data(PAIRS, spec, "train", shuffle_buffer=8, seed=1), range(COUNT)) != seen[:COUNT]
+    assert set(captions(open_data(PAIRS, spec, "train", limit=5), range(50))) == {f"c{n}" for n in range(5)}
 
 
 def test_a_resumed_stream_goes_on_where_it_was(tmp_path: Path) -> None:
     spec = f"stream:{pairs(tmp_path)}"
     (tmp_path / "img" / "7.png").write_bytes(b"damaged")
-    whole = captions(open_pairs(spec, "train", shuffle_buffer=8), range(100))
-    resumed = open_pairs(spec, "train", shuffle_buffer=8)
+    whole = captions(open_data(PAIRS, spec, "train", shuffle_buffer=8), range(100))
+    resumed = open_data(PAIRS, spec, "train", shuffle_buffer=8)
     assert captions(resumed, range(61, 100)) == whole[61:]
     assert captions(resumed, range(5)) == whole[:5], "a step back reads it anew"
     assert resumed.skips.count == 1 and "c7" not in whole
@@ -126,9 +128,9 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_processes_share_the_batches_of_one(tmp_path: Path) -> None:
     spec = f"stream:{pairs(tmp_path)}"
-    source = open_pairs(spec, "train", shuffle_buffer=8)
+    source = open_data(PAIRS, spec, "train", shuffle_buffer=8)
     alone = plan_for(source, 6, 0)
-    ranks = [plan_for(open_pairs(spec, "train"), 6, 0, world=2, rank=rank) for rank in range(2)]
+    ranks = [plan_for(open_data(PAIRS, spec, "train"), 6, 0, world=2, rank=rank) for rank in range(2)]
     assert isinstance(alone, StreamPlan) and isinstance(plan_for(list(range(9)), 3, 0), IndexPlan)
     for step in (0, 1, 30):
         assert ranks[0].batch(step) + ranks[1].batch(step) == alone.batch(step) == list(range(6 * step, 6 * step + 6))
@@ -144,18 +146,18 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     lines[3], lines[9], lines[12] = "{oops", '{"image": "img/9.png"}', '{"image": "gone.png", "caption": "c"}'
     path.write_text("\n".join(lines))
-    stream = open_pairs(f"stream:{path}", "train", shuffle_buffer=4)
+    stream = open_data(PAIRS, f"stream:{path}", "train", shuffle_buffer=4)
     assert len(captions(stream, range(90))) == 90 and stream.skips.count == 3
     with pytest.raises(BadInput, match="3 samples"):
-        captions(open_pairs(f"stream:{path}", "train", max_bad=2), range(90))
+        captions(open_data(PAIRS, f"stream:{path}", "train", max_bad=2), range(90))
     with pytest.raises(BadInput, match="line 4: it is not JSON"):
-        captions(open_pairs(f"stream:{path}", "train", max_bad=0, shuffle_buffer=1), range(90))
+        captions(open_data(PAIRS, f"stream:{path}", "train", max_bad=0, shuffle_buffer=1), range(90))
     path.write_text('{"image": "gone.png", "caption": "c"}\n' * 10)
     with pytest.raises(BadInput, match="none could be read"):
-        open_pairs(f"stream:{path}", "train")[0]
+        open_data(PAIRS, f"stream:{path}", "train")[0]
     path.write_text("")
     with pytest.raises(BadInput, match="no rows"):
-        open_pairs(f"stream:{path}", "train")
+        open_data(PAIRS, f"stream:{path}", "train")
 
 
 def test_a_damaged_shard_is_noticed_in_a_stream(tmp_path: Path) -> None:
@@ -165,13 +167,13 @@ def test_a_damaged_shard_is_noticed_in_a_stream(tmp_path: Path) -> None:
     header = whole.index(b"012.png")
     for damaged in (whole[: len(whole) // 2], whole[: len(whole) // 2 + 100], whole[:header] + b"\x01" * 512 + whole[header + 512 :]):
         first.write_bytes(damaged)
-        stream = open_pairs(f"stream:{folder}/*.tar", "train", shuffle_buffer=4)
+        stream = open_data(PAIRS, f"stream:{folder}/*.tar", "train", shuffle_buffer=4)
         assert len(set(captions(stream, range(60)))) > 20 and stream.skips.count == 1
         assert "000.tar: it is damaged after sample" in stream.skips.lines()[0]
     with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as archive:
         add(archive, "a.png", png(0))
         add(archive, "a.json", json.dumps({"caption": "zipped"}).encode())
-    assert open_pairs(f"stream:{tmp_path}/z.tar.gz", "train", shuffle_buffer=1)[0].captions == ["zipped"]
+    assert open_data(PAIRS, f"stream:{tmp_path}/z.tar.gz", "train", shuffle_buffer=1)[0].captions == ["zipped"]
 
 
 def test_damaged_files_break_off_with_a_reason(tmp_path: Path) -> None:
@@ -179,10 +181,10 @@ def test_damaged_files_break_off_with_a_reason(tmp_path: Path) -> None:
     as_parquet(tmp_path / "p.parquet", CAPTIONS[:1])
     (tmp_path / "p.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-20])
     with pytest.raises(BadInput, match="cannot be read as parquet after row 0"):
-        open_pairs(f"stream:{tmp_path}/p.parquet", "train")
+        open_data(PAIRS, f"stream:{tmp_path}/p.parquet", "train")
     as_csv(tmp_path / "p.csv", [{"image": "img/0.png", "other": "c"}])
     with pytest.raises(BadInput, match="no column for caption"):
-        open_pairs(f"stream:{tmp_path}/p.csv", "train")
+        open_data(PAIRS, f"stream:{tmp_path}/p.csv", "train")
 
 
 def test_what_a_stream_must_be_told(tmp_path: Path) -> None:
@@ -202,11 +204,11 @@ def test_what_a_stream_must_be_told(tmp_path: Path) -> None:
         check_settings(stage_settings("pretrain", {**given, "max_steps": 3}))
     assert caught.value.fix == "give --val DATA"
     with pytest.raises(BadInput, match="it has no test split"):
-        open_pairs(spec, "test")
+        open_data(PAIRS, spec, "test")
     with pytest.raises(BadInput, match="not known in advance"):
-        open_vqa(f"stream:{written(tmp_path / 'q', '.jsonl', QUESTIONS)}", "train").answers()
+        list(answers(open_data(QUESTIONS, f"stream:{written(tmp_path / 'q', '.jsonl', QUESTION_ROWS)}", "train")))
     with pytest.raises(BadInput, match="no data called"):
-        open_pairs("stream:nowhere.jsonl", "train")
+        open_data(PAIRS, "stream:nowhere.jsonl", "train")
 
 
 def test_stages_train_on_streams_and_list_what_they_skipped(tmp_path: Path, chain: Path) -> None:
@@ -231,5 +233,5 @@ def test_stages_train_on_streams_and_list_what_they_skipped(tmp_path: Path, chai
 
 
 def test_a_stream_has_no_boolean_trap(tmp_path: Path) -> None:
-    stream = open_pairs(f"stream:{pairs(tmp_path, 3)}", "train")
+    stream = open_data(PAIRS, f"stream:{pairs(tmp_path, 3)}", "train")
     assert isinstance(stream, Stream) and len(stream) == 0 and len(stream.fingerprint) == 64

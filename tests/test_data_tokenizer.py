@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import pytest
 
-from efficientvlm.data.collate import Texts
 from efficientvlm.data.easy_vqa import EasyVQA
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import SPECIAL, guarded, load_tokenizer, require_ids, save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.stages.answering import Answerer

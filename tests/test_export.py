@@ -22,7 +22,8 @@ import efficientvlm
 from efficientvlm import lineage
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.opening import open_data
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
@@ -49,7 +50,7 @@ def exported(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(model: Path, images: int) -> dict[str, Any]:
     loaded = load(str(model))
-    source = open_vqa(SHAPES, "test", limit=images, image_size=loaded.sizes.image_size)
+    source = open_data(QUESTIONS, SHAPES, "test", limit=images, image_size=loaded.sizes.image_size)
     return next(iter(evaluation_batches(source, Answerer(loaded).texts, images)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from conftest import SIZES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_files import jsonl, pictures, png
-from test_data_forms import CAPTIONS, QUESTIONS, WRITERS, vqav2
+from test_data_forms import CAPTIONS, QUESTION_ROWS, WRITERS, vqav2
 
 from efficientvlm import families, manifest, recipe
 from efficientvlm.data.images import open_image
-from efficientvlm.data.sources import open_pairs, open_vqa, texts, usable
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.opening import open_data, texts, usable
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.stages.recut import read_tensors
@@ -153,7 +156,10 @@ def test_stored_gates(tmp_path: Path, chain: Path, data: st.DataObject) -> None:
         Gates.from_tensors([], read_tensors(SimpleNamespace(path=tmp_path), "gates.safetensors"))
 
 
-FORMS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {"questions": (open_vqa, QUESTIONS), "pairs": (open_pairs, CAPTIONS)}
+FORMS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
+    "questions": (partial(open_data, QUESTIONS), QUESTION_ROWS),
+    "pairs": (partial(open_data, PAIRS), CAPTIONS),
+}
 
 
 def read_whole(opened: Callable[..., Any], spec: str) -> None:
@@ -219,7 +225,7 @@ def test_the_layout_of_vqav2(tmp_path: Path, data: st.DataObject) -> None:
     for path in folder.glob("*train2014*.whole"):
         path.with_suffix(".json").write_bytes(data.draw(broken_json(path.read_bytes())))
     with refused_or_read():
-        source = open_vqa(str(folder), "train", image_size=8, max_bad=10**6)
+        source = open_data(QUESTIONS, str(folder), "train", image_size=8, max_bad=10**6)
         usable(source, range(len(source)))
 
 

@@ -12,7 +12,7 @@ from conftest import run_stage
 from PIL import Image
 
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.stages.common import load, text_length
 

@@ -19,8 +19,9 @@ from efficientvlm.control import Control
 from efficientvlm.data import preprocessing
 from efficientvlm.data.images import open_image, to_rgb
 from efficientvlm.data.items import Region
+from efficientvlm.data.kinds.pairs import PAIRS
+from efficientvlm.data.opening import open_data
 from efficientvlm.data.preprocessing import PROCESSORS, Preprocessing, seen_regions
-from efficientvlm.data.sources import open_pairs
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import normalise
@@ -177,7 +178,7 @@ def test_features_of_pictures_of_any_aspect_are_those_of_transformers(name, tmp_
     theirs = network.from_pretrained(source).eval()
     images = [Image.open(tmp_path / f"{number}.png") for number in range(len(SIZES))]
     loaded = load(str(tmp_path / "m"))
-    items = open_pairs(str(tmp_path / "d.jsonl"), "test", image_size=loaded.preprocessing)
+    items = open_data(PAIRS, str(tmp_path / "d.jsonl"), "test", image_size=loaded.preprocessing)
     pixels = torch.stack([torch.from_numpy(items[index].image.transpose(2, 0, 1).copy()) for index in range(len(items))])
     with torch.no_grad():
         expected = theirs.vision_model(pixel_values=processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state

@@ -12,7 +12,8 @@ import torch
 from compression_cases import FAMILIES
 from conftest import SHAPES, run_stage
 
-from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.opening import open_data
 from efficientvlm.families.footprint import Footprint, spans, tiles
 from efficientvlm.stages.answering import Answerer, evaluation_batches
 from efficientvlm.stages.common import load
@@ -92,7 +93,7 @@ def test_graphs_are_ranked_in_blocks_too(chain: Path, tmp_path: Path) -> None:
     for path in (chain / "pruned", tmp_path / "onnx"):
         loaded = load(str(path), exported=True)
         answer = Answerer(loaded)
-        source = open_vqa(SHAPES, "test", limit=3, image_size=loaded.sizes.image_size)
+        source = open_data(QUESTIONS, SHAPES, "test", limit=3, image_size=loaded.sizes.image_size)
         batch = next(iter(evaluation_batches(source, answer.texts, 3)))
         for most in (1, EVERYTHING):
             found.append(rank(loaded.family, loaded.model, batch, answer.candidates, top=128, most=most))

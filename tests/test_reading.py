@@ -11,7 +11,7 @@ from conftest import SHAPES, run_stage
 from PIL import Image
 
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.plan import plan

@@ -22,8 +22,9 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts, pair_batch
-from efficientvlm.data.sources import open_pairs
+from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
+from efficientvlm.data.opening import open_data
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families import footprint
 from efficientvlm.objectives import xvlm_pretraining
@@ -159,7 +160,7 @@ def test_matching_is_measured_on_as_many_wrong_pairs_as_right_ones() -> None:
 
 def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(str(pairs / "teacher"))
-    source = open_pairs(SHAPES, "train", limit=11, image_size=loaded.sizes.image_size)
+    source = open_data(PAIRS, SHAPES, "train", limit=11, image_size=loaded.sizes.image_size)
     results = [evaluate_pairs(loaded, source, limit=None, title="", quiet=True, batch_size=size, rerank=4) for size in (3, 3, 11)]
     assert results[0] == results[1] and results[0].keys() == {
         "images",
@@ -277,7 +278,7 @@ def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -
     student.model = XVLM.for_retrieval(student.model)
     objective = tuning.TASKS["retrieval"].objective(config, student, teacher)
     assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
-    items = [open_pairs(SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
+    items = [open_data(PAIRS, SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
     batch = pair_batch(items, Texts(student.tokenizer), seed=0, step=0, task=True)
     student.model.eval()
     losses = {name: float(value.detach()) for name, value in objective(batch, 0).items()}

@@ -14,8 +14,9 @@ from PIL import Image
 
 from efficientvlm import recipe
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts, vqa_batch
-from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.kinds.questions import QUESTIONS, vqa_batch
+from efficientvlm.data.opening import open_data
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
@@ -70,7 +71,7 @@ def evaluation(folder: Path, **changes: Any) -> Any:
 def by_hand(model: Path, *, twice: bool, limit: int = 4) -> tuple[float, list[str]]:
     """Accuracy and answers when every candidate of every question is scored alone, one token after the other."""
     loaded = load(str(model))
-    source, texts = open_vqa(DATA, "test", limit=limit, image_size=32), Texts(loaded.tokenizer)
+    source, texts = open_data(QUESTIONS, DATA, "test", limit=limit, image_size=32), Texts(loaded.tokenizer)
     hits, given = 0.0, []
     for number in range(limit):
         item = source[number]

@@ -13,8 +13,10 @@ from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from safetensors.torch import load_file
 from test_training import stop_at
 
-from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
-from efficientvlm.data.sources import open_pairs, open_vqa
+from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
+from efficientvlm.data.kinds.questions import QUESTIONS, vqa_batch
+from efficientvlm.data.opening import open_data
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families.towers.attention import Sharing, attend
 from efficientvlm.families.towers.parts import quick_gelu, take
@@ -34,7 +36,7 @@ def only(weights: Any, *names: str) -> Any:
 
 
 def questions(loaded: Any, step: int = 0, images: int = 4, **settings: Any) -> dict[str, Any]:
-    source = open_vqa(SHAPES, "train", image_size=64)
+    source = open_data(QUESTIONS, SHAPES, "train", image_size=64)
     return vqa_batch([source[i] for i in range(images)], Texts(loaded.tokenizer), seed=0, step=step, **settings)
 
 
@@ -150,7 +152,7 @@ def test_a_teacher_makes_only_the_passes_that_are_compared(chain: Path) -> None:
     batch = None
     for terms, texts, pairs in ((["vision_hidden"], 4, None), (["itm_logits"], 4, 12), (["mlm_logits"], 8, 4), (["fusion_hidden"], 8, 16)):
         objective, student, teacher = general(chain, only(DistillWeights, *terms))
-        source = open_pairs(SHAPES, "train", image_size=64)
+        source = open_data(PAIRS, SHAPES, "train", image_size=64)
         batch = pair_batch([source[i] for i in range(4)], Texts(student.tokenizer), seed=0, step=0)
         _, rows = watch(teacher.model, "vision", "text", "fusion")
         losses = objective(batch, 0)
@@ -259,7 +261,7 @@ def test_a_cached_teacher_sees_a_picture_and_a_caption_once(chain: Path) -> None
     plain, *_ = general(chain, only(DistillWeights, "itc_logits"))
     objective.eval(), plain.eval()
     _, rows = watch(teacher.model, "vision", "text", "fusion")
-    source, texts = open_pairs(SHAPES, "train", image_size=64), Texts(student.tokenizer)
+    source, texts = open_data(PAIRS, SHAPES, "train", image_size=64), Texts(student.tokenizer)
     for step, images in enumerate((range(4), range(4), range(2, 6))):
         batch = pair_batch([source[i] for i in images], texts, seed=0, step=step, augment_kind="none")
         torch.testing.assert_close(objective(batch, step)["kd"], plain(batch, step)["kd"], rtol=1e-5, atol=1e-6)

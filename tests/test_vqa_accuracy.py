@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_data_files import jsonl, pictures
 from test_data_forms import vqav2
 
-from efficientvlm.data.sources import open_vqa
+from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.opening import open_data
 from efficientvlm.errors import BadInput
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages.tasks import answer_list
@@ -98,7 +99,7 @@ def test_a_result_says_which_measure_it_is(tmp_path: Path, chain: Path) -> None:
 def test_the_answer_list_leaves_out_rare_answers(tmp_path: Path) -> None:
     rows = [{"image": p, "question": "q?", "answer": a} for p, a in zip(pictures(tmp_path, 4), ("a", "b", "b", ["b", "c"]), strict=True)]
     data = jsonl(tmp_path / "q.jsonl", rows)
-    source = open_vqa(data, "test")
+    source = open_data(QUESTIONS, data, "test")
 
     def listed(count: int) -> list[str]:
         return answer_list(stage_settings("finetune", {"out": "x", "model": "y", "data": data, "min_answer_count": count}), source)

@@ -12,7 +12,8 @@ import numpy as np
 
 from efficientvlm.data.draw import generator, some_of
 from efficientvlm.data.images import open_image
-from efficientvlm.data.items import Pixels, Question, VQAItem
+from efficientvlm.data.items import Pixels, Question
+from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem
 from efficientvlm.data.preprocessing import Preprocessing, side_of
 from efficientvlm.errors import BadInput
 
@@ -79,19 +80,12 @@ class EasyVQA:
         return VQAItem(f"easy-vqa/{origin}/{image_id}", self._images()[index], self._all_questions[image_id])
 
     def texts(self) -> Iterator[str]:
-        for image_id in self._ids:
-            for question in self._all_questions[image_id]:
-                yield question.text
-                for answer, _ in question.answers:
-                    yield answer
+        for questions in self.contents():
+            yield from QUESTIONS.texts(questions)
 
-    def answers(self) -> Iterator[tuple[str, float]]:
-        for question in self.questions():
-            yield from question.answers
-
-    def questions(self) -> Iterator[Question]:
+    def contents(self) -> Iterator[list[Question]]:
         for image_id in self._ids:
-            yield from self._all_questions[image_id]
+            yield self._all_questions[image_id]
 
     def _images(self) -> Pixels:
         if self._pixels is None:

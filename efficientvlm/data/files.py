@@ -1,4 +1,4 @@
-"""A user's own questions and image-text pairs, from any table of `data.forms`, grouped by image."""
+"""A user's own samples of any kind, from any table of `data.forms`, grouped by image."""
 
 from __future__ import annotations
 
@@ -9,39 +9,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from efficientvlm.data.cells import LEFT_OUT, captions_of, is_missing, places_of, question_of, regions_of, text_of
+from efficientvlm.data.cells import LEFT_OUT, is_missing, text_of
 from efficientvlm.data.draw import generator, seed_of, some_of
-from efficientvlm.data.forms import IMAGE_NAMES, open_table
+from efficientvlm.data.forms import open_table
 from efficientvlm.data.images import open_sized
-from efficientvlm.data.items import PairItem, Pixels, Question, VQAItem
-from efficientvlm.data.preprocessing import Preprocessing, seen_regions
+from efficientvlm.data.kinds.kind import Kind, Picture, Row
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.files import sha256
 
-T = TypeVar("T", VQAItem, PairItem)
+T = TypeVar("T")
 SPLIT_SEED = 20190719  # fixed, so that an image is held out in every stage or in none
 ATTEMPTS = 1000
 
-# role → names that are recognised without `--column`
-IMAGE = {"image": IMAGE_NAMES, "image_id": ("image_id", "img_id")}
-VQA_ROLES = IMAGE | {"question": ("question",), "answer": ("answer", "answers", "multiple_choice_answer"), "weight": ("weight", "weights")}
-PAIR_ROLES = IMAGE | {"caption": ("caption", "captions", "text", "texts", "sentence", "sentences"), "regions": ("regions", "elems")}
-VQA_REQUIRED, PAIR_REQUIRED = ("image", "question", "answer"), ("image", "caption")
 
-
-class _Files(Generic[T]):
-    """What both kinds of source share: columns, grouping by image, the held-out part, what is skipped.
+class Files(Generic[T]):
+    """Samples of one kind. Rows that share their pictures are one sample; of data without pictures every row is one.
 
     Rows that cannot be used are left out when the source is opened. A picture that cannot be read is found later: `source[i]` is then
     another picture, which depends on the data and on `i` only; :meth:`usable` leaves it out instead.
     """
 
-    required: tuple[str, ...]
-    roles: Mapping[str, tuple[str, ...]]
-
     def __init__(
         self,
+        kind: Kind[T, Any],
         spec: str,
         split: str,
         *,
@@ -52,7 +44,7 @@ class _Files(Generic[T]):
         image_size: Preprocessing | int | None = None,
         max_bad: int | None = None,
     ) -> None:
-        self.name, self.size = spec, image_size
+        self.kind, self.name, self.size = kind, spec, image_size
         self.skips = Skips(spec, max_bad)
         self.table, hold_out = open_table(spec, split, self.skips)
         rows = len(self.table) + self.skips.count
@@ -60,13 +52,14 @@ class _Files(Generic[T]):
             raise BadInput(f"data {spec}", f"its split {split} has no rows", "check the file, or use another split")
         self.skips.settle(rows)
         if len(self.table):
-            self.columns = find_columns(self.table.columns, self.roles, self.required, columns or {}, spec)
+            self.columns = find_columns(self.table.columns, kind.roles, kind.required, columns or {}, spec)
         groups = self._groups() if len(self.table) else {}
         keys = [key for key in groups if not hold_out or (seed_of(SPLIT_SEED, key) < val_fraction * 2**63) == (split == "val")]
         if limit is not None and limit < len(keys):
             self.skips.note(f"{limit:,} of {len(keys):,} images, drawn at random (seed {seed})")
             keys = [keys[index] for index in some_of(len(keys), limit, seed)]
-        self._texts = {role: self.table.column(name) for role, name in self.columns.items() if role not in IMAGE} if groups else {}
+        said = [role for role in self.columns if role not in (*kind.pictures, "image_id")] if groups else []
+        self._said = {role: self.table.column(self.columns[role]) for role in said}
         self._keys: list[str] = []
         self._rows: list[list[int]] = []
         self._contents: list[list[Any]] = []
@@ -86,9 +79,9 @@ class _Files(Generic[T]):
         """sha256 over the data files and, in order, every picture file the rows point to."""
         digest = hashlib.sha256(self.table.digest.encode())
         for rows in self._rows:
-            where = self.table.image(rows[0], self.columns["image"])
-            if isinstance(where, Path):
-                digest.update(_file_digest(where))
+            for where in self._images(rows[0]):
+                if isinstance(where, Path):
+                    digest.update(_file_digest(where))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -114,13 +107,22 @@ class _Files(Generic[T]):
                 self._skip(index, error)
         return found
 
-    def _read(self, index: int) -> T:
-        """The sample, or :class:`BadInput` if its picture cannot be read."""
-        raise TypeError("a subclass says what a sample is")
+    def texts(self) -> Iterator[str]:
+        for contents in self._contents:
+            yield from self.kind.texts(contents)
 
-    def _content(self, row: int) -> Any:
-        """What a row says, checked before training starts."""
-        raise TypeError("a subclass says what a row must hold")
+    def contents(self) -> Iterator[list[Any]]:
+        yield from self._contents
+
+    def _read(self, index: int) -> T:
+        """The sample, or :class:`BadInput` if a picture of it cannot be read."""
+        first, *_ = rows = self._rows[index]
+        pictures = []
+        for image in self._images(first):
+            pixels, size = open_sized(image, self.size, self.table.where(first))
+            pictures.append(Picture(pixels, size, self.size))
+        said = [Row(content, self.table.where(row)) for row, content in zip(rows, self._contents[index], strict=True)]
+        return self.kind.item(self._keys[index], pictures, said)
 
     def _skip(self, index: int, error: BadInput) -> None:
         self.skips.add(error)
@@ -148,8 +150,15 @@ class _Files(Generic[T]):
             raise BadInput(self.table.where(row), f"its {self.columns['image_id']} is no name ({shorten(repr(value), 80)})", fix)
         return key
 
+    def _images(self, row: int) -> list[bytes | Path]:
+        """The encoded pictures of a row, or where their files are."""
+        return [self.table.image(row, self.columns[role]) for role in self.kind.pictures]
+
     def _path_key(self, row: int) -> str:
-        image = self.table.image(row, self.columns["image"])
+        """By the pictures; where there are none, every row is a sample of its own."""
+        return " ".join(map(self._name_of, self._images(row))) if self.kind.pictures else str(row)
+
+    def _name_of(self, image: bytes | Path) -> str:
         if isinstance(image, bytes):
             return hashlib.sha256(image).hexdigest()[:16]
         return Path(os.path.relpath(image, self.table.base)).as_posix().encode("utf-8", "backslashreplace").decode()
@@ -158,16 +167,16 @@ class _Files(Generic[T]):
         """Add the image `key` with those of its rows that can be used."""
         kept: list[int] = []
         contents: list[Any] = []
-        first: bytes | Path | None = None
+        first: list[bytes | Path] | None = None
         for row in rows:
             try:
                 if "image_id" in self.columns:
-                    image = self.table.image(row, self.columns["image"])
-                    if first is not None and not _same(first, image):
+                    images = self._images(row)
+                    if first is not None and not all(map(_same, first, images)):
                         what = f"{self.columns['image_id']} {key} is another picture than in {self.table.where(kept[0])}"
                         raise BadInput(self.table.where(row), what, "give every picture an id of its own")
                     content = self._content(row)
-                    first = first if first is not None else image
+                    first = first if first is not None else images
                 else:
                     content = self._content(row)
             except BadInput as error:
@@ -180,81 +189,9 @@ class _Files(Generic[T]):
             self._rows.append(kept)
             self._contents.append(contents)
 
-    def _image(self, index: int) -> tuple[Pixels, tuple[int, int]]:
-        row = self._rows[index][0]
-        return open_sized(self.table.image(row, self.columns["image"]), self.size, self.table.where(row))
-
-    def _values(self, row: int) -> dict[str, Any]:
-        return {role: values[row] for role, values in self._texts.items()}
-
-
-class FileVQA(_Files[VQAItem]):
-    """Questions and answers: roles image, question, answer and, optionally, weight, image_id.
-
-    An answer is a string, a list of strings (weight = frequency), or a list of `{answer: ...}` as in VQAv2.
-    """
-
-    required = VQA_REQUIRED
-    roles = VQA_ROLES
-
-    def texts(self) -> Iterator[str]:
-        for questions in self._contents:
-            for question in questions:
-                yield question.text
-                yield from (answer for answer, _ in question.answers)
-
-    def answers(self) -> Iterator[tuple[str, float]]:
-        """Every accepted answer of every question with its weight, without decoding an image."""
-        for question in self.questions():
-            yield from question.answers
-
-    def questions(self) -> Iterator[Question]:
-        """Every question, without decoding an image."""
-        for questions in self._contents:
-            yield from questions
-
-    def _read(self, index: int) -> VQAItem:
-        return VQAItem(self._keys[index], self._image(index)[0], self._contents[index])
-
     def _content(self, row: int) -> Any:
-        return question_of(self._values(row), self.table.where(row), self.columns)
-
-
-class FilePairs(_Files[PairItem]):
-    """Image-text pairs: roles image, caption (a string or a list) and, optionally, regions, image_id.
-
-    A region is `{caption or phrase, bb or box: [x, y, w, h]}`, in pixels of the image from its upper left corner; `caption` may be a list.
-    """
-
-    required = PAIR_REQUIRED
-    roles = PAIR_ROLES
-
-    def texts(self) -> Iterator[str]:
-        for index, contents in enumerate(self._contents):
-            yield from self._captions(index)
-            for _, places in contents:
-                for place in places:
-                    yield from (region.phrase for region in regions_of(place, None, ""))
-
-    def regions(self) -> Iterator[int]:
-        """Described regions of each image, without decoding it."""
-        for contents in self._contents:
-            yield sum(len(regions_of(place, None, "")) for _, places in contents for place in places)
-
-    def _captions(self, index: int) -> list[str]:
-        return list(dict.fromkeys(text for captions, _ in self._contents[index] for text in captions))
-
-    def _read(self, index: int) -> PairItem:
-        image, size = self._image(index)
-        regions = []
-        for row, (_, places) in zip(self._rows[index], self._contents[index], strict=True):
-            for place in places:
-                regions.extend(seen_regions(regions_of(place, size, self.table.where(row)), self.size, *size))
-        return PairItem(self._keys[index], image, self._captions(index), regions)
-
-    def _content(self, row: int) -> Any:
-        values, where = self._values(row), self.table.where(row)
-        return captions_of(values, where, self.columns), places_of(values, where)
+        values = {role: column[row] for role, column in self._said.items()}
+        return self.kind.content(values, self.table.where(row), self.columns)
 
 
 def find_columns(

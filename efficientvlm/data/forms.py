@@ -12,6 +12,7 @@ from pathlib import Path
 
 from efficientvlm.data import coco, hub
 from efficientvlm.data.folders import image_folder
+from efficientvlm.data.kinds.kind import IMAGE_NAMES
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import SPLIT_NAMES, by_split, only, split_of
 from efficientvlm.data.tables import ParquetTable, SavedTable, Selection, Table
@@ -23,7 +24,6 @@ SINGLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SHARDED = (".parquet", ".tar")
 SUFFIXES = (*SINGLE, *SHARDED)
 METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
-IMAGE_NAMES = ("image", "image_path", "img", "binary", "file_name")
 """Columns that are taken for the picture's without `--column`."""
 MOST_FILES = 100_000
 PATTERN = re.compile(r"[*?\[{]")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,41 +25,12 @@ class Region:
 
 
 @dataclass(slots=True)
-class PairItem:
-    """An image with one or more captions of the whole and, where known, described regions."""
-
-    id: str
-    image: Pixels
-    captions: list[str]
-    regions: list[Region] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class Question:
     """A question and its accepted answers with weights, which usually sum to 1; `annotators` have given them (0: not known)."""
 
     text: str
     answers: list[tuple[str, float]]
     annotators: int = 0
-
-
-@dataclass(slots=True)
-class VQAItem:
-    """An image and all the questions asked about it."""
-
-    id: str
-    image: Pixels
-    questions: list[Question]
-
-
-@dataclass(slots=True)
-class TwoImageItem:
-    """A left and a right image and a statement about both that is true or false (the form of NLVR2)."""
-
-    id: str
-    images: tuple[Pixels, Pixels]
-    statement: str
-    label: bool
 
 
 Item = TypeVar("Item", covariant=True)
@@ -86,3 +57,6 @@ class Source(Protocol[Item]):
 
     def texts(self) -> Iterator[str]:
         """Every string of the source (a sample of a generator), without decoding an image."""
+
+    def contents(self) -> Iterator[list[Any]]:
+        """What the rows of every sample say, as their kind reads them, without decoding an image (a sample of a generator)."""

@@ -6,13 +6,14 @@ import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from efficientvlm.data import phrases
 from efficientvlm.data.draw import generator
-from efficientvlm.data.items import PairItem, Question, TwoImageItem, VQAItem
+from efficientvlm.data.items import Pixels
+from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing, side_of
 from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, draw, sample
 from efficientvlm.errors import BadInput
@@ -23,7 +24,7 @@ MOST_OBJECTS = 9
 SAMPLED_TEXTS = 5000
 QUESTIONS = 10
 
-T = TypeVar("T", PairItem, VQAItem, TwoImageItem)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,16 @@ def parse(spec: str) -> Settings:
 
 
 class Shapes(Generic[T]):
-    """One split as items of one kind; `item(i)` depends on the settings, the split and `i` only.
+    """One split as samples of one kind; the one at `i` depends on the settings, the split and `i` only.
 
-    `kind` is :class:`PairItem`, :class:`VQAItem` or :class:`TwoImageItem`; pairs and questions with the same index show the same picture.
+    Pairs and questions with the same index show the same picture.
     """
 
     licence = "Apache-2.0"
 
     def __init__(
         self,
-        kind: type[T],
+        kind: Kind[T, Any],
         split: str,
         settings: Settings | None = None,
         *,
@@ -96,8 +97,7 @@ class Shapes(Generic[T]):
     ) -> None:
         if split not in ("train", "val", "test"):
             raise BadInput(f"shapes has no split {split}", "", "use train, val or test")
-        self.kind: type[T] = kind
-        self.split, self.name = split, spec
+        self.kind, self.split, self.name = kind, split, spec
         self.settings = settings or parse(spec)
         self.side = side_of(image_size) or DEFAULT_SIZE
 
@@ -112,72 +112,37 @@ class Shapes(Generic[T]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        name = f"shapes/{self.settings.seed}/{self.split}/{index}"
-        if self.kind is TwoImageItem:
-            return self._two(index, name)  # type: ignore[return-value]
-        rng, scene = self._scene(index)
-        image = draw(scene, self.side, rng)
-        if self.kind is VQAItem:
-            asked = phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS)
-            return VQAItem(name, image, asked)  # type: ignore[return-value]
-        words = self._words(index, "pair")
-        return PairItem(name, image, phrases.captions(scene, words), phrases.regions(scene, words))  # type: ignore[return-value]
+        return self.kind.drawn(self, index, f"shapes/{self.settings.seed}/{self.split}/{index}")
 
     def texts(self) -> Iterator[str]:
         """Captions, phrases, questions and answers of up to 5,000 scenes, whatever the kind: the vocabulary serves all of them."""
         for index in range(min(len(self), SAMPLED_TEXTS)):
-            _, scene = self._scene(index)
-            words = self._words(index, "pair")
+            _, scene = self.scene(index)
+            words = self.words(index, "pair")
             yield from phrases.captions(scene, words)
             yield from (region.phrase for region in phrases.regions(scene, words))
-            for question in phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS):
+            for question in phrases.questions(scene, self.words(index, "vqa"), self.settings.level, QUESTIONS):
                 yield question.text
                 yield from (answer for answer, _ in question.answers)
-            if self.kind is TwoImageItem:
-                yield self._about_two(index)[2]
 
-    def answers(self) -> Iterator[tuple[str, float]]:
-        """Every accepted answer of up to 5,000 scenes, with its weight, whatever the kind."""
-        for question in self.questions():
-            yield from question.answers
-
-    def questions(self) -> Iterator[Question]:
-        """Every question of up to 5,000 scenes."""
+    def contents(self) -> Iterator[list[Any]]:
+        """What is said of each of up to 5,000 scenes."""
         for index in range(min(len(self), SAMPLED_TEXTS)):
-            _, scene = self._scene(index)
-            yield from phrases.questions(scene, self._words(index, "vqa"), self.settings.level, QUESTIONS)
+            yield self.kind.told(self, index)
 
-    def regions(self) -> Iterator[int]:
-        """Described regions of each of up to 5,000 scenes."""
-        for index in range(min(len(self), SAMPLED_TEXTS)):
-            yield len(self._scene(index)[1].things)
+    def picture(self, index: int) -> tuple[Scene, Pixels]:
+        """The scene at `index`, drawn."""
+        rng, scene = self.scene(index)
+        return scene, draw(scene, self.side, rng)
 
-    def _scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
+    def scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
+        """A scene at `index`, and the generator that goes on to draw it."""
         rng = generator(self.settings.seed, "shapes", self.split, index, part)
         return rng, sample(rng, self.settings.level, self.settings.objects)
 
-    def _words(self, index: int, purpose: str) -> np.random.Generator:
+    def words(self, index: int, purpose: str) -> np.random.Generator:
+        """What chooses the words about the scene at `index`."""
         return generator(self.settings.seed, "shapes", self.split, index, purpose)
-
-    def _about_two(self, index: int) -> tuple[Scene, Scene, str, bool, np.random.Generator]:
-        """Two scenes and a statement. Its form and its truth are drawn first, so that neither tells the other; the scenes follow."""
-        level, objects = self.settings.level, self.settings.objects
-        rng, left = self._scene(index, "left")
-        label = bool(rng.random() < 0.5)
-        form, what = phrases.pick(rng, phrases.STATEMENTS), phrases.pick(rng, phrases.NOUNS)
-        right = sample(rng, level, objects)
-        attempt = 0
-        while True:
-            statement, truth = phrases.statement(form, phrases.noun_for(what, left, right, rng, level), left, right, rng)
-            if truth == label:
-                return left, right, statement, label, rng
-            attempt += 1
-            if attempt % 4 == 0:
-                left, right = right, sample(rng, level, objects)
-
-    def _two(self, index: int, name: str) -> TwoImageItem:
-        left, right, statement, label, rng = self._about_two(index)
-        return TwoImageItem(name, (draw(left, self.side, rng), draw(right, self.side, rng)), statement, label)
 
 
 def _number(spec: str, key: str, text: str, low: int, high: int) -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from efficientvlm.data import hub
-from efficientvlm.data.cells import LEFT_OUT, captions_of, places_of, question_of, regions_of, text_of
+from efficientvlm.data.cells import LEFT_OUT, text_of
 from efficientvlm.data.draw import generator
-from efficientvlm.data.files import PAIR_REQUIRED, PAIR_ROLES, VQA_REQUIRED, VQA_ROLES, find_columns
+from efficientvlm.data.files import find_columns
 from efficientvlm.data.forms import braces, paths_of
 from efficientvlm.data.images import open_sized
-from efficientvlm.data.items import PairItem, Question, VQAItem
-from efficientvlm.data.preprocessing import Preprocessing, seen_regions
+from efficientvlm.data.kinds.kind import Kind, Picture, Row
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
 from efficientvlm.data.tables import encoded, one_line, read_as, readers
@@ -31,7 +31,7 @@ LOOKED_AT = 1000  # rows, for the names of the columns
 TEXTS = 100_000  # rows a tokenizer is trained on
 ATTEMPTS = 100
 
-T = TypeVar("T", VQAItem, PairItem)
+T = TypeVar("T")
 
 
 class Stream(Generic[T]):
@@ -45,7 +45,7 @@ class Stream(Generic[T]):
 
     def __init__(
         self,
-        kind: type[T],
+        kind: Kind[T, Any],
         spec: str,
         *,
         columns: Mapping[str, str] | None = None,
@@ -55,8 +55,8 @@ class Stream(Generic[T]):
         max_bad: int | None = None,
         shuffle_buffer: int = 1000,
     ) -> None:
-        self.kind: type[T] = kind
-        self.name, self.size, self.seed, self.limit, self.buffer_size = without_secrets(spec), image_size, seed, limit, shuffle_buffer
+        self.kind, self.name, self.size = kind, without_secrets(spec), image_size
+        self.seed, self.limit, self.buffer_size = seed, limit, shuffle_buffer
         self._what = spec.removeprefix(PREFIX)
         self.skips = Skips(self.name, max_bad)
         self.skips.settle(None)
@@ -69,11 +69,10 @@ class Stream(Generic[T]):
             broken = broken or raw.problem
         if broken and not have:
             raise broken
-        roles, required = (VQA_ROLES, VQA_REQUIRED) if issubclass(kind, VQAItem) else (PAIR_ROLES, PAIR_REQUIRED)
-        named = {name: None for role, name in (columns or {}).items() if role not in required and name not in LEFT_OUT}
-        self.columns = find_columns(list(have | named), roles, required, columns or {}, spec)
-        free = [role for role in roles if role not in self.columns and role not in (columns or {})]
-        self._late = {name for role in free for name in roles[role]}  # would have been taken, had they come earlier
+        named = {name: None for role, name in (columns or {}).items() if role not in kind.required and name not in LEFT_OUT}
+        self.columns = find_columns(list(have | named), kind.roles, kind.required, columns or {}, spec)
+        free = [role for role in kind.roles if role not in self.columns and role not in (columns or {})]
+        self._late = {name for role in free for name in kind.roles[role]}  # would have been taken, had they come earlier
         self._lock = threading.Lock()
         self._rewind()
 
@@ -109,45 +108,16 @@ class Stream(Generic[T]):
         raise BadInput(f"data {self.name}", f"of {ATTEMPTS} samples drawn none could be read", "mend the data")
 
     def texts(self) -> Iterator[str]:
-        """Every string of the first 100,000 rows."""
-        content: Any
-        for content in self._contents():
-            if isinstance(content, Question):
-                yield from (content.text, *(answer for answer, _ in content.answers))
-            else:
-                yield from content[0]
-                yield from (region.phrase for place in content[1] for region in regions_of(place, None, ""))
+        for contents in self.contents():
+            yield from self.kind.texts(contents)
 
-    def questions(self) -> Iterator[Question]:
-        """The question of each of the first 100,000 rows."""
-        yield from self._contents()
-
-    def regions(self) -> Iterator[int]:
-        """Described regions of each of the first 100,000 rows."""
-        for _, places in self._contents():
-            yield sum(len(regions_of(place, None, "")) for place in places)
-
-    def _contents(self) -> Iterator[Any]:
-        """What the first 100,000 rows hold beside their pictures, of which none is decoded."""
+    def contents(self) -> Iterator[list[Any]]:
+        """Those of the first 100,000 rows; the rest is not known in advance."""
         for raw in itertools.islice(self._pass(0), TEXTS):
             try:
-                yield self._content(self._values(raw), raw.where)
+                yield [self.kind.content(self._values(raw), raw.where, self.columns)]
             except BadInput as error:
                 self.skips.add(error)
-
-    def _content(self, values: dict[str, Any], where: str) -> Any:
-        """The question of a row, or its captions and the entries of its regions."""
-        if issubclass(self.kind, VQAItem):
-            return question_of(values, where, self.columns)
-        return captions_of(values, where, self.columns), places_of(values, where)
-
-    def answers(self) -> Iterator[tuple[str, float]]:
-        """A stream cannot be read in advance.
-
-        Raises:
-            BadInput: always; it takes a file of answers.
-        """
-        raise BadInput(f"data {self.name}", "the answers of a stream are not known in advance", "give --answers FILE")
 
     def _rewind(self) -> None:
         self._position = 0
@@ -218,17 +188,14 @@ class Stream(Generic[T]):
             BadInput: it cannot be used; names the row.
         """
         values, where = self._values(raw), raw.where
-        content = self._content(values, where)
-        image = encoded(values["image"], raw.base, where)
-        pixels, size = open_sized(image, self.size, where)
+        said = Row(self.kind.content(values, where, self.columns), where)
+        images = [encoded(values[role], raw.base, where) for role in self.kind.pictures]
+        pictures = [Picture(*open_sized(image, self.size, where), self.size) for image in images]
         key = text_of(values.get("image_id"))
         if key is None:
-            key = hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(values["image"])
-        if issubclass(self.kind, VQAItem):
-            return VQAItem(str(key), pixels, [content])
-        captions, places = content
-        regions = [region for place in places for region in seen_regions(regions_of(place, size, where), self.size, *size)]
-        return PairItem(str(key), pixels, captions, regions)
+            names = [hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(image) for image in images]
+            key = " ".join(names) if names else where
+        return self.kind.item(str(key), pictures, [said])
 
 
 def check_settings(config: Any) -> None:

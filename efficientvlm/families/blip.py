@@ -35,7 +35,7 @@ FEATURES = "features"
 
 
 class BLIP(Described):
-    """Batches are those of `data.collate`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
+    """Batches are those of `data.kinds`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
 
     Texts that are decoded start with the configuration's `decoder_start`, those read with an image with its `question_start_id`, whatever
     their first token was.

@@ -20,7 +20,7 @@ class Generation(Objective):
 
     Use it to tune a network with an answer decoder; `distillation.Distilled` adds a teacher.
 
-    Inputs of `forward`: a batch of `data.collate.vqa_batch`. Returns `task`, and the same as `loss`.
+    Inputs of `forward`: a batch of `data.kinds.questions.vqa_batch`. Returns `task`, and the same as `loss`.
     """
 
     terms: tuple[Term, ...] = (

@@ -58,7 +58,7 @@ class CachedAnswers(CachedTeacher):
         self.kept: Kept = {}
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
-        """For a `data.collate.vqa_batch`: `logits` [A, L, V], 0 where an answer is padded."""
+        """For a `data.kinds.questions.vqa_batch`: `logits` [A, L, V], 0 where an answer is padded."""
         owners = [batch["item_ids"][image] for image in batch["image_index"].tolist()]
         asked = zip(owners, batch["question_texts"], batch["answer_texts"], strict=True)
         keys = [(owner, question, answer) for owner, question, answers in asked for answer, _ in answers]
@@ -84,7 +84,7 @@ class CachedFeatures(CachedTeacher):
         self.texts: Kept = {}
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
-        """For a `data.collate.pair_batch`: similarities [B, B] of the pairs of all processes, divided by the temperature."""
+        """For a `data.kinds.pairs.pair_batch`: similarities [B, B] of the pairs of all processes, divided by the temperature."""
         pixels, ids, mask = batch["pixels"], batch["text_ids"], batch["text_mask"]
 
         def images(rows: list[int]) -> Sequence[Tensor]:

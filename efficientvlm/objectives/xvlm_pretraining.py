@@ -49,7 +49,7 @@ class XvlmPretraining(Objective):
     Use it to pre-train a network without a teacher, and as the loss of retrieval, which is contrast and matching alone;
     `distillation.Distilled` adds a teacher.
 
-    Inputs of `forward`: a batch of `data.collate.pair_batch` or `region_batch`, and the step, which seeds the negatives.
+    Inputs of `forward`: a batch of `data.kinds.pairs.pair_batch` or `region_batch`, and the step, which seeds the negatives.
     Returns the scalar losses `itc`, `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`. Over several processes contrast and
     negatives span the pairs of all, and each loss is such that its mean over the processes is that of one process with the whole batch.
     Reference: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.

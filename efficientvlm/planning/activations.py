@@ -15,7 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficientvlm import ranks
-from efficientvlm.data.items import PairItem, Question, Region, VQAItem
+from efficientvlm.data.items import Question, Region
+from efficientvlm.data.kinds.pairs import PairItem, phrases_of
+from efficientvlm.data.kinds.questions import VQAItem, asked
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.hardware import pick_device
@@ -82,9 +84,9 @@ class Grey:
         self.source, self.count, self.vqa = source, count, vqa
         self.image = np.full((side, side, 3), 127, np.uint8)
         if vqa:
-            asked = list(islice(source.questions(), SAMPLE))
-            longest = [max(asked, key=lambda question: len(question.text)), max(asked, key=said_length)] if asked else []
-            self.texts: list[Any] = [*longest, *asked]
+            first = list(islice(asked(source), SAMPLE))
+            longest = [max(first, key=lambda question: len(question.text)), max(first, key=said_length)] if first else []
+            self.texts: list[Any] = [*longest, *first]
             self.each = max(1, round(asked_each(source)))
         else:
             texts = list(islice(source.texts(), SAMPLE))
@@ -113,7 +115,7 @@ def said_length(question: Question) -> int:
 def described(source: Any) -> int:
     """Described regions an image, by the first images of `source`; 0 where it has none."""
     whole = getattr(source, "source", source)
-    counts = list(islice(whole.regions(), SAMPLE)) if hasattr(whole, "regions") else []
+    counts = [sum(len(phrases_of(content)) for content in contents) for contents in islice(whole.contents(), SAMPLE)]
     return -(-sum(counts) // len(counts)) if counts else 0
 
 
@@ -123,4 +125,4 @@ def asked_each(source: Any) -> float:
         return 1.0
     whole = getattr(source, "source", source)
     listed = min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)
-    return sum(1 for _ in source.questions()) / max(1, listed)
+    return sum(1 for _ in asked(source)) / max(1, listed)

@@ -119,7 +119,7 @@ def _texts(value: Any) -> list[str]:
 def _problem(stage: str, key: str, spec: str) -> EvlmError | None:
     try:
         if key in DATA:
-            from efficientvlm.data.sources import check_spec
+            from efficientvlm.data.opening import check_spec
 
             check_spec(spec)
         elif key in CHECKPOINTS and stage == "import":

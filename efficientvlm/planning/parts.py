@@ -9,8 +9,8 @@ from typing import Any
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import fingerprint
+from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
-from efficientvlm.data.sources import BUILT_IN
 from efficientvlm.planning import costs, teacher_cache
 from efficientvlm.planning.chain import PLANNED, Chain
 from efficientvlm.planning.checks import place

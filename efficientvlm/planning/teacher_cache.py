@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from efficientvlm.data.kinds.questions import answers
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.errors import BadInput
 from efficientvlm.planning.costs import FLOAT, main_memory, size
@@ -20,7 +21,7 @@ def bytes_kept(config: Any, teacher: Loaded, source: Any, images_seen: int) -> i
     whole = getattr(source, "source", source)
     listed = min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)  # images whose texts are known without a picture
     if isinstance(config, VQASettings):
-        tokens = _answer_tokens(config, teacher, [answer for answer, _ in source.answers()])
+        tokens = _answer_tokens(config, teacher, [answer for answer, _ in answers(source)])
         return round(tokens * images / max(1, listed)) * teacher.sizes.vocab_size * FLOAT
     captions = images_seen if listed < len(whole) else min(images_seen, len(set(source.texts())))
     return (images + captions) * int(teacher.model.config.embed_dim) * FLOAT

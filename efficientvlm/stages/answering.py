@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 
 from efficientvlm.data.answer_list import read_answers
-from efficientvlm.data.collate import Texts, vqa_batch
+from efficientvlm.data.kinds.questions import QUESTIONS, vqa_batch
+from efficientvlm.data.opening import drawn, open_data, usable
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import drawn, open_vqa, usable
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
@@ -27,7 +28,7 @@ EVAL_BATCH = 100
 
 def open_task(config: Any, split: str, image_size: Preprocessing | None) -> Any:
     """The questions of `split`; `val` names a validation file of its own."""
-    return open_vqa(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
+    return open_data(QUESTIONS, **which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
 def listed_answers(config: Any) -> list[str] | None:

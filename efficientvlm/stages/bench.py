@@ -14,7 +14,7 @@ from efficientvlm import bench
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.memory import enough_memory

@@ -19,11 +19,11 @@ from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.opening import is_built_in, notes, record
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import is_built_in, notes, record
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
+from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, save_tokenizer
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.families import loading

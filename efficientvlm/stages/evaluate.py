@@ -8,7 +8,7 @@ from typing import Any
 from efficientvlm.checkpoint import fingerprint
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
-from efficientvlm.data.sources import record
+from efficientvlm.data.opening import record
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.manifest import Manifest

@@ -14,7 +14,7 @@ from typing import Any
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output, require_complete
 from efficientvlm.control import Control
-from efficientvlm.data.sources import record
+from efficientvlm.data.opening import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from efficientvlm import influence
-from efficientvlm.data.collate import stack, vqa_batch
-from efficientvlm.data.sources import usable
+from efficientvlm.data.batch import stack
+from efficientvlm.data.kinds.questions import vqa_batch
+from efficientvlm.data.opening import usable
 from efficientvlm.errors import Diverged
 from efficientvlm.families.weights import finite
 from efficientvlm.progress import say

@@ -10,7 +10,7 @@ import torch
 from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.control import Control
-from efficientvlm.data.sources import open_texts, texts
+from efficientvlm.data.opening import open_texts, texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from efficientvlm.data.collate import vqa_batch
 from efficientvlm.data.images import open_image
-from efficientvlm.data.items import Question, VQAItem
+from efficientvlm.data.items import Question
+from efficientvlm.data.kinds.questions import VQAItem, vqa_batch
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
 from efficientvlm.stages.answering import Answerer

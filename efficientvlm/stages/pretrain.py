@@ -10,11 +10,12 @@ from torch import nn
 
 from efficientvlm import ranks
 from efficientvlm.control import Control
-from efficientvlm.data.collate import Texts, pair_batch, region_batch
 from efficientvlm.data.draw import generator
+from efficientvlm.data.kinds.pairs import PAIRS, pair_batch, region_batch
+from efficientvlm.data.opening import drawn, open_data, usable
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.sources import drawn, open_pairs, usable
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm import distilled
@@ -150,7 +151,7 @@ def freeze(model: nn.Module, towers: Sequence[str]) -> None:
 
 def open_split(config: Any, split: str, image_size: Preprocessing | None) -> Any:
     """The image-text pairs of `split`, images prepared as `image_size` says."""
-    return open_pairs(**which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
+    return open_data(PAIRS, **which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
 def feed_of(config: PretrainingSettings, student: Loaded, source: Any, texts: Texts, plan: Plan) -> Callable[[int], Sequence[Batch]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from efficientvlm.data.collate import Texts
+from efficientvlm.data.kinds.questions import asked
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import shorten
 from efficientvlm.progress import say
 
@@ -103,7 +104,7 @@ def of_questions(texts: Texts, answers: Sequence[str], source: Any) -> Reading:
     """Questions of `source` of which no accepted answer is in the closed list, as the tokenizer reads both."""
     listed = set(texts.identities(answers)) - {None}
     questions = lost = 0
-    for question in source.questions():
+    for question in asked(source):
         questions += 1
         lost += listed.isdisjoint(texts.identities([answer for answer, _ in question.answers]))
     return Reading({"questions": questions, "unanswerable": lost}, unanswerable(lost, questions))

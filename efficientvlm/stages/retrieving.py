@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from efficientvlm.data.collate import Texts, stack
-from efficientvlm.data.sources import drawn, usable
+from efficientvlm.data.batch import stack
+from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.progress import Bar, say
 from efficientvlm.stages.common import Loaded, texts_of

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from efficientvlm import ranks
-from efficientvlm.data.collate import Texts, pair_batch, vqa_batch
+from efficientvlm.data.kinds.pairs import pair_batch
+from efficientvlm.data.kinds.questions import answers, vqa_batch
 from efficientvlm.data.plan import Plan
 from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.generation import Generation
@@ -186,7 +188,7 @@ def answer_list(config: VQASettings, source: Any) -> list[str]:
         return listed
     counts: dict[str, float] = {}
     questions: dict[str, int] = {}
-    for answer, weight in source.answers():
+    for answer, weight in answers(source):
         counts[answer] = counts.get(answer, 0.0) + weight
         questions[answer] = questions.get(answer, 0) + 1
     listed = [answer for answer in counts if questions[answer] >= config.min_answer_count]

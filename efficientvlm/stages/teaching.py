@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
+from efficientvlm.data.kinds.questions import answers
 from efficientvlm.manifest import Manifest
 from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say
@@ -42,13 +42,13 @@ def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
 
 def majority_answer(source: Any) -> tuple[str, float] | None:
     """The answer that is right most often, and the part of all answers that it is, by weight; None where nothing is answered."""
-    weights: Counter[str] = Counter()
-    for answer, weight in source.answers():
-        weights[answer] += weight
+    weights: dict[str, float] = {}
+    for answer, weight in answers(source):
+        weights[answer] = weights.get(answer, 0.0) + weight
     if not weights:
         return None
-    answer, most = weights.most_common(1)[0]
-    return answer[:80], most / sum(weights.values())
+    answer = max(weights, key=weights.__getitem__)
+    return answer[:80], weights[answer] / sum(weights.values())
 
 
 def _measured(manifest: Manifest, val: Any) -> tuple[str, float] | None:

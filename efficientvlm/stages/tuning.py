@@ -13,8 +13,8 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
-from efficientvlm.data.collate import Texts
 from efficientvlm.data.plan import Plan, plan_for
+from efficientvlm.data.texts import Texts
 from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.progress import say, telling

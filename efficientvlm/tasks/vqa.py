@@ -151,7 +151,7 @@ def evaluate(
     as_read: Read = as_it_is,
     can_say: Callable[[str], bool] = lambda read: True,
 ) -> dict[str, Any]:
-    """Accuracy of `predict` over batches of `data.collate.vqa_batch(train=False)`, overall and for each annotated answer's kind.
+    """Accuracy of `predict` over batches of `data.kinds.questions.vqa_batch(train=False)`, overall and for each annotated answer's kind.
 
     Both sides are compared as `as_read` gives them: what a tokenizer cannot tell apart (case, spacing) is no mistake, and a text that it
     cannot read (None) is never right. A question with ten annotators is measured as VQAv2 does, with its normalisation of answers; any

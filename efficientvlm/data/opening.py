@@ -5,19 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from efficientvlm.data.draw import some_of
-from efficientvlm.data.items import Item, PairItem, Source, VQAItem
+from efficientvlm.data.items import Item, Source
+from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput, without_secrets
 
+T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 BUILT_IN = ("easy-vqa", "shapes")
 HUB, STREAM = "hub:", "stream:"
 
 
-def open_vqa(
+def open_data(
+    kind: Kind[T, Any],
     spec: str,
     split: str,
     *,
@@ -28,8 +31,8 @@ def open_vqa(
     image_size: Preprocessing | int | None = None,
     max_bad: int | None = None,
     shuffle_buffer: int = 1000,
-) -> Source[VQAItem]:
-    """Images with their questions.
+) -> Source[T]:
+    """Samples of `kind`.
 
     Args:
         spec: `easy-vqa`, `shapes[:key=value,...]`, a file, a pattern of shards or a folder, `hub:NAME`, or `stream:` before any of these
@@ -44,59 +47,32 @@ def open_vqa(
             pictures' own size otherwise. What `shapes` draws has the side that comes out, and needs no preparing.
 
     Raises:
-        BadInput: unknown data, an unreadable file, a missing column.
+        BadInput: unknown data, data that hold nothing of this kind, an unreadable file, a missing column.
     """
     _check(spec, split)
     if spec == "easy-vqa":
-        from efficientvlm.data.easy_vqa import EasyVQA
-
-        return EasyVQA(split, val_fraction=val_fraction, limit=limit, image_size=image_size)
+        return _easy_vqa(kind, split, val_fraction=val_fraction, limit=limit, image_size=image_size)
     if spec.partition(":")[0] == "shapes":
         from efficientvlm.data.shapes import Shapes
 
-        return drawn(Shapes(VQAItem, split, image_size=image_size, spec=spec), limit)
+        return drawn(Shapes(kind, split, image_size=image_size, spec=spec), limit)
     own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
     if spec.startswith(STREAM):
         from efficientvlm.data.stream import Stream
 
-        return Stream(VQAItem, spec, shuffle_buffer=shuffle_buffer, **own)
-    from efficientvlm.data.files import FileVQA
+        return Stream(kind, spec, shuffle_buffer=shuffle_buffer, **own)
+    from efficientvlm.data.files import Files
 
-    return FileVQA(spec, split, val_fraction=val_fraction, **own)
+    return Files(kind, spec, split, val_fraction=val_fraction, **own)
 
 
-def open_pairs(
-    spec: str,
-    split: str,
-    *,
-    columns: Mapping[str, str] | None = None,
-    val_fraction: float = 0.1,
-    limit: int | None = None,
-    seed: int = 0,
-    image_size: Preprocessing | int | None = None,
-    max_bad: int | None = None,
-    shuffle_buffer: int = 1000,
-) -> Source[PairItem]:
-    """Images with captions and, where the data has them, described regions; arguments as in :func:`open_vqa`.
+def _easy_vqa(kind: Kind[Any, Any], split: str, **options: Any) -> Source[Any]:
+    from efficientvlm.data.easy_vqa import EasyVQA
+    from efficientvlm.data.kinds.questions import QUESTIONS
 
-    Raises:
-        BadInput: unknown data, data without captions, an unreadable file, a missing column.
-    """
-    _check(spec, split)
-    if spec == "easy-vqa":
-        raise BadInput("data easy-vqa", "it has questions but no captions", "use shapes, or image-text pairs of your own")
-    if spec.partition(":")[0] == "shapes":
-        from efficientvlm.data.shapes import Shapes
-
-        return drawn(Shapes(PairItem, split, image_size=image_size, spec=spec), limit)
-    own: dict[str, Any] = {"columns": columns, "limit": limit, "seed": seed, "image_size": image_size, "max_bad": max_bad}
-    if spec.startswith(STREAM):
-        from efficientvlm.data.stream import Stream
-
-        return Stream(PairItem, spec, shuffle_buffer=shuffle_buffer, **own)
-    from efficientvlm.data.files import FilePairs
-
-    return FilePairs(spec, split, val_fraction=val_fraction, **own)
+    if kind is not QUESTIONS:
+        raise BadInput("data easy-vqa", f"it has questions but no {kind.holds}", f"use shapes, or {kind.holds} of your own")
+    return EasyVQA(split, **options)
 
 
 class Subset(Source[Item]):
@@ -133,15 +109,9 @@ class Subset(Source[Item]):
     def texts(self) -> Iterator[str]:
         return self.source.texts()
 
-    def answers(self) -> Iterator[tuple[str, float]]:
+    def contents(self) -> Iterator[list[Any]]:
         """Those of the whole source, like its texts."""
-        source: Any = self.source
-        return source.answers()
-
-    def questions(self) -> Iterator[Any]:
-        """Those of the whole source, like its texts."""
-        source: Any = self.source
-        return source.questions()
+        return self.source.contents()
 
 
 def drawn(source: Source[Item], limit: int | None) -> Source[Item]:
@@ -177,15 +147,18 @@ def open_texts(spec: str, *, columns: Mapping[str, str] | None = None) -> Source
     Raises:
         BadInput: it can be opened as neither; what is wrong with the form that fits better.
     """
+    from efficientvlm.data.kinds.pairs import PAIRS
+    from efficientvlm.data.kinds.questions import QUESTIONS
+
     if spec == "easy-vqa" or "question" in (columns or {}):
-        return open_vqa(spec, "train", columns=columns)
+        return open_data(QUESTIONS, spec, "train", columns=columns)
     try:
-        return open_pairs(spec, "train", columns=columns)
+        return open_data(PAIRS, spec, "train", columns=columns)
     except BadInput as as_pairs:
         if "no column for" not in as_pairs.what or spec.partition(":")[0] in BUILT_IN:
             raise
         try:
-            return open_vqa(spec, "train", columns=columns)
+            return open_data(QUESTIONS, spec, "train", columns=columns)
         except BadInput as as_questions:
             raise (as_pairs if "no column for" in as_questions.what else as_questions) from None
 

@@ -1,0 +1,25 @@
+"""Parts of which batches are made: tensors that a model takes, with every draw seeded by (seed, step, sample, purpose)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientvlm.data.draw import seed_of
+from efficientvlm.data.items import Pixels
+
+Batch = dict[str, Any]
+
+
+def stack(images: Sequence[Pixels]) -> Tensor:
+    """Images `[H, W, 3]` of one size as a uint8 tensor `[B, 3, H, W]`."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+
+
+def keys(names: Sequence[str]) -> Tensor:
+    """Numbers that are equal where names are, int64 `[len(names)]`."""
+    return torch.tensor([seed_of(0, name) for name in names], dtype=torch.int64)
