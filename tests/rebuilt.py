@@ -20,13 +20,13 @@ def values(name: str, shape: Any, scale: float = 1.0) -> Tensor:
 
 
 def rebuilt(model: nn.Module) -> nn.Module:
-    """`model` with all its parameters filled: matrices by their inputs, vectors near what they are by default."""
+    """`model` with all its parameters filled: matrices by their inputs, scales of norms near 1; single numbers stay as they are."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.copy_(values(name, parameter.shape, 2.0 / parameter[0].numel() ** 0.5))
             elif parameter.ndim == 1:
-                parameter.add_(values(name, parameter.shape, 0.2))
+                parameter.copy_(values(name, parameter.shape, 0.2) + name.endswith(".weight"))
     return model.eval()
 
 
