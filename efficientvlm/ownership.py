@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ LOCK = "lock"
 METRICS = "metrics.jsonl"
 MARK = ".training_state.done"  # a finished stage's request, moved here while its state is removed: see `Output._drop_state`
 BEGINNINGS = {LOCK: PROGRAM.encode(), UNDER_WAY: BEGINNING}  # what precedes a request, and what it says from its first byte on
+PATTERN = re.compile(r"[{*?[]")  # where a name of data goes on as a pattern
 READ = ("model", "teacher", "data", "val", "answers", "tokenizer", "from_gates")  # settings that name what a stage reads
 
 
@@ -95,10 +97,13 @@ def refuse_inputs_inside(out: Path, inputs: dict[str, str], config: dict[str, An
         for value in given if isinstance(given, list) else [given]:
             if not isinstance(value, str) or not os.path.lexists(out):
                 continue
-            text, pattern, _ = value.removeprefix("stream:").partition("{")  # {000..010}.tar names shards
+            spec = value.removeprefix("stream:")
             try:
-                path = expanded(text + pattern)
-                inside = _lies_in(path, out) and (bool(pattern) or os.path.lexists(path))
+                path = expanded(spec)
+                there = os.path.lexists(path)
+                if not there and (pattern := PATTERN.search(spec)):  # {000..010}.tar or *.tar name shards
+                    path, there = expanded(spec[: pattern.end()]), True
+                inside = there and _lies_in(path, out)
             except (OSError, ValueError, BadInput):
                 continue  # no path, or one that is refused where it is read
             if inside:

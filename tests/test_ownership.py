@@ -148,6 +148,8 @@ def test_inputs_inside_the_output_are_refused(tmp_path: Path) -> None:
     for key, value in {"answers": "training_state/answers.txt", "data": "x.jsonl", "val": "{0..9}.tar"}.items():
         assert_refused(tmp_path, tmp_path / "a", "lies in it", config={key: str(tmp_path / "a" / value)})
     assert_refused(tmp_path, tmp_path / "a", "lies in it", config={"data": str(tmp_path / "link")})
+    for pattern in ("*.tar", "{000..003}.tar", "d?.jsonl", "[ab].parquet"):
+        assert_refused(tmp_path, tmp_path / "a", "lies in it", config={"data": f"stream:{tmp_path / 'a' / pattern}"})
 
 
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
