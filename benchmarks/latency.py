@@ -29,14 +29,14 @@ from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families import blocks, xvlm_model
 from efficientvlm.files import write_atomic
+from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.progress import Bar
 from efficientvlm.script import told
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Bench
-from efficientvlm.stages.bench import ranking
-from efficientvlm.stages.common import Loaded, load
 from efficientvlm.stages.run import module_of
+from efficientvlm.tasks.vqa import VQA
 
 PAGE = "docs/export.md"
 MODELS = ("teacher", "student", "sliced")
@@ -96,7 +96,9 @@ def calls(work: Path) -> dict[Variant, Callable[[int], object]]:
             if folder not in opened:  # one copy of a checkpoint for all its forms
                 opened[folder] = load(str(folder), exported=True)
             config = Bench(models=[str(folder)], batch_sizes=list(ROUNDS), text_length=TEXT_LENGTH, precision=precision)
-            call = ranking(opened[folder], config, torch.device("cpu"), ANSWERS)
+            loaded = opened[folder]
+            loaded.model.config.answers = loaded.model.config.answers or ANSWERS
+            call = VQA().timed(loaded, config, torch.device("cpu"), [loaded], quiet=True)
             made[name, form] = eager(call) if "eager" in form else call
     return made
 

@@ -26,10 +26,11 @@ from efficientvlm.bench import processor
 from efficientvlm.compression.surgery import mask_vector, slice_model
 from efficientvlm.control import Control
 from efficientvlm.files import write_atomic
+from efficientvlm.loaded import load
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import of, stage_settings
 from efficientvlm.settings.methods import DistillWeights, TaskWeights
-from efficientvlm.stages.common import load, making, open_output, write
+from efficientvlm.stages.common import making, open_output, write
 from efficientvlm.stages.run import module_of
 
 PRETRAINED = "bundled:easy-vqa-pretrained"

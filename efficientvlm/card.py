@@ -11,6 +11,7 @@ from typing import Any
 from efficientvlm import influence
 from efficientvlm.errors import printable
 from efficientvlm.manifest import DataRecord, Manifest
+from efficientvlm.tasks.about import ABOUT
 
 NAME = re.compile(r"[\w.:/@+ -]+")  # of what the header names; anything else is told below, as text
 
@@ -27,8 +28,9 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "license_name": "see-the-data-table",
         "tags": ["efficientvlm", *(tag for tag in (manifest.family, manifest.stage) if NAME.fullmatch(tag))],
     }
-    if task == "vqa":
-        header["pipeline_tag"] = "visual-question-answering"
+    about = ABOUT.get(str(task))
+    if about and about.tag:
+        header["pipeline_tag"] = about.tag
     if data:
         header["datasets"] = sorted({record.name for record in data if NAME.fullmatch(record.name)})
     if manifest.parents:
@@ -64,7 +66,7 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
         "```sh",
         f"evlm inspect {spoken}",
-        *([f'evlm predict --model {spoken} --image picture.png --question "What colour is it?"'] if task == "vqa" else []),
+        *([f"evlm predict --model {spoken} {about.asked}"] if about and about.asked else []),
         "```",
         "",
     ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TITLES = {"accuracy": "accuracy", "reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}
-"""Main metrics, the first one that was measured counting, and what to call them: of question answering, then of retrieval."""
+from efficientvlm.tasks.about import ABOUT
+
+TITLES = {name: title for about in ABOUT.values() for name, title in about.metrics.items()}
+"""Main metrics of all tasks, the first one that was measured counting, and what to call them."""
 
 
 def main_metric(metrics: Any) -> tuple[str, float] | None:

@@ -31,10 +31,9 @@ SHAPES = "shapes:difficulty=2,size=40"
 
 def run_stage(name: str, control: Control = QUIET, **settings: Any) -> Any:
     """Run a stage from plain settings, as the command line does."""
-    from importlib import import_module
+    from efficientvlm.stages.run import module_of
 
-    module = {"import": "import_", "eval": "evaluate"}.get(name, name)
-    return import_module(f"efficientvlm.stages.{module}").run(stage_settings(name, settings), control)
+    return module_of(name).run(stage_settings(name, settings), control)
 
 
 @pytest.fixture(autouse=True, scope="session")

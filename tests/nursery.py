@@ -20,7 +20,7 @@ from typing import Any
 
 from conftest import run_stage
 
-PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in ("prune", "pretrain", "finetune", "shrink", "import_", "evaluate"))]
+PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in ("prune", "learning", "shrink", "import_", "evaluate"))]
 Run = list[ForkServerProcess]
 
 

@@ -25,8 +25,8 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import KINDS, BlipAnswerConfig
 from efficientvlm.families.blip_fresh import fresh_config
-from efficientvlm.stages.common import load
-from efficientvlm.tasks.vqa import generate
+from efficientvlm.loaded import load
+from efficientvlm.tasks.ranking import generate
 
 FAMILY = BLIP()
 CLOSE = dict(rtol=1e-5, atol=1e-5)

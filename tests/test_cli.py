@@ -107,7 +107,7 @@ def fake_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise seen["result"]
         return seen["result"] if "result" in seen else Path(config.out)
 
-    for name in ("init", "import_", "pretrain", "shrink", "distill", "prune", "finetune", "evaluate", "bench"):
+    for name in ("init", "import_", "learning", "shrink", "prune", "evaluate", "bench"):
         monkeypatch.setitem(sys.modules, f"efficientvlm.stages.{name}", SimpleNamespace(run=run))
     return seen
 

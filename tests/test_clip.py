@@ -28,9 +28,9 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.clip import CLIP
 from efficientvlm.families.clip_config import LEGACY_END, SlicedSiglipConfig
 from efficientvlm.families.clip_model import SlicedCLIPModel, SlicedSiglipModel
+from efficientvlm.loaded import load
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import import_folder
-from efficientvlm.stages.common import load
 
 FAMILY = CLIP()
 CLOSE = dict(rtol=1e-5, atol=1e-5)

@@ -530,8 +530,8 @@ def test_pictures_are_mirrored_only_when_asked_for(words: Texts, kind: str) -> N
 
 
 def test_data_of_ones_own_is_not_mirrored() -> None:
+    from efficientvlm.data.configured import augmentation
     from efficientvlm.settings.stages import Finetune, Pretrain
-    from efficientvlm.stages.common import augmentation
 
     assert augmentation(Pretrain(out="o", model="m", data="shapes:size=9"))["mirror"]
     assert augmentation(Finetune(out="o", model="m", data="easy-vqa"))["mirror"]

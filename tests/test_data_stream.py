@@ -16,6 +16,7 @@ from test_data_files import jsonl, pictures, png
 from test_data_forms import CAPTIONS, QUESTION_ROWS, add, as_csv, as_parquet, shards, written
 
 from efficientvlm.checkpoint import require_complete
+from efficientvlm.data.configured import which
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS
 from efficientvlm.data.kinds.questions import QUESTIONS, answers
@@ -25,7 +26,6 @@ from efficientvlm.data.stream import Stream, check_settings
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.errors import BadInput
 from efficientvlm.settings.compose import stage_settings
-from efficientvlm.stages.common import which
 
 COUNT = 30
 

@@ -17,7 +17,7 @@ from efficientvlm.data.easy_vqa import EasyVQA
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import SPECIAL, guarded, load_tokenizer, require_ids, save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
-from efficientvlm.stages.answering import Answerer
+from efficientvlm.tasks.answering import Answerer
 
 SENTENCES = ["A red circle.", "the redder circle", "a cat & a dog", "dogs"]
 

@@ -19,7 +19,7 @@ from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_folder
 from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias
 from efficientvlm.families.xvlm_towers import from_towers
-from efficientvlm.stages.common import load
+from efficientvlm.loaded import load
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 SIZE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=7, layer_norm_eps=1e-4)

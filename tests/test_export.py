@@ -32,10 +32,11 @@ from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import BlipAnswerConfig
 from efficientvlm.families.clip import CLIP
 from efficientvlm.families.exported import ONNX, Description, Exported, StoredSizes, open_session
+from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages import predict
-from efficientvlm.stages.answering import Answerer, evaluation_batches
-from efficientvlm.stages.common import Loaded, load, write
+from efficientvlm.stages.common import write
+from efficientvlm.tasks.answering import Answerer, evaluation_batches
 
 FAST: dict[str, Any] = {"rounds": 1, "batch_sizes": [1], "data": SHAPES, "limit": 4, "format": "onnx"}
 

@@ -25,9 +25,9 @@ from efficientvlm.families.weights import read_file, read_folder
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
 from efficientvlm.families.xvlm_towers import from_towers
+from efficientvlm.loaded import load
 from efficientvlm.settings.stages import ImportConfig, InitConfig
 from efficientvlm.stages import import_, init
-from efficientvlm.stages.common import load
 from efficientvlm.stages.import_folder import licence_of
 
 WIDTH, NEURONS, VOCAB = 64, 10, 70

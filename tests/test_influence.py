@@ -23,7 +23,7 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.page.story import DAMAGE
 from efficientvlm.stages import page
-from efficientvlm.stages.influence import measure, of_anything
+from efficientvlm.tasks.influence import measure, of_anything
 
 BLIND = "the image has no influence on the answer"
 

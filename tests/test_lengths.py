@@ -14,7 +14,7 @@ from PIL import Image
 from efficientvlm.control import Control
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
-from efficientvlm.stages.common import load, text_length
+from efficientvlm.loaded import load, text_length
 
 LONG = " ".join(["a red circle the blue square a cat and dogs"] * 9)
 

@@ -92,7 +92,7 @@ def test_the_same_is_counted_with_values(chain: Any, tmp_path: Any, stage: str) 
 
 
 def test_a_valueless_network_keeps_its_tied_tensors(chain: Any) -> None:
-    from efficientvlm.stages.common import load
+    from efficientvlm.loaded import load
 
     loaded = load(str(chain / "teacher"), weights=False)
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -20,7 +20,7 @@ from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weigh
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.methods import DistillationQuirks, DistillWeights
-from efficientvlm.tasks.vqa import rank
+from efficientvlm.tasks.ranking import rank
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity")
 NETS, VQA = FOLDER / "xvlm_tiny", FOLDER / "vqa_tiny"

@@ -26,6 +26,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.loaded import load, shapes
 from efficientvlm.objectives import teachers
 from efficientvlm.planning import costs
 from efficientvlm.planning.checks import preflight
@@ -35,7 +36,6 @@ from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.methods import DistillWeights, TaskWeights
-from efficientvlm.stages.common import load, shapes
 from efficientvlm.state import tensors_of
 from efficientvlm.training import update
 
@@ -385,7 +385,7 @@ def test_the_memory_of_a_cached_teacher(name: str, chain: Path, monkeypatch: pyt
     assert 0 < real <= found.memory["teacher cache"] <= 1.5 * real
     parts = {part: count for part, count in found.memory.items() if part != "total"}
     assert found.memory["total"] == sum(parts.values())
-    monkeypatch.setattr("efficientvlm.planning.teacher_cache.main_memory", lambda: real - 1)
+    monkeypatch.setattr("efficientvlm.planning.costs.main_memory", lambda: real - 1)
     (problem,) = plan([step(name, **{**caching.config.model_dump(), "out": "out/other"})]).problems.found
     assert problem.error.what == "cache_teacher takes too much memory"
     assert not plan([step(name, **{**caching.config.model_dump(), "out": "out/other", "cache_teacher": False})]).problems.found

@@ -24,9 +24,9 @@ from efficientvlm.data.opening import open_data
 from efficientvlm.data.preprocessing import PROCESSORS, Preprocessing, seen_regions
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
+from efficientvlm.families.image_settings import default_settings, preprocessing_of
 from efficientvlm.families.towers.parts import normalise
-from efficientvlm.stages.common import load
-from efficientvlm.stages.image_settings import default_settings, preprocessing_of
+from efficientvlm.loaded import load
 
 SIZES = ((40, 23), (23, 40), (37, 37), (11, 61), (16, 16), (9, 7))
 

@@ -21,11 +21,12 @@ from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.loaded import load
+from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.methods import GateQuirks, VQAPruningQuirks
 from efficientvlm.settings.stages import Prune
-from efficientvlm.stages.common import load
 from efficientvlm.stages.cutting import DENSE, save_tensors
 from efficientvlm.training import update
 
@@ -211,8 +212,10 @@ def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     widths = {"vision_width": 8, "text_width": 8, "vision_intermediate": 6, "text_intermediate": 6, "vocab_size": 16, "image_size": 32}
     model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
     scope = Scope.of(Anatomy.of(XVLM, model), 0.5)
-    gates = Gates(scope.units, head_init=0.0)
-    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, gate_steps=16, warmup_steps=8, epoch=epoch, quirks=quirks), scope
+    gates, reads = Gates(scope.units, head_init=0.0), released_rows(scope) if quirks.mask_offsets else None
+    return Gated(
+        Inner(model), gates, Budget(scope), scope, seed=0, gate_steps=16, warmup_steps=8, epoch=epoch, quirks=quirks, reads=reads
+    ), scope
 
 
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:

@@ -15,9 +15,9 @@ from conftest import SHAPES, run_stage
 from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.opening import open_data
 from efficientvlm.families.footprint import Footprint, spans, tiles
-from efficientvlm.stages.answering import Answerer, evaluation_batches
-from efficientvlm.stages.common import load
-from efficientvlm.tasks.vqa import generate, rank
+from efficientvlm.loaded import load
+from efficientvlm.tasks.answering import Answerer, evaluation_batches
+from efficientvlm.tasks.ranking import generate, rank
 
 EVERYTHING = 1 << 60
 
@@ -129,7 +129,7 @@ PEAK = """
 import resource, torch
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
-from efficientvlm.tasks.vqa import rank
+from efficientvlm.tasks.ranking import rank
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 family = XVLM()
 model = family.build(XVLMConfig(image_size=64, patch_size=16, vision_width=16, vision_layers=1, vision_heads=2, vision_intermediate=16,

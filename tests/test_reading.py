@@ -11,16 +11,16 @@ from conftest import SHAPES, run_stage
 from PIL import Image
 
 from efficientvlm.control import Control
+from efficientvlm.data import reading
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
+from efficientvlm.loaded import load
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
-from efficientvlm.stages import reading
-from efficientvlm.stages.answering import Answerer
-from efficientvlm.stages.common import load
-from efficientvlm.tasks.vqa import evaluate
+from efficientvlm.tasks.answering import Answerer
+from efficientvlm.tasks.ranking import evaluate
 
 UNREAD = ["10°", "20°", "红", "蓝", "😀", "£5", "[SEP]", "\u200b", "  ", ""]
 

@@ -27,7 +27,7 @@ RELOADED = """
 import sys
 import torch
 from efficientvlm.compression.surgery import mask_vector
-from efficientvlm.stages.common import load
+from efficientvlm.loaded import load
 from efficientvlm.stages.recut import dense_model
 
 pruned = load(sys.argv[1])

@@ -23,7 +23,7 @@ from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.methods import DistillationQuirks
-from efficientvlm.tasks.vqa import rank
+from efficientvlm.tasks.ranking import rank
 
 FILE = Path(__file__).parent / "reference" / "xvlm.json"
 LOSSES = ("itc", "itm", "mlm", "box")

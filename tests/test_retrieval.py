@@ -27,18 +27,19 @@ from efficientvlm.data.opening import open_data
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families import footprint
+from efficientvlm.loaded import load
 from efficientvlm.objectives import xvlm_pretraining
 from efficientvlm.objectives.distillation import Distilled
+from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Targets
-from efficientvlm.stages import tuning
-from efficientvlm.stages.common import load
-from efficientvlm.stages.retrieving import evaluate_pairs
-from efficientvlm.tasks import retrieval
-from efficientvlm.tasks.retrieval import Gallery, drawn_pairs, evaluate
+from efficientvlm.tasks import recall
+from efficientvlm.tasks.known import TASKS
+from efficientvlm.tasks.recall import Gallery, drawn_pairs, evaluate
+from efficientvlm.tasks.retrieval import evaluate_pairs
 
 XVLM = families.get("xvlm")
 QUIET = Control(quiet=True)
@@ -113,7 +114,7 @@ def by_hand(found: Gallery, rerank: int) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rerank", [0, 3, 20])
 def test_recalls_are_those_of_the_definition(seed: int, rerank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "SCORES_AT_ONCE", 40)  # blocks of one or two queries
+    monkeypatch.setattr(recall, "SCORES_AT_ONCE", 40)  # blocks of one or two queries
     found = gallery(seed)
     result = evaluate(Matcher(), None, found, batch_size=5, rerank=rerank)
     assert result["images"] == 13 and result["captions"] == len(found.said)
@@ -177,9 +178,9 @@ def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.Mon
     items = [source[at] for at in range(11)]
     pixels = torch.stack([torch.from_numpy(item.image).permute(2, 0, 1) for item in items])
     batches = [([item.id for item in items], pixels, [item.captions for item in items])]
-    one = retrieval.encode(XVLM, loaded.model, batches, texts.batch, 64, 11)
+    one = recall.encode(XVLM, loaded.model, batches, texts.batch, 64, 11)
     split = [(names[at : at + 4], pixels[at : at + 4], said[at : at + 4]) for names, pixels, said in batches for at in (0, 4, 8)]
-    other = retrieval.encode(XVLM, loaded.model, split, texts.batch, 5, 20)
+    other = recall.encode(XVLM, loaded.model, split, texts.batch, 5, 20)
     torch.testing.assert_close(one.image, other.image, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.text, other.text, rtol=1e-5, atol=1e-5)
     assert len(one.text) == len({caption for item in batches[0][2] for caption in item}) and one.own == other.own
@@ -276,7 +277,7 @@ def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -
     student, teacher = load(str(chain / "distilled")), load(str(pairs / "teacher"))
     config = stage_settings("finetune", {"out": "x", "model": "x", "data": SHAPES, "task": "retrieval", "weights": {"itm_logits": 2}})
     student.model = XVLM.for_retrieval(student.model)
-    objective = tuning.TASKS["retrieval"].objective(config, student, teacher)
+    objective = distilled(TASKS["retrieval"].objective(config, student), teacher.model, config)
     assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
     items = [open_data(PAIRS, SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
     batch = pair_batch(items, Texts(student.tokenizer), seed=0, step=0, task=True)
@@ -365,7 +366,7 @@ def test_a_clip_is_measured_by_contrast_alone(tmp_path: Path, chain: Path) -> No
         return ids, torch.ones_like(ids)
 
     batches = [(["a", "b", "c", "d", "e"], pixels, [["x"], ["xx", "xxx"], ["x" * 4], ["x" * 5], ["x" * 6]])]
-    found = retrieval.encode(family, model, batches, tokens, 4, 5)
+    found = recall.encode(family, model, batches, tokens, 4, 5)
     result = evaluate(family, model, found, batch_size=4)
     assert (
         result.keys() == {"images", "captions", "standard_errors", *METRICS}

@@ -67,13 +67,13 @@ def test_settings_are_those_of_stage_task_and_method() -> None:
         (
             "prune",
             {"task": "vqq", "answers": "a", "sparsity": 3},
-            ["task: input should be 'vqa', 'retrieval' or 'none'", "sparsity: input"],
+            ["task: input should be 'pretraining', 'vqa', 'retrieval' or 'none'", "sparsity: input"],
         ),
         ("prune", {"task": ["vqa"]}, ["task: input should be"]),
         (
             "prune",
             {"task": "none", "method": "random", "teacher": "t", "kd": 1},
-            ["teacher: no method of dist", "kd: it belongs to task vqa"],
+            ["teacher: no method of dist", "kd: it belongs to task pretraining"],
         ),
         ("finetune", {"distillation": "dim", "kd": 3, "answers": 1}, ["answers: input should be", "distillation: input should be"]),
     ],

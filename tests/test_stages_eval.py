@@ -18,12 +18,14 @@ from efficientvlm.data.kinds.questions import QUESTIONS, vqa_batch
 from efficientvlm.data.opening import open_data
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.loaded import load
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Bench, InitConfig, Report
-from efficientvlm.stages import bench, evaluate, finetune, init, predict, report, run
-from efficientvlm.stages.common import load
+from efficientvlm.stages import bench, evaluate, init, learning, predict, report, run
+from efficientvlm.tasks import vqa
+from efficientvlm.tasks.vqa import example
 
 QUIET, FORCE = Control(quiet=True), Control(quiet=True, force=True)
 DATA = "shapes:difficulty=2,size=60"
@@ -51,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     init.run(InitConfig(out=str(root / "start"), size="tiny", data=DATA, settings=TINIER), QUIET)
     settings: dict[str, Any] = {"data": DATA, "limit": 8, "batch_size": 4, "max_steps": 2, "eval_limit": 2, "rank_top": 5, "device": "cpu"}
-    finetune.run(stage_settings("finetune", {"out": str(root / "vqa"), "model": str(root / "start"), **settings}), QUIET)
+    learning.run(stage_settings("finetune", {"out": str(root / "vqa"), "model": str(root / "start"), **settings}), QUIET)
     torch.set_num_threads(before)
     return root
 
@@ -130,7 +132,7 @@ def test_a_finished_result_is_returned_without_work(folder: Path, tmp_path: Path
     assert json.loads(out.read_text()) == first and [path.name for path in out.parent.iterdir()] == ["result.json"]
     before = out.stat().st_ino, out.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate_on", lambda *_, **__: pytest.fail("it was evaluated again"))
+        patch.setattr(vqa, "evaluate_on", lambda *_, **__: pytest.fail("it was evaluated again"))
         relative = Path(*[".."] * len(Path.cwd().parts[1:]), *(folder / "vqa").parts[1:])  # another name of the same checkpoint
         assert evaluate.run(evaluation(folder, out=str(out), limit=1, model=str(relative)), QUIET) == first
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == before
@@ -182,8 +184,8 @@ def test_bench_times_every_model_at_every_batch_size(folder: Path) -> None:
 def test_bench_reads_questions_without_padding(folder: Path) -> None:
     loaded = load(str(folder / "vqa"))
     texts = Texts(loaded.tokenizer)
-    one, again = (bench.example(loaded.sizes.image_size, texts, 3, 7, 0, torch.device("cpu")) for _ in range(2))
-    other = bench.example(loaded.sizes.image_size, texts, 3, 7, 1, torch.device("cpu"))
+    one, again = (example(loaded.sizes.image_size, texts, 3, 7, 0, torch.device("cpu")) for _ in range(2))
+    other = example(loaded.sizes.image_size, texts, 3, 7, 1, torch.device("cpu"))
     assert one["pixels"].shape == (3, 3, 32, 32) and one["pixels"].dtype == torch.uint8
     assert one["question_ids"].shape == (3, 7) and bool(one["question_mask"].all()) and not bool((one["question_ids"] == texts.pad).any())
     assert (one["question_ids"][:, 0] == texts.cls).all() and (one["question_ids"][:, -1] == texts.sep).all()

@@ -149,7 +149,7 @@ def test_another_number_of_threads_is_recorded(chain: Path, tmp_path: Path, monk
 def test_a_finished_checkpoint_is_up_to_date_with_another_evaluation(
     chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("efficientvlm.stages.tuning.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("efficientvlm.stages.learning.train", lambda *_, **__: pytest.fail("trained again"))
     run_stage("prune", Control(), out=str(chain / "pruned"), **PRUNE(chain), **{**TRAIN, "eval_limit": 5})
     said = capsys.readouterr().err
     assert "up to date" in said and "eval_limit: 4 there, 5 now" in said
@@ -241,7 +241,7 @@ def test_a_finished_stage_is_up_to_date_and_costs_nothing(chain: Path, monkeypat
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("efficientvlm.stages.tuning.train", never)
+    monkeypatch.setattr("efficientvlm.stages.learning.train", never)
     before = (chain / "pruned" / "evlm_manifest.json").read_bytes()
     run_stage("prune", out=str(chain / "pruned"), **PRUNE(chain), **TRAIN)
     assert (chain / "pruned" / "evlm_manifest.json").read_bytes() == before

@@ -20,12 +20,12 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families.towers.attention import Sharing, attend
 from efficientvlm.families.towers.parts import quick_gelu, take
+from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.methods import DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
-from efficientvlm.stages.common import load
 
 TERMS = {"prune": TaskWeights, "finetune": TaskWeights, "distill": DistillWeights}
 NO_QUIRKS = DistillationQuirks()

@@ -17,8 +17,8 @@ from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.opening import open_data
 from efficientvlm.errors import BadInput
 from efficientvlm.settings.compose import stage_settings
-from efficientvlm.stages.tasks import answer_list
-from efficientvlm.tasks.vqa import evaluate, soft_accuracy
+from efficientvlm.tasks.ranking import evaluate, soft_accuracy
+from efficientvlm.tasks.vqa import answer_list
 from efficientvlm.tasks.vqa_answers import normalised
 
 

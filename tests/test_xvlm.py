@@ -18,7 +18,8 @@ from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
 from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
-from efficientvlm.tasks.vqa import accuracy, answer_loss, evaluate, generate, rank, sequence_nll
+from efficientvlm.objectives.losses import answer_loss, sequence_nll
+from efficientvlm.tasks.ranking import accuracy, evaluate, generate, rank
 
 FAMILY = XVLM()
 CLOSE = dict(rtol=1e-5, atol=1e-5)

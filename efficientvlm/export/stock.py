@@ -91,7 +91,9 @@ def difference(family: Family, model: Any, folder: Path, stock_class: str | None
     """
     batch = _random_batch(family, model)
     if stock_class is None:
-        return _largest([family.forward(model, batch)["logits"]], [family.forward(family.load(folder), batch)["logits"]])
+        records = [family.forward(network, batch) for network in (model, family.load(folder))]
+        output = "logits" if "logits" in records[0] else "states"  # a network before its task predicts nothing
+        return _largest(*([record[output]] for record in records))
     import transformers
 
     kind = getattr(transformers, stock_class)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from efficientvlm.compression.sparsity import Scope
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Sizes
+from efficientvlm.loaded import Loaded
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import LiveTeacher
@@ -29,6 +36,46 @@ def distilled(hard: Any, teacher: Any, settings: Distillation) -> Objective:
     )
 
 
+def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+    """Every reason why `teacher` cannot teach `student`: they must read the same batches, in towers of one width."""
+    if student.family.name != teacher.family.name:
+        yield BadInput(
+            f"teacher is {teacher.family.name}, student is {student.family.name}",
+            "distillation needs one family",
+            "use a teacher of the student's family",
+        )
+        return
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        yield BadInput(
+            "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
+        )
+    yield from size_problems(student.sizes, teacher.sizes)
+    if student.sizes.image_size == teacher.sizes.image_size and student.preprocessing != teacher.preprocessing:
+        why = f"preprocessor_config.json in {teacher.path} and {student.path} resize or crop in another way"
+        yield BadInput("teacher and student read pictures of another form", why, "shrink the student from this teacher")
+
+
+def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
+    """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
+    parts = {
+        **{
+            f"{tower} {name}": (theirs.shapes(tower)[name], values)
+            for tower in ours.widths
+            for name, values in ours.shapes(tower).items()
+            if values and theirs.shapes(tower)[name]
+        },
+        "patch size": ([theirs.patch_size], [ours.patch_size]),
+    }
+    spelled = {name: tuple(", ".join(map(str, values)) for values in pair) for name, pair in parts.items()}
+    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in spelled.items() if teacher != student]:
+        yield BadInput(
+            "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
+        )
+    if ours.image_size != theirs.image_size:
+        sizes = f"{theirs.image_size} and {ours.image_size} px"
+        yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+
+
 def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, ...]:
     """`terms` with what the published release does instead, where `quirks` ask for it: it compares padding too, and leaves out the last
     hidden state of vision."""
@@ -40,3 +87,19 @@ def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, .
             term = term._replace(last=-1)
         rows.append(term)
     return tuple(rows)
+
+
+def released_rows(scope: Scope) -> Tensor:
+    """Index of the gate that the published release applies to each unit in full-stack tasks.
+
+    There text and fusion masks are concatenated, but fusion layers read them from row 0: a fusion layer is governed by rows that belong to
+    the text tower, or to an earlier fusion layer, and the last rows govern nothing.
+    """
+    place = {(unit.group, unit.index): at for at, unit in enumerate(scope.units)}
+    layers = {tower: sorted({u.layer for u in scope.units if u.tower == tower}) for tower in ("text", "fusion")}
+    fusion_rows = [f"fusion.{layer}.{kind}" for layer in layers["fusion"] for kind in (HEAD, CROSS_HEAD)]
+    head_rows = [f"text.{layer}.{HEAD}" for layer in layers["text"]] + fusion_rows
+    neuron_rows = [f"{tower}.{layer}.{NEURON}" for tower in ("text", "fusion") for layer in layers[tower]]
+    reads = dict(zip(fusion_rows, head_rows, strict=False))
+    reads |= dict(zip((f"fusion.{layer}.{NEURON}" for layer in layers["fusion"]), neuron_rows, strict=False))
+    return torch.tensor([place.get((reads.get(unit.group, unit.group), unit.index), at) for at, unit in enumerate(scope.units)])

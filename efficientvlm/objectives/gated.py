@@ -11,7 +11,6 @@ from torch import Tensor
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.methods import GateQuirks
 from efficientvlm.training import Optimizer, adamw
@@ -23,7 +22,7 @@ class Gated(Objective):
     One module holds model, gates and multipliers, so that under DDP all their gradients are reduced. `keep` [gates] is the final structure;
     while `frozen` is False every step samples one vector of gates from (seed, step), shared by the batch and by all ranks. After
     `gate_steps` steps it is snapped from the gates; with none the structure comes from elsewhere, by :meth:`settle`. `settled` is called
-    then, while the weights are still whole.
+    then, while the weights are still whole. `reads` [gates] is the gate that each unit is multiplied by, its own by default.
 
     Adds to the losses of `inner`: `lagrangian`. Reference: EfficientVLM section 3 (modal-adaptive pruning), one budget over all towers.
     """
@@ -43,6 +42,7 @@ class Gated(Objective):
         warmup_steps: int,
         epoch: int,
         quirks: GateQuirks,
+        reads: Tensor | None = None,
         settled: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Gated(Objective):
         self.learning = True  # not `frozen`, known without asking a GPU
         self.register_load_state_dict_post_hook(lambda module, _: module._note())
         self.hooks = attach(inner.model, scope.units)
-        self.reads = _released_rows(scope) if getattr(quirks, "mask_offsets", False) else None
+        self.reads = reads
 
     @property
     def model(self) -> Any:
@@ -133,19 +133,3 @@ class Gated(Objective):
         line = {f"expected_sparsity{name}": value for name, value in zip(names, expected, strict=True)}
         line |= self.inner.describe(step)
         return line | {f"target_sparsity{name}": value for name, value in zip(names, target, strict=True)}
-
-
-def _released_rows(scope: Scope) -> Tensor:
-    """Index of the gate that the published release applies to each unit in full-stack tasks.
-
-    There text and fusion masks are concatenated, but fusion layers read them from row 0: a fusion layer is governed by rows that belong to
-    the text tower, or to an earlier fusion layer, and the last rows govern nothing.
-    """
-    place = {(unit.group, unit.index): at for at, unit in enumerate(scope.units)}
-    layers = {tower: sorted({u.layer for u in scope.units if u.tower == tower}) for tower in ("text", "fusion")}
-    fusion_rows = [f"fusion.{layer}.{kind}" for layer in layers["fusion"] for kind in (HEAD, CROSS_HEAD)]
-    head_rows = [f"text.{layer}.{HEAD}" for layer in layers["text"]] + fusion_rows
-    neuron_rows = [f"{tower}.{layer}.{NEURON}" for tower in ("text", "fusion") for layer in layers[tower]]
-    reads = dict(zip(fusion_rows, head_rows, strict=False))
-    reads |= dict(zip((f"fusion.{layer}.{NEURON}" for layer in layers["fusion"]), neuron_rows, strict=False))
-    return torch.tensor([place.get((reads.get(unit.group, unit.group), unit.index), at) for at, unit in enumerate(scope.units)])

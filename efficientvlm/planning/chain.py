@@ -17,11 +17,12 @@ from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.exported import is_exported
 from efficientvlm.files import resolve
+from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import Manifest
 from efficientvlm.planning.checks import Problems, place
 from efficientvlm.planning.costs import Disks
 from efficientvlm.recipe import Step
-from efficientvlm.stages.common import TEXT_LENGTH, Loaded, load
+from efficientvlm.stages.common import TEXT_LENGTH
 from efficientvlm.stages.results import ResultFile
 
 PLANNED = "sha256:" + "0" * 64  # in the place of the digest of what is not written yet

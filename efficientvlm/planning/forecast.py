@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,19 @@ from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.data.answer_list import as_input
+from efficientvlm.data.configured import open_split
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
-from efficientvlm.planning import activations, costs
+from efficientvlm.loaded import Loaded, shapes
+from efficientvlm.planning import costs
 from efficientvlm.planning.chain import Blocked, Chain, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
 from efficientvlm.recipe import Step
-from efficientvlm.settings.stages import Distill
-from efficientvlm.stages import bench, export, import_, import_folder, init, pretrain, prune, recut
-from efficientvlm.stages.answering import Answerer, listed_answers
-from efficientvlm.stages.common import shapes, texts_of
+from efficientvlm.stages import bench, export, import_, import_folder, init, prune, recut
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
-from efficientvlm.stages.reading import Reading, of_questions, of_texts
-from efficientvlm.stages.retrieving import check_able
-from efficientvlm.stages.tasks import TASKS, answer_list
+from efficientvlm.stages.learning import freeze, inputs_of, problems
+from efficientvlm.tasks.known import TASKS, learnt_by
 
 
 def forecast(chain: Chain, step: Step) -> Forecast:
@@ -107,77 +104,40 @@ def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
     finish(chain, step, found, replace(teacher, model=model), chain.status(step, {"model": config.model}, {}))
 
 
-def plan_pretrain(chain: Chain, step: Step, found: Forecast) -> None:
+def plan_learning(chain: Chain, step: Step, found: Forecast) -> None:
+    run, student = learnt(chain, step, found)
+    training(chain, step, found, run, inputs_of(run.config), result=student)
+
+
+def learnt(chain: Chain, step: Step, found: Forecast) -> tuple[Run, Loaded]:
+    """What a stage that trains does, and the student with what its task needs."""
     config: Any = step.config
+    task, spec = learnt_by(config), getattr(config, "teacher", None)
     student = chain.attempt(config.model, step.name)
-    teacher = chain.attempt(config.teacher, step.name) if isinstance(config, Distill) else None
+    teacher = chain.attempt(spec, step.name) if spec else None
     side = student.preprocessing if student else None
     sources: dict[str, Any] = {}
     with chain.problems.of(step.name), suppress(Blocked):
-        sources = splits(chain, step, "pairs", lambda split: pretrain.open_split(config, split, side), side)
-    wrong = list(pretrain.student_problems(config, student)) if student else []
+        sources = splits(chain, step, task.kind, side)
+    wrong = list(problems(config, task, student, teacher)) if student and (teacher or not spec) else []
     for problem in wrong:
         chain.problems.add(step.name, problem)
-    for problem in pretrain.teacher_problems(config, student, teacher) if student and teacher else ():
-        chain.problems.add(step.name, problem)
-    if student is None or not sources or (isinstance(config, Distill) and teacher is None):
-        raise Blocked("it reads what cannot be planned")
-    found.before = summary(chain, student)
-    inputs = {"model": config.model, "teacher": getattr(config, "teacher", None)}
-    with on_meta():
-        trained = replace(student, model=student.family.build(student.model.config))  # its own: what is frozen here learns in later stages
-    with chain.problems.of(step.name):
-        found.notes += of_texts(texts_of(student, config.max_tokens), sources["train"]).remarks
-    if not wrong:  # it may lack the towers
-        pretrain.freeze(trained.model, config.freeze)
-    training(chain, step, found, Run(config, trained, teacher, sources, student.manifest.extra.get("new", [])), inputs, result=student)
-
-
-def plan_finetune(chain: Chain, step: Step, found: Forecast) -> None:
-    config: Any = step.config
-    run = tuned(chain, step, found)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(getattr(config, "answers", None))}
-    training(chain, step, found, run, inputs)
-
-
-def tuned(chain: Chain, step: Step, found: Forecast) -> Run:
-    """Student with what its task needs, teacher and data of a stage on a task."""
-    config: Any = step.config
-    task = TASKS[config.task]
-    student = chain.attempt(config.model, step.name)
-    teacher = chain.attempt(config.teacher, step.name) if config.teacher else None
-    side = student.preprocessing if student else None
-    sources: dict[str, Any] = {}
-    with chain.problems.of(step.name), suppress(Blocked):
-        sources = splits(chain, step, task.data, lambda split: task.open(config, split, side), side)
-    for problem in task.problems(config, student, teacher) if student and (teacher or not config.teacher) else ():
-        chain.problems.add(step.name, problem)
-    if student is None or not sources or (config.teacher and teacher is None):
+    if student is None or not sources or (spec and teacher is None):
         raise Blocked("it reads what cannot be planned")
     found.before = summary(chain, student)
     with on_meta():
         student.model, new = task.adapt(config, student, teacher)
-        student.model = student.family.build(student.model.config)  # its own, so that the input keeps its answers
-    added = costs.elements(student.model) - found.before["parameters"]["total"]
-    if added > 0:
-        found.notes.append(f"an answer decoder is added: {added:+,} parameters in all")
-    if added < 0:
-        found.notes.append(f"heads of other tasks are left behind: {added:+,} parameters")
-    if config.task == "vqa":
-        key = (
-            "answers",
-            config.answers,
-            config.min_answer_count,
-            config.data,
-            config.columns,
-            config.limit,
-            config.val,
-            config.val_fraction,
-        )
-        student.model.config.answers = chain.source(lambda: answer_list(config, sources["train"]), *key)
+        student.model = student.family.build(student.model.config)  # its own: what is noted there is not in its input
+    if added := costs.elements(student.model) - found.before["parameters"]["total"]:
+        found.notes.append(task.changes(added))
+    task.configure(config, student, sources["train"])
     with chain.problems.of(step.name):
         found.notes += task.reading(config, student, sources).remarks
-    return Run(config, student, teacher, sources, new)
+    with on_meta():
+        trained = replace(student, model=student.family.build(student.model.config))  # what is frozen here learns in later stages
+    if not wrong:  # it may lack the towers
+        freeze(trained, config.freeze)
+    return Run(config, trained, teacher, sources, new), student
 
 
 def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
@@ -190,16 +150,15 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
         chain.problems.add(step.name, BadInput("the package torch-pruning is not installed", "", "pip install torch-pruning"))
     with chain.problems.of(step.name):
         prune.check(config)
-    run = tuned(chain, step, found)
-    student = run.student
+    run, student = learnt(chain, step, found)
     scope = scope_of(config, student.family, student.model)
     found.structure = "uniform cut: the real structure is learnt"
     keep = uniform_cut(scope)
     with on_meta():
         model = slice_model(student.family, student.model, keep)
-    inputs = {"model": config.model, "teacher": config.teacher, "answers": as_input(getattr(config, "answers", None))}
     gates = len(scope.units) if config.method == "l0" else 0
-    training(chain, step, found, run, inputs, result=replace(student, model=model), gates=gates, dense=config.keep_dense)
+    sizes = {"gates": gates, "dense": config.keep_dense}
+    training(chain, step, found, run, inputs_of(config), result=replace(student, model=model), **sizes)
     chain.dense[place(config.out)] = student.model
 
 
@@ -236,10 +195,10 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
     step = step._replace(config=config)
     recut.check_task(config, pruned)
     inputs = {"model": config.from_gates}
-    task = TASKS[config.task]
+    task = learnt_by(config)
     val = chain.source(
-        lambda: task.open(config, "val", pruned.preprocessing),
-        task.data,
+        lambda: open_split(config, task.kind, "val", pruned.preprocessing),
+        task.kind.name,
         "recut",
         pruned.preprocessing,
         *(config.data, config.columns, config.val, config.val_fraction, config.limit, config.max_bad),
@@ -266,31 +225,16 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     loaded = chain.open(config.model, step.name)
     found.before, found.memory = summary(chain, loaded), costs.memory(loaded.model)
-    reading, answer = Reading(), None
+    task, side, able = TASKS[config.task], loaded.preprocessing, False
     with chain.problems.of(step.name):
-        if config.task == "retrieval":
-            check_able(loaded, config.rerank)
-        else:
-            answer = Answerer(loaded, mode=config.mode, answers=listed_answers(config), top=config.rank_top)
-            reading += answer.reading
-    task, side = TASKS[config.task], loaded.preprocessing
+        task.check(config, loaded)
+        able = True
     key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
-    source = chain.source(lambda: task.open(config, config.split, side), "eval", task.data, config.split, side, *key)
+    source = chain.source(lambda: open_split(config, task.kind, config.split, side), "eval", task.kind.name, config.split, side, *key)
     found.schedule = {"images": len(source), "batch_size": config.batch_size}
-    reading += of_texts(texts_of(loaded), source)
-    if answer is not None and config.mode == "rank":
-        reading += of_questions(answer.texts, answer.answers, source)
-    found.notes += reading.remarks
-    found.memory = found.memory or {}
-    texts = list(islice(source.texts(), activations.SAMPLE))
-    at_once = {"images": min(len(source), config.batch_size), "tokens": activations.longest(loaded, texts, 40)}
-    if answer is not None:
-        asked, top = activations.asked_each(source), answer.top if config.mode == "rank" else 1
-        loaded.model.config.answers = answer.answers or loaded.model.config.answers
-        costs.add(found.memory, activations=activations.answering(loaded, questions=asked, top=top, **at_once))
-    elif config.task == "retrieval":
-        at_once |= {"images": len(source), "batch_size": config.batch_size}
-        costs.add(found.memory, activations=activations.retrieving(loaded, **at_once))
+    if able:
+        found.notes += task.reading_of_measuring(config, loaded, source).remarks
+        costs.add(found.memory, activations=task.bytes_of_measuring(config, loaded, source))
     inputs = {"model": known(chain, config.model), "data": digest(chain, source).removeprefix("sha256:")}
     if getattr(config, "answers", None):
         inputs["answers"] = fingerprint(as_input(config.answers) or "")
@@ -302,16 +246,15 @@ def plan_bench(chain: Chain, step: Step, found: Forecast) -> None:
     models = [chain.open(spec, step.name) for spec in config.models]
     found.memory = {"weights": sum(costs.FLOAT * costs.elements(loaded.model) for loaded in models)}
     found.memory["total"] = found.memory["weights"]
-    answering = any("vqa" in loaded.tasks for loaded in models) and any(loaded.model.config.answers for loaded in models)
+    task = bench.timed_of(models)
     for loaded in models:
         with chain.problems.of(step.name):
             bench.check_length(loaded, config.text_length)
-            if answering:
+            if task:
                 with on_meta():
-                    bench.make_answering(loaded)
-                at_once = {"images": max(config.batch_sizes), "questions": 1, "tokens": config.text_length}
-                block = activations.answering(loaded, **at_once, top=loaded.model.config.rank_top)
-                costs.add(found.memory, activations=max(block, found.memory.get("activations", 0)))
+                    task.make_able(loaded)
+                held = task.bytes_of_timing(loaded, config)
+                costs.add(found.memory, activations=max(held, found.memory.get("activations", 0)))
     found.schedule = {"models": len(models), "rounds": config.rounds + config.warmup_rounds, "batch_sizes": config.batch_sizes}
     inputs = {f"models.{number}": known(chain, spec) for number, spec in enumerate(config.models)}
     measured(chain, step, found, {**inputs, "machine": ""})
@@ -343,11 +286,11 @@ FOLDERS = frozenset({"init", "import", "pretrain", "distill", "shrink", "prune",
 STAGES: dict[str, Callable[[Chain, Step, Forecast], None]] = {
     "init": plan_init,
     "import": plan_import,
-    "pretrain": plan_pretrain,
-    "distill": plan_pretrain,
+    "pretrain": plan_learning,
+    "distill": plan_learning,
     "shrink": plan_shrink,
     "prune": plan_prune,
-    "finetune": plan_finetune,
+    "finetune": plan_learning,
     "eval": plan_eval,
     "bench": plan_bench,
     "export": plan_export,

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.data.draw import seed_of
-from efficientvlm.data.plan import plan_for
 from efficientvlm.hardware import autocast, pick_device, synchronise
+from efficientvlm.loaded import Loaded
 from efficientvlm.planning.parts import Run
 from efficientvlm.settings.stages import Prune
-from efficientvlm.settings.tasks import PretrainingSettings
-from efficientvlm.stages import pretrain, prune
-from efficientvlm.stages.common import Loaded, texts_of
+from efficientvlm.stages import prune
 from efficientvlm.stages.cutting import scope_of
-from efficientvlm.stages.tuning import Tuning
+from efficientvlm.stages.learning import Learning
+from efficientvlm.tasks.known import learnt_by
 from efficientvlm.training import Batch, Optimizer, update
 
 
@@ -71,17 +70,12 @@ def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Modul
     """Objective, optimizers and batches as the stage has them, on the weights that `fill` gives its networks."""
     config = run.config
     student, teacher = fill(run.student, device), fill(run.teacher, device) if run.teacher else None
-    if isinstance(config, PretrainingSettings):
-        _, objective = pretrain.objectives(config, student, teacher)
-        plan = plan_for(run.sources["train"], config.batch_size, config.seed)
-        feed = pretrain.feed_of(config, student, run.sources["train"], texts_of(student, config.max_tokens), plan)
-        return objective, objective.optimizers(config, run.new), feed
-    tuning = Tuning(config, student, teacher, run.new, run.sources)
-    tuning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
+    learning = Learning(config, learnt_by(config), student, teacher, run.new, run.sources)
+    learning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
     if not isinstance(config, Prune):
-        inner = tuning.objective()
-        return inner, inner.optimizers(config, run.new), tuning.feed
-    gated = prune.gated(config, tuning, scope_of(config, student.family, student.model))
+        inner = learning.objective()
+        return inner, inner.optimizers(config, run.new), learning.feed
+    gated = prune.gated(config, learning, scope_of(config, student.family, student.model))
     if config.method != "l0":
         gated.freeze(torch.ones_like(gated.keep))
-    return gated, gated.optimizers(config, run.new), tuning.feed
+    return gated, gated.optimizers(config, run.new), learning.feed

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import fingerprint
+from efficientvlm.data.configured import open_split
+from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
-from efficientvlm.planning import costs, teacher_cache
+from efficientvlm.loaded import Loaded
+from efficientvlm.planning import costs
 from efficientvlm.planning.chain import PLANNED, Chain
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
-from efficientvlm.stages.common import Loaded
+from efficientvlm.tasks.known import learnt_by
 
 ENDLESS = 1 << 60  # batches an epoch of a stream
 
@@ -120,12 +123,13 @@ def made(path: Path, family: Any, model: Any, tokenizer: Any) -> Loaded:
     return Loaded(path, family, model, tokenizer, None)  # type: ignore[arg-type]
 
 
-def splits(chain: Chain, step: Step, kind: str, opened: Callable[[str], Any], form: Any) -> dict[str, Any]:
+def splits(chain: Chain, step: Step, kind: Kind[Any, Any], form: Any) -> dict[str, Any]:
     """Training and validation data; the same data are opened once for all stages that prepare images in the same `form`."""
     config: Any = step.config
     names = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed")
     settings = [getattr(config, name, None) for name in names]
-    return {split: chain.source(lambda split=split: opened(split), kind, split, form, *settings) for split in ("train", "val")}
+    opened = {split: partial(open_split, config, kind, split, form) for split in ("train", "val")}
+    return {split: chain.source(open_it, kind.name, split, form, *settings) for split, open_it in opened.items()}
 
 
 def training(
@@ -144,10 +148,10 @@ def training(
     found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes, spread=spread)
     status = chain.status(step, inputs, digests(chain, run.config, run.sources))
     sound = not any(problem.stage == step.name for problem in chain.problems.found)
-    if teacher is not None and sound and run.config.cache_teacher and run.config.kd:
-        kept = teacher_cache.bytes_kept(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
+    if teacher is not None and sound and getattr(run.config, "cache_teacher", False) and run.config.kd:
+        kept = learnt_by(run.config).bytes_of_cached_teacher(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
         costs.add(found.memory, **{"teacher cache": kept})
-        if status != "up to date" and (problem := teacher_cache.problem(kept)):
+        if status != "up to date" and (problem := costs.too_much(kept)):
             chain.problems.add(step.name, problem)
     found.run = None if status == "up to date" else run
     finish(chain, step, found, result or student, status, trained=student.model, **sizes)

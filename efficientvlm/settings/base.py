@@ -175,3 +175,8 @@ def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                 raise BadInput(f"--set {assignment}", f"{part} is not a group of settings", "see the settings in the documentation")
         target[last] = value
     return merged
+
+
+def settings_of(config: Strict, *names: str) -> dict[str, Any]:
+    """Some fields of a stage's configuration, by name."""
+    return {name: getattr(config, name) for name in names}

@@ -25,6 +25,7 @@ class Train(Strict):
     parallel: Annotated[Literal["ddp", "fsdp"], Aside(same_bits=False)] = Field(
         "ddp", description="over several processes: a copy of everything in each, or spread over them"
     )
+    freeze: list[str] = Field([], description="towers whose weights stay as they are")
     augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
     mirror: bool | None = Field(
         None,

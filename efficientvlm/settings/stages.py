@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -35,15 +35,18 @@ class ImportConfig(Stage):
 class Pretrain(Learning):
     """Training without a teacher, before any task."""
 
+    stage: ClassVar[str] = "pretrain"
     task: str = "pretraining"
 
 
 class Distill(Taught):
+    stage: ClassVar[str] = "distill"
     task: str = "pretraining"
     teacher: str
 
 
 class Finetune(Taught):
+    stage: ClassVar[str] = "finetune"
     task: str = "vqa"
 
 

@@ -20,7 +20,6 @@ class PretrainingSettings(Learning):
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: Size = Field(8, ge=1, description="at most so many of them")
     hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
-    freeze: list[Literal["vision", "text", "fusion"]] = Field([], description="towers whose weights stay as they are")
 
     @field_validator("hard_negatives")
     @classmethod
@@ -68,7 +67,7 @@ class Untrained(Learning):
 
 
 TASKS: dict[str, dict[str, type[OnTask]]] = {
-    "pretraining": {"pretrain": PretrainingSettings, "distill": PretrainingSettings},
+    "pretraining": {"pretrain": PretrainingSettings, "distill": PretrainingSettings, "prune": PretrainingSettings},
     "vqa": {"finetune": VQASettings, "prune": VQAPruning, "eval": VQAEval},
     "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
     "none": {"prune": Untrained},

@@ -2,183 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, families, files, influence, ranks
+from efficientvlm import checkpoint, files, influence, ranks
 from efficientvlm.card import sizes
 from efficientvlm.checkpoint import Output
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
-from efficientvlm.data.opening import is_built_in, notes, record
-from efficientvlm.data.preprocessing import Preprocessing
-from efficientvlm.data.stream import PREFIX as STREAM
-from efficientvlm.data.stream import check_settings
-from efficientvlm.data.texts import Texts
-from efficientvlm.data.tokenizer import load_tokenizer, require_ids, save_tokenizer
+from efficientvlm.data.opening import notes, record
+from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
-from efficientvlm.families import loading
-from efficientvlm.families.base import Sizes
-from efficientvlm.families.exported import Exported, is_exported
+from efficientvlm.families.image_settings import write_settings
 from efficientvlm.interrupt import sigterm_as_interrupt
 from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory, out_of_memory, reason
 from efficientvlm.metrics import TITLES, main_metric
 from efficientvlm.progress import say, telling
-from efficientvlm.settings.base import Strict
-from efficientvlm.stages.image_settings import preprocessing_of, write_settings
+from efficientvlm.tasks.influence import Influence, not_measured, tell
 from efficientvlm.training import Spent
 
 TEXT_LENGTH = 12
-SHORTEST = 3  # first and last token, and one between them
 SKIPPED = "skipped.jsonl"
-
-
-@dataclass
-class Loaded:
-    """A finished checkpoint in memory."""
-
-    path: Path
-    family: Any
-    model: Any
-    tokenizer: Any
-    manifest: Manifest
-
-    @property
-    def sizes(self) -> Sizes:
-        sizes: Sizes = self.family.sizes(self.model.config)
-        return sizes
-
-    @property
-    def image_processor(self) -> dict[str, Any] | None:
-        """The settings in its `preprocessor_config.json`, which what is made of it keeps."""
-        return loading.image_processor(self.path)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How pictures become what it reads; :class:`BadInput` if its files contradict one another, or say what is not followed here."""
-        return preprocessing_of(self.image_processor, self.sizes, self.path)
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
-        tasks: frozenset[str] = self.family.tasks(self.model.config)
-        return tasks
-
-
-def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
-    """The checkpoint `spec` names, checked against its manifest.
-
-    Args:
-        weights: False gives a model on the meta device, of the shapes in `config.json`; no weight file is opened.
-        exported: whether a folder of ONNX graphs will do: it can be asked and measured, and nothing else.
-
-    Raises:
-        BadInput: an unfinished or damaged folder, or a tokenizer that does not fit the model.
-    """
-    manifest = checkpoint.require_complete(spec)
-    path = files.resolve(spec)
-    family = Exported.of_folder(path) if exported and is_exported(path) else families.of_folder(path)
-    model = family.load(path) if weights else shapes(family, family.read_config(path))
-    tokenizer = load_tokenizer(path)
-    require_ids(tokenizer, family.sizes(model.config).vocab_size, path)
-    return Loaded(path, family, model, tokenizer, manifest)
-
-
-def shapes(family: Any, config: Any) -> Any:
-    """A model of the shapes in `config` on the meta device, which holds no values and takes no memory."""
-    with torch.device("meta"):
-        return family.build(config).eval()
-
-
-def check_precision(loaded: Loaded, precision: str) -> None:
-    """:class:`BadInput` where another precision is asked of ONNX graphs than fp32, which stands for their own."""
-    if is_exported(loaded.path) and precision != "fp32":
-        raise BadInput(f"{loaded.path} does not run in {precision}", "ONNX graphs compute in their own precision", "leave --precision out")
-
-
-def no_answers(loaded: Loaded, role: str = "") -> BadInput:
-    """What to say of a model that has no answer decoder: how it can get one, or else what it is for."""
-    what = f"{role} {loaded.path} answers no questions".lstrip()
-    other = sorted(loaded.tasks - {"vqa"}) if "pretraining" not in loaded.tasks else []
-    if not other and "mlm" not in loaded.model.config.heads:
-        fix = "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
-        return BadInput(what, "it has neither an answer decoder nor an MLM head to start one from", fix)
-    if not other:
-        return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
-    return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
-
-
-def texts_of(loaded: Loaded, max_tokens: int | None = None) -> Texts:
-    """Texts as token ids for this model, at most as long as :func:`text_length` says."""
-    return Texts(loaded.tokenizer, text_length(loaded, max_tokens))
-
-
-def text_length(loaded: Loaded, asked: int | None = None) -> int:
-    """Tokens of the longest text, its first and last included: as asked, as the model was tuned, as is usual, or all positions.
-
-    Raises:
-        BadInput: more are asked for than it has positions.
-    """
-    positions, config, manifest = loaded.sizes.max_positions, loaded.model.config, loaded.manifest
-    if asked is not None and asked > positions:
-        raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
-    tuned = config.max_tokens or manifest.noted("max_tokens", int | None, None)
-    return max(SHORTEST, min(asked or tuned or getattr(config, "usual_tokens", None) or positions, positions))
-
-
-def keep_length(loaded: Loaded, asked: int | None) -> None:
-    """Note in the model's configuration how long the texts are that it reads from now on, in what is written of it too."""
-    loaded.model.config.max_tokens = text_length(loaded, asked)
-
-
-def pair_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
-    """Every reason why `teacher` cannot teach `student`: they must read the same batches, in towers of one width."""
-    if student.family.name != teacher.family.name:
-        yield BadInput(
-            f"teacher is {teacher.family.name}, student is {student.family.name}",
-            "distillation needs one family",
-            "use a teacher of the student's family",
-        )
-        return
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        yield BadInput(
-            "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
-        )
-    yield from size_problems(student.sizes, teacher.sizes)
-    if student.sizes.image_size == teacher.sizes.image_size and student.preprocessing != teacher.preprocessing:
-        why = f"preprocessor_config.json in {teacher.path} and {student.path} resize or crop in another way"
-        yield BadInput("teacher and student read pictures of another form", why, "shrink the student from this teacher")
-
-
-def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
-    """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
-    parts = {
-        **{
-            f"{tower} {name}": (theirs.shapes(tower)[name], values)
-            for tower in ours.widths
-            for name, values in ours.shapes(tower).items()
-            if values and theirs.shapes(tower)[name]
-        },
-        "patch size": ([theirs.patch_size], [ours.patch_size]),
-    }
-    spelled = {name: tuple(", ".join(map(str, values)) for values in pair) for name, pair in parts.items()}
-    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in spelled.items() if teacher != student]:
-        yield BadInput(
-            "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
-        )
-    if ours.image_size != theirs.image_size:
-        sizes = f"{theirs.image_size} and {ours.image_size} px"
-        yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
 
 
 def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str | None]) -> Output:
@@ -240,14 +92,14 @@ def making(output: Output) -> Iterator[None]:
 
 
 @contextmanager
-def learning(config: Any, output: Output) -> Iterator[None]:
-    """Say what to lower where training diverges or takes more memory than there is.
+def learning(config: Any, output: Output, grows: Sequence[str] = ()) -> Iterator[None]:
+    """Say what to lower where training diverges or takes more memory than there is; `grows` are settings that it grows with besides.
 
     Raises:
         Diverged, OutOfMemory: the last good state stays.
     """
     again = "; that begins anew, with --force"
-    names = [name for name in ("batch_size", "questions_per_image", "max_tokens") if name in type(config).model_fields]
+    names = ("batch_size", *grows, "max_tokens")
     lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
     if getattr(config, "cache_teacher", False):
         lower = f"leave cache_teacher out, or {lower}"
@@ -276,6 +128,13 @@ def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -
         what = f"on the validation data {', '.join(wrong)} {'are' if len(wrong) > 1 else 'is'} no finite number"
         raise Diverged(what, "training diverged", "try a smaller --lr or weight_decay; that begins anew, with --force")
     return metrics
+
+
+def observed(title: str, config: Any, measurement: Callable[[], Influence], quiet: bool) -> Influence:
+    """The influence of the inputs at the end of a stage that validates, said; not measured where its validation is left out."""
+    found = not_measured("eval_limit is 0") if config.eval_limit == 0 else validated(config, measurement, quiet)
+    tell(title, found, quiet)
+    return found
 
 
 def write(
@@ -319,20 +178,6 @@ def summary(manifest: Manifest) -> str:
     return sizes(manifest) + (f"  validation {TITLES[found[0]]} {found[1]:.4f}" if found else "")
 
 
-def which(config: Any, split: str) -> dict[str, Any]:
-    """What to open for `split`: validation data of its own is read whole, and then nothing is held out of the training data.
-
-    Raises:
-        BadInput: a stream to train on, without what a stream cannot give.
-    """
-    if config.data.startswith(STREAM) and split == "train":
-        check_settings(config)
-        return {"spec": config.data, "split": split, "seed": config.seed, "shuffle_buffer": config.shuffle_buffer}
-    if getattr(config, "val", None):
-        return {"spec": config.val, "split": "test"} if split == "val" else {"spec": config.data, "split": split, "val_fraction": 0.0}
-    return {"spec": config.data, "split": split, "val_fraction": config.val_fraction}
-
-
 def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
     """Say which samples were skipped so far, and have all of them written down beside the training state, by the main process."""
     for split, source in sources.items():
@@ -341,13 +186,7 @@ def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
             say_skipped(source, split, quiet)
             if not output.mine:
                 skips.collect()
-            ranks.on_main(partial(_keep, output, split, source))
-
-
-def _keep(output: Output, split: str, source: Any) -> None:
-    """Keep what is skipped in a file of this source and of no other: a run that goes on may validate on other data."""
-    which = hashlib.sha256(f"{source.name}\0{source.fingerprint}".encode("utf-8", "surrogateescape")).hexdigest()
-    source.skips.keep_in(output.state_dir / f"{split}-{which[:16]}-{SKIPPED}")
+            ranks.on_main(partial(skips.keep_in, output.state_dir / f"{split}-{SKIPPED}"))
 
 
 def gather_skipped(sources: dict[str, Any]) -> None:
@@ -369,12 +208,6 @@ def say_notes(source: Any, title: str, quiet: bool) -> None:
         say(f"{title}: {note}", quiet=quiet)
 
 
-def augmentation(config: Any) -> dict[str, Any]:
-    """How training images are changed, as arguments of a collator; those of a user's own are mirrored only when asked for."""
-    mirror = config.mirror if config.mirror is not None else is_built_in(config.data)
-    return {"augment_kind": config.augment, "mirror": mirror}
-
-
 def say_skipped(source: Any, title: str, quiet: bool) -> None:
     """How many samples of `source` were skipped so far, with the first reasons; nothing if it was none."""
     skips = getattr(source, "skips", None)
@@ -387,7 +220,7 @@ def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
     lines = []
     for split, source in sources.items():
         if skips := getattr(source, "skips", None):
-            _keep(output, split, source)  # also those beyond the ones that are remembered
+            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")  # also those beyond the ones that are remembered
             say_skipped(source, split, quiet)
             lines += [json.dumps({"split": split, "sample": what, "reason": why}) + "\n" for what, why in skips.reasons.items()]
     if lines:
@@ -398,8 +231,3 @@ def data_inputs(config: Any, sources: dict[str, Any]) -> dict[str, str | None]:
     """Digests of the training data, and of validation data of its own."""
     val = f"sha256:{sources['val'].fingerprint}" if config.val else None
     return {"data": f"sha256:{sources['train'].fingerprint}", "val": val}
-
-
-def settings_of(config: Strict, *names: str) -> dict[str, Any]:
-    """Some fields of a stage's configuration, by name."""
-    return {name: getattr(config, name) for name in names}

@@ -15,7 +15,7 @@ from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.files import fsync_dir
 from efficientvlm.progress import say
-from efficientvlm.stages.common import settings_of
+from efficientvlm.settings.base import settings_of
 from efficientvlm.state import unshared
 
 DENSE, GATES = "dense.safetensors", "gates.safetensors"

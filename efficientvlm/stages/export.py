@@ -14,21 +14,21 @@ from typing import Any
 from efficientvlm import ranks
 from efficientvlm.checkpoint import Output, require_complete
 from efficientvlm.control import Control
+from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
+from efficientvlm.families.image_settings import write_settings
+from efficientvlm.loaded import Loaded, keep_length, load
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory
 from efficientvlm.progress import say
 from efficientvlm.settings.stages import Export
-from efficientvlm.stages.answering import longest_answer
-from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, summary, write
-from efficientvlm.stages.evaluate import counts_first_token_twice
-from efficientvlm.stages.image_settings import write_settings
-from efficientvlm.stages.measuring import measure, measured_task, table
-from efficientvlm.stages.tasks import TASKS
+from efficientvlm.stages.common import making, open_output, summary, write
+from efficientvlm.stages.measuring import measure, table
+from efficientvlm.tasks.known import TASKS, measured_of
 from efficientvlm.training import Spent
 
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
@@ -71,13 +71,15 @@ def check(config: Export) -> None:
 
 def check_model(config: Export, loaded: Loaded) -> None:
     """:class:`BadInput` for a network that the format cannot express, or whose accuracy cannot be measured; looks at no weights."""
-    if config.data and measured_task(loaded) is None:
+    if config.data and measured_of(loaded) is None:
         why = "what is measured is the accuracy of answers, and the recall of images and texts that are compared by features"
         raise BadInput(f"{config.model} answers no questions and does no retrieval", why, "leave --data out")
-    if config.format == "onnx" and ("pretraining" in loaded.tasks or not loaded.tasks):
-        if loaded.manifest.config.get("task") == "retrieval":
+    unfinished = not loaded.tasks or any(task.able(loaded) for task in TASKS.values() if not task.final)
+    if config.format == "onnx" and unfinished:
+        tuned = TASKS.get(loaded.manifest.config.get("task", ""))
+        if tuned is not None and tuned.final:
             why = f"of family {loaded.family.name} only question answering is exported as ONNX"
-            raise BadInput(f"{config.model} is tuned for retrieval", why, "use --format padded")
+            raise BadInput(f"{config.model} is tuned for {tuned.name}", why, "use --format padded")
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
     if config.format == "hf":
         stock.uniform_config(loaded.family, loaded.model.config, config.model)
@@ -87,7 +89,9 @@ def open_data(config: Export, loaded: Loaded) -> Any:
     """What accuracy is measured on, if anything."""
     if not config.data:
         return None
-    source = TASKS[measured_task(loaded) or "vqa"].open(config, config.split, loaded.preprocessing)
+    task = measured_of(loaded)
+    assert task is not None  # `check_model` has seen to it
+    source = open_split(config, task.kind, config.split, loaded.preprocessing)
     if not len(source):
         raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
     return source
@@ -138,7 +142,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 def _description(config: Export, loaded: Loaded) -> Description:
-    tokenizer = loaded.tokenizer
+    task = measured_of(loaded)
     return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
         tasks=sorted(loaded.tasks),
@@ -149,11 +153,8 @@ def _description(config: Export, loaded: Loaded) -> Description:
         sizes=StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict()))),
         answers=loaded.model.config.answers,
         rank_top=loaded.model.config.rank_top,
-        first_token_twice=counts_first_token_twice(loaded.manifest, None),
         max_tokens=loaded.model.config.max_tokens,
-        max_answer_tokens=longest_answer(loaded.manifest),
-        start_token=tokenizer.cls_token_id if "vqa" in loaded.tasks else None,
-        end_token=tokenizer.sep_token_id if "vqa" in loaded.tasks else None,
+        **(task.exported(loaded) if task else {}),
     )
 
 

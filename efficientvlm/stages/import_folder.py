@@ -13,14 +13,15 @@ from efficientvlm.data.preprocessing import FILE, NAMES, unfollowed
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
+from efficientvlm.families.image_settings import preprocessing_of
 from efficientvlm.families.loading import image_processor, read_json
 from efficientvlm.files import MIB, is_hub_id, read_limited, resolve
+from efficientvlm.loaded import shapes
 from efficientvlm.manifest import MANIFEST, Manifest
 from efficientvlm.plain_yaml import parse_yaml
 from efficientvlm.progress import say
 from efficientvlm.settings.stages import ImportConfig
-from efficientvlm.stages.common import making, open_output, shapes, write
-from efficientvlm.stages.image_settings import preprocessing_of
+from efficientvlm.stages.common import making, open_output, write
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 COLUMNS = 64  # a head has in nearly all published models

@@ -9,18 +9,14 @@ import torch
 from efficientvlm import bench
 from efficientvlm.card import number
 from efficientvlm.control import Control
+from efficientvlm.loaded import Loaded
 from efficientvlm.metrics import TITLES
 from efficientvlm.progress import Bar
 from efficientvlm.settings.stages import Bench, Export
-from efficientvlm.stages.answering import Answerer, evaluate_on
-from efficientvlm.stages.bench import forward, ranking
-from efficientvlm.stages.common import Loaded
-from efficientvlm.stages.evaluate import counts_first_token_twice
-from efficientvlm.stages.retrieving import evaluate_pairs
+from efficientvlm.stages.bench import call_of, timed_of
+from efficientvlm.tasks.known import measured_of
 
 WARMUP = 3
-METRICS = (*TITLES, "itm_accuracy", "itm_preferred")
-"""What is kept of all that is measured."""
 
 
 def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any, control: Control) -> dict[str, Any]:
@@ -30,33 +26,25 @@ def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any
     """
     measured: dict[str, Any] = {label: {"bytes": size} for label, (_, size) in variants.items()}
     for label, (loaded, _) in variants.items() if source else ():
+        task = measured_of(loaded)
+        assert task is not None
         shown: dict[str, Any] = {"title": f"{label}, {config.split}", "quiet": control.quiet}
-        if measured_task(loaded) == "retrieval":
-            result = evaluate_pairs(loaded, source, limit=None, batch_size=config.batch_size, seed=config.seed, **shown)
-        else:
-            answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
-            result = evaluate_on(answer, source, limit=None, batch_size=config.batch_size, **shown)
-        measured[label] |= {name: result[name] for name in METRICS if name in result}
+        result = task.measure(loaded, source, batch_size=config.batch_size, seed=config.seed, **shown)
+        measured[label] |= {name: result[name] for name in (*task.metrics, *task.also) if name in result}
     for row in latency(config, {label: loaded for label, (loaded, _) in variants.items()}, control) if config.rounds else ():
         measured[row["model"]][f"batch_{row['batch']}"] = {"median_ms": row["median_ms"], "speedup": row["speedup"]}
     return measured
 
 
-def measured_task(loaded: Loaded) -> str | None:
-    """The task that accuracy is measured of: answers before retrieval; None where neither can be measured."""
-    if "vqa" in loaded.tasks:
-        return "vqa"
-    return "retrieval" if "retrieval" in loaded.tasks and loaded.family.retrieval else None
-
-
 def latency(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
-    """Records of :func:`bench.latency`: from image and question to the ranked answer, or the forward pass where nothing is ranked."""
+    """Records of :func:`bench.latency`: of what the task of all variants is asked, or of the forward pass."""
     device = torch.device("cpu")
     settings = Bench(
         models=list(variants), batch_sizes=config.batch_sizes, text_length=config.text_length, rounds=config.rounds, seed=config.seed
     )
-    ranks = all("vqa" in loaded.tasks and loaded.model.config.answers for loaded in variants.values())
-    calls = {label: ranking(loaded, settings, device) if ranks else forward(loaded, settings, device) for label, loaded in variants.items()}
+    models = list(variants.values())
+    task = timed_of(models)
+    calls = {label: call_of(task, loaded, settings, device, models, control) for label, loaded in variants.items()}
     with Bar("latency", len(config.batch_sizes) * (config.rounds + WARMUP), quiet=control.quiet) as bar, torch.inference_mode():
         return bench.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
 

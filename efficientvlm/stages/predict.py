@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from efficientvlm.data.images import open_image
-from efficientvlm.data.items import Question
-from efficientvlm.data.kinds.questions import VQAItem, vqa_batch
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
-from efficientvlm.stages.answering import Answerer
-from efficientvlm.stages.common import keep_length, load
-from efficientvlm.stages.evaluate import counts_first_token_twice
+from efficientvlm.loaded import keep_length, load
+from efficientvlm.tasks.known import asked_of
 
 
 def run(
     *, model: str, image: str, question: str, mode: str = "rank", device: str = "auto", top: int = 5, max_tokens: int | None = None
 ) -> dict[str, Any]:
-    """`answer`, and in mode `rank` the `top` best `answers` with their probabilities among the ranked candidates.
+    """What the task of the checkpoint answers: see `Asked.ask` of each.
 
     Raises:
         BadInput: an image that is missing, damaged or huge, an empty or too long question, a checkpoint that answers no questions.
@@ -28,17 +24,6 @@ def run(
         raise BadInput(f"--top {top} shows nothing", "", "use 1 or more")
     loaded = load(model, exported=True)
     keep_length(loaded, max_tokens)
-    pixels = open_image(image, loaded.preprocessing)
+    task = asked_of(loaded)
     loaded.model.to(pick_device(device))
-    answer = Answerer(loaded, mode=mode, twice=counts_first_token_twice(loaded.manifest, None))
-    words, room = len(answer.texts.ids([question])[0]), answer.texts.room()
-    if words > room:
-        raise BadInput(
-            "the question is too long", f"it has {words} tokens, the model reads {room}", "ask more briefly, or raise --max-tokens"
-        )
-    batch = vqa_batch([VQAItem(image, pixels, [Question(question, [])])], answer.texts, seed=0, step=0, train=False)
-    if mode == "generate":
-        return {"question": question, "answer": answer(batch)[0]}
-    scored = answer.scored(batch)[0]
-    answers = [{"answer": text, "probability": probability} for text, probability in scored[:top]]
-    return {"question": question, "answer": scored[0][0], "candidates": len(scored), "answers": answers}
+    return task.ask(loaded, image, question, mode=mode, top=top)

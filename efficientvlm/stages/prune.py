@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from efficientvlm import ranks
+from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.loaded import load
 from efficientvlm.manifest import Manifest
+from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.progress import telling
+from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
-from efficientvlm.stages import recut, untrained
-from efficientvlm.stages.common import finished, learning, making, open_output, settings_of
+from efficientvlm.stages import recut
+from efficientvlm.stages.common import finished, learning, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
-from efficientvlm.stages.tuning import Tuning
+from efficientvlm.stages.learning import Learning
+from efficientvlm.tasks.influence import of_anything, tell
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -33,12 +39,12 @@ def run(config: Prune, control: Control) -> Manifest:
     if config.from_gates:
         return ranks.on_main(lambda: recut.run(config, control), Manifest.model_validate)
     if config.task == "none":
-        return ranks.on_main(lambda: untrained.run(config, control), Manifest.model_validate)
+        return ranks.on_main(lambda: untrained(config, control), Manifest.model_validate)
     check(config)
-    tuning = Tuning.open(config, quiet=control.quiet)
-    student = tuning.student
+    run = Learning.open(config, quiet=control.quiet)
+    student = run.student
     scope = scope_of(config, student.family, student.model)
-    output = open_output(config, "prune", control, tuning.inputs)
+    output = open_output(config, "prune", control, run.inputs)
     if output.up_to_date:
         return finished(output)
     with making(output):
@@ -47,16 +53,19 @@ def run(config: Prune, control: Control) -> Manifest:
         def keep_dense() -> None:
             ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
 
-        objective = gated(config, tuning, scope, keep_dense if config.keep_dense else lambda: None)
+        objective = gated(config, run, scope, keep_dense if config.keep_dense else lambda: None)
         gates = objective.gates
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
-            with learning(config, output), telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet):
-                objective.settle(snap_scores(scores(config, tuning, scope), scope))
-        spent = tuning.train(objective, output, control)
+            with (
+                learning(config, output, run.task.grows),
+                telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet),
+            ):
+                objective.settle(snap_scores(scores(config, run, scope), scope))
+        spent = run.train(objective, output, control)
         keep = objective.structure()
         objective.hooks.remove()
         extra = {**cut_report(scope, keep, gates if learnt else None), "dense_kept": student.model.config.kept}
-        student.model = slice_model(student.family, student.model.cpu(), keep).to(tuning.hardware.device)
+        student.model = slice_model(student.family, student.model.cpu(), keep).to(run.hardware.device)
         say_cut(extra, control.quiet)
 
         def finish() -> Manifest:
@@ -64,7 +73,7 @@ def run(config: Prune, control: Control) -> Manifest:
                 save_tensors(gates.to_tensors(), output.staging / GATES)
             if config.keep_dense:
                 save_tensors(load_file(output.state_dir / DENSE), output.staging / DENSE)
-            return tuning.finish(output, control, spent, extra=extra)
+            return run.finish(output, control, spent, extra=extra)
 
         return ranks.on_main(finish, Manifest.model_validate)
 
@@ -83,30 +92,57 @@ def gate_steps(config: Prune, steps: int) -> int:
     return max(1, round(config.freeze_at * steps)) if config.method == "l0" else 0
 
 
-def gated(config: Prune, tuning: Tuning, scope: Scope, settled: Callable[[], None] = lambda: None) -> Gated:
+def gated(config: Prune, run: Learning, scope: Scope, settled: Callable[[], None] = lambda: None) -> Gated:
     """The task's objective under fresh gates on the units of `scope`; `settled` is called once the structure is final."""
-    inner = tuning.objective()
+    inner = run.objective()
     gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
-    steps = gate_steps(config, tuning.steps)
-    schedule = {"gate_steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": tuning.plan.batches_per_epoch}
-    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, settled=settled, **schedule)
+    steps = gate_steps(config, run.steps)
+    schedule = {"gate_steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": run.plan.batches_per_epoch}
+    reads = released_rows(scope) if getattr(config.quirks, "mask_offsets", False) else None
+    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, reads=reads, settled=settled, **schedule)
 
 
-def scores(config: Prune, tuning: Tuning, scope: Scope) -> Tensor:
+def scores(config: Prune, run: Learning, scope: Scope) -> Tensor:
     """Importance of every unit of `scope`; Taylor's gradients are of the task loss over the first `calibration_batches` batches."""
     from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
     assert config.method != "l0"
-    model = tuning.student.model
+    model = run.student.model
     if config.method == "taylor":
         model.eval()
-        task = tuning.objective(distil=False)
+        task = run.objective(distil=False)
         device = next(model.parameters()).device
         for step in range(config.calibration_batches):
-            for batch in tuning.feed(step):
+            for batch in run.feed(step):
                 losses = task({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
                 (losses["loss"] / config.calibration_batches).backward()
         ranks.average_gradients(model.parameters())
     values = importance_scores(config.method, model, scope.units, seed=config.seed)
     model.zero_grad(set_to_none=True)
     return values
+
+
+def untrained(config: Prune, control: Control) -> Manifest:
+    """Remove the units that `config.method` scores lowest until the budget is met, without data and without training.
+
+    Raises:
+        TargetMissed: the sparsity cannot be reached.
+    """
+    loaded = load(config.model)
+    family, model = loaded.family, loaded.model
+    scope = scope_of(config, family, model)
+    output = open_output(config, "prune", control, {"model": config.model})
+    if output.up_to_date:
+        return require_complete(output.path)
+    with making(output):
+        from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
+
+        assert config.method != "l0"
+        keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
+        extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}
+        say_cut(extra, control.quiet)
+        loaded.model = slice_model(family, model, keep)
+        extra["influence"] = of_anything(loaded)
+        tell("prune", extra["influence"], control.quiet)
+        common: dict[str, Any] = {"control": control, "image_processor": loaded.image_processor, "extra": extra}
+        return write(output, family, loaded.model, loaded.tokenizer, **common)

@@ -15,18 +15,19 @@ from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
+from efficientvlm.data.configured import open_split
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
+from efficientvlm.loaded import Loaded, keep_length, load
 from efficientvlm.manifest import Manifest
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Prune
-from efficientvlm.stages.common import Loaded, keep_length, load, making, open_output, validated, write
+from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
-from efficientvlm.stages.influence import observed
-from efficientvlm.stages.tasks import TASKS
+from efficientvlm.tasks.known import TASKS, learnt_by
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -42,13 +43,13 @@ def run(config: Prune, control: Control) -> Manifest:
     pruned = load(config.from_gates)
     tensors = read_tensors(pruned, GATES)
     config = settled(config, pruned.manifest)
-    task = TASKS[config.task]
+    task = learnt_by(config)
     check_task(config, pruned)
     dense = (pruned.path / DENSE).is_file()
     if dense:
         pruned.model = dense_model(pruned)
     scope, keep = choose(config, pruned, tensors, dense=dense)
-    source = task.open(config, "val", pruned.preprocessing)
+    source = open_split(config, task.kind, "val", pruned.preprocessing)
     output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
     if output.up_to_date:
         return require_complete(output.path)
@@ -94,8 +95,8 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
 
 def check_task(config: Prune, pruned: Loaded) -> None:
     """:class:`BadInput` for gates that were learnt on another task than `config` measures, or where no data are known to measure on."""
-    if config.task not in pruned.tasks:
-        does = " and ".join(sorted(pruned.tasks - {"pretraining"})) or "no task"
+    if not TASKS[config.task].able(pruned):
+        does = " and ".join(name for name, task in TASKS.items() if task.final and task.able(pruned)) or "no task"
         raise BadInput(f"{pruned.path} is not of task {config.task}", f"it was pruned for {does}", "give --task as that run did")
     if not config.data:
         raise BadInput(f"no data to measure the re-cut of {pruned.path} on", "the run it is cut from names none", "give --data")

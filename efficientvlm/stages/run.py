@@ -18,7 +18,7 @@ from efficientvlm.progress import say
 from efficientvlm.recipe import Step
 from efficientvlm.settings.base import Strict
 
-MODULES = {"import": "import_", "eval": "evaluate"}
+MODULES = {"import": "import_", "eval": "evaluate", **dict.fromkeys(("pretrain", "distill", "finetune"), "learning")}
 TRAIN = ("pretrain", "distill", "prune", "finetune")
 
 

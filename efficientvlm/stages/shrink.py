@@ -7,9 +7,10 @@ from typing import Any
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.control import Control
+from efficientvlm.loaded import load
 from efficientvlm.manifest import Manifest
 from efficientvlm.settings.stages import Shrink
-from efficientvlm.stages.common import load, making, open_output, write
+from efficientvlm.stages.common import making, open_output, write
 
 
 def run(config: Shrink, control: Control) -> Manifest:

@@ -1,328 +1,177 @@
-"""Image-text retrieval: recalls of both directions by contrast, again after matching has ranked the best anew, and matching accuracy."""
+"""Image-text retrieval: contrast and matching are learnt, recall is measured."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientvlm.data.draw import generator
-from efficientvlm.families.footprint import Footprint, room, spans
-from efficientvlm.progress import Bar, counted
+from efficientvlm.data.batch import stack
+from efficientvlm.data.configured import augmentation
+from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
+from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.reading import counts_of, of_read
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.families.footprint import Footprint, room
+from efficientvlm.loaded import Loaded, longest, texts_of
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.progress import Bar, say
+from efficientvlm.tasks.influence import Influence, of_pairs
+from efficientvlm.tasks.recall import encode, evaluate
+from efficientvlm.tasks.remembered import bytes_of_features
+from efficientvlm.tasks.task import Learnt
+from efficientvlm.training import Batch
 
-TOP = (1, 5, 10)
-DIRECTIONS = ("image_to_text", "text_to_image")
-SCORES_AT_ONCE = 4_000_000  # elements of a block of the score matrix; sorting it takes five times as many bytes as it has
-
-
-@dataclass
-class Gallery:
-    """Images and captions as a network sees them; equal captions are one, encoded once.
-
-    `image` [I, E] and `text` [C, E] are unit vectors; `own[i]` are the captions of image i (indices below C, each once), `owners` the image
-    of every annotated caption, which is caption `said` [A]. `image_states` and `text_states` with `text_mask` are what matching reads, None
-    where a network does not match; both are called by numbers.
-    """
-
-    ids: list[str]
-    image: Tensor
-    text: Tensor
-    own: list[list[int]]
-    said: Tensor
-    owners: Tensor
-    image_states: Tensor | States | None
-    text_states: Tensor | States | None
-    text_mask: Tensor
-    size: Footprint | None = None
-    """Of the network, so that matching is cut into blocks that fit; without it a batch is a block."""
+EVAL_BATCH = 64
+SAMPLE = 1000  # texts that say how long texts are
+CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of images by captions, among all of them, by cosine; their mean"
+RERANKED = f"{CONTRAST}; reranked_mean_recall: the same with the best candidates of every query in the order of their matching logits"
 
 
-class Collected:
-    """Tensors put one after another into one that is long enough from the start, so that they are never there twice."""
+class Retrieval(Learnt):
+    """Images found by texts and texts by images; learnt with hard negatives by default (X-VLM), on one caption an image and step."""
 
-    def __init__(self, most: int) -> None:
-        """At most `most` rows."""
-        self.most, self.count = most, 0
-        self._all: Tensor | None = None
+    name, kind = "retrieval", PAIRS
+    also = ("itm_accuracy", "itm_preferred")
 
-    def add(self, rows: Tensor) -> None:
-        if self._all is None:
-            self._all = rows.new_empty(self.most, *rows.shape[1:])
-        self._all[self.count : self.count + len(rows)] = rows
-        self.count += len(rows)
+    def able(self, loaded: Loaded) -> bool:
+        return self.name in loaded.tasks and bool(loaded.family.retrieval)
 
-    @property
-    def tensor(self) -> Tensor:
-        assert self._all is not None
-        return self._all[: self.count]
+    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
+        does = " and ".join(sorted(loaded.tasks - {self.name})) or "nothing by itself"
+        fix = "use a CLIP, a BLIP for retrieval, or an X-VLM with the heads itc and itm, as it is before it answers questions"
+        return BadInput(f"{role} {loaded.path} does no retrieval".lstrip(), f"it is a {loaded.family.name} model for {does}", fix)
+
+    def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
+        if config.batch_size < 2:
+            yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
+
+    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """Heads of other tasks are left behind."""
+        if not self.able(student):
+            raise self.refusal(student)
+        return student.family.for_retrieval(student.model), []
+
+    def changes(self, added: int) -> str:
+        return f"heads of other tasks are left behind: {added:+,} parameters"
+
+    def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
+        losses, hard_negatives = student.family.retrieval, config.hard_negatives
+        return XvlmPretraining(student.family, student.model, losses=losses, seed=config.seed, hard_negatives=hard_negatives)
+
+    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+        return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
+
+    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        if not self.able(student):
+            raise self.refusal(student)
+        size = config.eval_batch_size or EVAL_BATCH
+        return evaluate_pairs(student, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
+
+    def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
+        return of_pairs(student, source, config.eval_batch_size)
+
+    def check(self, config: Any, loaded: Loaded) -> None:
+        super().check(config, loaded)
+        if config.rerank and "itm" not in loaded.family.retrieval:
+            why = f"{loaded.path} compares images and texts by their features alone"
+            raise BadInput(f"rerank {config.rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
+
+    def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
+        """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
+        if not len(source):
+            raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
+        shown: dict[str, Any] = {"title": title, "quiet": quiet}
+        measured = evaluate_pairs(loaded, source, limit=None, batch_size=config.batch_size, rerank=config.rerank, seed=config.seed, **shown)
+        return {
+            "metric": RERANKED if config.rerank else CONTRAST,
+            "mode": "rerank" if config.rerank else "contrast",
+            "rerank": config.rerank,
+            "seed": config.seed,
+            "influence": of_pairs(loaded, source, config.batch_size),
+            "metrics": measured,
+        }
+
+    def measure(self, loaded: Loaded, source: Any, *, batch_size: int, seed: int, title: str, quiet: bool) -> dict[str, Any]:
+        return evaluate_pairs(loaded, source, limit=None, batch_size=batch_size, seed=seed, title=title, quiet=quiet)
+
+    def bytes_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> int:
+        """Of comparing all images and their captions."""
+        tokens = longest(loaded, list(islice(source.texts(), SAMPLE)), 40)
+        size, most = Footprint.of(loaded.family, loaded.model.config), room(torch.device("cpu"))
+        held = min(most, len(source) * size.seen)
+        block = min(most, config.batch_size * max(size.encoding, size.seen + size.question(tokens)))
+        return 2 * config.batch_size * 3 * loaded.sizes.image_size**2 + held + block
+
+    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+        return bytes_of_features(teacher, source, images_seen)
 
 
-class States:
-    """Token states of images or texts by number: held where all fit into `most` bytes, else made again for those that are asked for."""
-
-    def __init__(self, count: int, again: Callable[[Tensor], Tensor] | None, most: int) -> None:
-        self.count, self.again, self.most = count, again, most
-        self.held: Collected | None = Collected(count)
-
-    def add(self, states: Tensor) -> None:
-        if self.again is not None and self.count * states[0].nbytes > self.most:
-            self.held = None
-        if self.held is not None:
-            self.held.add(states)
-
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        if self.held is not None:
-            return self.held.tensor[numbers]
-        assert self.again is not None
-        return self.again(numbers)
-
-
-@torch.inference_mode()
-def encode(
-    family: Any,
-    model: Any,
-    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[Sequence[str]]]],
-    tokens: Callable[[list[str]], tuple[Tensor, Tensor]],
-    batch_size: int,
-    count: int,
+def evaluate_pairs(
+    loaded: Loaded,
+    source: Any,
     *,
-    again: Callable[[Tensor], Tensor] | None = None,
-    most: int | None = None,
-    title: str = "",
-    quiet: bool = True,
-) -> Gallery:
-    """Every image and every distinct caption once.
-
-    Args:
-        batches: ids, pixels [B, 3, H, W] and the captions of some images.
-        tokens: distinct captions → ids and mask [C, L], all of one length, so that a batch does not change its rows.
-        batch_size: captions at a time.
-        count: images, at most.
-        again: numbers of images → their pixels. With it, token states that take more than `most` bytes are not held.
-        most: bytes of a block of work, by default what the device has room for.
-    """
-    matches, device = "itm" in family.retrieval, model.device
-    size, most = Footprint.of(family, model.config), most or room(device)
-    at_once = max(1, most // size.encoding)
-
-    def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [family.image_features(model, part.to(device)) for part in pixels.split(at_once)]
-        states, features = zip(*parts, strict=True)
-        return torch.cat(states), torch.cat(features)
-
-    ids: list[str] = []
-    image = Collected(count)
-    image_states = States(count, again and (lambda numbers: see(again(numbers))[0]), most)
-    index: dict[str, int] = {}
-    own: list[list[int]] = []
-    said: list[int] = []
-    owners: list[int] = []
-    for names, pixels, captions in batches:
-        for part in pixels.split(at_once):
-            states, feature = see(part)
-            image.add(feature.float())
-            if matches:
-                image_states.add(states)
-        for name, texts in zip(names, captions, strict=True):
-            numbers = [index.setdefault(text, len(index)) for text in texts]
-            owners += [len(ids)] * len(numbers)
-            said += numbers
-            own.append(list(dict.fromkeys(numbers)))
-            ids.append(name)
-    text_ids, text_mask = (tensor.to(device) for tensor in tokens(list(index)))
-    text = Collected(len(text_ids))
-    step = max(1, min(batch_size, most // (size.question_token * text_ids.shape[1])))
-
-    def read(numbers: Tensor) -> Tensor:
-        states: Tensor = family.text_features(model, text_ids[numbers], text_mask[numbers])[0]
-        return states
-
-    text_states = States(len(text_ids), again and read, most)
-    for start in counted(range(0, len(text_ids), step), f"{title} texts", len(text_ids), quiet):
-        states, feature = family.text_features(model, text_ids[start : start + step], text_mask[start : start + step])
-        text.add(feature.float())
-        if matches:
-            text_states.add(states)
-    return Gallery(
-        ids=ids,
-        image=image.tensor,
-        text=text.tensor,
-        own=own,
-        said=torch.tensor(said, device=device),
-        owners=torch.tensor(owners, device=device),
-        image_states=image_states if matches else None,
-        text_states=text_states if matches else None,
-        text_mask=text_mask,
-        size=size,
-    )
-
-
-@torch.inference_mode()
-def evaluate(
-    family: Any,
-    model: Any,
-    gallery: Gallery,
-    *,
-    batch_size: int,
+    limit: int | None,
+    title: str,
+    quiet: bool,
+    batch_size: int = EVAL_BATCH,
     rerank: int = 0,
     seed: int = 0,
-    most: int | None = None,
-    title: str = "",
-    quiet: bool = True,
 ) -> dict[str, Any]:
-    """Recalls at 1, 5 and 10 as fractions, and the accuracy of matching where the family matches.
+    """Metrics of :func:`tasks.retrieval.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
+    whole, source = len(source), drawn(source, limit)
+    count = len(source)
+    if count < whole:
+        say(f"{title}: {count:,} of {whole:,} images, drawn at random", quiet=quiet)
+    if not count:
+        say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
+        return {"images": 0}
+    model, texts = loaded.model.eval(), texts_of(loaded)
+    pictures = Pictures(source, count, batch_size)
+    shown: dict[str, Any] = {"title": title, "quiet": quiet}
+    with Bar(title, count, quiet=quiet) as bar:
+        batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
+        gallery = encode(loaded.family, model, batches, tokens, batch_size, count, again=pictures, **shown)
+    result = evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
+    for remark in of_read(texts):
+        say(f"{title}: {remark}", quiet=quiet)
+    return {**result, "reading": counts_of(texts)}
 
-    `image_to_text_r5` is the part of the images with one of their captions among the 5 of highest cosine, out of the captions of all;
-    `text_to_image_r5` the part of the captions whose image is among the 5 images of highest cosine; `mean_recall` the mean of the six.
-    Equal scores rank in the order of the data. With `rerank` the same follow again as `reranked_...`, where the matching logit orders the
-    best `rerank` candidates of every query and the others stay behind them (ALBEF, X-VLM). `itm_accuracy` as :func:`matching_accuracy`.
-    `standard_errors` are those of each recall as a mean over its queries. Pairs are matched in blocks of at most `most` bytes.
+
+class Pictures:
+    """The first `count` images of a source with their captions, in order, and any of them again by number.
+
+    Images that cannot be read, or have no caption, are left out and have no number.
     """
-    matched = partial(match, family, model, gallery, batch_size=batch_size, most=most, title=title, quiet=quiet)
-    result: dict[str, Any] = {"images": len(gallery.image), "captions": len(gallery.said)}
-    keep = max(rerank, TOP[-1])
-    for_image, for_text = best_captions(gallery, keep), best_images(gallery, keep)
-    found = recalls(gallery, for_image, for_text)
-    queries = dict(zip(DIRECTIONS, (len(gallery.image), len(gallery.said)), strict=True))
-    errors = {
-        f"{direction}_r{top}": standard_error(found[f"{direction}_r{top}"], queries[direction]) for direction in DIRECTIONS for top in TOP
-    }
-    result |= found | {"standard_errors": errors}
-    if rerank:
-        count = len(gallery.text)
-        wanted = (_keys_of_captions(gallery, for_image[:, :rerank]), _keys_of_images(gallery, for_text[:, :rerank]))
-        keys = torch.cat([part.flatten() for part in wanted]).unique()
-        logits = matched(keys // count, keys % count)[:, 1]
-        for_image, for_text = (
-            reordered(order, logits[torch.searchsorted(keys, part)]) for order, part in zip((for_image, for_text), wanted, strict=True)
-        )
-        result |= {f"reranked_{name}": value for name, value in recalls(gallery, for_image, for_text).items()}
-    if gallery.image_states is not None:
-        result |= matching_accuracy(gallery, matched, seed)
-    return result
 
+    def __init__(self, source: Any, count: int, batch_size: int) -> None:
+        self.source, self.count, self.batch_size = source, count, batch_size
+        self.places: list[tuple[int, int]] = []  # where the batch of an image starts, and its place in it
+        self._last: tuple[int, list[Any]] | None = None
 
-def best_captions(gallery: Gallery, keep: int) -> Tensor:
-    """Annotated captions [I, min(keep, A)] of highest cosine for every image, best first."""
-    return _sorted(gallery.image, gallery.text, keep, gallery.said)
+    def batches(self, progress: Any) -> Iterator[tuple[Sequence[str], Tensor, Sequence[Any]]]:
+        """Ids, pixels [B, 3, H, W] and captions."""
+        for start in range(0, self.count, self.batch_size):
+            if items := self._items(start):
+                self.places += [(start, at) for at in range(len(items))]
+                yield [item.id for item in items], stack([item.image for item in items]), [item.captions for item in items]
+            progress(min(self.count, start + self.batch_size))
+        if not self.places:
+            why = "retrieval needs at least one image with a text"
+            raise BadInput(f"{self.source.name} has no captions", why, "use another --data or --split")
 
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Pixels of images by number."""
+        places = [self.places[number] for number in numbers.tolist()]
+        return stack([self._items(start)[at].image for start, at in places])
 
-def best_images(gallery: Gallery, keep: int) -> Tensor:
-    """Images [C, min(keep, I)] of highest cosine for every distinct caption, best first."""
-    return _sorted(gallery.text, gallery.image, keep)
-
-
-def _sorted(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
-    parts = []
-    for part in queries.split(max(1, SCORES_AT_ONCE // max(1, len(candidates if columns is None else columns)))):
-        with torch.autocast(part.device.type, enabled=False):  # in bfloat16 close candidates would be equal
-            scores = part @ candidates.T
-        scores = scores if columns is None else scores[:, columns]  # equal captions have the same score to the last bit
-        parts.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep])
-    return torch.cat(parts)
-
-
-def recalls(gallery: Gallery, for_image: Tensor, for_text: Tensor) -> dict[str, float]:
-    """Recalls of both directions and their mean; the candidates are those of :func:`best_captions` and :func:`best_images`."""
-    own = gallery.owners[for_image] == torch.arange(len(for_image), device=for_image.device)[:, None]
-    right = for_text[gallery.said] == gallery.owners[:, None]
-    found = {
-        f"{direction}_r{top}": _part(hit[:, :top].any(1)) for direction, hit in zip(DIRECTIONS, (own, right), strict=True) for top in TOP
-    }
-    return {**found, "mean_recall": sum(found.values()) / len(found)}
-
-
-def _part(hits: Tensor) -> float:
-    """The part of `hits` that is true; counted on the CPU, since not every device has float64."""
-    return float(hits.cpu().double().mean())
-
-
-def reordered(order: Tensor, scores: Tensor) -> Tensor:
-    """`order` [Q, K] with its first k entries sorted by `scores` [Q, k], highest first."""
-    best = order[:, : scores.shape[1]].gather(1, scores.sort(dim=1, descending=True, stable=True).indices)
-    return torch.cat([best, order[:, scores.shape[1] :]], 1)
-
-
-def _keys_of_captions(gallery: Gallery, order: Tensor) -> Tensor:
-    return torch.arange(len(order), device=order.device)[:, None] * len(gallery.text) + gallery.said[order]
-
-
-def _keys_of_images(gallery: Gallery, order: Tensor) -> Tensor:
-    return order * len(gallery.text) + torch.arange(len(order), device=order.device)[:, None]
-
-
-def match(
-    family: Any,
-    model: Any,
-    gallery: Gallery,
-    images: Tensor,
-    captions: Tensor,
-    *,
-    batch_size: int,
-    most: int | None = None,
-    title: str = "",
-    quiet: bool = True,
-) -> Tensor:
-    """Matching logits [P, 2] (no, yes) of pairs, at most `batch_size` at a time; pairs of one image should follow each other."""
-    assert gallery.image_states is not None and gallery.text_states is not None
-    seen_by, one = (gallery.size.seen, gallery.size.question(gallery.text_mask.shape[1])) if gallery.size else (0, 0)
-    runs = spans(images.tolist(), seen_by, one, most or room(images.device))
-    blocks = [(start, min(stop, start + batch_size)) for first, stop in runs for start in range(first, stop, batch_size)]
-    logits = []
-    with Bar(f"{title} matching", len(images), quiet=quiet) as bar:
-        for start, stop in blocks:
-            seen, rows = images[start:stop].unique(return_inverse=True)
-            said = captions[start:stop]
-            logits.append(family.match(model, gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
-            bar.update(stop)
-    return torch.cat(logits)
-
-
-def standard_error(part: float, count: int) -> float:
-    """Of a part that was counted over `count` queries."""
-    return math.sqrt(part * (1 - part) / count) if count else 0.0
-
-
-def matching_accuracy(gallery: Gallery, matched: Callable[[Tensor, Tensor], Tensor], seed: int) -> dict[str, float]:
-    """`itm_accuracy` on as many matched as unmatched pairs; empty where every image has the same captions.
-
-    Every image comes once with one of its captions, and once with a caption of another image that is none of its own; both are drawn from
-    (seed, id of the image). `itm_preferred` is the part of the images for which the first is the more probable match of the two, wherever
-    the network puts its threshold: training sees two unmatched pairs for a matched one. Chance is one half for both.
-
-    Args:
-        matched: images and captions [P] by number → logits [P, 2], as :func:`match`.
-    """
-    pairs = drawn_pairs(gallery, seed)
-    images = [at for at, pair in enumerate(pairs) if pair for _ in pair]
-    if not images:
-        return {}
-    device = gallery.said.device
-    captions = torch.tensor([caption for pair in pairs if pair for caption in pair], device=device)
-    logits = matched(torch.tensor(images, device=device), captions)
-    true_pair = torch.arange(len(captions), device=device) % 2 == 0
-    true, false = (logits[:, 1] - logits[:, 0]).view(-1, 2).T
-    return {"itm_accuracy": _part(logits.argmax(-1) == true_pair.long()), "itm_preferred": _part(true > false)}
-
-
-def drawn_pairs(gallery: Gallery, seed: int) -> list[tuple[int, int] | None]:
-    """For every image a caption of it and one of another image, as numbers of distinct captions; None if all captions are its own."""
-    said = gallery.said.tolist()
-    times = Counter(said)
-    pairs: list[tuple[int, int] | None] = []
-    for name, own in zip(gallery.ids, gallery.own, strict=True):
-        if not own or sum(times[caption] for caption in own) == len(said):
-            pairs.append(None)
-            continue
-        draw = generator(seed, name, "matching")
-        true = own[int(draw.integers(len(own)))]
-        while (false := said[int(draw.integers(len(said)))]) in own:
-            pass
-        pairs.append((true, false))
-    return pairs
+    def _items(self, start: int) -> list[Any]:
+        if self._last is None or self._last[0] != start:
+            found = usable(self.source, range(start, min(self.count, start + self.batch_size)))
+            self._last = start, [item for item in found if item.captions]
+        return self._last[1]

@@ -6,7 +6,6 @@ An input has no influence when every output is then equal to the last bit. That 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 
 from efficientvlm import influence
 from efficientvlm.data.batch import stack
-from efficientvlm.data.kinds.questions import vqa_batch
 from efficientvlm.data.opening import usable
 from efficientvlm.errors import Diverged
 from efficientvlm.families.weights import finite
+from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.progress import say
-from efficientvlm.stages.answering import Answerer
-from efficientvlm.stages.common import Loaded, texts_of, validated
 from efficientvlm.training import Batch
 
 SAMPLES = 32
@@ -29,29 +26,9 @@ Influence = dict[str, Any]
 Run = Callable[[Batch], tuple[dict[str, Tensor], Sequence[str]]]
 
 
-def of_answers(answer: Answerer, source: Any, batch_size: int | None = None) -> Influence:
-    """What picture and question do to the answers to one question about each of the first images of `source`."""
-    items = [item for item in _first(source) if item.questions]
-    chosen = [replace(item, questions=[item.questions[number % len(item.questions)]]) for number, item in enumerate(items)]
-    if len(chosen) < 2:
-        return not_measured(f"there are {len(chosen)} images with questions, and 2 are needed")
-    whole = answer.on_device(vqa_batch(chosen, answer.texts, seed=0, step=0, train=False))
-    batch = {name: whole[name] for name in ("pixels", "question_ids", "question_mask")}
-    family, model = answer.loaded.family, answer.loaded.model
-
-    def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
-        count, device = len(batch["pixels"]), answer.device
-        batch = {**batch, "image_index": torch.arange(count, device=device)}
-        start = torch.full((count, 1), answer.texts.start, device=device)
-        _, context = family.question(model, batch)
-        return {"answer": family.answer(model, context, start, None, None, family.new_cache(model))}, answer(batch)
-
-    return measure(run, batch, {"image": ("pixels",), "text": ("question_ids", "question_mask")}, batch_size)
-
-
 def of_pairs(loaded: Loaded, source: Any, batch_size: int | None = None) -> Influence:
     """What picture and caption do to features and to matching, for the first images of `source` and one caption of each."""
-    items = [item for item in _first(source) if item.captions]
+    items = [item for item in first_of(source) if item.captions]
     if len(items) < 2:
         return not_measured(f"there are {len(items)} images with captions, and 2 are needed")
     device = loaded.model.device
@@ -146,13 +123,6 @@ def measure(run: Run, batch: Batch, inputs: Mapping[str, tuple[str, ...]], batch
     return {"samples": count, "inputs": found}
 
 
-def observed(title: str, config: Any, measurement: Callable[[], Influence], quiet: bool) -> Influence:
-    """The influence of the inputs at the end of a stage that validates, said; not measured where its validation is left out."""
-    found = not_measured("eval_limit is 0") if config.eval_limit == 0 else validated(config, measurement, quiet)
-    tell(title, found, quiet)
-    return found
-
-
 def not_measured(why: str) -> Influence:
     """What stands in the place of a measurement that could not be made."""
     return {"not_measured": why}
@@ -162,7 +132,8 @@ def _rows(batch: Batch, rows: Tensor) -> Batch:
     return {name: value[rows.to(value.device)] for name, value in batch.items()}
 
 
-def _first(source: Any) -> list[Any]:
+def first_of(source: Any) -> list[Any]:
+    """The first samples of a source that can be read, as many as are looked at."""
     return usable(source, range(min(len(source), SAMPLES)))
 
 

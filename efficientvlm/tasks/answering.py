@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from efficientvlm.data import reading
 from efficientvlm.data.answer_list import read_answers
-from efficientvlm.data.kinds.questions import QUESTIONS, vqa_batch
-from efficientvlm.data.opening import drawn, open_data, usable
-from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.kinds.questions import vqa_batch
+from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
 from efficientvlm.files import resolve
+from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import Bar, say
-from efficientvlm.stages import reading
-from efficientvlm.stages.common import Loaded, no_answers, settings_of, texts_of, which
-from efficientvlm.tasks.vqa import evaluate, generate, rank
+from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
+from efficientvlm.tasks.ranking import evaluate, generate, rank
 from efficientvlm.training import Batch
 
 EVAL_BATCH = 100
-
-
-def open_task(config: Any, split: str, image_size: Preprocessing | None) -> Any:
-    """The questions of `split`; `val` names a validation file of its own."""
-    return open_data(QUESTIONS, **which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
 def listed_answers(config: Any) -> list[str] | None:
@@ -46,6 +43,23 @@ def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = 
     for start in range(0, count, batch_size):
         if items := usable(source, range(start, min(count, start + batch_size))):
             yield vqa_batch(items, texts, seed=0, step=0, train=False)
+
+
+def no_answers(loaded: Loaded, role: str = "") -> BadInput:
+    """What to say of a model that has no answer decoder: how it can get one, or else what it is for."""
+    what = f"{role} {loaded.path} answers no questions".lstrip()
+    other = sorted(loaded.tasks - {"vqa"}) if "pretraining" not in loaded.tasks else []
+    if not other and "mlm" not in loaded.model.config.heads:
+        fix = "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
+        return BadInput(what, "it has neither an answer decoder nor an MLM head to start one from", fix)
+    if not other:
+        return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
+    return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
+
+
+def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
+    """How a checkpoint ranks: as asked, else as it was tuned."""
+    return asked if asked is not None else manifest.noted("quirks", dict[str, Any], {}).get("first_token_twice") is True
 
 
 class Answerer:
@@ -151,3 +165,23 @@ def evaluate_on(
         say(f"{title}: {remark}", quiet=quiet)
     counts = {**answer.reading.counts, **reading.counts_of(texts)}
     return {"images": done, **result, "reading": counts}
+
+
+def of_answers(answer: Answerer, source: Any, batch_size: int | None = None) -> Influence:
+    """What picture and question do to the answers to one question about each of the first images of `source`."""
+    items = [item for item in first_of(source) if item.questions]
+    chosen = [replace(item, questions=[item.questions[number % len(item.questions)]]) for number, item in enumerate(items)]
+    if len(chosen) < 2:
+        return not_measured(f"there are {len(chosen)} images with questions, and 2 are needed")
+    whole = answer.on_device(vqa_batch(chosen, answer.texts, seed=0, step=0, train=False))
+    batch = {name: whole[name] for name in ("pixels", "question_ids", "question_mask")}
+    family, model = answer.loaded.family, answer.loaded.model
+
+    def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+        count, device = len(batch["pixels"]), answer.device
+        batch = {**batch, "image_index": torch.arange(count, device=device)}
+        start = torch.full((count, 1), answer.texts.start, device=device)
+        _, context = family.question(model, batch)
+        return {"answer": family.answer(model, context, start, None, None, family.new_cache(model))}, answer(batch)
+
+    return measure(run, batch, {"image": ("pixels",), "text": ("question_ids", "question_mask")}, batch_size)

@@ -1,0 +1,114 @@
+"""A finished checkpoint in memory, and how its texts and pictures are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientvlm import checkpoint, families, files
+from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.texts import Texts
+from efficientvlm.data.tokenizer import load_tokenizer, require_ids
+from efficientvlm.errors import BadInput
+from efficientvlm.families import loading
+from efficientvlm.families.base import Sizes
+from efficientvlm.families.exported import Exported, is_exported
+from efficientvlm.families.image_settings import preprocessing_of
+from efficientvlm.manifest import Manifest
+
+SHORTEST = 3  # first and last token, and one between them
+
+
+@dataclass
+class Loaded:
+    """A finished checkpoint in memory."""
+
+    path: Path
+    family: Any
+    model: Any
+    tokenizer: Any
+    manifest: Manifest
+
+    @property
+    def sizes(self) -> Sizes:
+        sizes: Sizes = self.family.sizes(self.model.config)
+        return sizes
+
+    @property
+    def image_processor(self) -> dict[str, Any] | None:
+        """The settings in its `preprocessor_config.json`, which what is made of it keeps."""
+        return loading.image_processor(self.path)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures become what it reads; :class:`BadInput` if its files contradict one another, or say what is not followed here."""
+        return preprocessing_of(self.image_processor, self.sizes, self.path)
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
+        tasks: frozenset[str] = self.family.tasks(self.model.config)
+        return tasks
+
+
+def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
+    """The checkpoint `spec` names, checked against its manifest.
+
+    Args:
+        weights: False gives a model on the meta device, of the shapes in `config.json`; no weight file is opened.
+        exported: whether a folder of ONNX graphs will do: it can be asked and measured, and nothing else.
+
+    Raises:
+        BadInput: an unfinished or damaged folder, or a tokenizer that does not fit the model.
+    """
+    manifest = checkpoint.require_complete(spec)
+    path = files.resolve(spec)
+    family = Exported.of_folder(path) if exported and is_exported(path) else families.of_folder(path)
+    model = family.load(path) if weights else shapes(family, family.read_config(path))
+    tokenizer = load_tokenizer(path)
+    require_ids(tokenizer, family.sizes(model.config).vocab_size, path)
+    return Loaded(path, family, model, tokenizer, manifest)
+
+
+def shapes(family: Any, config: Any) -> Any:
+    """A model of the shapes in `config` on the meta device, which holds no values and takes no memory."""
+    with torch.device("meta"):
+        return family.build(config).eval()
+
+
+def check_precision(loaded: Loaded, precision: str) -> None:
+    """:class:`BadInput` where another precision is asked of ONNX graphs than fp32, which stands for their own."""
+    if is_exported(loaded.path) and precision != "fp32":
+        raise BadInput(f"{loaded.path} does not run in {precision}", "ONNX graphs compute in their own precision", "leave --precision out")
+
+
+def texts_of(loaded: Loaded, max_tokens: int | None = None) -> Texts:
+    """Texts as token ids for this model, at most as long as :func:`text_length` says."""
+    return Texts(loaded.tokenizer, text_length(loaded, max_tokens))
+
+
+def text_length(loaded: Loaded, asked: int | None = None) -> int:
+    """Tokens of the longest text, its first and last included: as asked, as the model was tuned, as is usual, or all positions.
+
+    Raises:
+        BadInput: more are asked for than it has positions.
+    """
+    positions, config, manifest = loaded.sizes.max_positions, loaded.model.config, loaded.manifest
+    if asked is not None and asked > positions:
+        raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
+    tuned = config.max_tokens or manifest.noted("max_tokens", int | None, None)
+    return max(SHORTEST, min(asked or tuned or getattr(config, "usual_tokens", None) or positions, positions))
+
+
+def keep_length(loaded: Loaded, asked: int | None) -> None:
+    """Note in the model's configuration how long the texts are that it reads from now on, in what is written of it too."""
+    loaded.model.config.max_tokens = text_length(loaded, asked)
+
+
+def longest(loaded: Loaded, texts: list[str], most: int) -> int:
+    """Tokens of the longest of `texts` with its ends, at most `most`."""
+    read = texts_of(loaded, most)
+    return int(read.batch(texts)[0].shape[1]) if texts else 2

@@ -1,0 +1,23 @@
+"""The methods of distillation by name: each is a module with these two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from efficientvlm.errors import BadInput
+from efficientvlm.objectives import efficientvlm
+from efficientvlm.objectives.objective import Objective
+
+
+class Method(Protocol):
+    """How a teacher teaches."""
+
+    def needs(self, student: Any, teacher: Any) -> Iterator[BadInput]:
+        """Every reason why the network `teacher` (a `loaded.Loaded`) cannot teach `student`."""
+
+    def distilled(self, hard: Any, teacher: Any, settings: Any) -> Objective:
+        """The losses `hard` of the student, mixed with what the network `teacher` says, as `settings` ask."""
+
+
+METHODS: dict[str, Method] = {"efficientvlm": efficientvlm}

@@ -1,0 +1,217 @@
+"""pretrain, distill and finetune: a task is learnt, with or without a teacher. prune does the same under gates (`prune.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from efficientvlm import ranks
+from efficientvlm.checkpoint import Output
+from efficientvlm.control import Control
+from efficientvlm.data.answer_list import as_input
+from efficientvlm.data.configured import open_split
+from efficientvlm.data.plan import Plan, plan_for
+from efficientvlm.data.reading import Reading, all_read, titled
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.influence import MEASURING
+from efficientvlm.loaded import Loaded, keep_length, load, texts_of
+from efficientvlm.manifest import Manifest
+from efficientvlm.objectives.methods import METHODS, Method
+from efficientvlm.objectives.objective import Objective
+from efficientvlm.progress import say, telling
+from efficientvlm.stages.common import (
+    data_inputs,
+    finished,
+    gather_skipped,
+    keep_skipped,
+    learning,
+    making,
+    observed,
+    open_output,
+    validated,
+    write,
+)
+from efficientvlm.stages.teaching import doubt
+from efficientvlm.tasks.known import learnt_by
+from efficientvlm.tasks.task import Learnt
+from efficientvlm.training import Batch, Spent, accelerator, train
+
+
+def run(config: Any, control: Control) -> Manifest:
+    """Train on the task and write the trained checkpoint, with its metrics on validation data in the manifest."""
+    run = Learning.open(config, quiet=control.quiet)
+    output = open_output(config, config.stage, control, run.inputs)
+    if output.up_to_date:
+        return finished(output)
+    with making(output):
+        spent = run.train(run.objective(), output, control)
+        return run.finish(output, control, spent)
+
+
+@dataclass
+class Learning:
+    """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster."""
+
+    config: Any
+    task: Learnt
+    student: Loaded
+    teacher: Loaded | None
+    new: list[str]
+    sources: dict[str, Any]
+    reading: Reading = field(default_factory=Reading)
+
+    @classmethod
+    def open(cls, config: Any, *, quiet: bool = False) -> Learning:
+        """Load what `config` names; nothing is written.
+
+        Raises:
+            BadInput: checkpoints or data that cannot be used together.
+        """
+        torch.manual_seed(config.seed)
+        task, teacher = learnt_by(config), getattr(config, "teacher", None)
+        with telling(f"loading {config.model}{f' and {teacher}' if teacher else ''}", quiet=quiet):
+            student, teacher, new = load_for(config, task)
+        keep_length(student, config.max_tokens)
+        with telling(f"opening the data {config.data}", quiet=quiet):
+            sources = {split: open_split(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
+        return cls(config, task, student, teacher, new, sources)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Role → what is read, for the output's manifest."""
+        return inputs_of(self.config) | data_inputs(self.config, self.sources)
+
+    @cached_property
+    def hardware(self) -> Any:
+        return accelerator(self.config.device)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_for(self.sources["train"], self.config.batch_size, self.config.seed, ranks.world(), ranks.rank())
+
+    @property
+    def steps(self) -> int:
+        return self.config.max_steps or max(1, round(self.config.epochs * self.plan.batches_per_epoch))
+
+    def objective(self, distil: bool = True) -> Objective:
+        """The task's losses and, if there is a teacher and `distil`, KD on the student, whose configuration learns what the data decide.
+
+        Towers in `freeze` are frozen.
+        """
+        torch.manual_seed(self.config.seed)
+        teacher = self.teacher if distil else None
+        for loaded in filter(None, (self.student, teacher)):
+            if loaded.model.device != self.hardware.device:
+                loaded.model.to(self.hardware.device)
+        freeze(self.student, self.config.freeze)
+        self.task.configure(self.config, self.student, self.sources["train"])
+        hard = self.task.objective(self.config, self.student)
+        if teacher is None:
+            return hard
+        return method_of(self.config).distilled(hard, teacher.model, self.config)
+
+    def feed(self, step: int) -> Sequence[Batch]:
+        """Training batches by step."""
+        source, plan = self.sources["train"], self.plan
+        items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
+        return self.task.batches(self.config, self.student, items, self.texts, step)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The texts of the training data; they count what is unknown among them."""
+        return texts_of(self.student, self.config.max_tokens)
+
+    def train(self, objective: Objective, output: Output, control: Control) -> Spent:
+        """The training loop on this run's batches."""
+        if self.teacher:
+            doubt(output.stage, self.teacher.manifest, self.student.manifest, self.sources["val"], control.quiet)
+        keep_skipped(output, self.sources, control.quiet)
+        if ranks.is_main():
+            self.reading = self.task.reading(self.config, self.student, self.sources)
+            for remark in titled(output.stage, self.reading):
+                say(remark, quiet=control.quiet)
+        with learning(self.config, output, self.task.grows):
+            return train(
+                objective,
+                self.feed,
+                objective.optimizers(self.config, self.new),
+                steps=self.steps,
+                options=self.config,
+                output=output,
+                hardware=self.hardware,
+                title=output.stage,
+                quiet=control.quiet,
+                before_save=lambda: gather_skipped(self.sources),
+            )
+
+    def finish(self, output: Output, control: Control, spent: Spent, **fields: Any) -> Manifest:
+        """Validate the student and write it, on the main process."""
+        return ranks.on_main(lambda: self._finish(output, control, spent, **fields), Manifest.model_validate)
+
+    def _finish(self, output: Output, control: Control, spent: Spent, *, extra: dict[str, Any] | None = None) -> Manifest:
+        config, source, quiet, student = self.config, self.sources["val"], control.quiet, self.student
+        val = validated(config, lambda: self.task.validate(config, student, source, quiet), quiet)
+        extra = dict(extra or {})
+        if output.stage in MEASURING:
+            extra["influence"] = observed(output.stage, config, lambda: self.task.influence(config, student, source), quiet)
+        extra["reading"] = all_read(output.stage, self.texts, self.reading, quiet)
+        common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "extra": extra}
+        common |= {"image_processor": student.image_processor, "metrics": {"train": spent.last, "val": val}}
+        return write(output, student.family, student.model, student.tokenizer, **common)
+
+
+def inputs_of(config: Any) -> dict[str, str | None]:
+    """Role → checkpoint or file that a training stage reads."""
+    answers = getattr(config, "answers", None)
+    return {"model": config.model, "teacher": getattr(config, "teacher", None), "answers": as_input(answers)}
+
+
+def method_of(config: Any) -> Method:
+    """How a teacher teaches."""
+    return METHODS[config.distillation]
+
+
+def problems(config: Any, task: Learnt, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
+    """Every reason why `student` cannot learn `task` as `config` says, from `teacher` if there is one."""
+    yield from task.problems(config, student)
+    yield from unknown_towers(student, config.freeze)
+    if teacher:
+        yield from method_of(config).needs(student, teacher)
+        yield from task.teacher_problems(config, teacher)
+
+
+def load_for(config: Any, task: Learnt) -> tuple[Loaded, Loaded | None, list[str]]:
+    """Student and teacher, and the names of the student's tensors that are new.
+
+    Raises:
+        BadInput: a student or teacher that cannot do the task, or a teacher that reads other batches.
+    """
+    student = load(config.model)
+    teacher = load(config.teacher) if getattr(config, "teacher", None) else None
+    for problem in problems(config, task, student, teacher):
+        raise problem
+    student.model, new = task.adapt(config, student, teacher)
+    return student, teacher, new
+
+
+def unknown_towers(student: Loaded, towers: Sequence[str]) -> Iterator[BadInput]:
+    """Towers that are to be frozen and are not there."""
+    if missing := [tower for tower in towers if tower not in student.family.towers]:
+        why = f"{student.path} has {', '.join(student.family.towers)}"
+        yield BadInput(f"freeze names {', '.join(missing)}", why, "name towers that it has")
+
+
+def freeze(student: Loaded, towers: Sequence[str]) -> None:
+    """Take the weights of `towers` out of training; the heads on them still learn.
+
+    Contrast with a frozen vision tower is locked-image tuning (LiT, Zhai et al. 2022): where pretrained towers meet few pairs it learns
+    faster, and a step goes back through the text tower alone.
+    """
+    for name, parameter in student.model.named_parameters():
+        if student.family.tower_of(name) in towers:
+            parameter.requires_grad_(False)

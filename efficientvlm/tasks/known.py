@@ -1,0 +1,45 @@
+"""The tasks by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import Loaded
+from efficientvlm.tasks.pretraining import Pretraining
+from efficientvlm.tasks.retrieval import Retrieval
+from efficientvlm.tasks.task import Asked, Learnt, Task
+from efficientvlm.tasks.vqa import VQA
+
+TASKS: dict[str, Task] = {task.name: task for task in (VQA(), Retrieval(), Pretraining())}
+"""In the order in which they stand for a network that does several."""
+
+
+def learnt_by(config: Any) -> Learnt:
+    """The task of a stage that trains.
+
+    Raises:
+        BadInput: no network learns it.
+    """
+    task = TASKS[config.task]
+    if not isinstance(task, Learnt):
+        raise BadInput(f"task {task.name} is not learnt", "it is measured only", "use evlm eval")
+    return task
+
+
+def measured_of(loaded: Loaded) -> Task | None:
+    """The task that a network is measured by; None where it does none that has a main metric."""
+    return next((task for task in TASKS.values() if task.metrics and task.able(loaded)), None)
+
+
+def asked_of(loaded: Loaded) -> Asked:
+    """The task that is put to a network in one question.
+
+    Raises:
+        BadInput: it cannot be asked anything.
+    """
+    asked = [task for task in TASKS.values() if isinstance(task, Asked)]
+    able = next((task for task in asked if task.able(loaded)), None)
+    if able is None:
+        raise asked[0].refusal(loaded)
+    return able

@@ -1,0 +1,119 @@
+"""Pre-training: X-VLM's losses on image-text pairs and described regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from efficientvlm import ranks
+from efficientvlm.data.configured import augmentation
+from efficientvlm.data.draw import generator
+from efficientvlm.data.kinds.pairs import PAIRS, pair_batch, region_batch
+from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.progress import counted
+from efficientvlm.settings.base import settings_of
+from efficientvlm.tasks.remembered import bytes_of_features
+from efficientvlm.tasks.task import Learnt
+from efficientvlm.training import Batch
+
+VALIDATION_BATCHES = 16
+
+
+class Pretraining(Learnt):
+    """Contrast, matching, masked tokens and boxes, as far as the network has heads for them (X-VLM)."""
+
+    name, kind, final = "pretraining", PAIRS, False
+
+    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
+        does = ", ".join(sorted(loaded.tasks)) or "nothing by itself"
+        what = f"{role} {loaded.path} cannot be pre-trained".lstrip()
+        return BadInput(what, f"it is a {loaded.family.name} model for {does}", "use an X-VLM before its task")
+
+    def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
+        if not self.able(student):
+            yield self.refusal(student)
+        elif missing := sorted(set(config.losses) - set(student.model.config.heads)):
+            fix = f"leave it out: losses={sorted(student.model.config.heads)}"
+            yield BadInput(f"{student.path} has no head for {', '.join(missing)}", "", fix)
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(config, name) == 1 and "itm" in config.losses:
+                yield BadInput(f"{name} 1", "matching needs another pair as negative", "use 2 or more")
+
+    def teacher_problems(self, config: Any, teacher: Loaded) -> Iterator[BadInput]:
+        if missing := sorted(set(config.losses) - set(getattr(teacher.model.config, "heads", ()))):
+            yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
+
+    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """Nothing is added; what is new since the network was made from others, its manifest says."""
+        return student.model, student.manifest.extra.get("new", [])
+
+    def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
+        settings = settings_of(config, "losses", "seed", "hard_negatives")
+        return XvlmPretraining(student.family, student.model, **settings)
+
+    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+        """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions."""
+        settings = {"seed": config.seed, "step": step, **augmentation(config), **settings_of(config, "mask_probability", "max_masks")}
+        batches = [pair_batch(items, texts, **settings)]
+        regions = config.region_probability if "box" in config.losses else 0.0
+        described = [item for item in items if item.regions]
+        if ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions:
+            some = described or items[:1]  # a process without regions takes part with a whole image
+            grid = student.sizes.image_size // student.sizes.patch_size
+            batches.insert(0, region_batch(some, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
+        return batches
+
+    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+        return bytes_of_features(teacher, source, images_seen)
+
+    @torch.inference_mode()
+    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches, with progress.
+
+        A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.
+        """
+        objective, texts = self.objective(config, student), texts_of(student)
+        model = student.model.eval()
+        device = next(model.parameters()).device
+        batch_size = config.eval_batch_size or config.batch_size
+        source = drawn(source, config.eval_limit or VALIDATION_BATCHES * config.batch_size)
+        count = len(source)
+        found: dict[str, list[float]] = {}
+        images = 0
+        if not count:
+            return {"images": 0}
+        size = min(batch_size, count)
+        for start in counted(range(0, count - size + 1, size), "validate", count, quiet):
+            items = usable(source, range(start, start + size))
+            if len(items) < min(2, size):
+                continue  # matching needs another pair
+            images += len(items)
+            masking = settings_of(config, "mask_probability", "max_masks")
+            batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **masking)
+            moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            for name, value in measured(objective, moved, start).items():
+                found.setdefault(name, []).append(value)
+        return {"images": images, **{name: sum(values) / len(values) for name, values in found.items()}}
+
+
+def measured(objective: XvlmPretraining, batch: Batch, step: int) -> dict[str, float]:
+    """Losses and accuracies of one batch."""
+    losses, record, _ = objective.passes(objective.model, batch, step)
+    values = {name: float(value) for name, value in losses.items()}
+    if "itm_logits" in record:
+        matched = torch.arange(len(record["itm_logits"]), device=batch["text_ids"].device) < batch["samples"]
+        values["itm_accuracy"] = float((record["itm_logits"].argmax(-1) == matched.long()).float().mean())
+    if "mlm_logits" in record:
+        labels = batch["masked_labels"]
+        masked = labels != -100
+        if masked.any():
+            values["mlm_accuracy"] = float((record["mlm_logits"].argmax(-1) == labels)[masked].float().mean())
+        else:
+            del values["mlm"]
+    return values

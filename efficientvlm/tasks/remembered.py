@@ -1,0 +1,43 @@
+"""What a cached teacher keeps in main memory, from the tables of the data (ours)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from efficientvlm.data.kinds.questions import answers as said
+from efficientvlm.data.kinds.questions import asked
+from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
+from efficientvlm.loaded import Loaded, texts_of
+
+FLOAT = 4
+
+
+def listed_images(source: Any) -> int:
+    """Images of `source` whose texts are known without a picture: of `shapes` the first ones."""
+    whole = getattr(source, "source", source)
+    return min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)
+
+
+def bytes_of_answers(config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+    """Of logits at every token of every accepted answer, over a run that reads `images_seen` images, some again."""
+    answers = [answer for answer, _ in said(source)]
+    distinct = list(dict.fromkeys(answers))
+    _, mask = texts_of(teacher).batch(distinct, config.max_answer_tokens, double_sep=config.quirks.double_sep)
+    lengths = dict(zip(distinct, mask.sum(1).tolist(), strict=True))
+    tokens = sum(lengths[answer] for answer in answers)
+    return round(tokens * min(len(source), images_seen) / max(1, listed_images(source))) * teacher.sizes.vocab_size * FLOAT
+
+
+def bytes_of_features(teacher: Loaded, source: Any, images_seen: int) -> int:
+    """Of a feature for each picture and each distinct caption."""
+    images = min(len(source), images_seen)
+    whole = len(getattr(source, "source", source))
+    captions = images_seen if listed_images(source) < whole else min(images_seen, len(set(source.texts())))
+    return (images + captions) * int(teacher.model.config.embed_dim) * FLOAT
+
+
+def asked_each(source: Any) -> float:
+    """Questions an image, by the first questions of `source`; 1 of a stream, whose every row is a sample of its own."""
+    if getattr(source, "endless", False):
+        return 1.0
+    return sum(1 for _ in asked(source)) / max(1, listed_images(source))

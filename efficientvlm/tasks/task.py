@@ -1,0 +1,165 @@
+"""What a task is: the samples it reads, how a network learns it, and how it is measured, asked and timed.
+
+A stage asks the task and never its name. A new task is one file here, a class of settings, and a line in `known.py` and `about.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from efficientvlm.data.kinds.kind import Kind
+from efficientvlm.data.reading import Reading, of_texts
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.objectives.objective import Objective
+from efficientvlm.tasks.about import ABOUT
+from efficientvlm.tasks.influence import Influence, of_anything
+from efficientvlm.training import Batch
+
+if TYPE_CHECKING:
+    pass
+
+
+class Task:
+    """A task that can be measured."""
+
+    name: str
+    kind: Kind[Any, Any]
+    """What a sample is. Tasks of one kind read the same data."""
+    final = True
+    """Whether a network that has learnt it is made for use; else for learning another task."""
+    also: tuple[str, ...] = ()
+    """Metrics that are kept beside the main ones where forms of one model are compared."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Main metrics and what to call them; the first that was measured counts."""
+        return ABOUT[self.name].metrics if self.name in ABOUT else {}
+
+    def able(self, loaded: Loaded) -> bool:
+        """Whether a network does this as it is."""
+        return self.name in loaded.tasks
+
+    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
+        """What to say of a network that does not."""
+        does = " and ".join(sorted(loaded.tasks)) or "nothing by itself"
+        what = f"{role} {loaded.path} does not do {self.name}".lstrip()
+        return BadInput(what, f"it is a {loaded.family.name} model for {does}", f"use one that does {self.name}")
+
+    def check(self, config: Any, loaded: Loaded) -> None:
+        """:class:`BadInput` for a network that cannot be measured as `config` of the eval stage says."""
+        if not self.able(loaded):
+            raise self.refusal(loaded)
+
+    def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
+        """What the eval stage writes down: `metric` in words, how it was measured, `influence` and `metrics`.
+
+        Raises:
+            BadInput: nothing to measure on.
+        """
+        raise NotImplementedError
+
+    def measure(self, loaded: Loaded, source: Any, *, batch_size: int, seed: int, title: str, quiet: bool) -> dict[str, Any]:
+        """The metrics of `loaded`, asked as it was tuned, on all of `source`."""
+        raise NotImplementedError
+
+    def reading_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> Reading:
+        """What the tokenizer makes of the texts that :meth:`evaluate` reads."""
+        return of_texts(texts_of(loaded), source)
+
+    def bytes_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> int:
+        """Bytes that :meth:`evaluate` holds beside weights."""
+        return 0
+
+    def exported(self, loaded: Loaded) -> dict[str, Any]:
+        """What the description of exported graphs says of how they are asked."""
+        return {}
+
+
+class Learnt(Task):
+    """A task that a network can learn."""
+
+    grows: tuple[str, ...] = ()
+    """Settings with which the memory of a step grows, besides those of every task."""
+
+    def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
+        """Every reason why `student` cannot learn this as `config` says."""
+        yield from ()
+
+    def teacher_problems(self, config: Any, teacher: Loaded) -> Iterator[BadInput]:
+        """Every reason why `teacher` has nothing to say on this task."""
+        if not self.able(teacher):
+            yield self.refusal(teacher, "teacher")
+
+    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+        """The student's network with what the task needs, and the names of its tensors that play a new part; :class:`BadInput` if it
+        cannot be."""
+        if not self.able(student):
+            raise self.refusal(student)
+        return student.model, []
+
+    def changes(self, added: int) -> str:
+        """What :meth:`adapt` did, in words: `added` parameters are there more, or fewer."""
+        return f"{'added' if added > 0 else 'left behind'}: {added:+,} parameters"
+
+    def configure(self, config: Any, student: Loaded, source: Any) -> None:
+        """Note in the student's configuration what its training data decide."""
+
+    def reading(self, config: Any, student: Loaded, sources: dict[str, Any]) -> Reading:
+        """What the tokenizer makes of the texts, once the student is configured."""
+        return of_texts(texts_of(student, config.max_tokens), sources["train"])
+
+    def objective(self, config: Any, student: Loaded) -> Objective:
+        """The task's own losses."""
+        raise NotImplementedError
+
+    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+        """Training batches of one step; each is one update, and says how many samples it holds."""
+        raise NotImplementedError
+
+    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+        """Metrics on held-out data at the end of a training stage."""
+        raise NotImplementedError
+
+    def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
+        """What the inputs do to the outputs, on some of the held-out samples."""
+        return of_anything(student)
+
+    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+        """Bytes that a cached teacher comes to keep in one process, at most, over a run that reads `images_seen` images, some again."""
+        raise NotImplementedError
+
+
+class Asked(Task):
+    """A task that can be put to a network in one question."""
+
+    timed_as: str
+    """What is timed, in words."""
+
+    def ask(self, loaded: Loaded, image: str, question: str, *, mode: str, top: int) -> dict[str, Any]:
+        """The answer about the picture in file `image`, as evlm predict shows it."""
+        raise NotImplementedError
+
+    def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
+        """A function of the batch size that answers prepared random questions; a network that cannot yet is made able, in memory.
+
+        `among` are all models that are timed beside it.
+        """
+        raise NotImplementedError
+
+    def make_able(self, loaded: Loaded) -> None:
+        """Let a network that has not learnt the task do it untrained, in memory; :class:`BadInput` where that cannot be."""
+        if not self.able(loaded):
+            raise self.refusal(loaded)
+
+    def bytes_of_timing(self, loaded: Loaded, config: Any) -> int:
+        """Bytes that a call of :meth:`timed` holds beside weights; `loaded` is able."""
+        return 0
+
+    def can_be_timed(self, models: Sequence[Loaded]) -> bool:
+        """Whether this is what is timed of `models`."""
+        raise NotImplementedError
