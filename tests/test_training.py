@@ -425,14 +425,17 @@ def test_a_restored_state_keeps_no_file_open(tmp_path: Path) -> None:
     assert "state.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-def test_texts_of_unknown_words_alone_end_without_figures_of_masked_tokens(chain: Path, tmp_path: Path) -> None:
+def test_texts_of_unknown_words_alone_end_without_figures_of_masked_tokens(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from test_data_files import jsonl, pictures
 
     pictures(tmp_path, 8)
     jsonl(tmp_path / "d.jsonl", [{"image": f"img/{n}.png", "caption": "♠♠"} for n in range(8)])
     settings = {**TRAIN, "max_steps": 1, "data": str(tmp_path / "d.jsonl"), "val": str(tmp_path / "d.jsonl")}
-    metrics = run_stage("pretrain", out=str(tmp_path / "o"), model=str(chain / "init"), **settings).metrics["val"]
+    metrics = run_stage("pretrain", Control(), out=str(tmp_path / "o"), model=str(chain / "init"), **settings).metrics["val"]
     assert metrics["images"] == 4 and "itc" in metrics and not {"mlm", "mlm_accuracy"} & set(metrics)
+    assert "validate: 4 of 8 images, drawn at random (eval_limit, whole batches of 4)" in capsys.readouterr().err
 
 
 def test_weights_that_give_no_finite_figures_are_no_result(chain: Path, tmp_path: Path) -> None:

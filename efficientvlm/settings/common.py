@@ -35,7 +35,7 @@ class Train(Strict):
     log_every: Annotated[Count, Aside()] = Field(20, ge=1, description="steps a metrics line")
     save_every: Annotated[Count, Aside()] = Field(200, ge=1, description="steps a resumable state")
     eval_limit: Annotated[Count | None, Aside()] = Field(
-        None, ge=0, description="validation images read at the end, drawn at random; all by default, 0: none"
+        None, ge=0, description="validation images read at the end, drawn at random; by default all, in pre-training 16 batches; 0: none"
     )
     eval_batch_size: Annotated[Count | None, Aside()] = Field(
         None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"

@@ -16,7 +16,7 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.progress import counted
+from efficientvlm.progress import counted, say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt
@@ -82,6 +82,7 @@ class Pretraining(Learnt):
         model = student.model.eval()
         device = next(model.parameters()).device
         batch_size = config.eval_batch_size or config.batch_size
+        held_out = len(source)
         source = drawn(source, config.eval_limit or VALIDATION_BATCHES * config.batch_size)
         count = len(source)
         found: dict[str, list[float]] = {}
@@ -89,6 +90,9 @@ class Pretraining(Learnt):
         if not count:
             return {"images": 0}
         size = min(batch_size, count)
+        whole = count - count % size  # an incomplete batch would have other negatives than the rest
+        if whole < held_out:
+            say(f"validate: {whole:,} of {held_out:,} images, drawn at random (eval_limit, whole batches of {size})", quiet=quiet)
         for start in counted(range(0, count - size + 1, size), "validate", count, quiet):
             items = usable(source, range(start, start + size))
             if len(items) < min(2, size):
