@@ -54,7 +54,7 @@ def ranked(images: int) -> dict[str, Any]:
     answers, present = tokens(ANSWERS, ANSWER_TOKENS)
     answers[:, 0] = answers[0, 0]
     present[:] = torch.arange(ANSWER_TOKENS) < torch.randint(3, ANSWER_TOKENS + 1, (ANSWERS, 1))
-    size = family.sizes(config).image_size
+    size = config.sizes().image_size
     batch = {
         "pixels": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8),
         "image_index": torch.arange(images).repeat_interleave(QUESTIONS),
@@ -64,7 +64,7 @@ def ranked(images: int) -> dict[str, Any]:
         "distinct_index": torch.arange(asked),
     }
     began = time.process_time()
-    chosen, _ = rank(family, model, batch, (answers, present), top=128)
+    chosen, _ = rank(model, batch, (answers, present), top=128)
     seconds = time.process_time() - began
     unit = 1 if sys.platform == "darwin" else 1024
     assert chosen.shape == (asked, 128) and Path(efficientvlm.__file__).is_relative_to(os.environ["PYTHONPATH"])

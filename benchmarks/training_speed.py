@@ -116,13 +116,13 @@ def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
     family, config = base.family, base.model.config
     if size == WIDE:
         config = family.fresh_config("base", {"image_size": 224}, 30522)
-    layers = resolve_layers(family.layer_counts(config), {})
-    student = shapes(family, family.with_layers(config, layers))
+    layers = resolve_layers(config.layers(), {})
+    student = shapes(family, config.with_layers(layers))
     teacher, new = shapes(family, config), []
     if not general:
         with torch.device("meta"):
-            teacher = family.with_decoder(teacher, config.fusion_layers) if size == WIDE else tuned.model
-            student, new = family.for_vqa(student, teacher, "auto")
+            teacher = teacher.gain("answer", decoder_init="fusion")[0] if size == WIDE else tuned.model
+            student, new = student.gain("answer", teacher)
     ours, theirs = (Loaded(base.path, family, model, base.tokenizer, base.manifest) for model in (student, teacher))
     return ours, theirs, new
 

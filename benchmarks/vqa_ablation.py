@@ -233,8 +233,8 @@ def structured(like: Path, source: str | None, teacher: str, out: Path, seed: in
         if source is None:
             new = family.build(model.config)
         else:
-            donor, _ = family.for_vqa(load(source).model, load(teacher).model, "auto")
-            new = slice_model(family, donor, mask_vector(family.units(donor), family.kept(model.config)))
+            donor, _ = load(source).model.gain("answer", load(teacher).model)
+            new = slice_model(donor, mask_vector(donor.units(), model.config.kept_indices()))
         new.config.answers, new.config.rank_top = model.config.answers, model.config.rank_top
         write(output, family, new, wanted.tokenizer, control=Control(quiet=True), **({} if source else {"origin": "random"}))
 

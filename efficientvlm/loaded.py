@@ -34,7 +34,7 @@ class Loaded:
 
     @property
     def sizes(self) -> Sizes:
-        sizes: Sizes = self.family.sizes(self.model.config)
+        sizes: Sizes = self.model.config.sizes()
         return sizes
 
     @property
@@ -50,7 +50,7 @@ class Loaded:
     @property
     def tasks(self) -> frozenset[str]:
         """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
-        tasks: frozenset[str] = self.family.tasks(self.model.config)
+        tasks: frozenset[str] = self.model.config.tasks()
         return tasks
 
 
@@ -66,10 +66,10 @@ def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
     """
     manifest = checkpoint.require_complete(spec)
     path = files.resolve(spec)
-    family = Exported.of_folder(path) if exported and is_exported(path) else families.of_folder(path)
+    family = Exported() if exported and is_exported(path) else families.of_folder(path)
     model = family.load(path) if weights else shapes(family, family.read_config(path))
     tokenizer = load_tokenizer(path)
-    require_ids(tokenizer, family.sizes(model.config).vocab_size, path)
+    require_ids(tokenizer, model.config.sizes().vocab_size, path)
     return Loaded(path, family, model, tokenizer, manifest)
 
 

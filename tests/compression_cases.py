@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from toy_family import ToyConfig, ToyFamily
+from toy_family import ToyConfig, ToyModel
 
+from efficientvlm import families
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
 from efficientvlm.families.clip import CLIP
@@ -64,32 +65,44 @@ def tiny_blip(kind: Any, **changes: Any) -> Any:
     return kind(vision_config=vision, text_config=text, image_text_hidden_size=8, **changes)
 
 
-FAMILIES: dict[str, tuple[Any, Any]] = {
-    "toy": (ToyFamily(), ToyConfig()),
-    "xvlm": (XVLM(), tiny_xvlm()),
-    "clip": (CLIP(), tiny_clip()),
-    "siglip": (CLIP(), tiny_siglip()),
-    "blip-qa": (BLIP(), tiny_blip(BlipAnswerConfig)),
-    "blip-caption": (BLIP(), tiny_blip(BlipCaptionConfig)),
-    "blip-retrieval": (BLIP(), tiny_blip(BlipRetrievalConfig)),
+CONFIGS: dict[str, Any] = {
+    "toy": ToyConfig(),
+    "xvlm": tiny_xvlm(),
+    "clip": tiny_clip(),
+    "siglip": tiny_siglip(),
+    "blip-qa": tiny_blip(BlipAnswerConfig),
+    "blip-caption": tiny_blip(BlipCaptionConfig),
+    "blip-retrieval": tiny_blip(BlipRetrievalConfig),
 }
 
 
-def build(name: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Family, model with random weights (biases too, so that a lost bias shows) and a batch of two."""
-    family, config = FAMILIES[name]
+NETWORKS: dict[type, type] = {ToyConfig: ToyModel, **dict(XVLM.auto_classes), **dict(CLIP.auto_classes), **dict(BLIP.auto_classes)}
+
+
+def network(config: Any) -> Any:
+    """A network of `config` with fresh weights."""
+    return NETWORKS[type(config)](config).eval()
+
+
+def family(name: str) -> Any:
+    """The family that the network called `name` is of."""
+    return families.get("clip" if name == "siglip" else name.partition("-")[0])
+
+
+def build(name: str) -> tuple[Any, dict[str, Any]]:
+    """A network with random weights (biases too, so that a lost bias shows) and a batch of two."""
     torch.manual_seed(0)
-    model = family.build(config).eval()
+    model = network(CONFIGS[name])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    batch = family.example_batch(config, 2, 5)
+    batch = model.example(2, 5)
     for key, value in batch.items():
         if value.dim() == 4:
             batch[key] = torch.randn(value.shape)
-    return family, model, batch
+    return model, batch
 
 
-def output(family: Any, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    return family.forward(model, batch)["logits"]
+def output(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    return model.run(batch)["logits"]

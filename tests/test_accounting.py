@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build
 
 from efficientvlm.compression.accounting import account, count_macs, count_parameters, count_sparsity
 from efficientvlm.compression.surgery import slice_model
@@ -14,17 +14,17 @@ from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
 
 
-def half(family, model):
-    return torch.rand(len(family.units(model)), generator=torch.Generator().manual_seed(4)) < 0.5
+def half(model):
+    return torch.rand(len(model.units()), generator=torch.Generator().manual_seed(4)) < 0.5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_account_is_json_and_adds_up(name):
-    family, model, _ = build(name)
-    keep = half(family, model)
+    model, _ = build(name)
+    keep = half(model)
     keep[:8] = False  # the first layer loses all its heads
-    sliced = slice_model(family, model, keep)
-    before, after = account(family, model), account(family, sliced, text_length=12)
+    sliced = slice_model(model, keep)
+    before, after = account(model), account(sliced, text_length=12)
     assert json.loads(json.dumps(after)) == after
     for part in (before, after):
         assert part["parameters"]["total"] == sum(part["parameters"]["by_tower"].values())
@@ -35,39 +35,39 @@ def test_account_is_json_and_adds_up(name):
     assert gone == after["sparsity"]["initial"] - after["sparsity"]["kept"] > 0
     assert after["sparsity"]["initial"] == before["sparsity"]["initial"] == before["sparsity"]["kept"]
     assert after["macs"]["total"] < before["macs"]["total"]
-    assert sum(group["kept"] for group in after["units"].values()) == len(family.units(sliced))
+    assert sum(group["kept"] for group in after["units"].values()) == len(sliced.units())
     assert all(group["kept"] == group["of"] for group in before["units"].values())
 
 
 def test_tied_tensors_count_once_and_as_embedding():
-    family, model, _ = build("toy")
-    counted = count_parameters(family, model)
+    model, _ = build("toy")
+    counted = count_parameters(model)
     assert counted["total"] == sum(parameter.numel() for parameter in model.parameters())
     assert counted["total"] - counted["without_embeddings"] == model.words.weight.numel()
 
 
 def test_sparsity_of_nothing_left_is_one():
-    family, model, _ = build("xvlm")
-    empty = slice_model(family, model, torch.zeros(len(family.units(model)), dtype=torch.bool))
-    counted = count_sparsity(family, empty)
+    model, _ = build("xvlm")
+    empty = slice_model(model, torch.zeros(len(model.units()), dtype=torch.bool))
+    counted = count_sparsity(empty)
     assert counted["achieved"] == 1 and all(tower["achieved"] == 1 for tower in counted["by_tower"].values())
 
 
 def test_macs_of_vision_are_the_closed_form():
-    family, model, _ = build("xvlm")
+    model, _ = build("xvlm")
     tokens, width, neurons, patches = 5, 16, 6, 4
     layer = tokens * (4 * width * width + 2 * width * neurons) + 2 * tokens * tokens * width
-    macs = count_macs(family, model, text_length=7)
+    macs = count_macs(model, text_length=7)
     assert macs["by_tower"]["vision"] == 2 * layer + patches * 3 * 8 * 8 * width
     assert (macs["image_size"], macs["text_length"]) == (16, 7)
-    assert count_macs(family, model, text_length=9)["by_tower"]["vision"] == macs["by_tower"]["vision"]
+    assert count_macs(model, text_length=9)["by_tower"]["vision"] == macs["by_tower"]["vision"]
 
 
 def test_counting_leaves_mode_hooks_and_random_numbers_alone():
-    family, model, _ = build("toy")
+    model, _ = build("toy")
     model.train()
     state = torch.get_rng_state()
-    account(family, model)
+    account(model)
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -76,7 +76,7 @@ def test_counting_leaves_mode_hooks_and_random_numbers_alone():
 def test_base_size_is_counted_on_the_meta_device():
     with torch.device("meta"):
         model = XVLM().build(XVLMConfig(vision_layers=6, text_layers=3, fusion_layers=3, local_attention_depth=2))
-    counted = account(XVLM(), model, text_length=40)
+    counted = account(model, text_length=40)
     assert counted["parameters"]["total"] == pytest.approx(120.12e6, rel=1e-3)  # the student of EfficientVLM with pre-training heads
     assert counted["macs"]["total"] == pytest.approx(11.4e9, rel=0.02)
     assert counted["sparsity"]["initial"] == (

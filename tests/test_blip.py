@@ -11,7 +11,7 @@ import fresh
 import pytest
 import torch
 import transformers
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build, network
 from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import save_file
 from spoiling import edit, spoil_weights
@@ -25,6 +25,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import KINDS, BlipAnswerConfig
 from efficientvlm.families.blip_fresh import fresh_config
+from efficientvlm.families.blip_model import Blip
 from efficientvlm.loaded import load
 from efficientvlm.tasks.ranking import generate
 
@@ -46,10 +47,10 @@ each = pytest.mark.parametrize("name", NAMES)
 
 def whole(name: str, **changes: Any) -> Any:
     """A network with random biases that transformers' class can hold too: images are as wide as text there."""
-    config = FAMILIES[name][1].copy(**changes)
+    config = CONFIGS[name].copy(**changes)
     config.vision_config.hidden_size = config.text_config.encoder_hidden_size = 24
     torch.manual_seed(0)
-    model = FAMILY.build(config).eval()
+    model = network(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -73,7 +74,7 @@ def same_tensors(one: Any, other: Any) -> bool:
 
 def cut(model: Any) -> Any:
     """What is left of `model` when heads and neurons go, in some layers all of them."""
-    return slice_model(FAMILY, model, [unit for unit in FAMILY.units(model) if unit.index in KEPT.get(unit.group, [unit.index])])
+    return slice_model(model, [unit for unit in model.units() if unit.index in KEPT.get(unit.group, [unit.index])])
 
 
 def texts(config: Any, start: int = 4, lengths: tuple[int, int, int] = (5, 3, 4)) -> tuple[Tensor, Tensor]:
@@ -128,12 +129,12 @@ def expected(stock: Any, batch: dict[str, Tensor], **capture: bool) -> tuple[Ten
 def test_the_numbers_are_those_of_transformers(name):
     model = whole(name)
     batch, config = example(model.config), model.config
-    want = {tap for tap in FAMILY.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
+    want = {tap for tap in model.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
     with torch.no_grad():
-        record = FAMILY.forward(model, batch, want)
+        record = model.run(batch, want)
         logits, outputs = expected(stock_of(model), batch, output_attentions=True, output_hidden_states=True)
         torch.testing.assert_close(record["logits"], logits, **CLOSE)
-        torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], logits, **CLOSE)
+        torch.testing.assert_close(model.run(batch)["logits"], logits, **CLOSE)
     for tower in config.towers:
         theirs, images = outputs[tower], batch["image_index"] if tower == "vision" else slice(None)
         ours = record[f"{tower}.hidden"]
@@ -149,7 +150,7 @@ def test_features_are_those_of_the_contrastive_head():
     model = whole("blip-retrieval")
     batch = example(model.config)
     with torch.no_grad():
-        record = FAMILY.forward(model, batch, {"vision.features", "text.features"})
+        record = model.run(batch, {"vision.features", "text.features"})
         theirs = stock_of(model)(
             pixel_values=batch["pixels"], input_ids=batch["text_ids"], attention_mask=batch["text_mask"], use_itm_head=False
         )
@@ -163,7 +164,7 @@ def test_greedy_answers_are_those_that_transformers_generates():
     stock = stock_of(model)
     theirs = stock.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)[:, 1:]
     batch = {"pixels": pixels, "question_ids": ids, "question_mask": torch.ones_like(ids)}
-    ours = generate(FAMILY, model, batch, cls_id=4, sep_id=model.config.text_config.sep_token_id, max_tokens=6)
+    ours = generate(model, batch, cls_id=4, sep_id=model.config.text_config.sep_token_id, max_tokens=6)
     for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
         length = (other.index(2) if 2 in other else len(other) - 1) + 1
         assert mine[:length] == other[:length]
@@ -177,7 +178,7 @@ def test_networks_work_as_transformers_ones(name, state):
 
     Questions are of one length: transformers attends to their padding."""
     ours = whole(name) if state == "whole" else cut(whole(name))
-    stock = stock_of(pad_model(FAMILY, ours))
+    stock = stock_of(pad_model(ours))
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     ids, mask = texts(ours.config, lengths=(5, 5, 5)) if name == "blip-qa" else texts(ours.config)
     more = {"decoder_input_ids": ids, "labels": ids} if name == "blip-qa" else {}
@@ -198,12 +199,12 @@ def test_networks_work_as_transformers_ones(name, state):
 
 @each
 def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
-    config = FAMILIES[name][1].copy()
+    config = CONFIGS[name].copy()
     for part in (config.vision_config, config.text_config):
         part.hidden_size, part.intermediate_size, part.num_attention_heads, part.initializer_range = 48, 96, 4, 0.05
     config.text_config.encoder_hidden_size = 48
     torch.manual_seed(0)
-    ours = FAMILY.build(config)
+    ours = network(config)
     theirs = getattr(transformers, config.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"})).state_dict()
     assert ours.state_dict().keys() == theirs.keys()
     for tensor, values in ours.state_dict().items():
@@ -219,50 +220,50 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
 
 @each
 def test_networks_without_values_run_on_the_meta_device(name):
-    config = cut(build(name)[1]).config
+    config = cut(build(name)[0]).config
     with torch.device("meta"):
-        model = FAMILY.build(config)
-        want = {tap for tap in FAMILY.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
-        record = FAMILY.forward(model, FAMILY.example_batch(config, 2, 5, "meta"), want)
+        model = network(config)
+        want = {tap for tap in model.taps if tap.partition(".")[0] in config.towers and not tap.endswith("features")}
+        record = model.run(model.example(2, 5, "meta"), want)
     assert record["logits"].is_meta and {p.device.type for p in model.parameters()} == {"meta"}
     assert [maps.shape[1] for maps in record["vision.self_attention"]] == [2, 0]
 
 
 @each
 def test_taps_that_are_not_there_and_questions_it_cannot_answer(name):
-    _, model, batch = build(name)
+    model, batch = build(name)
     absent = {"blip-qa": "text.features", "blip-caption": "text.hidden", "blip-retrieval": "decoder.cross_attention"}[name]
     with pytest.raises(BadInput, match=absent):
-        FAMILY.forward(model, batch, {absent})
+        model.run(batch, {absent})
     with pytest.raises(BadInput, match=r"fusion\.hidden"):
-        FAMILY.forward(model, batch, {"fusion.hidden"})
+        model.run(batch, {"fusion.hidden"})
     if name == "blip-qa":
-        assert FAMILY.for_vqa(model, None, "auto") == (model, [])
+        assert model.gain("answer") == (model, [])
     else:
         with pytest.raises(BadInput, match="cannot answer questions"):
-            FAMILY.for_vqa(model, None, "auto")
+            model.gain("answer")
         with pytest.raises(BadInput, match="cannot answer questions"):
-            FAMILY.question(model, batch)
+            model.encode(batch)
 
 
 def test_start_tokens_are_the_configured_ones():
     model = whole("blip-qa")
     batch = example(model.config)
-    plain = FAMILY.forward(model, batch)["logits"]
+    plain = model.run(batch)["logits"]
     other = {name: ids.clone() for name, ids in batch.items() if name.endswith("_ids")}
     other["answer_ids"][:, 0] = 11
-    torch.testing.assert_close(FAMILY.forward(model, batch | other)["logits"], plain, rtol=0, atol=0)
+    torch.testing.assert_close(model.run(batch | other)["logits"], plain, rtol=0, atol=0)
     other["question_ids"][:, 0] = 9
-    changed = FAMILY.forward(model, batch | other)["logits"]
+    changed = model.run(batch | other)["logits"]
     assert not torch.allclose(changed, plain, atol=1e-3)
     model.config.question_start_id = 9
-    torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], changed, rtol=0, atol=0)
+    torch.testing.assert_close(model.run(batch)["logits"], changed, rtol=0, atol=0)
     model.config.answer_start_id = 12
-    moved = FAMILY.forward(model, batch)["logits"]
+    moved = model.run(batch)["logits"]
     assert not torch.allclose(moved, changed, atol=1e-3)
     model.config.text_config.bos_token_id = 12
     model.config.answer_start_id = None
-    torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], moved, rtol=0, atol=0)
+    torch.testing.assert_close(model.run(batch)["logits"], moved, rtol=0, atol=0)
 
 
 def test_padding_changes_nothing():
@@ -270,7 +271,7 @@ def test_padding_changes_nothing():
     model = whole("blip-qa")
     ids, mask = texts(model.config)
     batch = {**example(model.config), "question_ids": ids, "question_mask": mask}
-    logits = FAMILY.forward(model, batch)["logits"]
+    logits = model.run(batch)["logits"]
     for row, question in enumerate(batch["answer_index"].tolist()):
         words, length = int(mask[question].sum()), int(batch["answer_mask"][row].sum())
         one = {
@@ -281,7 +282,7 @@ def test_padding_changes_nothing():
             "answer_mask": batch["answer_mask"][row, :length][None],
             "answer_index": torch.tensor([0]),
         }
-        torch.testing.assert_close(FAMILY.forward(model, one)["logits"][0], logits[row, :length], **CLOSE)
+        torch.testing.assert_close(model.run(one)["logits"][0], logits[row, :length], **CLOSE)
 
 
 @pytest.mark.parametrize("state", ["whole", "cut"])
@@ -305,24 +306,24 @@ def test_padding_changes_nothing_when_called_as_transformers_calls_it(state):
 
 def test_answers_step_by_step_are_those_at_once():
     """With a cache, for rows picked out of the questions, with layers that have no heads."""
-    model = cut(build("blip-qa")[1])
+    model = cut(build("blip-qa")[0])
     batch = example(model.config)
     rows = batch["answer_index"]
     with torch.no_grad():
-        at_once = FAMILY.forward(model, batch)["logits"]
-        _, context = FAMILY.question(model, batch)
-        torch.testing.assert_close(FAMILY.answer(model, context, batch["answer_ids"], batch["answer_mask"], rows), at_once, **CLOSE)
-        cache = FAMILY.new_cache(model)
-        first = FAMILY.answer(model, context, batch["answer_ids"][:, :2], None, rows, cache)
-        rest = FAMILY.answer(model, context, batch["answer_ids"][:, 2:], None, rows, cache)
+        at_once = model.run(batch)["logits"]
+        _, context = model.encode(batch)
+        torch.testing.assert_close(model.decode(context, batch["answer_ids"], batch["answer_mask"], rows), at_once, **CLOSE)
+        cache = model.new_cache()
+        first = model.decode(context, batch["answer_ids"][:, :2], None, rows, cache)
+        rest = model.decode(context, batch["answer_ids"][:, 2:], None, rows, cache)
     real = batch["answer_mask"].bool()
     torch.testing.assert_close(torch.cat([first, rest], 1)[real], at_once[real], **CLOSE)
 
 
 def test_gradients_reach_every_weight_of_a_training_step():
     for name in NAMES:
-        _, model, _ = build(name)
-        record = FAMILY.forward(model.train(), example(model.config), {"vision.self_attention"} & FAMILY.taps)
+        model, _ = build(name)
+        record = model.train().run(example(model.config), {"vision.self_attention"} & model.taps)
         (record["logits"].square().mean() + record["vision.self_attention"][0].square().mean()).backward()
         unused = {parameter for parameter, values in model.named_parameters() if values.grad is None}
         expected = {f"{side}_proj.{part}" for side in ("vision", "text") for part in ("weight", "bias")} if "retrieval" in name else set()
@@ -340,43 +341,39 @@ def test_whole_networks_are_written_for_transformers(name, tmp_path):
     assert same_tensors(stock, model)
     again = families.of_folder(tmp_path).load(tmp_path)
     assert type(again) is type(model) and again.config.answers == ["yes"] and again.config.question_start_id == 9
-    torch.testing.assert_close(
-        FAMILY.forward(again, example(again.config))["logits"], FAMILY.forward(model, example(again.config))["logits"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(again.run(example(again.config))["logits"], model.run(example(again.config))["logits"], rtol=0, atol=0)
 
 
 @each
 def test_cut_networks_are_written_with_our_type(name, tmp_path):
-    model = cut(build(name)[1])
+    model = cut(build(name)[0])
     FAMILY.save(model, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model_type"] == model.config.model_type and values["architectures"] == [type(model).__name__]
     again = families.of_folder(tmp_path).load(tmp_path)
-    assert FAMILY.kept(again.config) == FAMILY.kept(model.config) and FAMILY.kept(again.config)["vision.1.head"] == []
-    torch.testing.assert_close(
-        FAMILY.forward(again, example(again.config))["logits"], FAMILY.forward(model, example(again.config))["logits"], rtol=0, atol=0
-    )
+    assert again.config.kept_indices() == model.config.kept_indices() and again.config.kept_indices()["vision.1.head"] == []
+    torch.testing.assert_close(again.run(example(again.config))["logits"], model.run(example(again.config))["logits"], rtol=0, atol=0)
 
 
 def test_what_transformers_cannot_say_is_written_with_our_type(tmp_path):
     """A decoder of another depth than the encoder; images of another width than text, which the decoder attends to."""
     model = whole("blip-qa")
     assert model.config.is_stock
-    config = FAMILY.with_layers(model.config, {"vision": [1], "text": [0, 1], "decoder": [1]})
-    assert FAMILY.layer_counts(config) == {"vision": 1, "text": 2, "decoder": 1} and not config.is_stock
+    config = model.config.with_layers({"vision": [1], "text": [0, 1], "decoder": [1]})
+    assert config.layers() == {"vision": 1, "text": 2, "decoder": 1} and not config.is_stock
     assert config.layer_source == {"vision": [1], "text": [0, 1], "decoder": [1]} and config.layer_source_of["text"] == 2
-    shallow = FAMILY.build(config).eval()
+    shallow = network(config).eval()
     FAMILY.save(shallow, tmp_path / "shallow")
-    assert FAMILY.layer_counts(FAMILY.load(tmp_path / "shallow").config) == FAMILY.layer_counts(config)
-    assert FAMILY.with_layers(model.config, {"vision": [1], "text": [1], "decoder": [1]}).is_stock
-    wide = build("blip-qa")[1]
+    assert FAMILY.load(tmp_path / "shallow").config.layers() == config.layers()
+    assert model.config.with_layers({"vision": [1], "text": [1], "decoder": [1]}).is_stock
+    wide = build("blip-qa")[0]
     assert not wide.config.is_stock and wide.text_decoder.bert.encoder.layer[0].crossattention.self.key.in_features == 24
     assert wide.text_encoder.encoder.layer[0].crossattention.self.key.in_features == 16
     FAMILY.save(wide, tmp_path / "wide")
     again = FAMILY.load(tmp_path / "wide")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), wide.state_dict().values(), strict=True))
     with pytest.raises(BadInput, match="no text layers"):
-        FAMILY.with_layers(model.config, {"vision": [1], "text": [], "decoder": [1]})
+        model.config.with_layers({"vision": [1], "text": [], "decoder": [1]})
 
 
 def test_folders_of_older_versions(tmp_path):
@@ -435,10 +432,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, spoil, message):
 
 @each
 def test_anatomy_covers_every_prunable_tensor(name):
-    for model in (build(name)[1], cut(build(name)[1])):
+    for model in (build(name)[0], cut(build(name)[0])):
         tensors = model.state_dict()
         taken: dict[tuple[str, int], int] = {}
-        for unit in FAMILY.units(model):
+        for unit in model.units():
             for site in unit.sites:
                 taken[site.tensor, site.dim] = taken.get((site.tensor, site.dim), 0) + site.stop - site.start
         assert all(tensors[tensor].shape[dim] == count for (tensor, dim), count in taken.items())
@@ -446,15 +443,15 @@ def test_anatomy_covers_every_prunable_tensor(name):
         inside = {n for n in tensors if (".layers." in n or ".layer." in n) and any(part in n for part in parts)}
         assert {tensor for tensor, _ in taken} == inside
         towers = set(model.config.towers) | ({"heads"} if name == "blip-retrieval" else set())
-        assert {FAMILY.tower_of(n) for n in tensors} == towers
-        assert sum(map(FAMILY.is_embedding, tensors)) == 2 * len(model.config.towers) - 1
+        assert {Blip.tower_of(n) for n in tensors} == towers
+        assert sum(map(Blip.is_embedding, tensors)) == 2 * len(model.config.towers) - 1
 
 
 def test_sizes_and_tasks():
     for name, kind, task in zip(NAMES, KINDS, ("vqa", "captioning", "retrieval"), strict=True):
-        _, config = FAMILIES[name]
-        assert type(config) is kind and FAMILY.tasks(config) == {task}
-        sizes = FAMILY.sizes(config)
+        config = CONFIGS[name]
+        assert type(config) is kind and config.tasks() == {task}
+        sizes = config.sizes()
         assert sizes.heads == {"vision": (4, 4), **{tower: (3, 3) if tower in kind.towers else () for tower in ("text", "decoder")}}
         assert sizes.widths["vision"] == (16, 16, 16) and sizes.vocab_size == 20
 
@@ -462,7 +459,7 @@ def test_sizes_and_tasks():
 def test_a_fresh_base_is_the_published_one():
     config = fresh_config("base", {}, 30524)
     with torch.device("meta"):
-        model = FAMILY.build(config)
+        model = network(config)
     assert config.is_stock and config.text_config.num_attention_heads == 12 and config.vision_config.layer_norm_eps == 1e-6
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(361.2e6, rel=0.002)  # published: 361 M
     with pytest.raises(BadInput, match="vision_layer: unknown key, did you mean vision_layers"):
@@ -499,7 +496,7 @@ def test_a_fresh_network_reads_and_writes_with_its_own_tokens(blip):
 
 def test_a_chain_of_stages(blip):
     teacher, student, pruned = (load(str(blip / name)) for name in ("teacher", "student", "pruned"))
-    assert FAMILY.layer_counts(student.model.config) == {"vision": 1, "text": 1, "decoder": 2}
+    assert student.model.config.layers() == {"vision": 1, "text": 1, "decoder": 2}
     assert pruned.manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.005)
     macs = [loaded.manifest.accounting["macs"] for loaded in (teacher, student, pruned)]
     assert macs[0]["total"] > macs[1]["total"] > macs[2]["total"] and set(macs[0]["by_tower"]) == {"vision", "text", "decoder"}
@@ -540,15 +537,15 @@ def test_a_folder_of_transformers_is_imported_and_shrunk(name, blip, tmp_path, c
     model = whole(name)
     config = model.config.copy()
     config.text_config.vocab_size = len(vocab)
-    stock_of(FAMILY.build(config)).save_pretrained(tmp_path / "hf")
+    stock_of(network(config)).save_pretrained(tmp_path / "hf")
     vocab.save_pretrained(tmp_path / "hf")
     edit(tmp_path / "hf", "text_config", num_attention_heads=3)
     run_stage("import", Control(), out=str(tmp_path / "in"), model=str(tmp_path / "hf"))
     assert "vision 4 of 6 columns (config.json)" in capsys.readouterr().err
     run_stage("shrink", out=str(tmp_path / "student"), model=str(tmp_path / "in"))
     loaded = load(str(tmp_path / "student"))
-    depth = {tower: 1 if tower in config.towers else 0 for tower in FAMILY.towers}
-    assert FAMILY.layer_counts(loaded.model.config) == depth
+    depth = {tower: 1 if tower in config.towers else 0 for tower in ("vision", "text", "decoder")}
+    assert loaded.model.config.layers() == depth
     models = [str(tmp_path / "in"), str(tmp_path / "student")]
     result = run_stage("bench", models=models, batch_sizes=[2], rounds=1, warmup_rounds=0)
     assert result["models"][1]["parameters_timed"] < result["models"][0]["parameters_timed"] and len(result["latency"]) == 2
@@ -556,7 +553,7 @@ def test_a_folder_of_transformers_is_imported_and_shrunk(name, blip, tmp_path, c
     pruning = {"task": "none", "method": "magnitude", "sparsity": 0.4}
     run_stage("prune", out=str(tmp_path / "pruned"), model=str(tmp_path / "student"), **pruning)
     pruned = load(str(tmp_path / "pruned"))
-    dearest = int(Anatomy.of(FAMILY, loaded.model).costs.max()) / loaded.manifest.accounting["sparsity"]["initial"]
+    dearest = int(Anatomy.of(loaded.model).costs.max()) / loaded.manifest.accounting["sparsity"]["initial"]
     assert 0.4 <= pruned.manifest.accounting["sparsity"]["achieved"] < 0.4 + dearest
 
 
@@ -620,7 +617,7 @@ def test_folders_open_in_fresh_processes(blip, tmp_path):
         dense = whole(name)
         config = dense.config.copy()
         config.text_config.vocab_size = len(tokens)
-        dense = FAMILY.build(config).eval()
+        dense = network(config).eval()
         for state, model in (("cut", cut(dense)), ("whole", dense)):
             folder = tmp_path / f"{name}-{state}" / "model"
             ids, mask = texts(config, config.decoder_start, (5, 5, 5) if name == "blip-qa" else (5, 3, 4))
@@ -628,7 +625,7 @@ def test_folders_open_in_fresh_processes(blip, tmp_path):
             kinds = ("question", "answer") if name == "blip-qa" else ("text",)
             batch = {f"{kind}_{part}": inputs[part] for kind in kinds for part in ("ids", "mask")}
             with torch.no_grad():
-                logits = FAMILY.forward(model, {"pixels": inputs["pixels"], "answer_index": torch.arange(3), **batch})["logits"]
+                logits = model.run({"pixels": inputs["pixels"], "answer_index": torch.arange(3), **batch})["logits"]
             if name == "blip-qa":  # transformers gives the loss alone
                 logits = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))

@@ -11,7 +11,7 @@ import fresh
 import pytest
 import torch
 from clip_folder import byte_pairs, write_clip
-from compression_cases import FAMILIES, TEXT, VISION, build
+from compression_cases import CONFIGS, TEXT, VISION, build, network
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
 from spoiling import edit, spoil_weights
@@ -26,8 +26,8 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.clip import CLIP
-from efficientvlm.families.clip_config import LEGACY_END, SlicedSiglipConfig
-from efficientvlm.families.clip_model import SlicedCLIPModel, SlicedSiglipModel
+from efficientvlm.families.clip_config import LEGACY_END, TOWERS, SlicedSiglipConfig
+from efficientvlm.families.clip_model import Comparing, SlicedCLIPModel, SlicedSiglipModel
 from efficientvlm.loaded import load
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import import_folder
@@ -62,17 +62,17 @@ def stock_inputs(config: Any) -> dict[str, Tensor]:
 
 def cut(name: str) -> Any:
     """A network that lost heads and neurons, some layers all of them."""
-    _, model, _ = build(name)
-    return slice_model(FAMILY, model, [u for u in FAMILY.units(model) if u.index in KEPT.get(u.group, [u.index])])
+    model, _ = build(name)
+    return slice_model(model, [u for u in model.units() if u.index in KEPT.get(u.group, [u.index])])
 
 
 @both
 @pytest.mark.parametrize("end", [1, LEGACY_END])
 def test_the_numbers_are_those_of_transformers(name, end):
-    _, dense, _ = build(name)
+    dense, _ = build(name)
     config = dense.config.copy()
     config.text_config.eos_token_id = end
-    ours = FAMILY.build(config).eval()
+    ours = network(config).eval()
     ours.load_state_dict(dense.state_dict())
     stock_config = STOCK[name].config_class(text_config=config.text_config.to_dict(), vision_config=config.vision_config.to_dict())
     stock_config.projection_dim = 8
@@ -80,15 +80,15 @@ def test_the_numbers_are_those_of_transformers(name, end):
     theirs.set_attn_implementation("eager")
     theirs.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        record = FAMILY.forward(ours, example(config), FAMILY.taps)
-        plain = FAMILY.forward(ours, example(config))
+        record = ours.run(example(config), ours.taps)
+        plain = ours.run(example(config))
         expected = theirs(**stock_inputs(config), output_attentions=True, output_hidden_states=True)
     assert sorted(plain) == ["image_features", "logits", "text_features"]
     for what in (record, plain):
         torch.testing.assert_close(what["logits"], expected.logits_per_image, **CLOSE)
         torch.testing.assert_close(what["image_features"], expected.image_embeds, **CLOSE)
         torch.testing.assert_close(what["text_features"], expected.text_embeds, **CLOSE)
-    for tower in FAMILY.towers:
+    for tower in TOWERS:
         output = expected[f"{tower}_model_output"]
         torch.testing.assert_close(tuple(record[f"{tower}.hidden"]), output.hidden_states, **CLOSE)
         torch.testing.assert_close(tuple(record[f"{tower}.self_attention"]), output.attentions, **CLOSE)
@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_transformers(name, end):
 def test_networks_are_called_as_transformers_ones(name):
     """A cut network as the same with zeros in transformers' class: every output, states and maps too, and the loss of training."""
     model = cut(name)
-    whole = pad_model(FAMILY, model)
+    whole = pad_model(model)
     stock_config = STOCK[name].config_class.from_dict({**whole.config.to_dict(), "model_type": name})
     stock = STOCK[name](stock_config).eval()
     stock.set_attn_implementation("eager")
@@ -112,27 +112,27 @@ def test_networks_are_called_as_transformers_ones(name):
     assert mine.keys() == theirs.keys() and plain.loss is None and plain.vision_model_output.attentions is None
     for key in ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
         torch.testing.assert_close(mine[key], theirs[key], **CLOSE)
-    for tower in FAMILY.towers:
+    for tower in TOWERS:
         part, other = mine[f"{tower}_model_output"], theirs[f"{tower}_model_output"]
         for key in ("last_hidden_state", "pooler_output", "hidden_states"):
             torch.testing.assert_close(part[key], other[key], **CLOSE)
         for number, (maps, stock_maps) in enumerate(zip(part.attentions, other.attentions, strict=True)):
-            kept = FAMILY.kept(model.config)[f"{tower}.{number}.head"]
+            kept = model.config.kept_indices()[f"{tower}.{number}.head"]
             torch.testing.assert_close(maps, stock_maps[:, kept], **CLOSE)
 
 
 @both
 def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
-    _, config = FAMILIES[name]
+    config = CONFIGS[name]
     config = config.copy()
-    for tower in FAMILY.towers:
+    for tower in TOWERS:
         config.tower(tower).hidden_size, config.tower(tower).intermediate_size, config.tower(tower).initializer_factor = 48, 96, 1.0
         config.tower(tower).num_attention_heads = 4
     config.text_config.projection_size, config.initializer_factor = 48, 1.0
     stock_config = STOCK[name].config_class.from_dict({**config.to_dict(), "model_type": name})
     torch.manual_seed(0)
     theirs = STOCK[name](stock_config).state_dict()
-    ours = FAMILY.build(config).state_dict()
+    ours = network(config).state_dict()
     assert ours.keys() == theirs.keys()
     for tensor, values in ours.items():
         if values.numel() < 500:
@@ -144,40 +144,40 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
 @both
 def test_networks_without_values_run_on_the_meta_device(name):
     with torch.device("meta"):
-        model = FAMILY.build(cut(name).config)
-        record = FAMILY.forward(model, FAMILY.example_batch(model.config, 2, 5, "meta"), FAMILY.taps)
+        model = network(cut(name).config)
+        record = model.run(model.example(2, 5, "meta"), model.taps)
     assert record["logits"].shape == (2, 2) and {p.device.type for p in model.parameters()} == {"meta"}
     assert [maps.shape[1] for maps in record["vision.self_attention"]] == [2, 0]
 
 
 @both
 def test_several_passes_and_training_keep_their_own_records(name):
-    _, model, _ = build(name)
-    one = FAMILY.forward(model, example(model.config), {"text.hidden", "vision.self_attention"})
-    two = FAMILY.forward(model, {**example(model.config), "pixels": torch.zeros(1, 3, 16, 16)}, {"vision.self_attention"})
+    model, _ = build(name)
+    one = model.run(example(model.config), {"text.hidden", "vision.self_attention"})
+    two = model.run({**example(model.config), "pixels": torch.zeros(1, 3, 16, 16)}, {"vision.self_attention"})
     assert "text.hidden" not in two and len(one["vision.self_attention"][0]) == 2 and len(two["vision.self_attention"][0]) == 1
     (one["logits"].square().mean() + one["text.hidden"][1].mean() + two["vision.self_attention"][0].square().mean()).backward()
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert without == set()
     with pytest.raises(BadInput, match=r"text\.cross_attention"):
-        FAMILY.forward(model, example(model.config), {"text.cross_attention"})
+        model.run(example(model.config), {"text.cross_attention"})
     with pytest.raises(BadInput, match="cannot answer"):
-        FAMILY.for_vqa(model, None, "auto")
+        model.gain("answer")
 
 
 @both
 def test_uint8_pixels_are_normalised_with_the_statistics_of_the_configuration(name):
-    _, model, _ = build(name)
+    model, _ = build(name)
     pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
     batch = example(model.config)
-    by_hand = FAMILY.forward(model, batch | {"pixels": (pixels / 255 - mean) / std})["logits"]
-    torch.testing.assert_close(FAMILY.forward(model, batch | {"pixels": pixels})["logits"], by_hand, **CLOSE)
+    by_hand = model.run(batch | {"pixels": (pixels / 255 - mean) / std})["logits"]
+    torch.testing.assert_close(model.run(batch | {"pixels": pixels})["logits"], by_hand, **CLOSE)
 
 
 @both
 def test_whole_networks_are_written_for_transformers(name, tmp_path):
-    _, model, _ = build(name)
+    model, _ = build(name)
     model.config.answers = ["yes"]
     FAMILY.save(model, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -185,7 +185,7 @@ def test_whole_networks_are_written_for_transformers(name, tmp_path):
     theirs, info = STOCK[name].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and type(theirs) is STOCK[name]
     with torch.no_grad():
-        expected = FAMILY.forward(model, example(model.config))["logits"]
+        expected = model.run(example(model.config))["logits"]
         torch.testing.assert_close(theirs.eval()(**stock_inputs(model.config)).logits_per_image, expected, **CLOSE)
     ours = families.of_folder(tmp_path).load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), model.state_dict().values(), strict=True))
@@ -199,19 +199,17 @@ def test_cut_networks_are_written_with_our_type_and_are_what_they_were(name, tmp
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"evlm_{name}"
     again = families.of_folder(tmp_path).load(tmp_path)
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
-    assert FAMILY.kept(again.config) == FAMILY.kept(model.config)
-    assert FAMILY.kept(again.config)["vision.1.head"] == [] and "vision.1.head" in again.config.kept
-    torch.testing.assert_close(
-        FAMILY.forward(again, example(model.config))["logits"], FAMILY.forward(model, example(model.config))["logits"], rtol=0, atol=0
-    )
+    assert again.config.kept_indices() == model.config.kept_indices()
+    assert again.config.kept_indices()["vision.1.head"] == [] and "vision.1.head" in again.config.kept
+    torch.testing.assert_close(again.run(example(model.config))["logits"], model.run(example(model.config))["logits"], rtol=0, atol=0)
 
 
 def test_folders_of_older_versions(tmp_path):
     """Half precision, position ids among the weights, towers described twice, prefixes doubled, statistics in the image processor."""
-    _, model, _ = build("clip")
+    model, _ = build("clip")
     FAMILY.save(model, tmp_path)
     tensors = {name: tensor.half() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    extra = {f"{tower}_model.embeddings.position_ids": torch.arange(5)[None] for tower in FAMILY.towers}
+    extra = {f"{tower}_model.embeddings.position_ids": torch.arange(5)[None] for tower in TOWERS}
     save_file(tensors | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((tmp_path / "config.json").read_text())
     for key in ("kept", "layer_source", "layer_source_of", "answers", "rank_top", "image_mean", "image_std"):
@@ -257,7 +255,7 @@ def test_folders_of_older_versions(tmp_path):
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, capfd, spoil, message):
-    FAMILY.save(build("clip")[1], tmp_path)
+    FAMILY.save(build("clip")[0], tmp_path)
     spoil(tmp_path)
     with pytest.raises(BadInput, match=message) as caught:
         families.of_folder(tmp_path).load(tmp_path)
@@ -266,7 +264,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, capfd, spoil, message):
 
 
 def test_a_siglip_refuses_texts_longer_than_its_positions():
-    _, model, _ = build("siglip")
+    model, _ = build("siglip")
     ids = torch.ones(2, 13, dtype=torch.long)
     with pytest.raises(BadInput, match="a text of 13 tokens: this SigLIP reads 12"):
         model.encode_text(ids, ids)
@@ -282,7 +280,7 @@ def test_an_image_processor_with_other_than_three_channels_is_refused(tmp_path, 
 
 
 def test_a_siglip_without_its_pooling_head_is_refused(tmp_path):
-    FAMILY.save(build("siglip")[1], tmp_path)
+    FAMILY.save(build("siglip")[0], tmp_path)
     edit(tmp_path, "vision_config", vision_use_head=False)
     with pytest.raises(BadInput, match="vision_use_head"):
         FAMILY.load(tmp_path)
@@ -290,25 +288,25 @@ def test_a_siglip_without_its_pooling_head_is_refused(tmp_path):
 
 @both
 def test_anatomy_covers_every_prunable_tensor(name):
-    for model in (build(name)[1], cut(name)):
+    for model in (build(name)[0], cut(name)):
         tensors = model.state_dict()
         taken: dict[tuple[str, int], int] = {}
-        for unit in FAMILY.units(model):
+        for unit in model.units():
             for site in unit.sites:
                 taken[site.tensor, site.dim] = taken.get((site.tensor, site.dim), 0) + site.stop - site.start
         assert all(tensors[tensor].shape[dim] == count for (tensor, dim), count in taken.items())
         parts = ("q_proj", "k_proj", "v_proj", "out_proj.weight", "fc1", "fc2.weight")
         inside = {n for n in tensors if ".layers." in n and any(part in n for part in parts)}
         assert {tensor for tensor, _ in taken} == inside
-    assert {FAMILY.tower_of(n) for n in tensors} == {"vision", "text", "heads"}
-    assert sum(map(FAMILY.is_embedding, tensors)) == 3
+    assert {Comparing.tower_of(n) for n in tensors} == {"vision", "text", "heads"}
+    assert sum(map(Comparing.is_embedding, tensors)) == 3
 
 
 def test_shrinking_keeps_what_is_left_and_says_where_it_came_from(tmp_path):
     model = cut("clip")
-    config = FAMILY.with_layers(model.config, {"vision": [1], "text": [0, 1]})
-    assert FAMILY.layer_counts(config) == {"vision": 1, "text": 2} and FAMILY.layer_counts(model.config) == {"vision": 2, "text": 2}
-    assert FAMILY.kept(config)["vision.0.neuron"] == [0, 4] and FAMILY.kept(config)["text.0.neuron"] == []
+    config = model.config.with_layers({"vision": [1], "text": [0, 1]})
+    assert config.layers() == {"vision": 1, "text": 2} and model.config.layers() == {"vision": 2, "text": 2}
+    assert config.kept_indices()["vision.0.neuron"] == [0, 4] and config.kept_indices()["text.0.neuron"] == []
     assert config.layer_source == {"vision": [1], "text": [0, 1]} and config.layer_source_of == {"vision": 2, "text": 2}
 
 
@@ -445,7 +443,7 @@ def test_pruning_without_a_task(imported, tmp_path, method):
     run_stage("prune", out=str(tmp_path / "cut"), model=str(imported), task="none", method=method, sparsity=0.4, min_heads=1)
     small, parent = load(str(tmp_path / "cut")), load(str(imported))
     budget = small.manifest.extra["budget"]["all"]
-    dearest = int(Anatomy.of(FAMILY, parent.model).costs.max()) / parent.manifest.accounting["sparsity"]["initial"]
+    dearest = int(Anatomy.of(parent.model).costs.max()) / parent.manifest.accounting["sparsity"]["initial"]
     assert 0.4 <= budget["achieved"] < 0.4 + dearest and small.manifest.accounting["sparsity"]["achieved"] == pytest.approx(
         budget["achieved"]
     )
@@ -454,8 +452,8 @@ def test_pruning_without_a_task(imported, tmp_path, method):
         "image": {"itc": 1.0},
         "text": {"itc": 1.0},
     }
-    kept = [u for u in FAMILY.units(parent.model) if u.index in FAMILY.kept(small.model.config)[u.group]]
-    direct = slice_model(FAMILY, parent.model, kept).state_dict()
+    kept = [u for u in parent.model.units() if u.index in small.model.config.kept_indices()[u.group]]
+    direct = slice_model(parent.model, kept).state_dict()
     assert all(torch.equal(tensor, direct[name]) for name, tensor in small.model.state_dict().items())
     assert small.image_processor == parent.image_processor and small.manifest.parents[0].role == "model"
     run_stage("shrink", out=str(tmp_path / "less"), model=str(tmp_path / "cut"))
@@ -549,11 +547,11 @@ def test_folders_open_in_fresh_processes(tmp_path):
     folders: dict[str, list[str]] = {"cut": [], "whole": []}
     tokens = train_wordpiece(["a"], 16)
     for name in STOCK:
-        for kind, model in (("cut", cut(name)), ("whole", build(name)[1])):
+        for kind, model in (("cut", cut(name)), ("whole", build(name)[0])):
             folder = tmp_path / f"{name}-{kind}" / "model"
             inputs = stock_inputs(model.config)
             with torch.no_grad():
-                logits = FAMILY.forward(model, example(model.config))["logits"]
+                logits = model.run(example(model.config))["logits"]
             write(Output.open(folder, stage="import", inputs={}, config={}), FAMILY, model, tokens, control=Control(quiet=True))
             save_file({**inputs, "logits": logits}, folder.parent / "inputs.safetensors")
             folders[kind].append(str(folder))

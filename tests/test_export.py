@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compression_cases import FAMILIES, build, tiny_blip, tiny_clip, tiny_siglip
+from compression_cases import CONFIGS, build, family, network, tiny_blip, tiny_clip, tiny_siglip
 from conftest import QUIET, SHAPES, run_stage
 from PIL import Image
 
@@ -31,7 +31,7 @@ from efficientvlm.families.base import NEURON
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.blip_config import BlipAnswerConfig
 from efficientvlm.families.clip import CLIP
-from efficientvlm.families.exported import ONNX, Description, Exported, StoredSizes, open_session
+from efficientvlm.families.exported import ONNX, Description, StoredSizes, open_session
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages import predict
@@ -126,7 +126,7 @@ print(len(graphs), "graphs")
 
 def test_onnxruntime_alone_computes_the_same(chain: Path, exported: Path, tmp_path: Path) -> None:
     ours, tensors = load(str(chain / "pruned")), {}
-    for graph in ours.family.graphs(ours.model):
+    for graph in ours.model.graphs():
         inputs = graph.example({axis: 3 + at for at, axis in enumerate(graph.sizes[0])})
         with torch.no_grad():
             outputs = dict(zip(graph.outputs, graph.module(inputs), strict=True))
@@ -216,7 +216,7 @@ def test_graphs_are_not_trained_or_changed(exported: Path, tmp_path: Path) -> No
     with pytest.raises(BadInput, match="do not run on cuda"):
         graphs.model.to(torch.device("cuda"))
     with pytest.raises(BadInput, match="nothing for distillation"):
-        graphs.family.question(graphs.model, {}, ["vision.hidden"])
+        graphs.model.encode({}, ["vision.hidden"])
 
 
 def test_damaged_graphs_are_refused(exported: Path, tmp_path: Path) -> None:
@@ -244,21 +244,21 @@ def test_a_padded_xvlm_opens_with_this_package(chain: Path, tmp_path: Path) -> N
         assert dict(mine) == pytest.approx(dict(theirs), abs=1e-5)
 
 
-def small(family: Any, config: Any) -> Any:
+def small(config: Any) -> Any:
     """A network with random weights and biases."""
     torch.manual_seed(0)
-    model = family.build(config).eval()
+    model = network(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
-def cut(family: Any, model: Any, **keep: int) -> Any:
+def cut(model: Any, **keep: int) -> Any:
     """`model` with the first so many neurons of every layer of a tower; `head=n` for all heads."""
-    units = family.units(model)
+    units = model.units()
     kept = [unit.index < keep.get(unit.tower if unit.kind == NEURON else "head", 10**6) for unit in units]
-    return slice_model(family, model, torch.tensor(kept))
+    return slice_model(model, torch.tensor(kept))
 
 
 def checkpoint(path: Path, family: Any, model: Any, words: str = "red blue green") -> Path:
@@ -298,14 +298,14 @@ def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> 
     from safetensors.torch import save_file
 
     jobs, sizes = [], {}
-    for name, family, config in (("CLIPModel", CLIP(), tiny_clip()), ("BlipForQuestionAnswering", BLIP(), equal_towers(BlipAnswerConfig))):
-        model = small(family, config)
-        for form, made in (("padded", cut(family, model, vision=3, head=1)), ("hf", cut(family, model, vision=3, text=4, decoder=4))):
-            source = checkpoint(tmp_path / f"{name}-{form}-cut", family, made)
+    for name, kind, config in (("CLIPModel", CLIP(), tiny_clip()), ("BlipForQuestionAnswering", BLIP(), equal_towers(BlipAnswerConfig))):
+        model = small(config)
+        for form, made in (("padded", cut(model, vision=3, head=1)), ("hf", cut(model, vision=3, text=4, decoder=4))):
+            source = checkpoint(tmp_path / f"{name}-{form}-cut", kind, made)
             out = tmp_path / f"{name}-{form}"
             manifest = run_stage("export", model=str(source), out=str(out), format=form)
             assert manifest.extra["stock_class"] == name and manifest.metrics["difference"] <= 1e-5
-            inputs = family.stock_inputs(stock._random_batch(family, made))
+            inputs = made.stock_inputs(stock._random_batch(made))
             with torch.no_grad():
                 outputs = stock._tensors(made(**inputs))
             tensors = {f"in.{key}": value for key, value in inputs.items()} | {f"out.{n}": value for n, value in enumerate(outputs)}
@@ -333,21 +333,20 @@ def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> 
 )
 def test_what_stock_classes_cannot_say_is_named(family: Any, config: Any, keep: dict[str, int], words: str) -> None:
     with pytest.raises(BadInput, match=words) as caught:
-        stock.uniform(family, cut(family, small(family, config), **keep), "model")
+        stock.uniform(cut(small(config), **keep), "model")
     assert "--format onnx" in caught.value.fix
 
 
 def test_uneven_layers_are_named() -> None:
-    family = CLIP()
-    model = small(family, tiny_clip())
-    keep = [unit.kind != NEURON or unit.layer == 0 or unit.index < 2 for unit in family.units(model)]
+    model = small(tiny_clip())
+    keep = [unit.kind != NEURON or unit.layer == 0 or unit.index < 2 for unit in model.units()]
     with pytest.raises(BadInput, match="vision layer 1 has 2 neurons and layer 0 has 6"):
-        stock.uniform(family, slice_model(family, model, torch.tensor(keep)), "model")
+        stock.uniform(slice_model(model, torch.tensor(keep)), "model")
 
 
 def test_an_axis_that_the_code_turns_into_a_number_is_found(tmp_path: Path) -> None:
-    family, model, _ = build("clip")
-    graph = next(graph for graph in family.graphs(model) if graph.name == "similarity")
+    model, _ = build("clip")
+    graph = next(graph for graph in model.graphs() if graph.name == "similarity")
 
     class Fixed(torch.nn.Module):
         def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
@@ -359,8 +358,8 @@ def test_an_axis_that_the_code_turns_into_a_number_is_found(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_attention_without_a_mask_is_one_operator_unless_standard_onnx_is_wanted(fuse: bool, tmp_path: Path) -> None:
-    family, model, _ = build("clip")
-    graph = next(graph for graph in family.graphs(model) if graph.name == "image")
+    model, _ = build("clip")
+    graph = next(graph for graph in model.graphs() if graph.name == "image")
     onnx_files.write(graph, tmp_path / "image.onnx", fuse=fuse)
     nodes = onnx.load(tmp_path / "image.onnx").graph.node
     assert [node.domain for node in nodes if node.op_type == "MultiHeadAttention"] == ["com.microsoft"] * 2 * fuse
@@ -370,12 +369,12 @@ def test_attention_without_a_mask_is_one_operator_unless_standard_onnx_is_wanted
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "nothing left"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "toy"])
 def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_path: Path) -> None:
-    family, model, _ = build(name)
-    units = family.units(model)
-    sliced = slice_model(family, model, torch.rand(len(units), generator=torch.Generator().manual_seed(1)) < share)
-    for graph in family.graphs(sliced):
+    model, _ = build(name)
+    units = model.units()
+    sliced = slice_model(model, torch.rand(len(units), generator=torch.Generator().manual_seed(1)) < share)
+    for graph in sliced.graphs():
         onnx_files.write(graph, tmp_path / f"{graph.name}.onnx")
         session = open_session(tmp_path / f"{graph.name}.onnx")
         assert onnx_files.difference(graph, session) < 1e-5
@@ -384,11 +383,11 @@ def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_pa
 
 @pytest.mark.parametrize("name, int8", [("clip", True), ("siglip", False), ("blip-retrieval", False)])
 def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool, tmp_path: Path) -> None:
-    family, config = FAMILIES[name]
+    config = CONFIGS[name]
     config = copy.deepcopy(config)
     config.text_config.update({"vocab_size": 90, "pad_token_id": 0, "eos_token_id": 3})  # as the tokenizer has them
     words = "a red green blue yellow circle square triangle on top of left right above below there is are and the"
-    source, out = checkpoint(tmp_path / "model", family, small(family, config), words), tmp_path / "onnx"
+    source, out = checkpoint(tmp_path / "model", family(name), small(config), words), tmp_path / "onnx"
     data = {"data": SHAPES, "limit": 4}
     manifest = run_stage("export", model=str(source), out=str(out), format="onnx", rounds=0, **data)
     torch_fp32, onnx_fp32 = manifest.metrics["torch_fp32"], manifest.metrics["onnx_fp32"]
@@ -402,14 +401,14 @@ def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool,
     assert ours["influence"]["inputs"]["text"]["outputs"]["itc"] == ours["influence"]["inputs"]["image"]["outputs"]["itc"] == 1.0
 
     pixels = torch.randint(0, 256, (3, 3, config.vision_config.image_size, config.vision_config.image_size), dtype=torch.uint8)
-    ids = family.example_batch(config, 2, 5)["text_ids"]
+    ids = network(config).example(2, 5)["text_ids"]
     mask, rows = torch.ones_like(ids), torch.tensor([2, 0])
     found = []
     for loaded in (load(str(source)), load(str(out), exported=True)):
         with torch.inference_mode():
-            seen, image = loaded.family.image_features(loaded.model, pixels)
-            read, text = loaded.family.text_features(loaded.model, ids, mask)
-            matched = loaded.family.match(loaded.model, seen[rows], torch.arange(2), read, mask) if "blip" in name else text
+            seen, image = loaded.model.embed_images(pixels)
+            read, text = loaded.model.embed_texts(ids, mask)
+            matched = loaded.model.match(seen[rows], torch.arange(2), read, mask) if "blip" in name else text
         found.append((image, text, matched))
     for wanted, got in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
@@ -461,7 +460,7 @@ def test_graphs_that_do_not_go_together_are_refused(spoil: Any, words: str) -> N
         image_std=[0.5] * 3,
     )
     whole = {"family": "blip", "tasks": ["retrieval"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "sizes": sizes.model_dump()}
-    assert Exported(Description.model_validate({**whole, "graphs": graphs})).retrieval == ("itc", "itm")
+    assert Description.model_validate({**whole, "graphs": graphs}).abilities() == {"embed", "match"}
     spoil(graphs)
     with pytest.raises(ValueError, match=words):
         Description.model_validate({**whole, "graphs": graphs})
@@ -470,21 +469,21 @@ def test_graphs_that_do_not_go_together_are_refused(spoil: Any, words: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "blip-caption", "blip-retrieval"])
 def test_other_tasks_are_timed_and_forwarded(name: str, tmp_path: Path) -> None:
-    family, config = FAMILIES[name]
-    source = checkpoint(tmp_path / "model", family, small(family, config))
+    config = CONFIGS[name]
+    source = checkpoint(tmp_path / "model", family(name), small(config))
     run_stage("export", model=str(source), out=str(tmp_path / "onnx"), format="onnx", int8=True, rounds=1, text_length=4)
     result = run_stage("bench", models=[str(source), str(tmp_path / "onnx")], batch_sizes=[2], text_length=4, rounds=1, warmup_rounds=0)
     assert [model["form"] for model in result["models"]] == ["torch", "onnx int8"]
     loaded: Loaded = load(str(tmp_path / "onnx"), exported=True)
-    record = loaded.family.forward(loaded.model, loaded.family.example_batch(loaded.model.config, 2, 4))
+    record = loaded.model.run(loaded.model.example(2, 4))
     assert record["logits"].shape[0] == 2 and bool(record["logits"].isfinite().all())
 
 
 @pytest.mark.slow
 def test_large_weights_lie_beside_their_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_files, "SINGLE_FILE", -1)
-    family, model, _ = build("clip")
-    graph = family.graphs(model)[0]
+    model, _ = build("clip")
+    graph = model.graphs()[0]
     (tmp_path / "int8").mkdir()
     onnx_files.write(graph, tmp_path / "image.onnx")
     onnx_files.quantise(tmp_path / "image.onnx", tmp_path / "int8" / "image.onnx")

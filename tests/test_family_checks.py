@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compression_cases import FAMILIES, build
+from compression_cases import build, family
 from spoiling import edit
 
-from efficientvlm import families
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blip import BLIP
 from efficientvlm.families.loading import image_processor
@@ -52,24 +51,23 @@ WRONG: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_saved_and_opened_in_silence(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """transformers would draw a bar for each."""
-    family, model, _ = build(name)
+    model, _ = build(name)
     capfd.readouterr()
-    family.save(model, tmp_path)
-    family.load(tmp_path)
+    family(name).save(model, tmp_path)
+    family(name).load(tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_sizes_and_statistics(tmp_path: Path, name: str) -> None:
-    FAMILIES[name][0].save(build(name)[1], tmp_path)
+    family(name).save(build(name)[0], tmp_path)
     before = (tmp_path / "config.json").read_text()
-    family = families.of_folder(tmp_path)
-    family.read_config(tmp_path)
+    family(name).read_config(tmp_path)
     for field, value in WRONG:
         part, entry = (None, field) if name == "xvlm" else TRANSFORMERS.get(field, (None, field))
         edit(tmp_path, part, **{entry: value})
         with pytest.raises(BadInput, match=r"config\.json|local_attention_depth|text_heads|image_size"):
-            family.read_config(tmp_path)
+            family(name).read_config(tmp_path)
         (tmp_path / "config.json").write_text(before)
 
 
@@ -85,8 +83,8 @@ HUGE = ("image_size", "vision_layers", "text_layers", "vision_intermediate", "vo
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_compared_with_the_header_of_the_weights_before_anything_is_read(tmp_path: Path, name: str) -> None:
     """No network is built, so that a stored size takes no memory whatever it is."""
-    family, model, _ = build(name)
-    family.save(model, tmp_path)
+    model, _ = build(name)
+    family(name).save(model, tmp_path)
     stored = (tmp_path / "config.json").read_bytes()
     wrong = [(size, value) for size in HUGE for value in (3, 900, 3 * 10**8)]
     refused = 0
@@ -95,19 +93,19 @@ def test_sizes_are_compared_with_the_header_of_the_weights_before_anything_is_re
         part, entry = (None, size) if name == "xvlm" else TRANSFORMERS[size]
         edit(tmp_path, part, **{entry: value})
         try:
-            config = family.read_config(tmp_path)
+            config = family(name).read_config(tmp_path)
         except BadInput as error:
             refused += 1
             assert len(str(error)) < 700
         else:
-            assert family.sizes(config) == family.sizes(model.config) or size in ("vision_layers", "text_layers", "image_size")
+            assert config.sizes() == model.config.sizes() or size in ("vision_layers", "text_layers", "image_size")
     assert refused > len(wrong) - 6  # those that are as they were, or have fewer layers than there are weights for
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_quantisation_and_text_that_is_none_are_refused(tmp_path: Path, name: str) -> None:
-    family, model, _ = build(name)
-    family.save(model, tmp_path)
+    model, _ = build(name)
+    family(name).save(model, tmp_path)
     stored = (tmp_path / "config.json").read_bytes()
     for key, value, reason in (
         ("num_labels", 300_000_000, "num_labels"),
@@ -123,21 +121,21 @@ def test_labels_quantisation_and_text_that_is_none_are_refused(tmp_path: Path, n
         (tmp_path / "config.json").write_bytes(stored)
         edit(tmp_path, **{key: value})
         with pytest.raises(BadInput, match=reason):
-            family.read_config(tmp_path)
+            family(name).read_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pointers_to_code_are_said_and_not_carried_on(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    family, model, _ = build(name)
-    family.save(model, tmp_path / "a")
+    model, _ = build(name)
+    family(name).save(model, tmp_path / "a")
     edit(tmp_path / "a", auto_map={"AutoModel": "attacker/repo--evil.Model"})
     edit(tmp_path / "a", nested={"deep": [{"auto_map": {"AutoConfig": "evil.Config"}, "trust_remote_code": True}]})
     (tmp_path / "a" / "preprocessor_config.json").write_text(
         '{"auto_map": {"AutoImageProcessor": "evil.P"}, "image_mean": [0.5, 0.5, 0.5]}'
     )
-    again = family.load(tmp_path / "a")
+    again = family(name).load(tmp_path / "a")
     assert "auto_map" not in str(image_processor(tmp_path / "a"))
-    family.save(again, tmp_path / "b")
+    family(name).save(again, tmp_path / "b")
     text = (tmp_path / "b" / "config.json").read_text()
     assert "auto_map" not in text and "evil" not in text and "trust_remote_code" not in text
     assert "points to code (auto_map, trust_remote_code)" in capsys.readouterr().err

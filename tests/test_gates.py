@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from compression_cases import FAMILIES, build, output
+from compression_cases import CONFIGS, build, output
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,26 +88,26 @@ def test_stored_gates_come_back_and_foreign_ones_do_not():
         Gates.from_tensors(heads(0, 4), stored)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_hooks_change_nothing_until_set_and_pass_gradients(name):
-    family, model, batch = build(name)
-    units = Scope.of(Anatomy.of(family, model), 0.5).units
+    model, batch = build(name)
+    units = Scope.of(Anatomy.of(model), 0.5).units
     gates = Gates(units, head_init=0.0)
-    plain = output(family, model, batch)
+    plain = output(model, batch)
     hooks = attach(model, units)
-    assert torch.equal(output(family, model, batch), plain)
+    assert torch.equal(output(model, batch), plain)
     hooks.set(torch.ones(len(units)))
-    assert torch.equal(output(family, model, batch), plain)
+    assert torch.equal(output(model, batch), plain)
     hooks.set(gates.sample(torch.full((len(units),), 0.5)))
-    gated = output(family, model, batch)
+    gated = output(model, batch)
     assert not torch.allclose(gated, plain)
     gated.square().sum().backward()
     assert (gates.log_alpha.grad != 0).all()
     hooks.set(None)
-    assert torch.equal(output(family, model, batch), plain)
+    assert torch.equal(output(model, batch), plain)
     hooks.set(torch.zeros(len(units)))
     hooks.remove()
-    assert torch.equal(output(family, model, batch), plain)
+    assert torch.equal(output(model, batch), plain)
 
 
 def test_gates_work_under_checkpointing_and_in_half_precision():

@@ -19,14 +19,14 @@ FUSED = ("vision.0.head", "vision.1.head")
 
 
 class Traced(nn.Module):
-    """A family's forward as a module that returns one tensor, which is what tracing wants."""
+    """A network's pass as a module that returns one tensor, which is what tracing wants."""
 
-    def __init__(self, family, model):
+    def __init__(self, model):
         super().__init__()
-        self.family, self.model = family, model
+        self.model = model
 
     def forward(self, **batch):
-        return output(self.family, self.model, batch)
+        return output(self.model, batch)
 
 
 def traced_sites(graph, root, channels):
@@ -46,10 +46,10 @@ def traced_sites(graph, root, channels):
 )
 def test_dependency_graph_confirms_our_sites(name, skip):
     """All groups but fused and shared projections, which Torch-Pruning does not trace."""
-    family, model, batch = build(name)
-    graph = tp.DependencyGraph().build_dependency(Traced(family, model), example_inputs=batch)
+    model, batch = build(name)
+    graph = tp.DependencyGraph().build_dependency(Traced(model), example_inputs=batch)
     checked = 0
-    for unit in family.units(model):
+    for unit in model.units():
         if unit.group in skip:
             continue
         ours = {}
@@ -67,21 +67,21 @@ def test_dependency_graph_confirms_our_sites(name, skip):
 @pytest.mark.parametrize("name", ["toy", "xvlm"])
 @pytest.mark.parametrize("method", CRITERIA)
 def test_every_criterion_meets_the_same_budget(name, method):
-    family, model, batch = build(name)
-    output(family, model, batch).square().mean().backward()
-    scope = Scope.of(Anatomy.of(family, model), 0.4)
+    model, batch = build(name)
+    output(model, batch).square().mean().backward()
+    scope = Scope.of(Anatomy.of(model), 0.4)
     scores = importance_scores(method, model, scope.units, seed=1)
     assert torch.equal(scores, importance_scores(method, model, scope.units, seed=1))
     for part in Groups(scope.units).slices.values():
         assert scores[part].mean().item() == pytest.approx(1)
     keep = snap_scores(scores, scope)
     assert 0.4 <= scope.achieved(keep)["all"] < 0.41
-    slice_model(family, model, keep)
+    slice_model(model, keep)
 
 
 def test_magnitude_is_the_mean_squared_weight_of_a_unit():
-    family, model, _ = build("toy")
-    units = [unit for unit in family.units(model) if unit.group == "text.1.head"]
+    model, _ = build("toy")
+    units = [unit for unit in model.units() if unit.group == "text.1.head"]
     attention, d = model.text[1].attention, model.config.head_width
     by_hand = []
     for index in range(len(units)):
@@ -93,9 +93,9 @@ def test_magnitude_is_the_mean_squared_weight_of_a_unit():
 
 
 def test_taylor_is_weight_times_gradient_also_for_fused_projections():
-    family, model, batch = build("toy")
-    output(family, model, batch).square().mean().backward()
-    units = [unit for unit in family.units(model) if unit.group == "text.0.head"]
+    model, batch = build("toy")
+    output(model, batch).square().mean().backward()
+    units = [unit for unit in model.units() if unit.group == "text.0.head"]
     attention, d, inner = model.text[0].attention, model.config.head_width, model.config.width
 
     def effect(weight):
@@ -107,12 +107,12 @@ def test_taylor_is_weight_times_gradient_also_for_fused_projections():
 
 
 def test_taylor_without_gradients_is_an_error():
-    family, model, _ = build("toy")
+    model, _ = build("toy")
     with pytest.raises(ValueError, match="gradient"):
-        importance_scores("taylor", model, family.units(model))
+        importance_scores("taylor", model, model.units())
 
 
 def test_groups_without_units_are_fine():
-    _, model, _ = build("toy")
+    model, _ = build("toy")
     assert importance_scores("magnitude", model, []).shape == (0,)
     assert len(pruning_group(model, [])) == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from doc_pages import evlm
 
@@ -135,17 +135,17 @@ def test_what_was_not_measured_is_said(chain: Path, tmp_path: Path, capsys: pyte
     assert code == 0 and "influence of its inputs: not measured" in out
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "toy"])
 def test_without_data_random_inputs_tell(name: str) -> None:
     """For every kind of network; one that has lost all heads that a text or a picture is read through says nothing of it."""
-    family, model, _ = build(name)
-    anatomy = Anatomy.of(family, model)
+    model, _ = build(name)
+    anatomy = Anatomy.of(model)
     closed = {unit.group for unit in anatomy.units} - set(anatomy.reach.groups)
-    blind = slice_model(family, model, torch.tensor([unit.group in closed for unit in anatomy.units]))
+    blind = slice_model(model, torch.tensor([unit.group in closed for unit in anatomy.units]))
     found = []
     for network in (model, blind):
-        sizes, tasks = family.sizes(network.config), family.tasks(network.config)
-        loaded: Any = SimpleNamespace(family=family, model=network, sizes=sizes, tasks=tasks, tokenizer=Tokens(range(20)))
+        sizes, tasks = network.config.sizes(), network.config.tasks()
+        loaded: Any = SimpleNamespace(model=network, sizes=sizes, tasks=tasks, tokenizer=Tokens(range(20)))
         inputs = of_anything(loaded)["inputs"]
         found.append({what for what, part in inputs.items() if any(part["outputs"].values())})
     reached = {pair.input for pair in anatomy.reach.pairs(closed)}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Record
-from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.generation import Generation
@@ -24,7 +24,6 @@ from efficientvlm.objectives.terms import attention_mse, compared, hidden_mse, l
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.methods import PASSES, DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
 
-FAMILY = XVLM()
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 NO_QUIRKS = DistillationQuirks()
 LOSSES = ("itc", "itm", "mlm", "box")
@@ -55,14 +54,14 @@ def config(**changes: Any) -> XVLMConfig:
 
 def build(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    return FAMILY.build(config(**changes)).eval()
+    return XVLMModel(config(**changes)).eval()
 
 
 def student_of(vision: list[int], **changes: Any) -> Any:
     """A student's shapes after the given vision layers, every second layer of the other towers."""
     layers = {"vision": vision, "text": [1], "fusion": [1], "decoder": []}
     torch.manual_seed(7)
-    return FAMILY.build(FAMILY.with_layers(config(**changes), layers)).eval()
+    return XVLMModel(config(**changes).with_layers(layers)).eval()
 
 
 def pairs(regions: bool = False, length: int = 6) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def pairs(regions: bool = False, length: int = 6) -> dict[str, Any]:
 
 def distillation(student: Any, teacher: Any, losses: Any = LOSSES, kd: float = 0.4, **options: Any) -> Any:
     options = {"weights": DistillWeights(itc_logits=1, fusion_cross_attention=1), **options}
-    return distilled(XvlmPretraining(FAMILY, student, losses=losses, seed=0), teacher, method(kd=kd, **options))
+    return distilled(XvlmPretraining(student, losses=losses, seed=0), teacher, method(kd=kd, **options))
 
 
 def method(**changes: Any) -> Any:
@@ -165,33 +164,33 @@ def test_attention_mse():
 def test_layer_maps_of_the_paper():
     teacher = config(vision_layers=12, text_layers=6, fusion_layers=6, decoder_layers=6)
     student = config(vision_layers=6, text_layers=3, fusion_layers=3, decoder_layers=3)
-    maps = tower_maps(FAMILY, student, teacher)
+    maps = tower_maps(student, teacher)
     assert maps["vision"].hidden == [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12)]
     assert maps["vision"].attention == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
     for tower in ("text", "fusion", "decoder"):
         assert maps[tower].hidden == [(0, 0), (1, 2), (2, 4), (3, 6)]
         assert maps[tower].attention == [(0, 1), (1, 3), (2, 5)]
-    assert "decoder" not in tower_maps(FAMILY, config(), teacher)
+    assert "decoder" not in tower_maps(config(), teacher)
 
 
 def test_a_student_imitates_the_layers_it_came_from():
     teacher = config(vision_layers=6)
-    student = FAMILY.with_layers(teacher, {"vision": [0, 5], "text": [0, 1], "fusion": [0], "decoder": []})
-    maps = tower_maps(FAMILY, student, teacher)
+    student = teacher.with_layers({"vision": [0, 5], "text": [0, 1], "fusion": [0], "decoder": []})
+    maps = tower_maps(student, teacher)
     assert maps["vision"].hidden == [(0, 0), (1, 1), (2, 6)] and maps["vision"].attention == [(0, 0), (1, 5)]
     assert maps["text"].hidden == [(0, 0), (1, 1), (2, 2)]
     assert maps["fusion"].attention == [(0, 0)]
-    deeper = tower_maps(FAMILY, config(vision_layers=3), config(vision_layers=2))["vision"]
+    deeper = tower_maps(config(vision_layers=3), config(vision_layers=2))["vision"]
     assert deeper.attention == [(0, 0), (1, 0), (2, 1)]
 
 
 def test_the_source_of_another_network_is_not_used():
     """A student shrunk in two steps imitates evenly spaced layers of the first teacher, not those its parent was asked for."""
     first = config(vision_layers=12)
-    second = FAMILY.with_layers(first, {**LAYERS_OF(first), "vision": [0, 2, 4, 6, 8, 10]})
-    third = FAMILY.with_layers(second, {**LAYERS_OF(second), "vision": [0, 1, 5]})
-    assert tower_maps(FAMILY, third, second)["vision"].attention == [(0, 0), (1, 1), (2, 5)]
-    assert tower_maps(FAMILY, third, first)["vision"].attention == [(0, 3), (1, 7), (2, 11)]
+    second = first.with_layers({**LAYERS_OF(first), "vision": [0, 2, 4, 6, 8, 10]})
+    third = second.with_layers({**LAYERS_OF(second), "vision": [0, 1, 5]})
+    assert tower_maps(third, second)["vision"].attention == [(0, 0), (1, 1), (2, 5)]
+    assert tower_maps(third, first)["vision"].attention == [(0, 3), (1, 7), (2, 11)]
 
 
 def LAYERS_OF(config: XVLMConfig) -> dict[str, list[int]]:
@@ -201,7 +200,7 @@ def LAYERS_OF(config: XVLMConfig) -> dict[str, list[int]]:
 def test_heads_are_paired_by_original_index():
     student = config(kept={"vision.0.head": "1,3", "vision.1.head": "", "fusion.0.cross_head": "1"})
     teacher = config(kept={"vision.0.head": "0,3", "fusion.0.cross_head": "1"})
-    maps = tower_maps(FAMILY, student, teacher)
+    maps = tower_maps(student, teacher)
     assert maps["vision"].heads["head"][:2] == [([1], [1]), ([], [])]
     assert maps["fusion"].heads["cross_head"] == [([0], [0]), ([0, 1], [0, 1])]
     assert "cross_head" not in maps["text"].heads
@@ -304,12 +303,12 @@ def test_box_losses_leave_whole_images_out():
 
 def test_losses_of_a_step():
     model = build()
-    objective = XvlmPretraining(FAMILY, model, losses=LOSSES, seed=0)
+    objective = XvlmPretraining(model, losses=LOSSES, seed=0)
     losses = objective(pairs(), 5)
     assert set(losses) == {"loss", "itc", "itm", "mlm"}
     torch.testing.assert_close(losses["loss"], losses["itc"] + losses["itm"] + losses["mlm"])
     assert set(objective(pairs(regions=True), 5)) == {"loss", *LOSSES, "giou"}
-    only = XvlmPretraining(FAMILY, model, losses=("mlm",), seed=0)(pairs(), 5)
+    only = XvlmPretraining(model, losses=("mlm",), seed=0)(pairs(), 5)
     assert set(only) == {"loss", "mlm"} and only["mlm"].item() == pytest.approx(losses["mlm"].item(), rel=1e-5)
     torch.testing.assert_close(objective(pairs(), 5)["loss"], losses["loss"], rtol=0, atol=0)
 
@@ -317,7 +316,7 @@ def test_losses_of_a_step():
 def test_mlm_and_itm_against_separate_passes():
     """The one fusion batch gives what each pass by itself gives."""
     model, batch = build(), pairs()
-    losses, record, negatives = XvlmPretraining(FAMILY, model, losses=LOSSES, seed=0).passes(model, batch, 0)
+    losses, record, negatives = XvlmPretraining(model, losses=LOSSES, seed=0).passes(model, batch, 0)
     with torch.no_grad():
         images = model.encode_image(batch["pixels"]).states
         masked = model.encode_text(batch["masked_ids"], batch["text_mask"]).states
@@ -342,7 +341,7 @@ def test_mlm_and_itm_against_separate_passes():
 
 def test_a_single_pair_has_no_negatives():
     batch = {name: value[:1] for name, value in pairs().items()}
-    losses = XvlmPretraining(FAMILY, build(), losses=LOSSES, seed=0)(batch, 0)
+    losses = XvlmPretraining(build(), losses=LOSSES, seed=0)(batch, 0)
     assert set(losses) == {"loss", "itc", "mlm"} and losses["itc"].item() == 0
     assert set(distillation(student_of([1, 3]), build())(batch, 0)) == {"loss", "itc", "mlm", "kd"}
 
@@ -352,7 +351,7 @@ def test_the_temperature_is_clamped():
     for start, end in ((0.9, 0.5), (1e-5, 0.001), (0.07, 0.07)):
         with torch.no_grad():
             model.temp.fill_(start)
-        XvlmPretraining(FAMILY, model, losses=("itc",), seed=0)(pairs(), 0)
+        XvlmPretraining(model, losses=("itc",), seed=0)(pairs(), 0)
         assert model.temp.item() == pytest.approx(end)
 
 
@@ -537,7 +536,7 @@ def answerer(**changes: Any) -> Any:
 
 
 def vqa(student: Any, teacher: Any, quirks: DistillationQuirks = NO_QUIRKS, kd: float = 0.4, weights: TaskWeights | None = None) -> Any:
-    hard = Generation(FAMILY, student)
+    hard = Generation(student)
     return distilled(hard, teacher, method(kd=kd, weights=weights or TaskWeights(), quirks=quirks)) if teacher else hard
 
 
@@ -563,7 +562,7 @@ def test_a_task_with_a_tower_without_layers(tower):
 
 def test_without_fusion_layers_no_decoder_is_made():
     with pytest.raises(BadInput, match="without fusion layers"):
-        FAMILY.for_vqa(build(fusion_layers=0), answerer(), "auto")
+        build(fusion_layers=0).gain("answer", answerer())
 
 
 def test_task_padding_and_quirks():
@@ -578,7 +577,7 @@ def test_task_padding_and_quirks():
     quirky = vqa(student, teacher, DistillationQuirks(unmasked_padding=True))
     assert not torch.allclose(quirky(longer, 0)["kd"], quirky(batch, 0)["kd"], rtol=1e-3)
     zero = TaskWeights(**dict.fromkeys(TaskWeights.model_fields, 0.0) | {"vision_hidden": 1.0})
-    hidden = [FAMILY.forward(net, batch, {"vision.hidden"})["vision.hidden"] for net in (student, teacher)]
+    hidden = [net.run(batch, {"vision.hidden"})["vision.hidden"] for net in (student, teacher)]
     dropped = [vqa(student, teacher, DistillationQuirks(skip_last_hidden=quirk), 1.0, zero)(batch, 0)["kd"] for quirk in (False, True)]
     torch.testing.assert_close(dropped[0] - dropped[1], (hidden[0][2] - hidden[1][4]).square().mean(), **CLOSE)
 
@@ -588,9 +587,9 @@ def test_task_padding_and_quirks():
 
 def test_a_teacher_of_another_width_is_met_through_a_projection_that_learns_and_is_not_deployed():
     student, teacher = build(), build(1, vision_width=24, vision_heads=4)
-    hard = XvlmPretraining(FAMILY, student, losses=("itc",), seed=0)
+    hard = XvlmPretraining(student, losses=("itc",), seed=0)
     rows = tuple(term for term in hard.terms if term.weight == "vision_hidden")
-    maps, widen = tower_maps(FAMILY, student.config, teacher.config), torch.nn.Linear(16, 24)
+    maps, widen = tower_maps(student.config, teacher.config), torch.nn.Linear(16, 24)
     objective = Distilled(
         hard, LiveTeacher(hard, teacher), rows, kd=1.0, weights={"vision_hidden": 1.0}, maps=maps, projections={"vision.hidden": widen}
     )
@@ -606,7 +605,7 @@ def test_a_teacher_of_another_width_is_met_through_a_projection_that_learns_and_
 
 def test_a_teacher_may_be_a_store_of_what_was_said_before():
     student = build()
-    hard = XvlmPretraining(FAMILY, student, losses=("itc",), seed=0)
+    hard = XvlmPretraining(student, losses=("itc",), seed=0)
     rows = tuple(term for term in hard.terms if term.weight == "itc_logits")
     with torch.no_grad():
         said = hard.passes(student, pairs(), 0).record["itc_logits"]

@@ -84,13 +84,13 @@ def change(folder: Path, spoil: Callable[[Any], Any]) -> None:
 
 
 def opened(folder: Path) -> Any:
-    return Exported.of_folder(folder).load(folder)
+    return Exported().load(folder)
 
 
 def test_what_is_right_opens(folder: Path) -> None:
     model = opened(folder)
     assert isinstance(model.config, Description) and set(model.sessions) == {"question", "answer"}
-    assert Exported(model.config).layer_counts(model.config)["decoder"] == 1
+    assert model.config.layers()["decoder"] == 1
 
 
 def put(*path: str | int, value: Any) -> Callable[[Any], None]:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm.families.xvlm import XVLM
 from efficientvlm.families.xvlm_import import read_published
+from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weights, positives
 from efficientvlm.objectives.terms import compared, tower_maps
@@ -27,7 +27,7 @@ NETS, VQA = FOLDER / "xvlm_tiny", FOLDER / "vqa_tiny"
 pytestmark = pytest.mark.skipif(not NETS.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 SETTINGS = {"vision_heads": 4, "text_heads": 4, "local_attention_depth": 2, "dropout": 0.0}
-EVERYTHING = frozenset(tap for tap in XVLM.taps if not tap.startswith("decoder"))
+EVERYTHING = frozenset(tap for tap in XVLMModel.taps if not tap.startswith("decoder"))
 both_nets = pytest.mark.parametrize("name", ["teacher", "student"])
 
 
@@ -41,14 +41,14 @@ class Net:
 
     def passes(self, batch: dict[str, Tensor], prefix: str = "") -> Any:
         """The whole step with the negatives that the published run drew."""
-        objective = XvlmPretraining(XVLM(), self.model, losses=("itc", "itm", "mlm", "box"), seed=0)
+        objective = XvlmPretraining(self.model, losses=("itc", "itm", "mlm", "box"), seed=0)
         with torch.no_grad():
             return objective.passes(self.model, batch, 0, EVERYTHING, self.negatives(prefix))
 
 
 def read(path: Path) -> Any:
     config, state, _ = read_published(path, settings=SETTINGS)
-    model = XVLM().build(config).eval()
+    model = XVLMModel(config).eval()
     model.load_state_dict(state, strict=True)
     return model
 
@@ -181,7 +181,7 @@ def test_distillation_terms(nets, batch, temperature):
     student, teacher = nets["student"], nets["teacher"]
     expected = load_file(NETS / "kd_expected.safetensors")
     quirks = DistillationQuirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
-    maps = tower_maps(XVLM(), student.model.config, teacher.model.config)
+    maps = tower_maps(student.model.config, teacher.model.config)
     ours, theirs = student.passes(batch, "full_")[1], teacher.passes(batch, "full_")[1]
     rows = {term.tap: term for term in released(XvlmPretraining.terms, quirks)}
     names = kd_names(temperature)
@@ -194,7 +194,7 @@ def test_distillation_loss_is_the_weighted_sum(nets, batch, monkeypatch):
     """The objective itself, negatives of each net drawn as recorded."""
     student, teacher = nets["student"], nets["teacher"]
     expected = load_file(NETS / "kd_expected.safetensors")
-    hard = XvlmPretraining(XVLM(), student.model, losses=("itc", "itm", "mlm"), seed=0)
+    hard = XvlmPretraining(student.model, losses=("itc", "itm", "mlm"), seed=0)
     quirks = DistillationQuirks(unmasked_padding=True, skip_last_hidden=True, independent_negatives=True)
     drawn = iter([student.negatives("full_"), teacher.negatives("full_")])
     monkeypatch.setattr("efficientvlm.objectives.xvlm_pretraining.draw_negatives", lambda *_: next(drawn))
@@ -229,13 +229,13 @@ def vqa() -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
 def test_answer_loss(vqa):
     model, batch, expected = vqa
     with torch.no_grad():
-        logits = XVLM().forward(model, batch)["logits"]
+        logits = model.run(batch)["logits"]
     agree(logits, expected["open.decoder_logits"])
     agree(answer_loss(logits, batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], 3), expected["open.loss"])
 
 
 def test_answer_ranking(vqa):
     model, batch, expected = vqa
-    chosen, probabilities = rank(XVLM(), model, batch, batch["candidates"], top=3, first_token_twice=True)
+    chosen, probabilities = rank(model, batch, batch["candidates"], top=3, first_token_twice=True)
     assert torch.equal(chosen, expected["open.rank_ids"])
     agree(probabilities, expected["open.rank_probs"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from clip_folder import byte_pairs, write_clip
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build, family, network
 from conftest import run_stage
 from PIL import Image
 
@@ -147,13 +147,12 @@ def folder_of(name: str, path: Path) -> Path:
     """A folder as transformers writes it, with an image processor that is not a square resize for CLIP."""
     if name == "clip":
         return write_clip(path, byte_pairs())
-    family, _ = FAMILIES[name]
-    model = build(name)[1]
+    model = build(name)[0]
     if name.startswith("blip"):
-        config = FAMILIES[name][1].copy()
+        config = CONFIGS[name].copy()
         config.vision_config.hidden_size = config.text_config.encoder_hidden_size = 24
-        model = family.build(config)
-    family.save(model, path)
+        model = network(config)
+    family(name).save(model, path)
     values = json.loads((path / "config.json").read_text())
     for key in ("image_mean", "image_std"):
         del values[key]
@@ -187,13 +186,13 @@ def test_features_of_pictures_of_any_aspect_are_those_of_transformers(name, tmp_
         else:
             expected = theirs.get_image_features(pixel_values=processor(images, return_tensors="pt")["pixel_values"])
             expected = torch.nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)
-            got = loaded.family.image_features(loaded.model, pixels)[1]
+            got = loaded.model.embed_images(pixels)[1]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_that_contradict_the_configuration_are_refused():
-    family, config = FAMILIES["clip"]
-    sizes, settings = family.sizes(config), default_settings(family.sizes(config))
+    config = CONFIGS["clip"]
+    sizes, settings = config.sizes(), default_settings(config.sizes())
     assert preprocessing_of(settings, sizes, Path("m")) == Preprocessing.squash(16)
     for change in ({"rescale_factor": 1 / 127.5}, {"image_mean": [0.5, 0.5, 0.5]}, {"do_normalize": False}):
         with pytest.raises(BadInput, match="image_mean contradicts"):

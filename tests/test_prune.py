@@ -81,9 +81,9 @@ def test_the_structure_is_the_one_snapped_when_the_gates_stopped(chain: Path) ->
     folder = chain / "pruned"
     model = load(str(folder)).model
     dense = XVLM.build(model.config.copy(kept=None))
-    scope = Scope.of(Anatomy.of(XVLM, dense), 0.4)
+    scope = Scope.of(Anatomy.of(dense), 0.4)
     keep = snap(Gates.from_tensors(scope.units, load_file(folder / "gates.safetensors")).p_open().detach(), scope)
-    kept = XVLM.kept(model.config)
+    kept = model.config.kept_indices()
     assert [unit.index in kept[unit.group] for unit in scope.units] == keep.tolist()
 
 
@@ -103,13 +103,13 @@ def test_recut_equals_the_dense_weights_under_0_1_gates(chain: Path, tmp_path: P
     sliced = load(str(tmp_path / "cut")).model
     dense = XVLM.build(sliced.config.copy(kept=None)).eval()
     dense.load_state_dict(load_file(chain / "pruned" / "dense.safetensors"))
-    units, kept = XVLM.units(dense), XVLM.kept(sliced.config)
+    units, kept = dense.units(), sliced.config.kept_indices()
     gates = torch.tensor([float(unit.index in kept[unit.group]) for unit in units])
-    batch = XVLM.example_batch(sliced.config, 2, 7)
+    batch = sliced.example(2, 7)
     batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), attach(dense, units) as hooks:
         hooks.set(gates)
-        torch.testing.assert_close(XVLM.forward(dense, batch)["logits"], XVLM.forward(sliced, batch)["logits"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dense.run(batch)["logits"], sliced.run(batch)["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_tensors_are_on_the_disk_before_they_take_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     sizes = {"vision_layers": 2, "text_layers": 3, "fusion_layers": 3, "vision_heads": 2, "text_heads": 2, "local_attention_depth": 1}
     widths = {"vision_width": 8, "text_width": 8, "vision_intermediate": 6, "text_intermediate": 6, "vocab_size": 16, "image_size": 32}
     model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
-    scope = Scope.of(Anatomy.of(XVLM, model), 0.5)
+    scope = Scope.of(Anatomy.of(model), 0.5)
     gates, reads = Gates(scope.units, head_init=0.0), released_rows(scope) if quirks.mask_offsets else None
     return Gated(
         Inner(model), gates, Budget(scope), scope, seed=0, gate_steps=16, warmup_steps=8, epoch=epoch, quirks=quirks, reads=reads

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compression_cases import FAMILIES
+from compression_cases import CONFIGS, network
 from conftest import SHAPES, run_stage
 
 from efficientvlm.data.kinds.questions import QUESTIONS
@@ -22,11 +22,11 @@ from efficientvlm.tasks.ranking import generate, rank
 EVERYTHING = 1 << 60
 
 
-def drawn(name: str) -> tuple[Any, Any, dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
+def drawn(name: str) -> tuple[Any, dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
     """A network, 9 questions on 4 images in mixed order, and 11 candidates of one to four tokens."""
-    family, config = FAMILIES[name]
+    config = CONFIGS[name]
     torch.manual_seed(0)
-    model = family.build(config).eval()
+    model = network(config)
     mask = (torch.arange(6) < torch.tensor([6, 3, 4, 6, 2, 5, 3, 6, 4])[:, None]).long()
     ids = torch.randint(5, 20, (9, 6)) * mask
     ids[5] = ids[1]
@@ -44,22 +44,20 @@ def drawn(name: str) -> tuple[Any, Any, dict[str, Any], tuple[torch.Tensor, torc
     candidates = torch.randint(5, 20, (11, 6)) * seen
     candidates[:, 0], candidates[:, 1] = 3, torch.randperm(11) + 6  # no two begin alike, so that the best eight are clear
     candidates[torch.arange(11), lengths - 1] = 2
-    return family, model, batch, (candidates, seen)
+    return model, batch, (candidates, seen)
 
 
-def whole(
-    family: Any, model: Any, batch: dict[str, Any], candidates: tuple[torch.Tensor, torch.Tensor], top: int
-) -> list[dict[int, float]]:
+def whole(model: Any, batch: dict[str, Any], candidates: tuple[torch.Tensor, torch.Tensor], top: int) -> list[dict[int, float]]:
     """Probability by candidate for every question, each candidate in a pass of its own."""
     ids, mask = candidates
     with torch.no_grad():
-        _, context = family.question(model, batch)
+        _, context = model.encode(batch)
         found = []
         for row in range(len(batch["question_ids"])):
             first, score = [], []
             for answer, seen in zip(ids, mask, strict=True):
                 length = int(seen.sum())
-                likelihood = family.answer(model, context, answer[None, :length], None, torch.tensor([row]))[0].log_softmax(-1)
+                likelihood = model.decode(context, answer[None, :length], None, torch.tensor([row]))[0].log_softmax(-1)
                 steps = [float(likelihood[at, answer[at + 1]]) for at in range(length - 1)]
                 first.append(steps[0])
                 score.append(sum(steps))
@@ -72,18 +70,18 @@ def whole(
 @pytest.mark.parametrize("name", ["xvlm", "blip-qa"])
 @pytest.mark.parametrize("rows", [1, 7, None])
 def test_blocks_do_not_change_the_ranking(name: str, rows: int | None) -> None:
-    family, model, batch, candidates = drawn(name)
-    most = EVERYTHING if rows is None else rows * Footprint.of(family, model.config).answer(4, 6)
-    chosen, probabilities = rank(family, model, batch, candidates, top=8, most=most)
-    for row, some, expected in zip(chosen.tolist(), probabilities.tolist(), whole(family, model, batch, candidates, 8), strict=True):
+    model, batch, candidates = drawn(name)
+    most = EVERYTHING if rows is None else rows * Footprint.of(model.config).answer(4, 6)
+    chosen, probabilities = rank(model, batch, candidates, top=8, most=most)
+    for row, some, expected in zip(chosen.tolist(), probabilities.tolist(), whole(model, batch, candidates, 8), strict=True):
         assert dict(zip(row, some, strict=True)) == pytest.approx(expected, abs=1e-5)
         assert some == sorted(some, reverse=True)
 
 
 @pytest.mark.parametrize("name", ["xvlm", "blip-qa"])
 def test_blocks_do_not_change_what_is_generated(name: str) -> None:
-    family, model, batch, _ = drawn(name)
-    some, everything = (generate(family, model, batch, cls_id=3, sep_id=2, max_tokens=5, most=most) for most in (1, EVERYTHING))
+    model, batch, _ = drawn(name)
+    some, everything = (generate(model, batch, cls_id=3, sep_id=2, max_tokens=5, most=most) for most in (1, EVERYTHING))
     assert torch.equal(some, everything)
 
 
@@ -96,16 +94,16 @@ def test_graphs_are_ranked_in_blocks_too(chain: Path, tmp_path: Path) -> None:
         source = open_data(QUESTIONS, SHAPES, "test", limit=3, image_size=loaded.sizes.image_size)
         batch = next(iter(evaluation_batches(source, answer.texts, 3)))
         for most in (1, EVERYTHING):
-            found.append(rank(loaded.family, loaded.model, batch, answer.candidates, top=128, most=most))
+            found.append(rank(loaded.model, batch, answer.candidates, top=128, most=most))
     for chosen, probabilities in found[1:]:
         torch.testing.assert_close(probabilities, found[0][1], atol=1e-4, rtol=0)
         assert torch.equal(chosen[:, 0], found[0][0][:, 0])
 
 
 def test_no_questions_have_no_answers() -> None:
-    family, model, batch, candidates = drawn("xvlm")
+    model, batch, candidates = drawn("xvlm")
     none = {"question_ids": batch["question_ids"][:0], "question_mask": batch["question_mask"][:0], "image_index": torch.arange(0)}
-    chosen, probabilities = rank(family, model, {**none, "pixels": batch["pixels"]}, candidates, top=8)
+    chosen, probabilities = rank(model, {**none, "pixels": batch["pixels"]}, candidates, top=8)
     assert chosen.shape == probabilities.shape == (0, 8)
 
 
@@ -139,7 +137,7 @@ ids = torch.randint(5, 60_000, (200, 5)); ids[:, 0] = 2
 batch = {"pixels": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "image_index": torch.arange(2).repeat_interleave(6),
     "question_ids": torch.ones(12, 8, dtype=torch.long), "question_mask": torch.ones(12, 8, dtype=torch.long)}
 before = peak()
-rank(family, model, batch, (ids, torch.ones_like(ids)), top=32)
+rank(model, batch, (ids, torch.ones_like(ids)), top=32)
 print(peak() - before)
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,8 @@ from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import TargetMissed
 from efficientvlm.families.base import Flow, GatePoint, Site, Unit
 
-NETWORKS = {name: build(name) for name in FAMILIES}
-ANATOMIES = {name: Anatomy.of(family, model) for name, (family, model, _) in NETWORKS.items()}
+NETWORKS = {name: build(name) for name in CONFIGS}
+ANATOMIES = {name: Anatomy.of(model) for name, (model, _) in NETWORKS.items()}
 OUTPUTS = {
     "image_features": ("itc", "image"),
     "text_features": ("itc", "text"),
@@ -32,9 +32,9 @@ many = settings(max_examples=40, deadline=None, derandomize=True)
 
 def batches(name):
     """A batch, and the same with another picture or other tokens; the last token of a text stays, which pools it in a CLIP."""
-    family, config = FAMILIES[name]
+    config = CONFIGS[name]
     draw = torch.Generator().manual_seed(3)
-    batch = family.example_batch(config, 2, 6)
+    batch = network(config).example(2, 6)
     text = next(key for key in ("question_ids", "text_ids", "text") if key in batch)
     image = "pixels" if "pixels" in batch else "image"
     batch[image] = torch.randn(batch[image].shape, generator=draw)
@@ -45,24 +45,24 @@ def batches(name):
     return batch, {"image": {**batch, image: batch[image].flip(0)}, "text": {**batch, text: changed}}
 
 
-def outputs(family, model, batch):
+def outputs(model, batch):
     """Output of the flows → tensors, those of one half of a comparison apart."""
-    want = [tap for tap in ("vision.features", "text.features") if tap in family.taps and hasattr(model, "itm_head")]
-    record = family.forward(model, batch, want)
+    want = [tap for tap in ("vision.features", "text.features") if tap in model.taps and hasattr(model, "itm_head")]
+    record = model.run(batch, want)
     return {key: value for key, value in record.items() if key in OUTPUTS or key == "logits"}
 
 
 def seen(name, keep):
     """Pairs that are connected, found by changing an input of the gated network and looking for other bits."""
-    family, model, _ = NETWORKS[name]
+    model, _ = NETWORKS[name]
     anatomy = ANATOMIES[name]
     batch, changed = batches(name)
     found = set()
     with torch.inference_mode(), attach(model, anatomy.units) as hooks:
         hooks.set(keep.float())
-        before = outputs(family, model, batch)
+        before = outputs(model, batch)
         for what, other in changed.items():
-            after = outputs(family, model, other)
+            after = outputs(model, other)
             for key, value in before.items():
                 if not torch.equal(value, after[key]):
                     output = "logits" if key == "logits" else "itc"
@@ -80,7 +80,7 @@ def described(name, keep):
     return pairs | ({(what, "logits") for what, output in pairs if output == "itc"} if "clip" in name or "siglip" in name else set())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 @many
 @given(data=st.data())
 def test_what_flows_say_is_what_other_inputs_change(name, data):
@@ -95,7 +95,7 @@ def test_what_flows_say_is_what_other_inputs_change(name, data):
     assert seen(name, keep) == described(name, keep)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_all_groups_of_the_flows_are_there(name):
     anatomy = ANATOMIES[name]
     assert set(anatomy.reach.groups) <= set(anatomy.groups.names)
@@ -103,7 +103,7 @@ def test_all_groups_of_the_flows_are_there(name):
 
 
 @pytest.mark.parametrize("method", [snap, snap_scores])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.8])
 def test_the_last_path_stays_open_by_its_best_units(name, sparsity, method):
     anatomy = ANATOMIES[name]
@@ -172,9 +172,9 @@ def test_the_cheapest_path_stays_where_the_best_one_does_not_fit_the_budget():
 
 
 def test_a_network_that_was_blind_before_keeps_what_it_still_sees():
-    family, config = FAMILIES["xvlm"]
-    kept = {group: [] for group in family.original_counts(config) if group.startswith("fusion") and group.endswith("cross_head")}
-    anatomy = Anatomy.of(family, family.build(family.with_kept(config, kept)))
+    config = CONFIGS["xvlm"]
+    kept = {group: [] for group in config.original_counts() if group.startswith("fusion") and group.endswith("cross_head")}
+    anatomy = Anatomy.of(network(config.with_kept(kept)))
     assert anatomy.reach.pairs(anatomy.groups.names) == {Pair("text", "answer")}
     assert anatomy.reach.dead_towers(anatomy.groups.names) == ["vision"]
     scope = Scope.of(anatomy, 0.8)

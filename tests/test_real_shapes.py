@@ -33,13 +33,13 @@ from efficientvlm.stages.recut import dense_model
 pruned = load(sys.argv[1])
 family, sizes = pruned.family, pruned.sizes
 draw = torch.Generator().manual_seed(0)
-batch = family.example_batch(pruned.model.config, 2, 12)
+batch = pruned.model.example(2, 12)
 batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8)
 batch["question_ids"] = torch.randint(sizes.vocab_size, batch["question_ids"].shape, generator=draw)
 dense = dense_model(pruned)
 masks = {}
-units = family.units(dense)
-for unit, stays in zip(units, mask_vector(units, family.kept(pruned.model.config)).tolist(), strict=True):
+units = dense.units()
+for unit, stays in zip(units, mask_vector(units, pruned.model.config.kept_indices()).tolist(), strict=True):
     (gate,) = unit.gates
     module = dense.get_submodule(gate.module)
     if module not in masks:
@@ -47,10 +47,10 @@ for unit, stays in zip(units, mask_vector(units, family.kept(pruned.model.config
         module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * masks[module],))
     masks[module][gate.start : gate.stop] = float(stays)
 with torch.inference_mode():
-    masked, small = family.forward(dense, batch)["logits"], family.forward(pruned.model, batch)["logits"]
+    masked, small = dense.run(batch)["logits"], pruned.model.run(batch)["logits"]
     for mask in masks.values():
         mask.fill_(1)
-    whole = family.forward(dense, batch)["logits"]
+    whole = dense.run(batch)["logits"]
 print(float((masked - small).abs().max()), float((whole - small).abs().max()), float(small.abs().max()))
 """
 

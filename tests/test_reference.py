@@ -41,7 +41,7 @@ def network(**changes: Any) -> Any:
 
 
 def student_of(teacher: Any) -> Any:
-    return rebuilt(XVLM().build(XVLM().with_layers(teacher.config, STUDENT)))
+    return rebuilt(XVLM().build(teacher.config.with_layers(STUDENT)))
 
 
 def pairs() -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def pretraining() -> Iterator[tuple[str, float]]:
     teacher = network()
     student, records = student_of(teacher), {}
     for name, model in (("teacher", teacher), ("student", student)):
-        objective = XvlmPretraining(XVLM(), model, losses=LOSSES, seed=0)
+        objective = XvlmPretraining(model, losses=LOSSES, seed=0)
         for kind, batch in (("pairs", pairs()), ("regions", regions())):
             passed = objective.passes(model, batch, 0, [term.tap for term in objective.terms], NEGATIVES)
             losses, records[name, kind] = passed[0], passed[1]
@@ -113,7 +113,7 @@ def pretraining() -> Iterator[tuple[str, float]]:
     sum(losses.values()).backward()
     for part in ("vision.patch_embedding.weight", "fusion.layers.0.cross_attention.k.weight", "text.embeddings.word.weight"):
         yield from told(f"student gradient {part}", student.get_parameter(part).grad)
-    maps = tower_maps(XVLM(), student.config, teacher.config)
+    maps = tower_maps(student.config, teacher.config)
     for kind in ("pairs", "regions"):
         for quirks in (DistillationQuirks(), DistillationQuirks(unmasked_padding=True, skip_last_hidden=True)):
             for term in released(XvlmPretraining.terms, quirks):
@@ -124,20 +124,20 @@ def pretraining() -> Iterator[tuple[str, float]]:
 
 def answering() -> Iterator[tuple[str, float]]:
     teacher = network(decoder_layers=2, heads=[])
-    student = rebuilt(XVLM().build(XVLM().with_layers(teacher.config, {**STUDENT, "decoder": [1]})))
+    student = rebuilt(XVLM().build(teacher.config.with_layers({**STUDENT, "decoder": [1]})))
     batch, records = questions(), []
     for name, model in (("teacher", teacher), ("student", student)):
-        objective = Generation(XVLM(), model)
+        objective = Generation(model)
         losses, record = objective.passes(model, batch, 0, [term.tap for term in objective.terms])[:2]
         records.append(record)
         yield from told(f"{name} answers", losses["task"])
         yield from told(f"{name} answer logits", record["logits"])
         for twice in (False, True):
             candidates = tokens("candidates", (6, 4), VOCABULARY), torch.tensor([[1, 1, 1, 1]] * 5 + [[1, 1, 1, 0]])
-            chosen, probabilities = rank(XVLM(), model, batch, candidates, top=4, first_token_twice=twice)
+            chosen, probabilities = rank(model, batch, candidates, top=4, first_token_twice=twice)
             yield from told(f"{name} ranks{' twice' * twice}", chosen.double())
             yield from told(f"{name} probabilities{' twice' * twice}", probabilities)
-    maps = tower_maps(XVLM(), student.config, teacher.config)
+    maps = tower_maps(student.config, teacher.config)
     for term in objective.terms:
         yield from told(f"answering {term.weight} {term.tap}", compared(term, records[1], records[0], maps))
 

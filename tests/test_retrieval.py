@@ -6,11 +6,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from compression_cases import FAMILIES, tiny_xvlm
+from compression_cases import CONFIGS, network, tiny_xvlm
 from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 from torch import Tensor
@@ -80,11 +81,12 @@ def gallery(seed: int = 0, images: int = 13, most: int = 4) -> Gallery:
 
 
 class Matcher:
-    """A family whose matching logit is the dot product of the first state of a text and of an image, its sign changed."""
+    """A network whose matching logit is the dot product of the first state of a text and of an image, its sign changed."""
 
-    retrieval = ("itc", "itm")
+    device = torch.device("cpu")
+    config = SimpleNamespace(abilities=lambda: frozenset({"embed", "match"}))
 
-    def match(self, model: Any, images: torch.Tensor, rows: torch.Tensor, texts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def match(self, images: torch.Tensor, rows: torch.Tensor, texts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         score = -(images[rows, 0] * texts[:, 0]).sum(-1)
         return torch.stack([-score, score], 1)
 
@@ -116,7 +118,7 @@ def by_hand(found: Gallery, rerank: int) -> dict[str, float]:
 def test_recalls_are_those_of_the_definition(seed: int, rerank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "SCORES_AT_ONCE", 40)  # blocks of one or two queries
     found = gallery(seed)
-    result = evaluate(Matcher(), None, found, batch_size=5, rerank=rerank)
+    result = evaluate(Matcher(), found, batch_size=5, rerank=rerank)
     assert result["images"] == 13 and result["captions"] == len(found.said)
     assert {name: result[name] for name in METRICS} == pytest.approx(by_hand(found, 0))
     again = {name.removeprefix("reranked_"): value for name, value in result.items() if name.startswith("reranked_")}
@@ -130,14 +132,14 @@ def test_scores_are_float32_in_bf16_too() -> None:
     ids, each = [str(at) for at in range(40)], torch.arange(40)
     close = Gallery(ids, rows.flip(0), rows, [[39 - at] for at in range(40)], each.flip(0), each, None, None, torch.ones(40, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        result = evaluate(Matcher(), None, close, batch_size=8)
+        result = evaluate(Matcher(), close, batch_size=8)
     assert result["image_to_text_r1"] == result["text_to_image_r1"] == 1
 
 
 def test_equal_scores_rank_in_the_order_of_the_data() -> None:
     one = torch.ones(3, 1)
     same = Gallery(["a", "b", "c"], one, one, [[0], [1], [2]], torch.arange(3), torch.arange(3), None, None, one)
-    result = evaluate(Matcher(), None, same, batch_size=2)
+    result = evaluate(Matcher(), same, batch_size=2)
     assert result["image_to_text_r1"] == result["text_to_image_r1"] == pytest.approx(1 / 3)
     assert result["image_to_text_r5"] == 1 and "itm_accuracy" not in result
 
@@ -152,11 +154,11 @@ def test_matching_is_measured_on_as_many_wrong_pairs_as_right_ones() -> None:
         scores = [-float(found.image[at] @ found.text[caption]) for caption in pair or ()]
         right += (scores[0] > 0) + (scores[1] <= 0)
         preferred += scores[0] > scores[1]
-    result = evaluate(Matcher(), None, found, batch_size=4, seed=3)
+    result = evaluate(Matcher(), found, batch_size=4, seed=3)
     assert result["itm_accuracy"] == pytest.approx(right / 26) and result["itm_preferred"] == pytest.approx(preferred / 13)
     found.own = [[0, 1]] * 13
     found.said = found.said % 2
-    assert "itm_accuracy" not in evaluate(Matcher(), None, found, batch_size=4), "nothing is known to be unmatched"
+    assert "itm_accuracy" not in evaluate(Matcher(), found, batch_size=4), "nothing is known to be unmatched"
 
 
 def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +180,9 @@ def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.Mon
     items = [source[at] for at in range(11)]
     pixels = torch.stack([torch.from_numpy(item.image).permute(2, 0, 1) for item in items])
     batches = [([item.id for item in items], pixels, [item.captions for item in items])]
-    one = recall.encode(XVLM, loaded.model, batches, texts.batch, 64, 11)
+    one = recall.encode(loaded.model, batches, texts.batch, 64, 11)
     split = [(names[at : at + 4], pixels[at : at + 4], said[at : at + 4]) for names, pixels, said in batches for at in (0, 4, 8)]
-    other = recall.encode(XVLM, loaded.model, split, texts.batch, 5, 20)
+    other = recall.encode(loaded.model, split, texts.batch, 5, 20)
     torch.testing.assert_close(one.image, other.image, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.text, other.text, rtol=1e-5, atol=1e-5)
     assert len(one.text) == len({caption for item in batches[0][2] for caption in item}) and one.own == other.own
@@ -210,28 +212,28 @@ def test_pruning_reaches_its_sparsity_and_the_slice_is_the_masked_model(pairs: P
     sliced = load(str(pairs / "pruned")).model
     dense = XVLM.build(sliced.config.copy(kept=None)).eval()
     dense.load_state_dict(load_file(pairs / "pruned" / "dense.safetensors"))
-    units, kept = XVLM.units(dense), XVLM.kept(sliced.config)
+    units, kept = dense.units(), sliced.config.kept_indices()
     keep = torch.tensor([unit.index in kept[unit.group] for unit in units])
-    same_as_masked(dense, slice_model(XVLM, dense, keep), keep)
+    same_as_masked(dense, slice_model(dense, keep), keep)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_masked_equals_sliced(seed: int) -> None:
     torch.manual_seed(seed)
     model = XVLM.build(tiny_xvlm().copy(decoder_layers=0, heads=["itc", "itm"])).eval()
-    keep = torch.rand(len(XVLM.units(model))) > 0.5
-    same_as_masked(model, slice_model(XVLM, model, keep), keep)
+    keep = torch.rand(len(model.units())) > 0.5
+    same_as_masked(model, slice_model(model, keep), keep)
 
 
 def same_as_masked(dense: Any, sliced: Any, keep: torch.Tensor) -> None:
-    batch = XVLM.example_batch(sliced.config, 2, 6)
+    batch = sliced.example(2, 6)
     batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), attach(dense, XVLM.units(dense)) as hooks:
+    with torch.inference_mode(), attach(dense, dense.units()) as hooks:
         hooks.set(keep.float())
-        masked, cut = XVLM.forward(dense, batch), XVLM.forward(sliced, batch)
+        masked, cut = dense.run(batch), sliced.run(batch)
     for name in ("logits", "image_feature", "text_feature"):
         torch.testing.assert_close(masked[name], cut[name], rtol=1e-5, atol=1e-5)
-    assert cut["logits"].shape == (2, 2) and Anatomy.of(XVLM, sliced).totals != Anatomy.of(XVLM, dense).totals
+    assert cut["logits"].shape == (2, 2) and Anatomy.of(sliced).totals != Anatomy.of(dense).totals
 
 
 def test_a_recut_takes_task_and_data_of_its_run(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +278,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(pairs: Path, chain: Path, tmp_
 def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -> None:
     student, teacher = load(str(chain / "distilled")), load(str(pairs / "teacher"))
     config = stage_settings("finetune", {"out": "x", "model": "x", "data": SHAPES, "task": "retrieval", "weights": {"itm_logits": 2}})
-    student.model = XVLM.for_retrieval(student.model)
+    student.model = student.model.gain("match")[0]
     objective = distilled(TASKS["retrieval"].objective(config, student), teacher.model, config)
     assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
     items = [open_data(PAIRS, SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
@@ -356,8 +358,8 @@ def test_settings_of_another_task_are_refused(task: str, settings: dict[str, Any
 
 
 def test_a_clip_is_measured_by_contrast_alone(tmp_path: Path, chain: Path) -> None:
-    family, config = FAMILIES["clip"]
-    model = family.build(config).eval()
+    config = CONFIGS["clip"]
+    model = network(config)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=draw)
 
@@ -366,8 +368,8 @@ def test_a_clip_is_measured_by_contrast_alone(tmp_path: Path, chain: Path) -> No
         return ids, torch.ones_like(ids)
 
     batches = [(["a", "b", "c", "d", "e"], pixels, [["x"], ["xx", "xxx"], ["x" * 4], ["x" * 5], ["x" * 6]])]
-    found = recall.encode(family, model, batches, tokens, 4, 5)
-    result = evaluate(family, model, found, batch_size=4)
+    found = recall.encode(model, batches, tokens, 4, 5)
+    result = evaluate(model, found, batch_size=4)
     assert (
         result.keys() == {"images", "captions", "standard_errors", *METRICS}
         and result["text_to_image_r5"] == 1

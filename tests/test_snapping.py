@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compression_cases import FAMILIES, build
+from compression_cases import CONFIGS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.families.base import NEURON, GatePoint, Site, Unit
 
-ANATOMIES = {name: Anatomy.of(*build(name)[:2]) for name in FAMILIES}
+ANATOMIES = {name: Anatomy.of(build(name)[0]) for name in CONFIGS}
 many = settings(max_examples=60, deadline=None, derandomize=True)
 
 

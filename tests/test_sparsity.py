@@ -14,8 +14,8 @@ from efficientvlm.errors import BadInput, TargetMissed
 
 @pytest.fixture(scope="module")
 def anatomy():
-    family, model, _ = build("xvlm")
-    return Anatomy.of(family, model)
+    model, _ = build("xvlm")
+    return Anatomy.of(model)
 
 
 def test_target_rises_linearly_and_stays():

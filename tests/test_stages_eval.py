@@ -84,8 +84,8 @@ def by_hand(model: Path, *, twice: bool, limit: int = 4) -> tuple[float, list[st
             for answer in loaded.model.config.answers:
                 ids = torch.tensor([[texts.cls, *texts.ids([answer])[0], texts.sep]])
                 with torch.no_grad():
-                    _, context = loaded.family.question(loaded.model, batch)
-                    logits = loaded.family.answer(loaded.model, context, ids, None)[0].log_softmax(-1)
+                    _, context = loaded.model.encode(batch)
+                    logits = loaded.model.decode(context, ids, None)[0].log_softmax(-1)
                 steps = [float(logits[at, int(ids[0, at + 1])]) for at in range(ids.shape[1] - 1)]
                 scores[answer] = sum(steps) + twice * steps[0]
             best = max(scores, key=lambda answer: scores[answer])

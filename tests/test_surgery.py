@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compression_cases import FAMILIES, build, output
+from compression_cases import CONFIGS, build, output
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_family import ToyConfig, ToyFamily
+from toy_family import ToyConfig, ToyModel
 
 from efficientvlm.compression.anatomy import Anatomy, Groups
 from efficientvlm.compression.gates import attach
@@ -17,7 +17,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.base import GatePoint, Site, Unit
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", CONFIGS)
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -34,58 +34,58 @@ def random_keep(units, seed, share, empty_groups):
 @few
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1), empty=st.lists(st.integers(0, 20), max_size=4))
 def test_masked_equals_sliced_equals_padded(name, seed, share, empty):
-    family, model, batch = build(name)
-    units = family.units(model)
+    model, batch = build(name)
+    units = model.units()
     keep = random_keep(units, seed, share, empty)
     with torch.no_grad():
         with attach(model, units) as hooks:
             hooks.set(keep.float())
-            masked = output(family, model, batch)
-        sliced = slice_model(family, model, keep)
-        padded = pad_model(family, sliced)
-        torch.testing.assert_close(output(family, sliced, batch), masked, **CLOSE)
-        torch.testing.assert_close(output(family, padded, batch), masked, **CLOSE)
-    assert [(unit.group, unit.index) for unit in family.units(sliced)] == [(u.group, u.index) for u, k in zip(units, keep) if k]
+            masked = output(model, batch)
+        sliced = slice_model(model, keep)
+        padded = pad_model(sliced)
+        torch.testing.assert_close(output(sliced, batch), masked, **CLOSE)
+        torch.testing.assert_close(output(padded, batch), masked, **CLOSE)
+    assert [(unit.group, unit.index) for unit in sliced.units()] == [(u.group, u.index) for u, k in zip(units, keep) if k]
     assert all(tensor.numel() for tensor in sliced.state_dict().values())
     assert {name: t.shape for name, t in padded.state_dict().items()} == {name: t.shape for name, t in model.state_dict().items()}
 
 
 @every_family
 def test_nothing_left_and_everything_left(name):
-    family, model, batch = build(name)
-    units = family.units(model)
-    same = slice_model(family, model, torch.ones(len(units), dtype=torch.bool))
+    model, batch = build(name)
+    units = model.units()
+    same = slice_model(model, torch.ones(len(units), dtype=torch.bool))
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
-    empty = slice_model(family, model, torch.zeros(len(units), dtype=torch.bool))
-    assert family.units(empty) == []
+    empty = slice_model(model, torch.zeros(len(units), dtype=torch.bool))
+    assert empty.units() == []
     with attach(model, units) as hooks, torch.no_grad():
         hooks.set(torch.zeros(len(units)))
-        torch.testing.assert_close(output(family, empty, batch), output(family, model, batch), **CLOSE)
+        torch.testing.assert_close(output(empty, batch), output(model, batch), **CLOSE)
 
 
 @every_family
 def test_slicing_twice_keeps_original_indices(name):
-    family, model, batch = build(name)
-    units = family.units(model)
+    model, batch = build(name)
+    units = model.units()
     first = random_keep(units, 1, 0.7, [])
-    once = slice_model(family, model, first)
-    second = random_keep(family.units(once), 2, 0.6, [1])
-    twice = slice_model(family, once, second)
+    once = slice_model(model, first)
+    second = random_keep(once.units(), 2, 0.6, [1])
+    twice = slice_model(once, second)
     both = first.clone()
     both[first] = second
-    direct = slice_model(family, model, both)
-    assert family.kept(twice.config) == family.kept(direct.config)
+    direct = slice_model(model, both)
+    assert twice.config.kept_indices() == direct.config.kept_indices()
     assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), direct.state_dict().values(), strict=True))
-    torch.testing.assert_close(output(family, pad_model(family, twice), batch), output(family, direct, batch), **CLOSE)
-    assert torch.equal(mask_vector(units, family.kept(twice.config)), both)
+    torch.testing.assert_close(output(pad_model(twice), batch), output(direct, batch), **CLOSE)
+    assert torch.equal(mask_vector(units, twice.config.kept_indices()), both)
 
 
 @every_family
 def test_padding_puts_tensors_back_where_they_were(name):
-    family, model, _ = build(name)
-    keep = random_keep(family.units(model), 3, 0.5, [0])
-    padded = pad_model(family, slice_model(family, model, keep)).state_dict()
-    freed = Anatomy.of(family, model).freed(~keep)
+    model, _ = build(name)
+    keep = random_keep(model.units(), 3, 0.5, [0])
+    padded = pad_model(slice_model(model, keep)).state_dict()
+    freed = Anatomy.of(model).freed(~keep)
     for tensor_name, tensor in model.state_dict().items():
         expected = tensor.clone()
         for dim, free in freed.get(tensor_name, {}).items():
@@ -95,41 +95,41 @@ def test_padding_puts_tensors_back_where_they_were(name):
 
 @every_family
 def test_every_gate_point_changes_the_output(name):
-    family, model, batch = build(name)
-    units = family.units(model)
+    model, batch = build(name)
+    units = model.units()
     with torch.no_grad(), attach(model, units) as hooks:
-        whole_output = output(family, model, batch)
+        whole_output = output(model, batch)
         for number, unit in enumerate(units):
             gates = torch.ones(len(units))
             gates[number] = 0
             hooks.set(gates)
-            assert not torch.allclose(output(family, model, batch), whole_output, atol=1e-7, rtol=0), unit
+            assert not torch.allclose(output(model, batch), whole_output, atol=1e-7, rtol=0), unit
 
 
 def test_units_given_by_name_are_a_mask_too():
-    family, model, _ = build("toy")
-    units = family.units(model)
-    sliced = slice_model(family, model, [unit for unit in units if unit.index % 2])
-    assert all(index % 2 for indices in family.kept(sliced.config).values() for index in indices)
+    model, _ = build("toy")
+    units = model.units()
+    sliced = slice_model(model, [unit for unit in units if unit.index % 2])
+    assert all(index % 2 for indices in sliced.config.kept_indices().values() for index in indices)
     with pytest.raises(ValueError, match="not in the model"):
-        slice_model(family, sliced, [units[0]])
+        slice_model(sliced, [units[0]])
     with pytest.raises(ValueError, match="booleans"):
-        slice_model(family, model, torch.ones(3, dtype=torch.bool))
+        slice_model(model, torch.ones(3, dtype=torch.bool))
 
 
 def test_tied_tensors_stay_tied_and_the_mode_is_kept():
-    family, model, _ = build("toy")
-    sliced = slice_model(family, model.train(), random_keep(family.units(model), 0, 0.5, []))
+    model, _ = build("toy")
+    sliced = slice_model(model.train(), random_keep(model.units(), 0, 0.5, []))
     assert sliced.output.weight is sliced.words.weight
-    assert sliced.training and not slice_model(family, model.eval(), random_keep(family.units(model), 0, 0.5, [])).training
+    assert sliced.training and not slice_model(model.eval(), random_keep(model.units(), 0, 0.5, [])).training
 
 
 def test_shared_key_value_head_goes_with_its_last_user():
-    family, model, _ = build("toy")
-    units = family.units(model)
+    model, _ = build("toy")
+    units = model.units()
     group = Groups(units).slices["text.1.head"]
     removed = torch.zeros(len(units), dtype=torch.bool)
-    anatomy = Anatomy.of(family, model)
+    anatomy = Anatomy.of(model)
     width, rows = model.config.width, model.config.head_width
     query = 2 * rows * width + rows  # q rows with bias, output columns
     removed[group.start] = True
@@ -169,10 +169,10 @@ def test_tied_tensors_are_one_tensor():
 @few
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
 def test_costs_and_paths_are_the_elements_that_slicing_removes(name, seed, share):
-    family, model, _ = build(name)
-    anatomy = Anatomy.of(family, model)
+    model, _ = build(name)
+    anatomy = Anatomy.of(model)
     keep = random_keep(anatomy.units, seed, share, [])
-    sliced = slice_model(family, model, keep)
+    sliced = slice_model(model, keep)
 
     def size(net):
         return sum(parameter.numel() for parameter in net.parameters())
@@ -219,40 +219,40 @@ def test_all_impossible_layer_choices_are_named():
 
 @every_family
 def test_shrinking_copies_the_chosen_layers(name):
-    family, model, batch = build(name)
-    counts = family.layer_counts(model.config)
+    model, batch = build(name)
+    counts = model.config.layers()
     layers = resolve_layers(counts, {})
-    student = shrink_model(family, model, layers)
+    student = shrink_model(model, layers)
     teacher = model.state_dict()
     for tensor_name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, teacher[family.source_name(tensor_name, layers)]), tensor_name
-    moved = {name for name in student.state_dict() if family.source_name(name, layers) != name}
-    assert {family.tower_of(name) for name in moved} == {tower for tower, count in counts.items() if count == 2}  # layer 0 was layer 1
-    assert output(family, student, batch).shape == output(family, model, batch).shape
+        assert torch.equal(tensor, teacher[model.source_name(tensor_name, layers)]), tensor_name
+    moved = {name for name in student.state_dict() if model.source_name(name, layers) != name}
+    assert {model.tower_of(name) for name in moved} == {tower for tower, count in counts.items() if count == 2}  # layer 0 was layer 1
+    assert output(student, batch).shape == output(model, batch).shape
     everything = {tower: list(range(count)) for tower, count in counts.items()}
-    same = shrink_model(family, model, everything).eval()
-    torch.testing.assert_close(output(family, same, batch), output(family, model, batch), rtol=0, atol=0)
+    same = shrink_model(model, everything).eval()
+    torch.testing.assert_close(output(same, batch), output(model, batch), rtol=0, atol=0)
 
 
 @every_family
 def test_a_pruned_model_can_be_shrunk(name):
-    family, model, batch = build(name)
-    pruned = slice_model(family, model, random_keep(family.units(model), 5, 0.6, []))
-    student = shrink_model(family, pruned, resolve_layers(family.layer_counts(model.config), {"vision": [1]}))
+    model, batch = build(name)
+    pruned = slice_model(model, random_keep(model.units(), 5, 0.6, []))
+    student = shrink_model(pruned, resolve_layers(model.config.layers(), {"vision": [1]}))
     for kind in ("head", "neuron"):
-        assert family.kept(student.config)[f"vision.0.{kind}"] == family.kept(pruned.config)[f"vision.1.{kind}"]
-    output(family, student, batch)
+        assert student.config.kept_indices()[f"vision.0.{kind}"] == pruned.config.kept_indices()[f"vision.1.{kind}"]
+    output(student, batch)
 
 
 def test_a_source_that_is_missing_or_used_twice_is_an_error():
-    class Wrong(ToyFamily):
+    class Wrong(ToyModel):
         def source_name(self, parameter, layers):
             return "vision.0.norm.weight" if parameter.endswith("norm.weight") else parameter
 
     with pytest.raises(ValueError, match="two tensors"):
-        shrink_model(Wrong(), ToyFamily().build(ToyConfig()), {"vision": [0, 1], "text": [0, 1]})
+        shrink_model(Wrong(ToyConfig()), {"vision": [0, 1], "text": [0, 1]})
 
 
 def test_whole_names_every_group():
-    family, model, _ = build("toy")
-    assert {group: len(kept) for group, kept in whole(family, model.config).items()} == family.original_counts(model.config)
+    model, _ = build("toy")
+    assert {group: len(kept) for group, kept in whole(model.config).items()} == model.config.original_counts()

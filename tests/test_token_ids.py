@@ -63,7 +63,7 @@ def test_a_siglip_reads_texts_as_transformers_does(kind, tmp_path, capsys):
     with torch.no_grad():
         expected = theirs.get_text_features(input_ids=words["input_ids"])
         expected = torch.nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)
-        got = loaded.family.text_features(loaded.model, *texts_of(loaded).batch(SENTENCES))[1]
+        got = loaded.model.embed_texts(*texts_of(loaded).batch(SENTENCES))[1]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_a_clip_ends_texts_where_its_tokenizer_does(said, tmp_path, capsys):
     with torch.no_grad():
         expected = right.get_text_features(**words)
         expected = torch.nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)
-        got = loaded.family.text_features(loaded.model, *texts_of(loaded).batch(SENTENCES))[1]
+        got = loaded.model.embed_texts(*texts_of(loaded).batch(SENTENCES))[1]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -75,9 +75,9 @@ class Matching(Objective):
 
     terms = (Term("toy_logits", "toy_logits", logits),)
 
-    def __init__(self, family: Any, model: Any, shift: int) -> None:
+    def __init__(self, model: Any, shift: int) -> None:
         super().__init__()
-        self.family, self.model, self.shift = family, model, shift
+        self.model, self.shift = model, shift
 
     def passes(self, model: Any, batch: dict[str, Any], step: int, want: Any = (), drawn: Any = None) -> Pass:
         scores = self.scores(model, batch)
@@ -85,11 +85,11 @@ class Matching(Objective):
         return Pass({"toy": torch.nn.functional.cross_entropy(scores, truth.long())}, efficientvlm_record(toy_logits=scores))
 
     def scores(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        images, _ = self.family.image_features(model, batch["pixels"])
-        texts, _ = self.family.text_features(model, batch["text_ids"], batch["text_mask"])
+        images, _ = model.embed_images(batch["pixels"])
+        texts, _ = model.embed_texts(batch["text_ids"], batch["text_mask"])
         rows = torch.arange(len(images), device=images.device)
         pairs = [(rows, texts, batch["text_mask"]), (rows.roll(self.shift), texts, batch["text_mask"])]
-        return torch.cat([self.family.match(model, images, images_of, said, mask) for images_of, said, mask in pairs])
+        return torch.cat([model.match(images, images_of, said, mask) for images_of, said, mask in pairs])
 
 
 def efficientvlm_record(**values: Any) -> Any:
@@ -106,7 +106,7 @@ class Toy(Learnt, Asked):
         return "itm" in getattr(loaded.model.config, "heads", ())
 
     def objective(self, config: Any, student: Loaded) -> Matching:
-        return Matching(student.family, student.model, config.shift)
+        return Matching(student.model, config.shift)
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         return [pair_batch(items, texts, seed=config.seed, step=step, task=True)]
@@ -123,7 +123,7 @@ class Toy(Learnt, Asked):
         batch = pair_batch(items, texts_of(loaded), seed=0, step=0, augment_kind="none", task=True)
         moved = {name: value.to(loaded.model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         with torch.inference_mode():
-            scores = Matching(loaded.family, loaded.model.eval(), 1).scores(loaded.model, moved)
+            scores = Matching(loaded.model.eval(), 1).scores(loaded.model, moved)
         return {"images": len(items), "toy_score": float(scores.softmax(1)[: len(items), 1].mean())}
 
     def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
@@ -132,18 +132,18 @@ class Toy(Learnt, Asked):
     def ask(self, loaded: Loaded, image: str, question: str, *, mode: str, top: int) -> dict[str, Any]:
         pixels = torch.from_numpy(open_image(image, loaded.preprocessing)).permute(2, 0, 1)[None].to(loaded.model.device)
         ids, mask = (tensor.to(loaded.model.device) for tensor in texts_of(loaded).batch([question]))
-        family, model = loaded.family, loaded.model.eval()
+        model = loaded.model.eval()
         with torch.inference_mode():
-            images, texts = family.image_features(model, pixels)[0], family.text_features(model, ids, mask)[0]
-            score = family.match(model, images, torch.zeros(1, dtype=torch.long), texts, mask).softmax(1)[0, 1]
+            images, texts = model.embed_images(pixels)[0], model.embed_texts(ids, mask)[0]
+            score = model.match(images, torch.zeros(1, dtype=torch.long), texts, mask).softmax(1)[0, 1]
         return {"question": question, "answer": float(score)}
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         return all(map(self.able, models))
 
     def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Any, quiet: bool) -> Callable[[int], object]:
-        objective = Matching(loaded.family, loaded.model.eval(), 1)
-        batch = loaded.family.example_batch(loaded.model.config, max(config.batch_sizes), config.text_length)
+        objective = Matching(loaded.model.eval(), 1)
+        batch = loaded.model.example(max(config.batch_sizes), config.text_length)
         whole = {"pixels": batch["pixels"], "text_ids": batch["question_ids"], "text_mask": batch["question_mask"]}
         return lambda size: objective.scores(loaded.model, {name: value[:size] for name, value in whole.items()})
 

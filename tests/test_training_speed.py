@@ -48,13 +48,13 @@ def method(**changes: Any) -> Any:
 
 def answering(chain: Path, weights: TaskWeights, **settings: Any) -> tuple[Any, Any, Any]:
     student, teacher = load(str(chain / "pruned")), load(str(chain / "teacher"))
-    hard = Generation(student.family, student.model.train())
+    hard = Generation(student.model.train())
     return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
 
 
 def general(chain: Path, weights: DistillWeights, losses: tuple[str, ...] = ("itc", "itm", "mlm"), **settings: Any) -> Any:
     student, teacher = load(str(chain / "student")), load(str(chain / "init"))
-    hard = XvlmPretraining(student.family, student.model.train(), losses=losses, seed=0)
+    hard = XvlmPretraining(student.model.train(), losses=losses, seed=0)
     return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
 
 
@@ -95,7 +95,7 @@ def test_a_distinct_question_stands_for_all_that_ask_it(chain: Path) -> None:
     plain = {name: value for name, value in batch.items() if not name.startswith("distinct")}
     want = ["text.hidden", "text.self_attention", "fusion.cross_attention", "decoder.cross_attention"]
     with torch.no_grad():
-        one, other = (loaded.family.forward(loaded.model, each, want) for each in (batch, plain))
+        one, other = (loaded.model.run(each, want) for each in (batch, plain))
     for name in want:
         for a, b in zip(one[name], other[name], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -106,7 +106,7 @@ def test_dropout_falls_on_every_question_by_itself(chain: Path) -> None:
     loaded = load(str(chain / "teacher"))
     assert loaded.model.config.dropout > 0
     _, rows = watch(loaded.model.train(), "text")
-    loaded.family.forward(loaded.model, questions(loaded))
+    loaded.model.run(questions(loaded))
     assert rows["text"] == [24]
 
 
@@ -132,12 +132,12 @@ def test_no_map_is_made_that_no_term_compares(chain: Path, monkeypatch: pytest.M
 def test_a_map_of_one_layer_leaves_gaps_for_the_others(chain: Path) -> None:
     loaded = load(str(chain / "teacher"))
     batch = questions(loaded)
-    whole, part = (loaded.family.forward(loaded.model, batch, want) for want in (["vision.self_attention"], ["vision.self_attention.2"]))
+    whole, part = (loaded.model.run(batch, want) for want in (["vision.self_attention"], ["vision.self_attention.2"]))
     kept = part["vision.self_attention"]
     assert [tensor.numel() > 0 for tensor in kept] == [False, False, True, False]
     torch.testing.assert_close(kept[2], whole["vision.self_attention"][2], rtol=1e-4, atol=1e-6)
     with pytest.raises(BadInput, match=r"vision\.self_attention\.x"):
-        loaded.family.forward(loaded.model, batch, ["vision.self_attention.x"])
+        loaded.model.run(batch, ["vision.self_attention.x"])
 
 
 @pytest.mark.parametrize("term", ["text_hidden", "vision_hidden", "fusion_hidden"])

@@ -17,7 +17,9 @@ from efficientvlm.families.structure import format_ranges, parse_ranges
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
 from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_config import TOWERS, XVLMConfig
+from efficientvlm.families.xvlm_heads import with_decoder
+from efficientvlm.families.xvlm_model import XVLMModel
 from efficientvlm.objectives.losses import answer_loss, sequence_nll
 from efficientvlm.tasks.ranking import accuracy, evaluate, generate, rank
 
@@ -47,7 +49,7 @@ SIZES: dict[str, Any] = dict(
 def build(**changes: Any) -> Any:
     """Random weights, biases and norms included."""
     torch.manual_seed(0)
-    model = FAMILY.build(XVLMConfig(**{**SIZES, **changes})).eval()
+    model = XVLMModel(XVLMConfig(**{**SIZES, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -81,9 +83,9 @@ KEPT = {
 def test_every_unit_has_its_sites_and_gate(kept):
     model = build(decoder_layers=1, kept=kept)
     tensors, modules = model.state_dict(), dict(model.named_modules())
-    units = FAMILY.units(model)
+    units = model.units()
     assert len({(unit.group, unit.index) for unit in units}) == len(units)
-    assert {group: len(indices) for group, indices in FAMILY.kept(model.config).items() if indices} == {
+    assert {group: len(indices) for group, indices in model.config.kept_indices().items() if indices} == {
         group: sum(unit.group == group for unit in units) for group in dict.fromkeys(unit.group for unit in units)
     }
     taken: dict[tuple[str, int], set[int]] = {}
@@ -103,17 +105,17 @@ def test_every_unit_has_its_sites_and_gate(kept):
 
 
 def test_units_are_ordered_by_tower_layer_kind_index():
-    units = FAMILY.units(build(decoder_layers=1))
-    places = [(FAMILY.towers.index(u.tower), u.layer, ("head", "cross_head", "neuron").index(u.kind), u.index) for u in units]
+    units = build(decoder_layers=1).units()
+    places = [(TOWERS.index(u.tower), u.layer, ("head", "cross_head", "neuron").index(u.kind), u.index) for u in units]
     assert places == sorted(places)
-    assert FAMILY.original_counts(build().config)["fusion.1.cross_head"] == 3
+    assert build().config.original_counts()["fusion.1.cross_head"] == 3
 
 
 def test_names_and_towers_of_parameters():
     names = build(decoder_layers=1).state_dict()
-    assert {FAMILY.tower_of(name) for name in names} == {"vision", "text", "fusion", "decoder", "heads"}
-    assert FAMILY.tower_of("decoder_head.bias") == "decoder" and FAMILY.tower_of("mlm_head.bias") == "heads"
-    tables = {name for name in names if FAMILY.is_embedding(name)}
+    assert {XVLMModel.tower_of(name) for name in names} == {"vision", "text", "fusion", "decoder", "heads"}
+    assert XVLMModel.tower_of("decoder_head.bias") == "decoder" and XVLMModel.tower_of("mlm_head.bias") == "heads"
+    tables = {name for name in names if XVLMModel.is_embedding(name)}
     assert tables == {f"{tower}.embeddings.{kind}.weight" for tower in ("text", "decoder") for kind in ("word", "position", "token_type")}
 
 
@@ -154,10 +156,10 @@ def test_maps_do_not_change_the_result_and_padding_is_not_seen():
     model, batch = build(decoder_layers=1), questions(None)
     batch |= {"answer_ids": torch.randint(5, 30, (6, 3)), "answer_mask": torch.ones(6, 3), "answer_index": torch.tensor([0, 1, 1, 2, 3, 4])}
     with torch.no_grad():
-        plain = FAMILY.forward(model, batch)
-        full = FAMILY.forward(model, batch, FAMILY.taps)
+        plain = model.run(batch)
+        full = model.run(batch, XVLMModel.taps)
         torch.testing.assert_close(full["logits"], plain["logits"], **CLOSE)
-        assert FAMILY.taps <= set(full)
+        assert XVLMModel.taps <= set(full)
         for tower, width in (("text", 6), ("fusion", 6), ("decoder", 3)):
             for maps in full[f"{tower}.self_attention"]:
                 assert maps.shape[2:] == (width, width)
@@ -166,14 +168,14 @@ def test_maps_do_not_change_the_result_and_padding_is_not_seen():
         assert float(full["decoder.self_attention"][0].triu(1).max()) == 0
         assert float(full["decoder.cross_attention"][0][1, :, :, 3:].max()) == 0
         batch["question_ids"] = batch["question_ids"].masked_fill(batch["question_mask"] == 0, 17)
-        torch.testing.assert_close(FAMILY.forward(model, batch)["logits"], plain["logits"], **CLOSE)
+        torch.testing.assert_close(model.run(batch)["logits"], plain["logits"], **CLOSE)
 
 
 def test_asking_for_a_tap_that_is_not_there():
     with pytest.raises(BadInput, match=r"no such tap: text\.cross_attention"):
-        FAMILY.forward(build(), questions(None), {"text.cross_attention"})
+        build().run(questions(None), {"text.cross_attention"})
     with pytest.raises(KeyError, match="recorded no 'logits'"):
-        FAMILY.forward(build(), questions(None))["logits"]
+        build().run(questions(None))["logits"]
 
 
 def test_a_row_of_the_context_is_as_good_as_a_copy():
@@ -186,7 +188,7 @@ def test_a_row_of_the_context_is_as_good_as_a_copy():
         copied = model.fuse(text, batch["question_mask"], model.fusion.context(image[index])).states
         torch.testing.assert_close(by_row, copied, **CLOSE)
         repeated = {**batch, "pixels": batch["pixels"][index], "image_index": torch.arange(5)}
-        torch.testing.assert_close(FAMILY.question(model, repeated)[0]["states"], by_row, **CLOSE)
+        torch.testing.assert_close(model.encode(repeated)[0]["states"], by_row, **CLOSE)
 
 
 @pytest.mark.parametrize("kept", [None, {"decoder.0.head": "", "decoder.1.cross_head": "0"}])
@@ -194,23 +196,23 @@ def test_decoding_with_a_cache_is_decoding_without(kept):
     model, batch = build(decoder_layers=2, kept=kept), questions(None)
     ids = torch.randint(5, 30, (5, 6))
     with torch.no_grad():
-        _, context = FAMILY.question(model, batch)
-        whole = FAMILY.answer(model, context, ids, None)
-        cache = FAMILY.new_cache(model)
-        steps = [FAMILY.answer(model, context, part, None, None, cache) for part in ids.split([1, 2, 1, 2], 1)]
+        _, context = model.encode(batch)
+        whole = model.decode(context, ids, None)
+        cache = model.new_cache()
+        steps = [model.decode(context, part, None, None, cache) for part in ids.split([1, 2, 1, 2], 1)]
     assert cache.length == 6
     torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
 
 
 def brute_force(model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, top: int, twice: bool) -> list[list[int]]:
     """Every candidate after every question, one by one."""
-    _, context = FAMILY.question(model, batch)
+    _, context = model.encode(batch)
     ranked = []
     for row in range(len(batch["question_ids"])):
         first, score = [], []
         for answer, seen in zip(ids, mask, strict=True):
             length = int(seen.sum())
-            logits = model.decode(answer[None, :length], None, type(context)(context.kv, context.mask[row][None], torch.tensor([row])))[0]
+            logits = model.follow(answer[None, :length], None, type(context)(context.kv, context.mask[row][None], torch.tensor([row])))[0]
             likelihood = logits[0].log_softmax(-1)
             steps = [float(likelihood[at, answer[at + 1]]) for at in range(length - 1)]
             first.append(steps[0])
@@ -228,7 +230,7 @@ def test_ranking_against_brute_force(twice, top):
     mask = (ids != 0).long()
     with torch.no_grad():
         expected = brute_force(model, batch, ids, mask, top, twice)
-    chosen, probabilities = rank(FAMILY, model, batch, (ids, mask), top=top, first_token_twice=twice)
+    chosen, probabilities = rank(model, batch, (ids, mask), top=top, first_token_twice=twice)
     assert chosen.tolist() == expected
     torch.testing.assert_close(probabilities.sum(1), torch.ones(5), **CLOSE)
     assert bool((probabilities.diff(dim=1) <= 0).all())
@@ -238,22 +240,18 @@ def test_the_first_token_decides_only_when_counted_twice():
     """Two answers: one has the likelier first token, the other the likelier whole."""
 
     class Fixed:
-        def sizes(self, config):
-            return FAMILY.sizes(XVLMConfig(**SIZES))
+        config = XVLMConfig(**SIZES)
 
-        def layer_counts(self, config):
-            return {}
-
-        def question(self, model, batch):
+        def encode(self, batch):
             return None, None
 
-        def new_cache(self, model):
+        def new_cache(self):
             return self
 
         def select(self, rows):
             return self
 
-        def answer(self, model, context, ids, mask, rows=None, cache=None):
+        def decode(self, context, ids, mask, rows=None, cache=None):
             table = torch.full((5, 5), 1e-6)
             table[0, 1], table[0, 2] = 0.6, 0.4  # after the start: 1 rather than 2
             table[1, 3], table[2, 3] = 0.3, 0.5  # the end: likelier after 2
@@ -263,7 +261,7 @@ def test_the_first_token_decides_only_when_counted_twice():
     batch = {"question_ids": torch.zeros(1, 1), "question_mask": torch.ones(1, 1), "pixels": torch.zeros(1, 3, 16, 16)}
     for twice, best in ((False, 1), (True, 0)):
         likelihood = [0.6 * 0.3 / 0.300004, 0.4 * 0.5 / 0.500004]
-        chosen, probabilities = rank(Fixed(), build(), batch, (ids, torch.ones_like(ids)), top=2, first_token_twice=twice)
+        chosen, probabilities = rank(Fixed(), batch, (ids, torch.ones_like(ids)), top=2, first_token_twice=twice)
         score = [value * (first if twice else 1) for value, first in zip(likelihood, (0.6, 0.4), strict=True)]
         assert sorted(probabilities[0].tolist()) == pytest.approx(sorted(value / sum(score) for value in score), rel=1e-3)
         assert chosen[0, 0].item() == max((0, 1), key=lambda c: score[c]), best
@@ -271,16 +269,16 @@ def test_the_first_token_decides_only_when_counted_twice():
 
 def test_generation_is_greedy_and_stops_at_the_separator():
     model, batch = build(decoder_layers=2), questions(None)
-    free = generate(FAMILY, model, batch, cls_id=2, sep_id=-1, max_tokens=6)
+    free = generate(model, batch, cls_id=2, sep_id=-1, max_tokens=6)
     assert free.shape == (5, 6)
     with torch.no_grad():
-        _, context = FAMILY.question(model, batch)
+        _, context = model.encode(batch)
         ids = torch.full((5, 1), 2)
         for _ in range(6):
-            ids = torch.cat([ids, FAMILY.answer(model, context, ids, None)[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, model.decode(context, ids, None)[:, -1:].argmax(-1)], 1)
     assert torch.equal(free, ids[:, 1:])
     stop = int(free[0, 1])
-    stopped = generate(FAMILY, model, batch, cls_id=2, sep_id=stop, max_tokens=6)
+    stopped = generate(model, batch, cls_id=2, sep_id=stop, max_tokens=6)
     for row, all_of_it in zip(stopped.tolist(), free.tolist(), strict=True):
         end = all_of_it.index(stop) if stop in all_of_it else 6
         assert row[:end] == all_of_it[:end][: len(row)] and set(row[end:]) <= {stop}
@@ -306,16 +304,16 @@ def test_answer_loss_and_accuracy():
 def test_layers_without_anything_left_still_run_and_save(tmp_path):
     kept = dict.fromkeys(XVLMConfig(**SIZES, decoder_layers=1).original_counts(), "")
     model = build(decoder_layers=1, kept=kept)
-    assert FAMILY.units(model) == [] and all(tensor.numel() for tensor in model.state_dict().values())
+    assert model.units() == [] and all(tensor.numel() for tensor in model.state_dict().values())
     batch = questions(None) | {"answer_ids": torch.ones(5, 2).long(), "answer_mask": torch.ones(5, 2), "answer_index": torch.arange(5)}
-    record = FAMILY.forward(model, batch, FAMILY.taps)
+    record = model.run(batch, XVLMModel.taps)
     assert record["logits"].isfinite().all() and record["vision.self_attention"][0].shape[1] == 0
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(FAMILY.forward(FAMILY.load(tmp_path), batch)["logits"], record["logits"], rtol=0, atol=0)
+    torch.testing.assert_close(FAMILY.load(tmp_path).run(batch)["logits"], record["logits"], rtol=0, atol=0)
     cache = Cache()
-    _, context = FAMILY.question(model, questions(None))
+    _, context = model.encode(questions(None))
     for _ in range(2):
-        assert FAMILY.answer(model, context, torch.ones(5, 1).long(), None, None, cache).isfinite().all()
+        assert model.decode(context, torch.ones(5, 1).long(), None, None, cache).isfinite().all()
 
 
 @pytest.mark.parametrize("kept", [None, KEPT])
@@ -326,7 +324,7 @@ def test_a_saved_folder_is_the_same_network(tmp_path, kept):
     loaded = family.load(tmp_path)
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert FAMILY.kept(loaded.config) == FAMILY.kept(model.config) and not loaded.training
+    assert loaded.config.kept_indices() == model.config.kept_indices() and not loaded.training
     assert (loaded.config.answers, loaded.config.layer_source, list(loaded.config.heads)) == (
         ["yes", "no"],
         {"vision": [1, 3, 5]},
@@ -397,28 +395,28 @@ def test_ranges():
 def test_layer_choice_keeps_structure_regions_and_names():
     config = XVLMConfig(**SIZES, decoder_layers=2, kept={"vision.2.head": "0", "fusion.1.cross_head": "1-2", "text.0.neuron": ""})
     layers = {"vision": [0, 2], "text": [1], "fusion": [1], "decoder": [0]}
-    chosen = FAMILY.with_layers(config, layers)
-    assert FAMILY.layer_counts(chosen) == {"vision": 2, "text": 1, "fusion": 1, "decoder": 1}
-    kept = FAMILY.kept(chosen)
+    chosen = config.with_layers(layers)
+    assert chosen.layers() == {"vision": 2, "text": 1, "fusion": 1, "decoder": 1}
+    kept = chosen.kept_indices()
     assert kept["vision.1.head"] == [0] and kept["fusion.0.cross_head"] == [1, 2] and kept["text.0.neuron"] == list(range(7))
     assert chosen.local_attention_depth == 1  # of layers 1 and 2, the last two, one is left
     assert chosen.layer_source == layers and config.layer_source is None
-    assert FAMILY.source_name("vision.layers.1.ffn.fc1.bias", layers) == "vision.layers.2.ffn.fc1.bias"
-    assert FAMILY.source_name("vision.layers.0.attention.q.weight", layers) == "vision.layers.0.attention.q.weight"
-    assert FAMILY.source_name("itm_head.0.bias", layers) == "itm_head.0.bias"
+    assert XVLMModel.source_name("vision.layers.1.ffn.fc1.bias", layers) == "vision.layers.2.ffn.fc1.bias"
+    assert XVLMModel.source_name("vision.layers.0.attention.q.weight", layers) == "vision.layers.0.attention.q.weight"
+    assert XVLMModel.source_name("itm_head.0.bias", layers) == "itm_head.0.bias"
 
 
 def test_kept_structure_is_named_by_original_index():
-    config = FAMILY.with_kept(XVLMConfig(**SIZES), {"vision.0.head": [1, 3], "text.1.neuron": list(range(7))})
+    config = XVLMConfig(**SIZES).with_kept({"vision.0.head": [1, 3], "text.1.neuron": list(range(7))})
     assert config.kept == {"vision.0.head": "1,3"}
-    again = FAMILY.with_kept(config, {"vision.0.neuron": []})
+    again = config.with_kept({"vision.0.neuron": []})
     assert again.kept == {"vision.0.head": "1,3", "vision.0.neuron": ""}
-    assert FAMILY.with_kept(again, {"vision.0.head": [0, 1, 2, 3], "vision.0.neuron": list(range(6))}).kept is None
+    assert again.with_kept({"vision.0.head": [0, 1, 2, 3], "vision.0.neuron": list(range(6))}).kept is None
 
 
 def test_a_decoder_from_the_fusion_layers():
     model = build(vision_width=24)
-    tuned = FAMILY.with_decoder(model, 1)
+    tuned = with_decoder(model, 1)
     old, new = model.state_dict(), tuned.state_dict()
     for name in new:
         if name.startswith("decoder.layers.0."):
@@ -428,14 +426,14 @@ def test_a_decoder_from_the_fusion_layers():
         else:
             assert torch.equal(new[name], old[name]), name
     assert list(tuned.config.heads) == [] and not any("head" in name for name in new if not name.startswith("decoder"))
-    same = FAMILY.with_decoder(model, 2).state_dict()
+    same = with_decoder(model, 2).state_dict()
     assert all(torch.equal(same[f"decoder.layers.{i}.ffn.fc1.bias"], old[f"fusion.layers.{i}.ffn.fc1.bias"]) for i in range(2))
 
 
 def test_a_decoder_from_fusion_layers_that_look_at_wider_images():
     """Keys and values read another width there, so they stay fresh (X-VLM does the same)."""
     model = build()
-    tuned = FAMILY.with_decoder(model, 1)
+    tuned = with_decoder(model, 1)
     fusion, decoder = (
         {name.partition(".layers.")[2][2:]: tensor for name, tensor in net.state_dict().items() if name.startswith(start)}
         for net, start in ((model, "fusion.layers.1."), (tuned, "decoder.layers.0."))
@@ -446,7 +444,7 @@ def test_a_decoder_from_fusion_layers_that_look_at_wider_images():
 
 def test_a_decoder_from_the_teacher():
     teacher, student = build(decoder_layers=4), build(vision_layers=1)
-    tuned = FAMILY.with_decoder(student, 2, teacher)
+    tuned = with_decoder(student, 2, teacher)
     theirs, ours = teacher.state_dict(), tuned.state_dict()
     for name in (n for n in ours if n.startswith("decoder")):
         source = name.replace("layers.1.", "layers.3.").replace("layers.0.", "layers.1.")
@@ -462,7 +460,7 @@ def test_no_decoder_from_layers_that_are_pruned_or_missing():
         (build(), build(decoder_layers=2, kept={"decoder.1.neuron": "0-3"})),
     ):
         with pytest.raises(BadInput, match="no answer decoder"):
-            FAMILY.with_decoder(model, 1, source)
+            with_decoder(model, 1, source)
 
 
 OPEN = {
@@ -480,7 +478,7 @@ tensors = load_file(sys.argv[2])
 family = families.of_folder(__import__("pathlib").Path(folder))
 batch = {{name: value for name, value in tensors.items() if name != "logits"}}
 with torch.no_grad():
-    logits = family.forward(model.eval(), batch)["logits"]
+    logits = model.eval().run(batch)["logits"]
 torch.testing.assert_close(logits, tensors["logits"], atol=1e-5, rtol=1e-5)
 print(type(model).__name__, sum(parameter.numel() for parameter in model.parameters()))
 """
@@ -489,11 +487,11 @@ print(type(model).__name__, sum(parameter.numel() for parameter in model.paramet
 def test_a_pruned_folder_opens_in_fresh_processes(chain, tmp_path):
     folder = chain / "pruned"
     model = FAMILY.load(folder)
-    assert any(len(kept) < FAMILY.original_counts(model.config)[group] for group, kept in FAMILY.kept(model.config).items())
-    batch = {name: value.clone() for name, value in FAMILY.example_batch(model.config, 2, 5).items()}
+    assert any(len(kept) < model.config.original_counts()[group] for group, kept in model.config.kept_indices().items())
+    batch = {name: value.clone() for name, value in model.example(2, 5).items()}
     batch["pixels"] = torch.randn(batch["pixels"].shape)
     with torch.no_grad():
-        save_file({**batch, "logits": FAMILY.forward(model, batch)["logits"]}, tmp_path / "inputs.safetensors")
+        save_file({**batch, "logits": model.run(batch)["logits"]}, tmp_path / "inputs.safetensors")
     arguments = [str(folder), str(tmp_path / "inputs.safetensors")]
     programs = {how: (PROCESS.format(open=code), arguments) for how, code in OPEN.items()}
     for out in fresh.outputs(programs, tmp_path).values():

@@ -30,9 +30,48 @@ class ToyConfig:
     image_size: int = 8
     kept: dict[str, list[int]] = field(default_factory=dict)
 
+    model_type = "toy"
+
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    def layers(self) -> dict[str, int]:
+        return {"vision": self.vision_layers, "text": len(self.text_layers)}
+
+    def original_counts(self) -> dict[str, int]:
+        counts = {}
+        for tower, layouts in (("vision", ("plain",) * self.vision_layers), ("text", self.text_layers)):
+            for layer, layout in enumerate(layouts):
+                counts[f"{tower}.{layer}.{HEAD}"] = self.heads
+                if layout == "shared":
+                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = self.heads
+                counts[f"{tower}.{layer}.{NEURON}"] = self.neurons
+        return counts
+
+    def kept_indices(self) -> dict[str, list[int]]:
+        return {group: list(self.kept.get(group, range(count))) for group, count in self.original_counts().items()}
+
+    def flows(self) -> list[Flow]:
+        crossing = tuple(f"text.{layer}.{CROSS_HEAD}" for layer, layout in enumerate(self.text_layers) if layout == "shared")
+        return [Flow("image", "vision"), Flow("vision", "text", crossing), Flow("text", "logits"), Flow("words", "text")]
+
+    def with_kept(self, kept: dict[str, list[int]]) -> ToyConfig:
+        changed = copy.deepcopy(self)
+        changed.kept = {**changed.kept, **{group: list(indices) for group, indices in kept.items()}}
+        return changed
+
+    def with_layers(self, layers: dict[str, list[int]]) -> ToyConfig:
+        changed = copy.deepcopy(self)
+        changed.vision_layers = len(layers["vision"])
+        changed.text_layers = tuple(self.text_layers[layer] for layer in layers["text"])
+        changed.kept = {}
+        for tower, sources in layers.items():
+            for new, old in enumerate(sources):
+                for group, kept in self.kept.items():
+                    if group.startswith(f"{tower}.{old}."):
+                        changed.kept[f"{tower}.{new}.{group.split('.')[2]}"] = list(kept)
+        return changed
 
 
 class OnlyBias(nn.Module):
@@ -97,7 +136,7 @@ class FFN(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ToyConfig, tower: str, number: int, layout: str) -> None:
         super().__init__()
-        kept = ToyFamily().kept(config)
+        kept = config.kept_indices()
         self.norm = nn.LayerNorm(config.width)
         self.attention = Attention(config, kept[f"{tower}.{number}.{HEAD}"], layout)
         if layout == "shared":
@@ -113,6 +152,8 @@ class Layer(nn.Module):
 
 
 class ToyModel(nn.Module):
+    taps: frozenset[str] = frozenset({"logits"})
+
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.config = config
@@ -134,20 +175,6 @@ class ToyModel(nn.Module):
             y = layer(y, x)
         return self.output(y)
 
-
-class ToyFamily:
-    name = "toy"
-    model_types: tuple[str, ...] = ("toy",)
-    auto_classes: tuple[tuple[type, type], ...] = ()
-    towers: tuple[str, ...] = ("vision", "text")
-    taps: frozenset[str] = frozenset({"logits"})
-
-    def build(self, config: ToyConfig) -> ToyModel:
-        return ToyModel(copy.deepcopy(config)).eval()
-
-    def load(self, path: Any) -> Any:
-        raise AssertionError("the toy family has no files")
-
     def tower_of(self, parameter: str) -> str:
         tower = parameter.split(".")[0]
         return {"vision": "vision", "patches": "vision", "text": "text", "words": "text"}.get(tower, "heads")
@@ -155,61 +182,24 @@ class ToyFamily:
     def is_embedding(self, parameter: str) -> bool:
         return parameter == "words.weight"
 
-    def units(self, model: ToyModel) -> list[Unit]:
+    def units(self) -> list[Unit]:
         units = []
-        for group, kept in self.kept(model.config).items():
+        for group, kept in self.config.kept_indices().items():
             tower, layer, kind = group.split(".")
-            units += _units(model.config, tower, int(layer), kind, kept)
+            units += _units(self.config, tower, int(layer), kind, kept)
         return units
-
-    def original_counts(self, config: ToyConfig) -> dict[str, int]:
-        counts = {}
-        for tower, layouts in (("vision", ("plain",) * config.vision_layers), ("text", config.text_layers)):
-            for layer, layout in enumerate(layouts):
-                counts[f"{tower}.{layer}.{HEAD}"] = config.heads
-                if layout == "shared":
-                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = config.heads
-                counts[f"{tower}.{layer}.{NEURON}"] = config.neurons
-        return counts
-
-    def kept(self, config: ToyConfig) -> dict[str, list[int]]:
-        return {group: list(config.kept.get(group, range(count))) for group, count in self.original_counts(config).items()}
-
-    def flows(self, config: ToyConfig) -> list[Flow]:
-        crossing = tuple(f"text.{layer}.{CROSS_HEAD}" for layer, layout in enumerate(config.text_layers) if layout == "shared")
-        return [Flow("image", "vision"), Flow("vision", "text", crossing), Flow("text", "logits"), Flow("words", "text")]
-
-    def with_kept(self, config: ToyConfig, kept: dict[str, list[int]]) -> ToyConfig:
-        changed = copy.deepcopy(config)
-        changed.kept = {**changed.kept, **{group: list(indices) for group, indices in kept.items()}}
-        return changed
-
-    def layer_counts(self, config: ToyConfig) -> dict[str, int]:
-        return {"vision": config.vision_layers, "text": len(config.text_layers)}
-
-    def with_layers(self, config: ToyConfig, layers: dict[str, list[int]]) -> ToyConfig:
-        changed = copy.deepcopy(config)
-        changed.vision_layers = len(layers["vision"])
-        changed.text_layers = tuple(config.text_layers[layer] for layer in layers["text"])
-        changed.kept = {}
-        for tower, sources in layers.items():
-            for new, old in enumerate(sources):
-                for group, kept in config.kept.items():
-                    if group.startswith(f"{tower}.{old}."):
-                        changed.kept[f"{tower}.{new}.{group.split('.')[2]}"] = list(kept)
-        return changed
 
     def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
         tower, *rest = parameter.split(".")
         return ".".join([tower, str(layers[tower][int(rest[0])]), *rest[1:]]) if tower in layers else parameter
 
-    def forward(self, model: ToyModel, batch: dict[str, Any], want: Any = ()) -> Record:
+    def run(self, batch: dict[str, Any], want: Any = ()) -> Record:
         check_taps(self, want)
-        return Record(logits=model(batch["image"], batch["text"]))
+        return Record(logits=self(batch["image"], batch["text"]))
 
-    def example_batch(self, config: ToyConfig, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        image = torch.rand(batch_size, 3, config.image_size, config.image_size, device=device)
-        return {"image": image, "text": torch.randint(1, config.vocab, (batch_size, text_length), device=device)}
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        image = torch.rand(batch_size, 3, self.config.image_size, self.config.image_size, device=device)
+        return {"image": image, "text": torch.randint(1, self.config.vocab, (batch_size, text_length), device=device)}
 
 
 def _units(config: ToyConfig, tower: str, layer: int, kind: str, kept: list[int]) -> list[Unit]:

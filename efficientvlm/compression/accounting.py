@@ -18,22 +18,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficientvlm.compression.anatomy import Anatomy, tied
 from efficientvlm.compression.reach import of_config
 from efficientvlm.compression.surgery import whole
-from efficientvlm.families.base import Family
 
 
-def account(family: Family, model: Any, *, text_length: int = 12) -> dict[str, Any]:
+def account(model: Any, *, text_length: int = 12) -> dict[str, Any]:
     """The `accounting` part of a manifest, JSON-ready: `parameters`, `macs`, `units`, `sparsity`, `reach`.
 
     Args:
         text_length: tokens of the example question the MACs are counted for, at the image size of the model's config.
     """
-    parameters, macs = count_parameters(family, model), count_macs(family, model, text_length=text_length)
-    reach = of_config(family, model.config)
+    parameters, macs = count_parameters(model), count_macs(model, text_length=text_length)
+    reach = of_config(model.config)
     return {
         "parameters": parameters,
         "macs": macs,
-        "units": count_units(family, model.config),
-        "sparsity": count_sparsity(family, model),
+        "units": count_units(model.config),
+        "sparsity": count_sparsity(model),
         "reach": {**reach, "wasted": wasted(reach["dead_towers"], parameters, macs)},
     }
 
@@ -44,34 +43,34 @@ def wasted(dead_towers: Iterable[str], parameters: dict[str, Any], macs: dict[st
     return {name: sum(count["by_tower"].get(tower, 0) for tower in dead_towers) / max(count["total"], 1) for name, count in counts.items()}
 
 
-def count_parameters(family: Family, model: Any) -> dict[str, Any]:
+def count_parameters(model: Any) -> dict[str, Any]:
     """Elements of the state dict. Tied tensors count once, under their first name, and as embedding if one of their names is."""
     tensors = model.state_dict(keep_vars=True)
     aliases = tied(tensors)
-    embeddings = {aliases.get(name, name) for name in tensors if family.is_embedding(name)}
+    embeddings = {aliases.get(name, name) for name in tensors if model.is_embedding(name)}
     by_tower: Counter[str] = Counter()
     without = 0
     for name, tensor in tensors.items():
         if name not in aliases:
-            by_tower[family.tower_of(name)] += tensor.numel()
+            by_tower[model.tower_of(name)] += tensor.numel()
             without += 0 if name in embeddings else tensor.numel()
     return {"total": by_tower.total(), "without_embeddings": without, "by_tower": dict(by_tower)}
 
 
-def count_units(family: Family, config: Any) -> dict[str, dict[str, int]]:
+def count_units(config: Any) -> dict[str, dict[str, int]]:
     """`tower.layer.kind` → units kept and units before anything was removed."""
-    kept = family.kept(config)
-    return {group: {"kept": len(kept[group]), "of": count} for group, count in family.original_counts(config).items()}
+    kept = config.kept_indices()
+    return {group: {"kept": len(kept[group]), "of": count} for group, count in config.original_counts().items()}
 
 
-def count_sparsity(family: Family, model: Any) -> dict[str, Any]:
+def count_sparsity(model: Any) -> dict[str, Any]:
     """1 − kept / initial elements of the prunable weights, in all and by tower; initial is the same network with every unit in place."""
-    present = Anatomy.of(family, model).totals
-    initial, everything = present, whole(family, model.config)
-    if family.kept(model.config) != everything:
+    present = Anatomy.of(model).totals
+    initial, everything = present, whole(model.config)
+    if model.config.kept_indices() != everything:
         with torch.device("meta"):
-            dense = family.build(family.with_kept(model.config, everything))
-        initial = Anatomy.of(family, dense).totals
+            dense = type(model)(model.config.with_kept(everything))
+        initial = Anatomy.of(dense).totals
     by_tower = {tower: _sparsity(count, present.get(tower, 0)) for tower, count in initial.items()}
     return {**_sparsity(sum(initial.values()), sum(present.values())), "by_tower": by_tower}
 
@@ -80,16 +79,16 @@ def _sparsity(initial: int, kept: int) -> dict[str, Any]:
     return {"initial": initial, "kept": kept, "achieved": 1 - kept / initial if initial else 0.0}
 
 
-def count_macs(family: Family, model: Any, *, text_length: int = 12) -> dict[str, Any]:
+def count_macs(model: Any, *, text_length: int = 12) -> dict[str, Any]:
     """Multiply-accumulates of matrix products and convolutions for one image and one question of `text_length` tokens, by tower.
 
     Operations outside every module with parameters of one tower count as `heads`.
     """
     with torch.random.fork_rng(devices=[]):
-        batch = family.example_batch(model.config, 1, text_length, next(model.parameters()).device)
+        batch = model.example(1, text_length, next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
-    with _frozen(model), _Ledger(family, model, counter) as ledger, sdpa_kernel(SDPBackend.MATH), counter:
-        family.forward(model, batch)
+    with _frozen(model), _Ledger(model, counter) as ledger, sdpa_kernel(SDPBackend.MATH), counter:
+        model.run(batch)
     sizes = [value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4]
     by_tower = {tower: flops // 2 for tower, flops in ledger.flops.items() if flops}
     total = counter.get_total_flops() // 2
@@ -116,14 +115,14 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 class _Ledger:
     """Books the operations counted so far on the tower of the innermost module that is running."""
 
-    def __init__(self, family: Family, model: nn.Module, counter: FlopCounterMode) -> None:
+    def __init__(self, model: Any, counter: FlopCounterMode) -> None:
         self.flops: Counter[str] = Counter()
         self._counter, self._seen = counter, 0
         self._running = ["heads"]
         names = list(model.state_dict())
         self._handles = []
         for name, module in model.named_modules():
-            towers = {family.tower_of(parameter) for parameter in names if parameter.startswith(name + ".")}
+            towers = {model.tower_of(parameter) for parameter in names if parameter.startswith(name + ".")}
             if len(towers) == 1:
                 self._handles.append(module.register_forward_pre_hook(self._enter(towers.pop())))
                 self._handles.append(module.register_forward_hook(self._leave))

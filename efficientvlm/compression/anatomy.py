@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from efficientvlm.compression.reach import Reach
-from efficientvlm.families.base import Family, Flow, Unit
+from efficientvlm.families.base import Flow, Unit
 
 Mask = NDArray[np.bool_]
 
@@ -90,11 +90,11 @@ class Anatomy:
         self.costs = self._unit_costs()
 
     @classmethod
-    def of(cls, family: Family, model: Any) -> Anatomy:
+    def of(cls, model: Any) -> Anatomy:
         """The anatomy of `model`; works on the meta device too."""
         tensors = model.state_dict(keep_vars=True)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return cls(family.units(model), shapes, tied(tensors), family.flows(model.config))
+        return cls(model.units(), shapes, tied(tensors), model.config.flows())
 
     def _index_sites(self) -> None:
         axes: dict[tuple[str, int], int] = {}

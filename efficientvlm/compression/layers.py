@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Family
 
 
 def odd_layers(total: int, count: int) -> list[int]:
@@ -66,7 +65,7 @@ def layer_map(source_layers: Sequence[int]) -> tuple[dict[int, int], dict[int, i
     return hidden, dict(enumerate(source_layers))
 
 
-def shrink_model(family: Family, teacher: Any, layers: Mapping[str, list[int]]) -> Any:
+def shrink_model(teacher: Any, layers: Mapping[str, list[int]]) -> Any:
     """A model with only the given layers of `teacher`, every tensor a copy of the teacher's.
 
     Args:
@@ -77,9 +76,9 @@ def shrink_model(family: Family, teacher: Any, layers: Mapping[str, list[int]]) 
         RuntimeError: a tensor has another shape there.
     """
     chosen = {tower: list(part) for tower, part in layers.items()}
-    student = family.build(family.with_layers(teacher.config, chosen))
+    student = type(teacher)(teacher.config.with_layers(chosen))
     source = teacher.state_dict()
-    sources = {name: family.source_name(name, chosen) for name in student.state_dict()}
+    sources = {name: teacher.source_name(name, chosen) for name in student.state_dict()}
     if missing := sorted({name for name in sources.values() if name not in source}):
         raise ValueError(f"the teacher has no tensor {missing[0]}")
     if len(set(sources.values())) < len(sources):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from efficientvlm.families.base import Family, Flow
+from efficientvlm.families.base import Flow
 
 
 class Pair(NamedTuple):
@@ -89,13 +89,13 @@ def _tower(node: str) -> str:
     return node.partition(".")[0]
 
 
-def of_config(family: Family, config: Any) -> dict[str, Any]:
+def of_config(config: Any) -> dict[str, Any]:
     """What inputs reach in a network of `config`, JSON-ready, from its structure alone.
 
     `reaches` and `cut_off`: input → outputs, of the latter those that were reached before anything was removed; `dead_towers`.
     """
-    reach, open = Reach(family.flows(config)), standing(family.kept(config))
-    now, before = reach.pairs(open), reach.pairs(family.original_counts(config))
+    reach, open = Reach(config.flows()), standing(config.kept_indices())
+    now, before = reach.pairs(open), reach.pairs(config.original_counts())
     return {
         "reaches": {name: sorted(pair.output for pair in now if pair.input == name) for name in reach.inputs},
         "cut_off": {name: lost for name in reach.inputs if (lost := sorted(pair.output for pair in before - now if pair.input == name))},

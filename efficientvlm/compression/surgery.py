@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from efficientvlm.compression.anatomy import Anatomy, Mask
-from efficientvlm.families.base import Family, Unit
+from efficientvlm.families.base import Unit
 
 
-def slice_model(family: Family, model: Any, keep: torch.Tensor | Collection[Unit]) -> Any:
+def slice_model(model: Any, keep: torch.Tensor | Collection[Unit]) -> Any:
     """A new, smaller model that holds only the units of `keep`; `model` is not changed.
 
     Args:
-        keep: bool [units] over `family.units(model)`, or the units themselves. Units keep their original indices in the new config.
+        keep: bool [units] over `model.units()`, or the units themselves. Units keep their original indices in the new config.
 
     Raises:
         ValueError: `keep` does not fit the model.
         RuntimeError: the family builds other shapes than the slices have.
     """
-    anatomy = Anatomy.of(family, model)
+    anatomy = Anatomy.of(model)
     removed = anatomy.removed_mask(keep)
     kept: dict[str, list[int]] = {name: [] for name in anatomy.groups.names}
     for unit, gone in zip(anatomy.units, removed, strict=True):
@@ -38,15 +38,15 @@ def slice_model(family: Family, model: Any, keep: torch.Tensor | Collection[Unit
             tensor = tensor.index_select(dim, _indices(~free).to(tensor.device))
         if tensor.numel() or name not in freed:
             state[name] = tensor
-    return _like(family.build(family.with_kept(model.config, kept)), state, model)
+    return _like(type(model)(model.config.with_kept(kept)), state, model)
 
 
-def pad_model(family: Family, sliced: Any) -> Any:
+def pad_model(sliced: Any) -> Any:
     """The model of original shape that computes what `sliced` does: its tensors at their original places, zeros elsewhere."""
-    dense = family.build(family.with_kept(sliced.config, whole(family, sliced.config)))
+    dense = type(sliced)(sliced.config.with_kept(whole(sliced.config)))
     state = sliced.state_dict()
-    anatomy = Anatomy.of(family, dense)
-    freed = anatomy.freed(~mask_vector(anatomy.units, family.kept(sliced.config)))
+    anatomy = Anatomy.of(dense)
+    freed = anatomy.freed(~mask_vector(anatomy.units, sliced.config.kept_indices()))
     padded = {}
     for name, target in dense.state_dict().items():
         cuts = freed.get(name)
@@ -61,9 +61,9 @@ def pad_model(family: Family, sliced: Any) -> Any:
     return _like(dense, padded, sliced)
 
 
-def whole(family: Family, config: Any) -> dict[str, list[int]]:
+def whole(config: Any) -> dict[str, list[int]]:
     """`kept` of a network from which nothing was removed."""
-    return {group: list(range(count)) for group, count in family.original_counts(config).items()}
+    return {group: list(range(count)) for group, count in config.original_counts().items()}
 
 
 def mask_vector(units: Collection[Unit], kept: dict[str, list[int]]) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientvlm import families
 from efficientvlm.card import short
 from efficientvlm.compression.accounting import count_macs, count_parameters
 from efficientvlm.compression.surgery import pad_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import NEURON, Family
+from efficientvlm.families.base import NEURON
 from efficientvlm.families.loading import open_model
 from efficientvlm.families.towers.parts import normalise
 
@@ -21,32 +22,32 @@ INSTEAD = "use --format onnx, which keeps every saving, or --format padded, whic
 TEXT_LENGTH = 12
 
 
-def padded(family: Family, model: Any) -> Any:
+def padded(model: Any) -> Any:
     """The network of the original shapes that computes what `model` does; zeros stand for what was removed."""
-    return pad_model(family, model).eval()
+    return pad_model(model).eval()
 
 
-def uniform(family: Family, model: Any, name: str) -> Any:
+def uniform(model: Any, name: str) -> Any:
     """The same tensors under :func:`uniform_config`."""
-    made = family.build(uniform_config(family, model.config, name))
+    made = type(model)(uniform_config(model.config, name))
     made.load_state_dict(model.state_dict(), strict=True)
     return made.eval()
 
 
-def uniform_config(family: Family, config: Any, name: str) -> Any:
+def uniform_config(config: Any, name: str) -> Any:
     """A configuration that says nothing about single layers, for the network of `config`.
 
     Raises:
         BadInput: naming the first head, neuron count or depth that transformers' configurations cannot express.
     """
-    if not family.stock:
-        raise no_class(name, family)
-    return family.stock_config(config, _neurons(family, config, name))
+    if not hasattr(config, "stock_config"):
+        raise no_class(name, config)
+    return config.stock_config(_neurons(config, name))
 
 
-def _neurons(family: Family, config: Any, name: str) -> dict[str, int]:
+def _neurons(config: Any, name: str) -> dict[str, int]:
     """Neurons of a layer of each tower, the same in all its layers."""
-    kept, counts = family.kept(config), family.original_counts(config)
+    kept, counts = config.kept_indices(), config.original_counts()
     found: dict[str, tuple[int, int]] = {}
     for group, indices in kept.items():
         tower, layer, kind = group.split(".")
@@ -71,42 +72,41 @@ def _obstacle(name: str, why: str) -> BadInput:
     return BadInput(f"{name} does not fit transformers' own classes", why, INSTEAD)
 
 
-def no_class(name: str, family: Family) -> BadInput:
+def no_class(name: str, config: Any) -> BadInput:
     """What to say where transformers has no class for this network at all."""
-    return _obstacle(name, f"transformers has no class for this {family.name} network")
+    return _obstacle(name, f"transformers has no class for a network of type {config.model_type}")
 
 
-def class_of(folder: Path, family: Family) -> str | None:
+def class_of(folder: Path, config: Any) -> str | None:
     """The transformers class that `config.json` in `folder` names; None if it is one of ours."""
     values = json.loads((folder / "config.json").read_text("utf-8"))
-    ours = {config_class.model_type for config_class, _ in family.auto_classes}  # type: ignore[attr-defined]
-    return None if values["model_type"] in ours else str(values["architectures"][0])
+    return None if values["model_type"] == config.model_type else str(values["architectures"][0])
 
 
 @torch.no_grad()
-def difference(family: Family, model: Any, folder: Path, stock_class: str | None) -> float:
+def difference(model: Any, folder: Path, stock_class: str | None) -> float:
     """Largest absolute difference between `model` and what opens from `folder`, relative to the outputs' scale (at least 1).
 
     With a `stock_class` transformers' own class opens it and runs its own forward pass.
     """
-    batch = _random_batch(family, model)
+    batch = _random_batch(model)
     if stock_class is None:
-        records = [family.forward(network, batch) for network in (model, family.load(folder))]
+        records = [network.run(batch) for network in (model, families.of_folder(folder).load(folder))]
         output = "logits" if "logits" in records[0] else "states"  # a network before its task predicts nothing
         return _largest(*([record[output]] for record in records))
     import transformers
 
     kind = getattr(transformers, stock_class)
     opened = open_model(kind, folder, kind.config_class.from_pretrained(folder, local_files_only=True))
-    inputs = family.stock_inputs(batch)
+    inputs = model.stock_inputs(batch)
     return _largest(_tensors(model(**inputs)), _tensors(opened(**inputs)))
 
 
-def _random_batch(family: Family, model: Any) -> dict[str, Any]:
+def _random_batch(model: Any) -> dict[str, Any]:
     """An example batch of three with random normalised pixels and tokens."""
-    sizes = family.sizes(model.config)
+    sizes = model.config.sizes()
     draw = torch.Generator().manual_seed(0)
-    batch = family.example_batch(model.config, 3, min(TEXT_LENGTH, sizes.max_positions))
+    batch = model.example(3, min(TEXT_LENGTH, sizes.max_positions))
     for name, value in batch.items():
         if name.endswith("_ids") and value.dim() == 2:
             batch[name] = torch.randint(sizes.vocab_size, value.shape, generator=draw)
@@ -125,10 +125,10 @@ def _largest(wanted: list[Tensor], got: list[Tensor]) -> float:
     return max(float((a - b).abs().nan_to_num(nan=float("inf")).max()) / max(1.0, float(a.abs().max())) for a, b in pairs)
 
 
-def cost(family: Family, before: Any, after: Any) -> dict[str, dict[str, int]]:
+def cost(before: Any, after: Any) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds of the checkpoint and of the exported network."""
-    parameters = {name: count_parameters(family, model)["total"] for name, model in (("before", before), ("after", after))}
-    macs = {name: count_macs(family, model, text_length=TEXT_LENGTH)["total"] for name, model in (("before", before), ("after", after))}
+    parameters = {name: count_parameters(model)["total"] for name, model in (("before", before), ("after", after))}
+    macs = {name: count_macs(model, text_length=TEXT_LENGTH)["total"] for name, model in (("before", before), ("after", after))}
     return {"parameters": parameters, "macs": macs}
 
 

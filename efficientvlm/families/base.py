@@ -1,7 +1,7 @@
-"""What a model family tells the rest of the toolkit about its networks.
+"""What networks, and the families they are of, tell the rest of the toolkit.
 
-The *anatomy* is a list of :class:`Unit`: one attention head or one FFN neuron, the tensor slices that belong to it, and the place where a
-gate multiplies it. Shrinking, gates, accounting, surgery and reports are written against this file only; a new family is one new file.
+The *anatomy* is a list of :class:`Unit`: one attention head or one FFN neuron, the tensor slices that belong to it, and the places where
+a gate multiplies it. Shrinking, gates, accounting, surgery and reports are written against this file only; see `docs/own-family.md`.
 """
 
 from __future__ import annotations
@@ -117,21 +117,94 @@ class Graph(NamedTuple):
     example: Callable[[Mapping[str, int]], dict[str, Any]]
 
 
+class Network(Protocol):
+    """What every network answers; a family's are in its folder.
+
+    What it can do beyond that says `config.abilities()`, each ability of a protocol below.
+    """
+
+    config: Any
+    taps: frozenset[str]
+    """What a pass can keep, as `tower.kind`."""
+
+    def units(self) -> list[Unit]:
+        """Every removable unit that is present, ordered by tower, layer, kind, index."""
+
+    def tower_of(self, parameter: str) -> str:
+        """The tower a state-dict name is counted under, or `heads`."""
+
+    def is_embedding(self, parameter: str) -> bool:
+        """Whether a state-dict name is a token, position or type embedding table."""
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
+
+    def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """A task's batch; the record holds `logits`-like outputs and every tap in `want`."""
+
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        """A task's batch of the stated size for counting and timing (text tokens are never padding)."""
+
+    def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
+        """This network made able to do `ability`, and the names of its tensors that are new.
+
+        Args:
+            donor: a network that is able, or None.
+            decoder_init: `auto`, `teacher` or `fusion`, where a new answer decoder comes from.
+
+        Raises:
+            BadInput: it cannot be made able.
+        """
+
+    def graphs(self) -> list[Graph]:
+        """The few graphs that the network's task needs, in the order in which they run.
+
+        Raises:
+            BadInput: nothing is made of a network of this kind.
+        """
+
+
+class Embeds(Protocol):
+    """`embed`: images and texts are compared by their features."""
+
+    def embed_images(self, pixels: Any) -> tuple[Any, Any]:
+        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]."""
+
+    def embed_texts(self, ids: Any, mask: Any) -> tuple[Any, Any]:
+        """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]."""
+
+
+class Matches(Protocol):
+    """`match`: whether a text belongs to an image."""
+
+    def match(self, images: Any, rows: Any, texts: Any, mask: Any) -> Any:
+        """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
+
+
+class Generates(Protocol):
+    """`answer`: a text is written about an image and a question."""
+
+    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
+        """Images and questions of a `vqa_batch`; the context is what :meth:`decode` attends to, one row a question.
+
+        Token ids start with the tokenizer's [CLS] whatever the family; one that starts questions or answers otherwise exchanges it here.
+        """
+
+    def decode(self, context: Any, ids: Any, mask: Any | None, rows: Any | None = None, cache: Any | None = None) -> Any:
+        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
+
+    def new_cache(self) -> Any:
+        """An empty key/value cache for :meth:`decode`, with `select(rows)` and `length`."""
+
+
 class Family(Protocol):
-    """One file a family implements this; nothing else in the toolkit branches on the family."""
+    """How the networks of a family are made, opened and written; nothing else in the toolkit branches on the family."""
 
     name: str
     model_types: tuple[str, ...]
     """Every `model_type` of a `config.json` that this family opens."""
     auto_classes: tuple[tuple[type, type], ...]
     """(configuration, model) classes of ours that transformers' Auto classes should know."""
-    towers: tuple[str, ...]
-    taps: frozenset[str]
-    stock: bool
-    """Whether transformers has classes for these networks; if so, `stock_config` and `stock_inputs` are there."""
-    retrieval: tuple[str, ...]
-    """How images and texts are compared for retrieval: `itc` by their features, `itm` by a matching head; empty where they are not."""
-
     extra_tokens: tuple[str, ...]
     """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
 
@@ -146,12 +219,7 @@ class Family(Protocol):
         """A model with fresh weights of the (possibly sliced) shapes in `config`."""
 
     def read_config(self, path: Path) -> Any:
-        """The configuration of checkpoint folder `path`; no weights are read.
-
-        Every configuration has the attributes `kept`, `layer_source`, `layer_source_of` (see `structure.py`; None where nothing was
-        removed), `answers` (closed list, or None), `rank_top` and `max_tokens`
-        (or None), and is written with them; `usual_tokens` is the length of texts by default, None for all positions.
-        """
+        """The configuration of checkpoint folder `path`; no weights are read. It is a :class:`structure.Cuttable`."""
 
     def load(self, path: Path) -> Any:
         """The model in checkpoint folder `path`, in float32, evaluation mode; :class:`BadInput` if it does not open."""
@@ -159,119 +227,40 @@ class Family(Protocol):
     def save(self, model: Any, folder: Path) -> None:
         """Write `config.json` and safetensors weights; with stock class names where transformers' own classes can open them."""
 
-    def sizes(self, config: Any) -> Sizes:
-        """Sizes of the network, read from its configuration."""
-
-    def tasks(self, config: Any) -> frozenset[str]:
-        """What a network of this configuration does as it is: `vqa`, `pretraining`, `retrieval`, `captioning`, ..."""
-
-    def tower_of(self, parameter: str) -> str:
-        """The tower a state-dict name is counted under (a member of `towers`, or `heads`)."""
-
-    def is_embedding(self, parameter: str) -> bool:
-        """Whether a state-dict name is a token, position or type embedding table."""
-
-    def units(self, model: Any) -> list[Unit]:
-        """Every removable unit that is present, ordered by tower, layer, kind, index."""
-
-    def original_counts(self, config: Any) -> dict[str, int]:
-        """Units of each group (`tower.layer.kind`) before anything was removed."""
-
-    def flows(self, config: Any) -> list[Flow]:
-        """How every input gets to every output; what nothing flows into is an input, what flows into nothing an output."""
-
-    def kept(self, config: Any) -> dict[str, list[int]]:
-        """Original indices of the units still present, for every group."""
-
-    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
-        """A copy of `config` whose groups hold exactly `kept` (groups not named stay as they are)."""
-
-    def layer_counts(self, config: Any) -> dict[str, int]:
-        """Layers of each tower."""
-
-    def with_layers(self, config: Any, layers: dict[str, list[int]]) -> Any:
-        """A copy of `config` that keeps the given layers of each tower, their structure included."""
-
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
-
-    def forward(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
-        """Run a task batch; the record holds `logits`-like outputs and every tap in `want`."""
-
-    def for_vqa(self, model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
-        """`model` made able to answer questions, and the names of its tensors that are new.
-
-        Args:
-            teacher: a model that answers questions, or None.
-            decoder_init: `auto`, `teacher` or `fusion`, where a new answer decoder comes from.
-
-        Raises:
-            BadInput: there is nothing to make an answer decoder from.
-        """
-
-    def for_retrieval(self, model: Any) -> Any:
-        """`model` made ready to be trained for retrieval, without the heads of other tasks.
-
-        Raises:
-            BadInput: it cannot be trained for that.
-        """
-
-    def image_features(self, model: Any, pixels: Any) -> tuple[Any, Any]:
-        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]; only families with `retrieval`."""
-
-    def text_features(self, model: Any, ids: Any, mask: Any) -> tuple[Any, Any]:
-        """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]; only families with `retrieval`."""
-
-    def match(self, model: Any, images: Any, rows: Any, texts: Any, mask: Any) -> Any:
-        """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
-
-    def question(self, model: Any, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
-        """Images and questions of a `vqa_batch`; the context is what :meth:`answer` attends to, one row a question.
-
-        Token ids start with the tokenizer's [CLS] whatever the family; one that starts questions or answers otherwise exchanges it here.
-        """
-
-    def answer(self, model: Any, context: Any, ids: Any, mask: Any | None, rows: Any | None = None, cache: Any | None = None) -> Any:
-        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
-
-    def new_cache(self, model: Any) -> Any:
-        """An empty key/value cache for :meth:`answer`, with `select(rows)` and `length`."""
-
-    def graphs(self, model: Any) -> list[Graph]:
-        """The few graphs that `model`'s task needs, in the order in which they run; `exported.py` runs them again.
-
-        Raises:
-            BadInput: nothing is made of a network of this kind.
-        """
-
-    def stock_config(self, config: Any, neurons: Mapping[str, int]) -> Any:
-        """`config` without `kept`: every layer of a tower has all its heads and `neurons[tower]` neurons.
-
-        Raises:
-            BadInput: transformers' configuration cannot say that.
-        """
-
-    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the stock class's forward pass for a batch as :meth:`example_batch` makes it."""
-
-    def example_batch(self, config: Any, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        """A task batch of the stated size for counting and timing (text tokens are never padding)."""
-
 
 def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
     """What `wanted` asks of `tower`, in any pass: hidden, self_attention, cross_attention, or one layer's as `self_attention.3`."""
     return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
 
 
-def check_taps(family: Family, want: Iterable[str]) -> frozenset[str]:
-    """`want` as a set, or :class:`BadInput` naming the taps that this family does not have.
+ABILITIES = {
+    "embed": ("compare images with texts by their features", "an X-VLM, CLIP, SigLIP or BLIP"),
+    "match": ("match images with texts", "an X-VLM or BLIP"),
+    "answer": ("answer questions", "an X-VLM or BLIP"),
+    "caption": ("describe images", "a BLIP"),
+    "pretrain": ("be trained with the losses of X-VLM's pre-training", "an X-VLM"),
+}
+"""What a network may be able to do, and which families have networks that are."""
+
+
+def require(network: Any, ability: str) -> None:
+    """:class:`BadInput` unless `network` has `ability`; it names the families that have it."""
+    if ability in network.config.abilities():
+        return
+    what, who = ABILITIES[ability]
+    able = " and ".join(ABILITIES[other][0] for other in ABILITIES if other in network.config.abilities())
+    why = f"it can {able}" if able else "nothing that it is for is known"
+    raise BadInput(f"this model cannot {what}", f"{why} ({network.config.model_type})", f"use {who}, in a form that can")
+
+
+def check_taps(network: Any, want: Iterable[str]) -> frozenset[str]:
+    """`want` as a set, or :class:`BadInput` naming the taps that `network` does not have.
 
     A map is asked for by its tap, of all layers, or by layer: `vision.self_attention.3`.
     """
     wanted = frozenset(want)
-    unknown = sorted(tap for tap in wanted if LAYER.sub("", tap.partition("@")[0]) not in family.taps)
+    unknown = sorted(tap for tap in wanted if LAYER.sub("", tap.partition("@")[0]) not in network.taps)
     if unknown:
-        raise BadInput(
-            f"no such tap: {', '.join(unknown)}", f"family {family.name} has {', '.join(sorted(family.taps))}", "use one of these"
-        )
+        why = f"this network has {', '.join(sorted(network.taps))}" if network.taps else "it keeps nothing for distillation"
+        raise BadInput(f"no such tap: {', '.join(unknown)}", why, "use one of these" if network.taps else "use the checkpoint itself")
     return wanted

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from transformers import BlipConfig, BlipTextConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, Sizes, groups_of
 from efficientvlm.families.checks import check_id
-from efficientvlm.families.structure import Cuttable
+from efficientvlm.families.structure import Cuttable, kept_of_layers
 
 
 class SlicedBlipConfig(Cuttable, BlipConfig):
@@ -24,6 +25,8 @@ class SlicedBlipConfig(Cuttable, BlipConfig):
 
     model_type = "evlm_blip"
     stock: ClassVar[str] = ""
+    task: ClassVar[str] = ""
+    able: ClassVar[frozenset[str]] = frozenset()
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
 
@@ -76,22 +79,96 @@ class SlicedBlipConfig(Cuttable, BlipConfig):
         stock_width = all(self.context_width(tower) == self.vision_config.hidden_size for tower in self.towers)
         return not self.kept and same_depth and stock_width and self.decoder_layers in (None, self.text_config.num_hidden_layers)
 
+    def sizes(self) -> Sizes:
+        vision, text = self.vision_config, self.text_config
+        parts = {tower: (vision if tower == "vision" else text, count) for tower, count in self.layers().items()}
+        return Sizes(
+            vision.image_size,
+            vision.patch_size,
+            text.max_position_embeddings,
+            text.vocab_size,
+            {tower: (part.hidden_size,) * (count + 1) for tower, (part, count) in parts.items()},
+            {tower: (part.num_attention_heads,) * count for tower, (part, count) in parts.items()},
+            tuple(self.image_mean),
+            tuple(self.image_std),
+        )
+
+    def abilities(self) -> frozenset[str]:
+        return self.able
+
+    def tasks(self) -> frozenset[str]:
+        return frozenset({self.task})
+
+    def flows(self) -> list[Flow]:
+        """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
+        layers = self.layers()
+        texts, answers = (groups_of(layers, CROSS_HEAD, tower) for tower in ("text", "decoder"))
+        seen = Flow("image", "vision.patches")
+        if "text" not in self.towers:
+            return [seen, Flow("vision.patches", "decoder", answers), Flow("text", "decoder"), Flow("decoder", "caption")]
+        if "decoder" in self.towers:
+            read = [seen, Flow("text", "text.tokens"), Flow("vision.patches", "text.tokens", texts)]
+            return [*read, Flow("text.tokens", "decoder", answers), Flow("decoder", "answer")]
+        mixing = groups_of(layers, HEAD, "text")
+        flows = [seen, Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
+        flows += [Flow("text", "text.tokens"), Flow("text.tokens", "text.alone", mixing), Flow("text.alone", "itc")]
+        return [
+            *flows,
+            Flow("text.tokens", "text.seeing", mixing),
+            Flow("vision.patches", "text.seeing", texts),
+            Flow("text.seeing", "itm"),
+        ]
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        if empty := [tower for tower in self.towers if not layers[tower]]:
+            raise BadInput(f"no {empty[0]} layers", "a BLIP needs at least one in every tower", "ask for 1 or more")
+        changed = self.copy(
+            kept=kept_of_layers(self.kept, layers),
+            layer_source={tower: list(chosen) for tower, chosen in layers.items()},
+            layer_source_of=self.layers(),
+        )
+        depth = {tower: len(chosen) for tower, chosen in layers.items()}
+        changed.vision_config.num_hidden_layers = depth["vision"]
+        changed.text_config.num_hidden_layers = depth["text" if "text" in self.towers else "decoder"]
+        both = {"text", "decoder"} <= {*self.towers}
+        changed.decoder_layers = depth["decoder"] if both and depth["decoder"] != depth["text"] else None
+        return changed
+
+    def stock_config(self, neurons: Mapping[str, int]) -> Self:
+        chosen, texts = self.copy(kept=None), {tower: count for tower, count in neurons.items() if tower != "vision"}
+        if len(set(texts.values())) > 1:
+            why = f"neurons a layer are {', '.join(f'{count} in {tower}' for tower, count in texts.items())}: one number stands for both"
+            raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
+        chosen.vision_config.intermediate_size = neurons.get("vision", chosen.vision_config.intermediate_size)
+        chosen.text_config.intermediate_size = next(iter(texts.values()), chosen.text_config.intermediate_size)
+        if not chosen.is_stock:
+            depth = ", ".join(f"{count} in {tower}" for tower, count in self.layers().items() if count)
+            why = f"layers are {depth}, or the towers differ in width: it has one depth for all texts, and one width"
+            raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx")
+        return chosen
+
 
 class BlipAnswerConfig(SlicedBlipConfig):
     model_type = "evlm_blip_vqa"
     stock = "BlipForQuestionAnswering"
+    task = "vqa"
+    able = frozenset({"answer"})
     towers = ("vision", "text", "decoder")
 
 
 class BlipCaptionConfig(SlicedBlipConfig):
     model_type = "evlm_blip_caption"
     stock = "BlipForConditionalGeneration"
+    task = "captioning"
+    able = frozenset({"caption"})
     towers = ("vision", "decoder")
 
 
 class BlipRetrievalConfig(SlicedBlipConfig):
     model_type = "evlm_blip_retrieval"
     stock = "BlipForImageTextRetrieval"
+    task = "retrieval"
+    able = frozenset({"embed", "match"})
     towers = ("vision", "text")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientvlm.families.base import Family, Graph
+from efficientvlm.families.base import Graph
 from efficientvlm.families.graphs import Axes, Part, Tensors, flat, names, padded, pairs, present, step_graph, vqa_graphs
 from efficientvlm.families.towers.attention import Context
 
@@ -17,15 +17,15 @@ TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 1}, {"texts": 8,
 MATCH_SIZES = ({"images": 2, "texts": 3, "tokens": 5}, {"images": 1, "texts": 1, "tokens": 1}, {"images": 3, "texts": 8, "tokens": 4})
 
 
-def blip_graphs(family: Family, model: Any) -> list[Graph]:
+def blip_graphs(model: Any) -> list[Graph]:
     """`question` and `answer`; or `image` and `decoder`; or `image`, `text` and `match`."""
     if "text" not in model.config.towers:
-        return _captioning(family, model)
-    return vqa_graphs(family, model) if "decoder" in model.config.towers else _matching(family, model)
+        return _captioning(model)
+    return vqa_graphs(model) if "decoder" in model.config.towers else _matching(model)
 
 
-def _images(family: Family, model: Any) -> Any:
-    size = family.sizes(model.config).image_size
+def _images(model: Any) -> Any:
+    size = model.config.sizes().image_size
 
     def example(axes: Axes) -> dict[str, Tensor]:
         return {"pixels": torch.randn(axes["images"], 3, size, size, generator=torch.Generator().manual_seed(0))}
@@ -34,9 +34,9 @@ def _images(family: Family, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _captioning(family: Family, model: Any) -> list[Graph]:
+def _captioning(model: Any) -> list[Graph]:
     """`image` gives keys and values of the decoder; `decoder` goes on with `text_ids` for the images named by `rows`."""
-    example = _images(family, model)
+    example = _images(model)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
         states = model.encode_image(inputs["pixels"]).states
@@ -46,15 +46,15 @@ def _captioning(family: Family, model: Any) -> list[Graph]:
     outputs = ("image_states", *names(present(kv)))
     return [
         Graph("image", Part(model, image), {"pixels": {0: "images"}}, outputs, IMAGE_SIZES, example),
-        step_graph(family, model, "decoder", kv, {0: "images"}, "text_ids"),
+        step_graph(model, "decoder", kv, {0: "images"}, "text_ids"),
     ]
 
 
 @torch.no_grad()
-def _matching(family: Family, model: Any) -> list[Graph]:
+def _matching(model: Any) -> list[Graph]:
     """`image` and `text` give features to compare; `match` reads a text with the keys and values of the image it belongs to (`rows`)."""
-    example = _images(family, model)
-    vocabulary, layers = family.sizes(model.config).vocab_size, len(model.text_encoder.layers)
+    example = _images(model)
+    vocabulary, layers = model.config.sizes().vocab_size, len(model.text_encoder.layers)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
         states = model.encode_image(inputs["pixels"]).states

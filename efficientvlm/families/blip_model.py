@@ -5,6 +5,7 @@ Called as transformers' classes are (`forward`, `generate`), they compute what t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,13 +16,15 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.base import Graph, Record, check_taps, kinds_of, require
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
-from efficientvlm.families.towers.attention import Cache, Context
+from efficientvlm.families.blip_graphs import blip_graphs
+from efficientvlm.families.towers.attention import Cache, Context, Sharing
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import greedy
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked
-from efficientvlm.families.towers.parts import NOTHING, Encoded, activation, normalise
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, normalise, tap
 from efficientvlm.families.towers.vit import Vit
 
 IMAGES = {
@@ -42,6 +45,7 @@ TEXT_LAYER = {
 }
 HEAD = {"dense": "transform.dense", "norm": "transform.LayerNorm", "tied_weight": "decoder.weight", "tied_bias": "decoder.bias"}
 LAYERS = {"vision": "vision_model.encoder.layers", "text": "text_encoder.encoder.layer", "decoder": "text_decoder.bert.encoder.layer"}
+FEATURES = "features"
 PREDICTIONS = "text_decoder.cls.predictions"
 
 
@@ -84,6 +88,14 @@ class Blip(TowerNetwork):
     owners = {"vision_model": "vision", "text_encoder": "text", "text_decoder": "decoder"}
     main_input_name = "pixel_values"
     config: SlicedBlipConfig
+
+    @property
+    def taps(self) -> frozenset[str]:
+        """Of the towers that there are; features only where they are compared."""
+        towers = self.config.towers
+        found = {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
+        found |= {f"{tower}.{CROSS_ATTENTION}" for tower in towers if tower != "vision"}
+        return frozenset(found | {f"{tower}.{FEATURES}" for tower in towers if "decoder" not in towers})
 
     def __init__(self, config: SlicedBlipConfig) -> None:
         super().__init__(config)
@@ -154,13 +166,104 @@ class Blip(TowerNetwork):
         """Texts [B, L] that are read with an image, whose first token becomes `question_start_id`, to states [B, L, W]."""
         return self.text_encoder.read(starting(ids, self.config.question_start_id), mask, context, keep)
 
-    def decode(
+    def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
     ) -> tuple[Tensor, Encoded]:
         """Tokens [B, L] to next-token logits [B, L, V], causal; the first token of a text becomes the decoder's own."""
         ids = starting(ids, self.config.decoder_start, cache.length if cache else 0)
         logits, out = self.text_decoder(ids, mask, context, cache, keep)
         return logits, out
+
+    def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
+
+        The taps `vision.features` and `text.features` of a matching network are unit vectors [I, E] and [B, E]; for them texts are read
+        once more, without the image.
+        """
+        wanted = check_taps(self, want)
+        if "text" not in self.config.towers:
+            return self._caption(batch, wanted)
+        if "decoder" not in self.config.towers:
+            return self._match(batch, wanted)
+        record, answers = self.encode(batch, wanted)
+        if "answer_ids" in batch:
+            rows = batch["answer_index"]
+            keep = kinds_of(wanted, "decoder")
+            sharing = Sharing.of(rows, len(batch["question_ids"]))
+            seen = Context(answers.kv, None if answers.mask is None else answers.mask[rows], rows, sharing)
+            record["logits"], out = self.follow(batch["answer_ids"], batch["answer_mask"], seen, keep=keep)
+            tap(record, "decoder", out, keep)
+        return record
+
+    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
+        require(self, "answer")
+        wanted = check_taps(self, want)
+        record, states = self._read_with_image(batch, batch["question_ids"], batch["question_mask"], wanted)
+        return record, self.text_decoder.bert.context(states, batch["question_mask"])
+
+    def decode(self, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return self.follow(ids, mask, context if rows is None else context.of(rows), cache)[0]
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.encode_image(pixels).states
+        return states, self.image_feature(states)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The states are the ids themselves: to match, a text is read once more from its first layer, with the image."""
+        return ids, self.text_feature(ids, mask)
+
+    def match(self, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.itm_head(self.read(texts, mask, self.text_encoder.context(images, rows=rows)).states[:, 0])
+        return logits
+
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        side = self.config.vision_config.image_size
+        ones = torch.ones(batch_size, text_length, dtype=torch.long, device=device)
+        rows = torch.arange(batch_size, device=device)
+        batch: dict[str, Any] = {"pixels": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8, device=device), "image_index": rows}
+        if not {"text", "decoder"} <= {*self.config.towers}:
+            return batch | {"text_ids": ones, "text_mask": ones}
+        answer = {"answer_ids": ones[:, :1], "answer_mask": ones[:, :1], "answer_index": rows}
+        return batch | {"question_ids": ones, "question_mask": ones, **answer}
+
+    def graphs(self) -> list[Graph]:
+        return blip_graphs(self)
+
+    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Captioning and matching take the same; a network that answers is given its questions as answers too."""
+        if "text_ids" in batch:
+            return {"pixel_values": batch["pixels"], "input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
+        ids, mask = batch["question_ids"], batch["question_mask"]
+        return {"pixel_values": batch["pixels"], "input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def _read_with_image(self, batch: dict[str, Any], ids: Tensor, mask: Tensor, wanted: frozenset[str]) -> tuple[Record, Tensor]:
+        """Record of vision and text, with text `states` [B, L, W] after cross-attention."""
+        image = self.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        seen = self.text_encoder.context(image.states, rows=batch.get("image_index"))
+        text = self.read(ids, mask, seen, kinds_of(wanted, "text"))
+        record = Record(states=text.states, image_states=image.states)
+        for tower, out in (("vision", image), ("text", text)):
+            tap(record, tower, out, kinds_of(wanted, tower) - {FEATURES})
+        return record, text.states
+
+    def _match(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        record, states = self._read_with_image(batch, ids, mask, wanted)
+        record["logits"] = self.itm_head(states[:, 0])
+        if f"vision.{FEATURES}" in wanted:
+            record[f"vision.{FEATURES}"] = self.image_feature(record["image_states"])
+        if f"text.{FEATURES}" in wanted:
+            record[f"text.{FEATURES}"] = self.text_feature(ids, mask)
+        return record
+
+    def _caption(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        record = Record()
+        image = self.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        seen = self.text_decoder.bert.context(image.states, rows=batch.get("image_index"))
+        record["logits"], out = self.follow(batch["text_ids"], batch["text_mask"], seen, keep=kinds_of(wanted, "decoder"))
+        for tower, encoded in (("vision", image), ("decoder", out)):
+            tap(record, tower, encoded, kinds_of(wanted, tower))
+        return record
 
     def _called(self, pixels: Tensor, attentions: bool | None, hidden: bool | None) -> tuple[Tensor, dict[str, Any]]:
         """States of images, and what is given of the vision tower."""

@@ -16,8 +16,8 @@ MOST_PIXELS = 16_384  # a side
 MOST_UNITS = 4_000_000  # heads and neurons of a network
 
 
-def check_config(family: Any, config: Any, where: str) -> None:
-    """Refuse sizes, channel statistics or counts of `config` that no network of `family` can have; `where` names their file.
+def check_config(config: Any, where: str) -> None:
+    """Refuse sizes, channel statistics or counts of `config` that no network can have; `where` names their file.
 
     Raises:
         BadInput: the first thing that is wrong.
@@ -27,10 +27,10 @@ def check_config(family: Any, config: Any, where: str) -> None:
     answers = config.answers
     if answers is not None and not (isinstance(answers, list) and answers and all(isinstance(text, str) and text for text in answers)):
         raise BadInput(f"{where}: answers are {shorten(answers)}", "they are a list of texts", CORRECT)
-    for tower, count in family.layer_counts(config).items():
+    for tower, count in config.layers().items():
         if not _whole(count, 0, MOST_LAYERS):
             raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)
-    sizes = family.sizes(config)
+    sizes = config.sizes()
     for name in ("image_size", "patch_size"):
         if not _whole(getattr(sizes, name), 1, MOST_PIXELS):
             why = f"images and patches are square: one number, 1 to {MOST_PIXELS}"
@@ -43,12 +43,12 @@ def check_config(family: Any, config: Any, where: str) -> None:
                 why = f"{shorten(width)} columns cannot be shared evenly by so many heads"
                 raise BadInput(f"{where}: {shorten(number)} {tower} heads", why, CORRECT)
     counts = {"positions for tokens": sizes.max_positions, "tokens in the vocabulary": sizes.vocab_size}
-    counts |= {f"units in {group}": count for group, count in family.original_counts(config).items()}
+    counts |= {f"units in {group}": count for group, count in config.original_counts().items()}
     counts |= {"tokens of a text (max_tokens)": config.max_tokens} if config.max_tokens is not None else {}
     for what, count in {**counts, "answers to rank (rank_top)": config.rank_top}.items():
         if not _whole(count, 1):
             raise BadInput(f"{where}: {shorten(count)} {what}", f"it must be a whole number, 1 to {MOST:,}", CORRECT)
-    if (units := sum(family.original_counts(config).values())) > MOST_UNITS:
+    if (units := sum(config.original_counts().values())) > MOST_UNITS:
         raise BadInput(f"{where}: {units:,} heads and neurons", f"no network of more than {MOST_UNITS:,} is opened", CORRECT)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from transformers import CLIPConfig, SiglipConfig
 
 from efficientvlm.data.preprocessing import HALVES
 from efficientvlm.data.tokenizer import ends_of
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD, NEURON
-from efficientvlm.families.structure import Cuttable
+from efficientvlm.families.base import HEAD, NEURON, Flow, Sizes, groups_of
+from efficientvlm.families.structure import Cuttable, kept_of_layers
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
@@ -23,6 +24,8 @@ class Structure(Cuttable):
     text_config: Any
     stock: tuple[str, str]
     """`model_type` and class of transformers that open a model of which nothing was removed."""
+    pools_by_probe: ClassVar[bool] = False
+    """Whether a probe that attends to all states pools an image (SigLIP); it is never pruned."""
     processor = "CLIPImageProcessor"
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
 
@@ -45,6 +48,50 @@ class Structure(Cuttable):
                 counts[f"{name}.{layer}.{HEAD}"] = self.tower(name).num_attention_heads
                 counts[f"{name}.{layer}.{NEURON}"] = self.tower(name).intermediate_size
         return counts
+
+    def sizes(self) -> Sizes:
+        vision, text = self.vision_config, self.text_config
+        return Sizes(
+            vision.image_size,
+            vision.patch_size,
+            text.max_position_embeddings,
+            text.vocab_size,
+            {name: (self.tower(name).hidden_size,) * (count + 1) for name, count in self.layers().items()},
+            {name: (self.tower(name).num_attention_heads,) * count for name, count in self.layers().items()},
+            tuple(self.image_mean),
+            tuple(self.image_std),
+        )
+
+    def abilities(self) -> frozenset[str]:
+        return frozenset({"embed"})
+
+    def tasks(self) -> frozenset[str]:
+        return frozenset({"retrieval"})
+
+    def flows(self) -> list[Flow]:
+        """The pooled position of a tower sees the others by self-attention alone; SigLIP's pooling of the image is never pruned."""
+        pooled = None if self.pools_by_probe else groups_of(self.layers(), HEAD, "vision")
+        flows = [Flow("image", "vision.patches"), Flow("vision.patches", "vision.pooled", pooled), Flow("vision.pooled", "itc")]
+        mixing = groups_of(self.layers(), HEAD, "text")
+        return [*flows, Flow("text", "text.tokens"), Flow("text.tokens", "text.pooled", mixing), Flow("text.pooled", "itc")]
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        source = {tower: list(chosen) for tower, chosen in layers.items()}
+        chosen = self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers())
+        for tower, numbers in layers.items():
+            chosen.tower(tower).num_hidden_layers = len(numbers)
+        return chosen
+
+    def stock_config(self, neurons: Mapping[str, int]) -> Self:
+        """Depth and one number of neurons a tower are fields of transformers' configurations; SigLIP's pooling head shares vision's."""
+        chosen = self.copy(kept=None)
+        for tower, count in neurons.items():
+            before = self.tower(tower).intermediate_size
+            if tower == "vision" and count != before and self.pools_by_probe:
+                why = f"vision layers have {count} neurons and the pooling head {before}, where one number stands for both"
+                raise BadInput("this SigLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
+            chosen.tower(tower).intermediate_size = count
+        return chosen
 
 
 class SlicedCLIPConfig(Structure, CLIPConfig):
@@ -72,6 +119,7 @@ class SlicedCLIPConfig(Structure, CLIPConfig):
 class SlicedSiglipConfig(Structure, SiglipConfig):
     model_type = "evlm_siglip"
     stock = ("siglip", "SiglipModel")
+    pools_by_probe = True
     processor = "SiglipImageProcessor"
 
     image_mean: list[float] | tuple[float, ...] = HALVES

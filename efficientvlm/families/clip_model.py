@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.base import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.clip_config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, Structure
+from efficientvlm.families.clip_graphs import clip_graphs
 from efficientvlm.families.towers.attention import causal
 from efficientvlm.families.towers.layers import Layers, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked
-from efficientvlm.families.towers.parts import NOTHING, Encoded, Named, Part, activation, normalise
+from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, Named, Part, activation, normalise, tap
 from efficientvlm.families.towers.vit import Vit
 
 TOWER = {"position_embedding": "embeddings.position_embedding.weight", "layers": "encoder.layers"}
@@ -91,7 +94,7 @@ class Pooling(Named):
 
     def forward(self, states: Tensor) -> Tensor:
         """States [B, T, W] to one vector each [B, W]."""
-        x = self.attention(self.probe.expand(len(states), -1, -1), states, states, need_weights=False)[0]
+        x = self.attention(self.probe.expand(states.shape[0], -1, -1), states, states, need_weights=False)[0]
         return (x + self.fc2(self.activation(self.fc1(self.layernorm(x)))))[:, 0]
 
 
@@ -102,6 +105,7 @@ class Comparing(TowerNetwork):
     owners = {f"{tower}_model": tower for tower in TOWERS}
     renamed = {r"^(vision|text)_model\.(vision|text)_model\.": r"\1_model."}
     main_input_name = "input_ids"
+    taps = frozenset(f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION))
     vision_model: Vit
     text_model: Text
 
@@ -181,6 +185,43 @@ class Comparing(TowerNetwork):
             text_model_output=_output(text, self.text_model.post_norm(text.states), self.pool_text(text.states, ids)),
             vision_model_output=_output(image, self._seen(image.states), self.pool_image(image.states)),
         )
+
+    def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """Images and texts: `image_features` [I, E] and `text_features` [T, E], unit vectors, and their `logits` [I, T]."""
+        wanted = check_taps(self, want)
+        record = Record()
+        image = self.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        ids, text = self.encode_text(batch["text_ids"], batch["text_mask"], kinds_of(wanted, "text"))
+        for tower, out in (("vision", image), ("text", text)):
+            tap(record, tower, out, kinds_of(wanted, tower))
+        record["image_features"] = self.image_feature(image.states)
+        record["text_features"] = self.text_feature(text.states, ids)
+        record["logits"] = self.similarity(record["image_features"], record["text_features"])
+        return record
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.encode_image(pixels).states
+        return states, self.image_feature(states)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        ids, out = self.encode_text(ids, mask)
+        return out.states, self.text_feature(out.states, ids)
+
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        size, end = self.config.vision_config.image_size, self.config.end
+        ids = torch.full((batch_size, text_length), 0 if end else 1, device=device)
+        ids[:, -1] = end
+        return {
+            "pixels": torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device),
+            "text_ids": ids,
+            "text_mask": torch.ones_like(ids),
+        }
+
+    def graphs(self) -> list[Graph]:
+        return clip_graphs(self)
+
+    def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": batch["pixels"], "input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
 
     def _seen(self, states: Tensor) -> Tensor:
         """The states of an image as transformers' class gives them."""

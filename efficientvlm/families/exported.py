@@ -16,7 +16,7 @@ from torch import Tensor
 
 from efficientvlm import manifest
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.families.base import Record, Sizes
+from efficientvlm.families.base import Record, Sizes, check_taps, require
 from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.graphs import names
 from efficientvlm.families.loading import read_json
@@ -38,6 +38,8 @@ PORTS = {
     "retrieval": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
 }
 """What the graphs of a model take and give at least, by what it does."""
+ABLE = {"vqa": "answer", "retrieval": "embed", "captioning": "caption"}
+"""What graphs can do that were exported of a network for a task."""
 MATCH = ("rows", *TEXT)
 """What the graph `match` takes besides outputs of `image`; a model for retrieval may have it."""
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
@@ -86,12 +88,12 @@ class Description(Strict):
 
     format_version: Literal[1] = 1
     family: str = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
+    made_for: list[str] = Field(min_length=1, alias="tasks")
     precision: Literal["fp32", "int8"]
     opset: int = Field(ge=1, le=1000)
     tolerance: float = Field(gt=0, description="largest difference to torch that fp32 graphs were allowed")
     graphs: dict[str, GraphFile] = Field(min_length=1)
-    sizes: StoredSizes
+    stored_sizes: StoredSizes = Field(alias="sizes")
     answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     rank_top: int = Field(128, ge=1)
     first_token_twice: bool = False
@@ -104,7 +106,7 @@ class Description(Strict):
     @field_validator("graphs")
     @classmethod
     def _run_one_after_the_other(cls, graphs: dict[str, GraphFile], info: ValidationInfo) -> dict[str, GraphFile]:
-        needed = [(task, *graph) for task in info.data.get("tasks", ()) for graph in PORTS.get(task, {}).items()]
+        needed = [(task, *graph) for task in info.data.get("made_for", ()) for graph in PORTS.get(task, {}).items()]
         for task, name, (inputs, outputs) in needed:
             if name not in graphs:
                 raise ValueError(f"there is no graph {name}, which {task} needs")
@@ -128,6 +130,31 @@ class Description(Strict):
             if "logits" not in graphs["match"].outputs or len(graphs["match"].outputs["logits"].shape) != 2:
                 raise ValueError("graph match has no logits of two dimensions")
         return graphs
+
+    def sizes(self) -> Sizes:
+        values = self.stored_sizes.model_dump()
+        by_layer = {name: {tower: tuple(layers) for tower, layers in values[name].items()} for name in ("widths", "heads")}
+        return Sizes(**{**values, **by_layer, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
+
+    def layers(self) -> dict[str, int]:
+        """Layers by tower, as far as a graph shows them by their keys and values; those of other towers are inside the graphs."""
+        counts = {"decoder": 0}
+        for graph, tower in READERS.items():
+            ports = self.graphs[graph].inputs if graph in self.graphs else {}
+            keys = {name.rpartition("_")[2] for name in ports if name.removeprefix("past_").startswith(("key_", "value_"))}
+            counts[tower] = max(counts.get(tower, 0), len(keys))
+        return counts
+
+    def abilities(self) -> frozenset[str]:
+        able = {ability for task, ability in ABLE.items() if task in self.made_for}
+        return frozenset(able | ({"match"} if "match" in self.graphs and "embed" in able else set()))
+
+    def tasks(self) -> frozenset[str]:
+        return frozenset(self.made_for)
+
+    @property
+    def model_type(self) -> str:
+        return f"{self.family}, ONNX graphs"
 
 
 def check_cache(graph: GraphFile) -> None:
@@ -212,11 +239,12 @@ def check_ports(name: str, graph: GraphFile, session: Any, where: Path) -> None:
 
 @dataclass
 class ExportedModel:
-    """Graphs in the place of a model; `config` is the folder's `onnx.json`."""
+    """Graphs in the place of a network; `config` is the folder's `onnx.json`."""
 
     config: Description
     sessions: dict[str, Any]
     device: torch.device = CPU
+    taps: frozenset[str] = frozenset()
 
     def to(self, device: torch.device) -> ExportedModel:
         if device.type != "cpu":
@@ -228,34 +256,110 @@ class ExportedModel:
     def eval(self) -> ExportedModel:
         return self
 
-    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pass_through(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.config.graphs[graph].outputs, run_session(self.sessions[graph], inputs), strict=True))
+
+    def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[ExportedModel, list[str]]:
+        require(self, ability)
+        return self, []
+
+    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, dict[str, Tensor]]:
+        """The context is what the graph `question` gives, with the mask."""
+        check_taps(self, want)
+        sizes = self.config.sizes()
+        pixels = normalise(batch["pixels"], sizes.image_mean, sizes.image_std, torch.float32)
+        mask = batch["question_mask"]
+        rows = batch["image_index"] if "image_index" in batch else torch.arange(len(mask))
+        outputs = self.pass_through(
+            "question", {"pixels": pixels, "question_ids": batch["question_ids"], "question_mask": mask, "image_index": rows}
+        )
+        return Record(states=outputs.pop("states")), {**outputs, "question_mask": mask}
+
+    def decode(
+        self,
+        context: dict[str, Tensor],
+        ids: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """As a network's; padding may only follow the tokens, where it changes nothing before it, so that `mask` has no use."""
+        rows = torch.arange(len(ids)) if rows is None else rows
+        cache = Cache() if cache is None else cache
+        inputs = {**context, "rows": rows, "answer_ids": ids, "past": torch.arange(cache.length), **self._past(cache, len(ids))}
+        outputs = self.pass_through("answer", inputs)
+        for layer in (int(name.removeprefix("present_key_")) for name in outputs if name.startswith("present_key_")):
+            cache.kv[layer] = outputs[f"present_key_{layer}"], outputs[f"present_value_{layer}"]
+        cache.length += ids.shape[1]
+        return outputs["logits"]
+
+    def _past(self, cache: Cache, rows: int) -> dict[str, Tensor]:
+        if cache.length:
+            return {name: tensor for layer, kv in cache.kv.items() for name, tensor in zip(names([layer], "past_"), kv, strict=True)}
+        ports = self.config.graphs["answer"].inputs
+        sizes = {name: (rows, int(port.shape[1]), 0, int(port.shape[3])) for name, port in ports.items() if name.startswith("past_")}
+        return {name: torch.zeros(size) for name, size in sizes.items()}
+
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to what :meth:`match` reads of them, all of it in one tensor [B, N], and unit vectors [B, E]."""
+        sizes = self.config.sizes()
+        outputs = self.pass_through("image", {"pixels": normalise(pixels, sizes.image_mean, sizes.image_std, torch.float32)})
+        read = [outputs[name].flatten(1) for name in self._read_by_match()]
+        return torch.cat([outputs["image_features"][:, :0], *read], 1), outputs["image_features"]
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, L] to what :meth:`match` reads of them, the ids themselves, and unit vectors [B, E]."""
+        return ids, self.pass_through("text", {"text_ids": ids, "text_mask": mask})["text_features"]
+
+    def match(self, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        """Matching logits [P, 2] of `texts` [P, L] with `images` [I, N], as they came with the features; `rows` [P] names the image."""
+        require(self, "match")
+        shapes = {name: [int(size) for size in self.config.graphs["match"].inputs[name].shape[1:]] for name in self._read_by_match()}
+        parts = images.split([math.prod(shape) for shape in shapes.values()], 1)
+        seen = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return self.pass_through("match", {**seen, "rows": rows, "text_ids": texts, "text_mask": mask})["logits"]
+
+    def _read_by_match(self) -> list[str]:
+        """Outputs of `image` that `match` goes on from."""
+        return [name for name in self.config.graphs["match"].inputs if name not in MATCH] if "match" in self.config.abilities() else []
+
+    def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """All graphs once, in their order, each fed from the batch and from the graphs before it; the record holds every output."""
+        sizes = self.config.sizes()
+        values = {**batch, "pixels": normalise(batch["pixels"], sizes.image_mean, sizes.image_std, torch.float32)}
+        record = Record()
+        for graph in self.config.graphs:
+            record.update(outputs := self.pass_through(graph, values))
+            values |= outputs
+        return record
+
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        """Every input that no graph before it gives: one image, one text of `text_length` and one token of an answer a sample."""
+        made = {name for graph in self.config.graphs.values() for name in graph.outputs}
+        lengths = {"tokens": text_length, "length": 1, "past": 0}
+        batch: dict[str, Tensor] = {}
+        ports = {name: port for graph in self.config.graphs.values() for name, port in graph.inputs.items() if name not in made}
+        for name, port in ports.items():
+            shape = [size if isinstance(size, int) else lengths.get(size, batch_size) for size in port.shape]
+            kind = torch.float32 if name.startswith("past_") else torch.uint8 if port.type == "float32" else torch.long
+            batch[name] = torch.arange(batch_size) if len(shape) == 1 and shape[0] else torch.ones(shape, dtype=kind)
+        return batch
 
 
 class Exported:
-    """What stages that only use a model need of its family.
-
-    Unlike a family of networks it is made for one folder: what graphs do is in their description alone. `retrieval` is how they compare
-    images with texts: `itc` by the features of both, `itm` where there is a graph `match` too.
-    """
+    """How folders of ONNX graphs are opened; unlike a family's networks these are not trained, cut or saved."""
 
     name = "onnx"
-
-    def __init__(self, config: Description) -> None:
-        compares = "retrieval" in config.tasks
-        self.retrieval: tuple[str, ...] = (("itc", "itm") if "match" in config.graphs else ("itc",)) if compares else ()
-
-    @classmethod
-    def of_folder(cls, path: Path) -> Exported:
-        """For the graphs of `path`; :class:`BadInput` as :meth:`read_config`."""
-        return cls(cls.read_config(path))
 
     @staticmethod
     def read_config(path: Path) -> Description:
         """What `onnx.json` says; :class:`BadInput` for anything that no export writes there, all of it at once."""
         file = path / ONNX
         description = parse(Description, read_json(file), str(file))
-        size = description.sizes.image_size
+        size = description.stored_sizes.image_size
         for name, graph in description.graphs.items():
             pixels = graph.inputs.get("pixels")
             if pixels and pixels.shape[1:] != [3, size, size]:
@@ -274,116 +378,3 @@ class Exported:
             sessions[name] = open_session(path / graph.file)
             check_ports(name, graph, sessions[name], path / graph.file)
         return ExportedModel(config, sessions)
-
-    def sizes(self, config: Description) -> Sizes:
-        values = config.sizes.model_dump()
-        by_layer = {name: {tower: tuple(layers) for tower, layers in values[name].items()} for name in ("widths", "heads")}
-        return Sizes(**{**values, **by_layer, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
-
-    def layer_counts(self, config: Description) -> dict[str, int]:
-        """Layers by tower, as far as a graph shows them by their keys and values; those of other towers are inside the graphs."""
-        counts = {"decoder": 0}
-        for graph, tower in READERS.items():
-            ports = config.graphs[graph].inputs if graph in config.graphs else {}
-            keys = {name.rpartition("_")[2] for name in ports if name.removeprefix("past_").startswith(("key_", "value_"))}
-            counts[tower] = max(counts.get(tower, 0), len(keys))
-        return counts
-
-    def tasks(self, config: Description) -> frozenset[str]:
-        return frozenset(config.tasks)
-
-    def for_vqa(self, model: ExportedModel, teacher: Any, decoder_init: str) -> tuple[ExportedModel, list[str]]:
-        if "vqa" not in model.config.tasks:
-            raise BadInput(
-                "these ONNX graphs answer no questions",
-                f"they were exported for {', '.join(model.config.tasks)}",
-                "export a model that does",
-            )
-        return model, []
-
-    def question(self, model: ExportedModel, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, dict[str, Tensor]]:
-        """The context is what the graph `question` gives, with the mask."""
-        if want:
-            raise BadInput("ONNX graphs keep nothing for distillation", ", ".join(want), "use the checkpoint they were exported from")
-        sizes = self.sizes(model.config)
-        pixels = normalise(batch["pixels"], sizes.image_mean, sizes.image_std, torch.float32)
-        mask = batch["question_mask"]
-        rows = batch["image_index"] if "image_index" in batch else torch.arange(len(mask))
-        outputs = model.run(
-            "question", {"pixels": pixels, "question_ids": batch["question_ids"], "question_mask": mask, "image_index": rows}
-        )
-        return Record(states=outputs.pop("states")), {**outputs, "question_mask": mask}
-
-    def answer(
-        self,
-        model: ExportedModel,
-        context: dict[str, Tensor],
-        ids: Tensor,
-        mask: Tensor | None,
-        rows: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """As a family's; padding may only follow the tokens, where it changes nothing before it, so that `mask` has no use."""
-        rows = torch.arange(len(ids)) if rows is None else rows
-        cache = Cache() if cache is None else cache
-        inputs = {**context, "rows": rows, "answer_ids": ids, "past": torch.arange(cache.length), **self._past(model, cache, len(ids))}
-        outputs = model.run("answer", inputs)
-        for layer in (int(name.removeprefix("present_key_")) for name in outputs if name.startswith("present_key_")):
-            cache.kv[layer] = outputs[f"present_key_{layer}"], outputs[f"present_value_{layer}"]
-        cache.length += ids.shape[1]
-        return outputs["logits"]
-
-    def _past(self, model: ExportedModel, cache: Cache, rows: int) -> dict[str, Tensor]:
-        if cache.length:
-            return {name: tensor for layer, kv in cache.kv.items() for name, tensor in zip(names([layer], "past_"), kv, strict=True)}
-        ports = model.config.graphs["answer"].inputs
-        sizes = {name: (rows, int(port.shape[1]), 0, int(port.shape[3])) for name, port in ports.items() if name.startswith("past_")}
-        return {name: torch.zeros(size) for name, size in sizes.items()}
-
-    def new_cache(self, model: ExportedModel) -> Cache:
-        return Cache()
-
-    def image_features(self, model: ExportedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to what :meth:`match` reads of them, all of it in one tensor [B, N], and unit vectors [B, E]."""
-        sizes = self.sizes(model.config)
-        outputs = model.run("image", {"pixels": normalise(pixels, sizes.image_mean, sizes.image_std, torch.float32)})
-        read = [outputs[name].flatten(1) for name in self._read_by_match(model)]
-        return torch.cat([outputs["image_features"][:, :0], *read], 1), outputs["image_features"]
-
-    def text_features(self, model: ExportedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, L] to what :meth:`match` reads of them, the ids themselves, and unit vectors [B, E]."""
-        return ids, model.run("text", {"text_ids": ids, "text_mask": mask})["text_features"]
-
-    def match(self, model: ExportedModel, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
-        """Matching logits [P, 2] of `texts` [P, L] with `images` [I, N], as they came with the features; `rows` [P] names the image."""
-        if "itm" not in self.retrieval:
-            raise BadInput("these ONNX graphs do not match", "they compare images with texts by their features alone", "leave rerank out")
-        shapes = {name: [int(size) for size in model.config.graphs["match"].inputs[name].shape[1:]] for name in self._read_by_match(model)}
-        parts = images.split([math.prod(shape) for shape in shapes.values()], 1)
-        seen = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return model.run("match", {**seen, "rows": rows, "text_ids": texts, "text_mask": mask})["logits"]
-
-    def _read_by_match(self, model: ExportedModel) -> list[str]:
-        """Outputs of `image` that `match` goes on from."""
-        return [name for name in model.config.graphs["match"].inputs if name not in MATCH] if "itm" in self.retrieval else []
-
-    def forward(self, model: ExportedModel, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
-        """All graphs once, in their order, each fed from the batch and from the graphs before it; the record holds every output."""
-        sizes = self.sizes(model.config)
-        values = {**batch, "pixels": normalise(batch["pixels"], sizes.image_mean, sizes.image_std, torch.float32)}
-        record = Record()
-        for graph in model.config.graphs:
-            record.update(outputs := model.run(graph, values))
-            values |= outputs
-        return record
-
-    def example_batch(self, config: Description, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        """Every input that no graph before it gives: one image, one text of `text_length` and one token of an answer a sample."""
-        made = {name for graph in config.graphs.values() for name in graph.outputs}
-        lengths = {"tokens": text_length, "length": 1, "past": 0}
-        batch: dict[str, Tensor] = {}
-        for name, port in ((name, port) for graph in config.graphs.values() for name, port in graph.inputs.items() if name not in made):
-            shape = [size if isinstance(size, int) else lengths.get(size, batch_size) for size in port.shape]
-            kind = torch.float32 if name.startswith("past_") else torch.uint8 if port.type == "float32" else torch.long
-            batch[name] = torch.arange(batch_size) if len(shape) == 1 and shape[0] else torch.ones(shape, dtype=kind)
-        return batch

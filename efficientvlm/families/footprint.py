@@ -32,10 +32,10 @@ class Footprint:
     answer_token: int
 
     @classmethod
-    def of(cls, family: Any, config: Any) -> Footprint:
+    def of(cls, config: Any) -> Footprint:
         """For networks of `config`, pruned or not: as if nothing was removed."""
-        sizes = family.sizes(config)
-        layers = family.layer_counts(config)
+        sizes = config.sizes()
+        layers = config.layers()
         vision = max(sizes.widths["vision"])
         text = max((width for tower, widths in sizes.widths.items() if tower != "vision" for width in widths), default=vision)
         tokens, readers = (sizes.image_size // sizes.patch_size) ** 2 + 1, sum(n for tower, n in layers.items() if tower != "vision")

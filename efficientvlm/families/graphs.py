@@ -1,8 +1,8 @@
 """The graphs of decoders for export, whatever the family.
 
 A decoder goes on from keys and values of what it attends to, projected once and picked by row, and from those of its own earlier tokens, so
-that ranking many answers repeats neither. Written against :class:`attention.Context` and :class:`attention.Cache`, which every family's
-`answer` uses.
+that ranking many answers repeats neither. Written against :class:`attention.Context` and :class:`attention.Cache`, which every network's
+`decode` uses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.families.base import Family, Graph
+from efficientvlm.families.base import Graph
 from efficientvlm.families.towers.attention import Cache, Context, KeyValue
 
 Tensors = Mapping[str, Tensor]
@@ -46,17 +46,17 @@ class Part(nn.Module):
 class Step(nn.Module):
     """Keys and values of what is attended to and of the tokens so far, more tokens → next-token logits, keys and values of all tokens."""
 
-    def __init__(self, family: Family, model: nn.Module, layers: int, past: list[int], ids: str) -> None:
+    def __init__(self, model: Any, layers: int, past: list[int], ids: str) -> None:
         super().__init__()
-        self.family, self.model, self.layers, self.past, self.ids = family, model, layers, past, ids
+        self.model, self.layers, self.past, self.ids = model, layers, past, ids
 
     def forward(self, inputs: Tensors) -> tuple[Tensor, ...]:
         mask = inputs["question_mask"].bool()[:, None, None] if "question_mask" in inputs else None
         context = Context(pairs(inputs, self.layers), mask)
-        cache: Cache = self.family.new_cache(self.model)
+        cache: Cache = self.model.new_cache()
         cache.kv = {layer: kv for layer, kv in enumerate(pairs(inputs, self.layers, "past_")) if kv is not None}
         cache.length = inputs[f"past_key_{self.past[0]}"].shape[2] if self.past else inputs["past"].shape[0]
-        logits = self.family.answer(self.model, context, inputs[self.ids], None, inputs["rows"], cache)
+        logits = self.model.decode(context, inputs[self.ids], None, inputs["rows"], cache)
         return (logits, *(tensor for layer in self.past for tensor in cache.kv[layer]))
 
 
@@ -80,12 +80,12 @@ def flat(kv: list[KeyValue | None]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def vqa_graphs(family: Family, model: Any) -> list[Graph]:
+def vqa_graphs(model: Any) -> list[Graph]:
     """`question` and `answer` of a model that answers questions.
 
     `question` gives the text `states` and the keys and values of every decoder layer that has cross-attention heads.
     """
-    sizes = family.sizes(model.config)
+    sizes = model.config.sizes()
 
     def example(axes: Axes) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(0)
@@ -98,10 +98,10 @@ def vqa_graphs(family: Family, model: Any) -> list[Graph]:
         }
 
     def question(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
-        record, context = family.question(model, dict(inputs))
+        record, context = model.encode(dict(inputs))
         return (record["states"], *flat(context.kv))
 
-    _, context = family.question(model, example(QUESTION_SIZES[0]))
+    _, context = model.encode(example(QUESTION_SIZES[0]))
     by_question = {"questions": 0, "tokens": 1}
     axes = {
         "pixels": {0: "images"},
@@ -111,13 +111,13 @@ def vqa_graphs(family: Family, model: Any) -> list[Graph]:
     outputs = ("states", *names(present(context.kv)))
     return [
         Graph("question", Part(model, question), axes, outputs, QUESTION_SIZES, example),
-        step_graph(family, model, "answer", context.kv, {0: "questions", 2: "tokens"}, "answer_ids"),
+        step_graph(model, "answer", context.kv, {0: "questions", 2: "tokens"}, "answer_ids"),
     ]
 
 
 @torch.no_grad()
-def step_graph(family: Family, model: Any, name: str, kv: list[KeyValue | None], axes: dict[int, str], ids: str) -> Graph:
-    """One decoding step, run by `family.answer`.
+def step_graph(model: Any, name: str, kv: list[KeyValue | None], axes: dict[int, str], ids: str) -> Graph:
+    """One decoding step, run by `decode`.
 
     A layer without cross-attention heads has no `key_i` and `value_i`, one without heads no `past_key_i`. If no layer has heads, `past`
     [tokens so far] says by its length alone where the new tokens stand.
@@ -127,12 +127,12 @@ def step_graph(family: Family, model: Any, name: str, kv: list[KeyValue | None],
             `question_mask`.
         ids: name of the input with the new tokens.
     """
-    cache = family.new_cache(model)
+    cache = model.new_cache()
     rows = next((tensors[0].shape[0] for tensors in kv if tensors is not None), 1)
     shapes = {layer: tensors[0].shape for layer, tensors in enumerate(kv) if tensors is not None}
-    family.answer(model, Context(kv), torch.zeros(rows, 1, dtype=torch.long), None, None, cache)
+    model.decode(Context(kv), torch.zeros(rows, 1, dtype=torch.long), None, None, cache)
     cached = {layer: tensors[0].shape for layer, tensors in sorted(cache.kv.items())}
-    vocabulary, owner, asks = family.sizes(model.config).vocab_size, axes[0], "tokens" in axes.values()
+    vocabulary, owner, asks = model.config.sizes().vocab_size, axes[0], "tokens" in axes.values()
     attended = ({owner: 3, "tokens": 5}, {owner: 1, "tokens": 1}, {owner: 2, "tokens": 6}, {owner: 8, "tokens": 3})
     sizes = tuple({**{axis: part[axis] for axis in axes.values()}, **step} for part, step in zip(attended, STEP_SIZES, strict=True))
 
@@ -155,7 +155,7 @@ def step_graph(family: Family, model: Any, name: str, kv: list[KeyValue | None],
     dynamic |= {"question_mask": {0: owner, 1: "tokens"}} if asks else {}
     dynamic |= {"rows": {0: "sequences"}, ids: {0: "sequences", 1: "length"}}
     dynamic |= {key: {0: "sequences", 2: "past"} for key in names(list(cached), "past_")} if cached else {"past": {0: "past"}}
-    module = Step(family, model, max(len(kv), *(layer + 1 for layer in cached), 0), list(cached), ids)
+    module = Step(model, max(len(kv), *(layer + 1 for layer in cached), 0), list(cached), ids)
     return Graph(name, module, dynamic, ("logits", *names(list(cached), "present_")), sizes, example)
 
 

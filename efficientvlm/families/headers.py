@@ -45,7 +45,7 @@ def check_shapes(family: Any, config: Any, folder: Path) -> None:
     """
     if not (found := header_shapes(folder)):
         return
-    layers = sum(family.layer_counts(config).values())
+    layers = sum(config.layers().values())
     if layers > len(found):
         why = f"config.json describes {layers:,} layers, the weights have {len(found):,} tensors"
         raise BadInput(f"{folder}: weights do not fit config.json", why, "restore config.json, or make the folder again")

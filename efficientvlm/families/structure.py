@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
-from efficientvlm.families.towers.attention import Cache
+from efficientvlm.families.base import Flow, Sizes
 
 DAMAGED = "restore config.json, or make the folder again"
 
@@ -42,7 +42,23 @@ class Cuttable:
         raise NotImplementedError
 
     def original_counts(self) -> dict[str, int]:
-        """Units of every group before anything was removed, ordered by tower, layer, kind."""
+        """Units of every group (`tower.layer.kind`) before anything was removed, ordered by tower, layer, kind."""
+        raise NotImplementedError
+
+    def sizes(self) -> Sizes:
+        """Sizes of the network."""
+        raise NotImplementedError
+
+    def flows(self) -> list[Flow]:
+        """How every input gets to every output; what nothing flows into is an input, what flows into nothing an output."""
+        raise NotImplementedError
+
+    def tasks(self) -> frozenset[str]:
+        """What a network of this configuration does as it is: `vqa`, `pretraining`, `retrieval`, `captioning`, ..."""
+        raise NotImplementedError
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        """A copy that keeps the given layers of each tower, their structure included."""
         raise NotImplementedError
 
     def kept_indices(self) -> dict[str, list[int]]:
@@ -69,47 +85,16 @@ class Cuttable:
         """
         return []
 
+    def abilities(self) -> frozenset[str]:
+        """What a network of this configuration can do; see `base.ABILITIES`."""
+        raise NotImplementedError
+
     def copy(self, **changes: Any) -> Self:
         """This configuration with some fields changed."""
         changed = copy.deepcopy(self)
         for name, value in changes.items():
             setattr(changed, name, value)
         return changed
-
-
-class Described:
-    """In front of a family: what its configurations, each a :class:`Cuttable`, and its networks, built of towers, answer themselves."""
-
-    network: ClassVar[Any]
-    """What all its network classes have in common."""
-
-    def units(self, model: Any) -> list[Any]:
-        units: list[Any] = model.units()
-        return units
-
-    def tower_of(self, parameter: str) -> str:
-        return str(self.network.tower_of(parameter))
-
-    def is_embedding(self, parameter: str) -> bool:
-        return bool(self.network.is_embedding(parameter))
-
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        return str(self.network.source_name(parameter, layers))
-
-    def new_cache(self, model: Any) -> Cache:
-        return Cache()
-
-    def original_counts(self, config: Cuttable) -> dict[str, int]:
-        return config.original_counts()
-
-    def kept(self, config: Cuttable) -> dict[str, list[int]]:
-        return config.kept_indices()
-
-    def with_kept(self, config: Any, kept: dict[str, list[int]]) -> Any:
-        return config.with_kept(kept)
-
-    def layer_counts(self, config: Cuttable) -> dict[str, int]:
-        return config.layers()
 
 
 def kept_indices(counts: Mapping[str, int], named: Mapping[str, str] | None) -> dict[str, list[int]]:

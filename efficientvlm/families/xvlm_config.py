@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model
 from transformers import PreTrainedConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, Sizes, groups_of
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
-from efficientvlm.families.structure import Cuttable
+from efficientvlm.families.structure import Cuttable, kept_of_layers
 from efficientvlm.settings.base import Strict, parse
 
+TOWERS = ("vision", "text", "fusion", "decoder")
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -108,6 +109,60 @@ class XVLMConfig(Cuttable, PreTrainedConfig):
                     counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
                 counts[f"{tower}.{layer}.{NEURON}"] = neurons
         return counts
+
+    def sizes(self) -> Sizes:
+        layers, by_tower = self.layers(), {tower: "vision" if tower == "vision" else "text" for tower in TOWERS}
+        return Sizes(
+            self.image_size,
+            self.patch_size,
+            self.max_positions,
+            self.vocab_size,
+            {tower: (getattr(self, f"{kind}_width"),) * (layers[tower] + 1) for tower, kind in by_tower.items()},
+            {tower: (getattr(self, f"{kind}_heads"),) * layers[tower] for tower, kind in by_tower.items()},
+            tuple(self.image_mean),
+            tuple(self.image_std),
+        )
+
+    def abilities(self) -> frozenset[str]:
+        if self.decoder_layers:
+            return frozenset({"answer"})
+        by_head = {"itc": "embed", "itm": "match"}
+        return frozenset({by_head[head] for head in self.heads if head in by_head} | ({"pretrain"} if self.heads else set()))
+
+    def tasks(self) -> frozenset[str]:
+        """`retrieval` needs both of its heads; a network that has them, and others, can be pre-trained with its own losses too."""
+        if self.decoder_layers:
+            return frozenset({"vqa"})
+        able = {"retrieval"} if {"itc", "itm"} <= set(self.heads) else set()
+        return frozenset(able | {"pretraining"} if self.heads else able)
+
+    def flows(self) -> list[Flow]:
+        """Pictures reach texts by cross-attention alone, a pooled [CLS] sees other positions by self-attention alone."""
+        layers = self.layers()
+        crossing = groups_of(layers, CROSS_HEAD, "fusion")
+        flows = [Flow("image", "vision.patches"), Flow("text", "text.tokens")]
+        if layers["decoder"]:
+            flows += [Flow("text.tokens", "fusion.tokens"), Flow("vision.patches", "fusion.tokens", crossing)]
+            return [*flows, Flow("fusion.tokens", "decoder", groups_of(layers, CROSS_HEAD, "decoder")), Flow("decoder", "answer")]
+        pools = self.text_pooling == "cls"
+        if "itc" in self.heads:
+            flows += [Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
+            flows += [Flow("text.tokens", "text.pooled", groups_of(layers, HEAD, "text") if pools else None), Flow("text.pooled", "itc")]
+        mixing = groups_of(layers, HEAD, "text", "fusion")
+        for at, heads, through in (("pooled", ("itm", "box"), mixing if pools else None), ("masked", ("mlm",), mixing)):
+            if read := [head for head in heads if head in self.heads]:
+                flows += [Flow("text.tokens", f"fusion.{at}", through), Flow("vision.patches", f"fusion.{at}", crossing)]
+                flows += [Flow(f"fusion.{at}", head) for head in read]
+        return flows
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        local = self.local_attention_depth
+        if self.vision_layers:
+            local = sum(old >= self.vision_layers - local for old in layers["vision"])
+        sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
+        source = {tower: list(chosen) for tower, chosen in layers.items()}
+        before = {"layer_source": source, "layer_source_of": self.layers()}
+        return self.copy(**sizes, **before, kept=kept_of_layers(self.kept, layers), local_attention_depth=local)
 
 
 def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from efficientvlm.families.towers.attention import Cache, Context
+from efficientvlm.errors import BadInput
+from efficientvlm.families.base import Graph, Record, check_taps, kinds_of
+from efficientvlm.families.graphs import vqa_graphs
+from efficientvlm.families.towers.attention import Cache, Context, Sharing
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork
-from efficientvlm.families.towers.parts import NOTHING, Encoded, activation, normalise
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, normalise, tap
 from efficientvlm.families.towers.vit import Vit
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm_config import TOWERS, XVLMConfig
+from efficientvlm.families.xvlm_heads import answering, matching
 
 Kept = dict[str, list[int]]
 
@@ -49,8 +56,12 @@ class XVLMModel(TowerNetwork):
 
     config_class = XVLMConfig
     main_input_name = "pixels"
-    places = {tower: f"{tower}.layers" for tower in ("vision", "text", "fusion", "decoder")}
-    owners = {**{tower: tower for tower in places}, "decoder_head": "decoder"}
+    taps = frozenset(
+        {f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION)}
+        | {f"{tower}.{CROSS_ATTENTION}" for tower in ("fusion", "decoder")}
+    )
+    places = {tower: f"{tower}.layers" for tower in TOWERS}
+    owners = {**{tower: tower for tower in TOWERS}, "decoder_head": "decoder"}
 
     def __init__(self, config: XVLMConfig) -> None:
         super().__init__(config)
@@ -106,7 +117,7 @@ class XVLMModel(TowerNetwork):
         out: Encoded = self.fusion(states, mask.bool()[:, None, None], context, keep=keep)
         return out
 
-    def decode(
+    def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
     ) -> tuple[Tensor, Encoded]:
         """Answer tokens [B, L] to next-token logits [B, L, V], causal; with a `cache`, `ids` are the tokens that follow those in it."""
@@ -133,3 +144,90 @@ class XVLMModel(TowerNetwork):
         picked = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
         logits: Tensor = self.mlm_head(picked, self.text.embeddings)
         return logits
+
+    def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V].
+
+        A network whose only heads are those of retrieval adds the matching `logits` [Q, 2] of each question with its image, and the unit
+        vectors `image_feature` [I, E] and `text_feature` [Q, E].
+        """
+        record, context = self.encode(batch, want)
+        if "answer_ids" in batch:
+            keep = kinds_of(check_taps(self, want), "decoder")
+            context.rows = batch["answer_index"]
+            context.sharing = Sharing.of(context.rows, len(batch["question_ids"]))
+            context.mask = None if context.mask is None else context.mask[context.rows]
+            record["logits"], out = self.follow(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
+            tap(record, "decoder", out, keep)
+        return record
+
+    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
+        """Image and question through vision, text and fusion; the context is what an answer decoder attends to (one row a question)."""
+        wanted = check_taps(self, want)
+        record = Record()
+        image = self.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
+        text = self._texts(batch, kinds_of(wanted, "text"))
+        context = self.fusion.context(image.states, rows=batch.get("image_index"))
+        fused = self.fuse(text.states, batch["question_mask"], context, keep=kinds_of(wanted, "fusion"))
+        for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
+            tap(record, tower, out, kinds_of(wanted, tower))
+        if {*self.config.heads} == {"itc", "itm"}:
+            mask = batch["question_mask"]
+            record |= {"image_feature": self.image_feature(image.states), "text_feature": self.text_feature(text.states, mask)}
+            record["logits"] = self.itm_head(self.pooled(fused.states, mask))
+        record["states"] = fused.states
+        answers = self.decoder.context(fused.states, batch["question_mask"]) if self.config.decoder_layers else Context([])
+        return record, answers
+
+    def _texts(self, batch: dict[str, Any], keep: frozenset[str]) -> Encoded:
+        """The questions through the text tower, one that is asked of several images only once where no dropout sets them apart."""
+        ids, mask = batch["question_ids"], batch["question_mask"]
+        if "distinct_questions" not in batch or (self.training and self.config.dropout):
+            return self.encode_text(ids, mask, keep=keep)
+        distinct = batch["distinct_questions"]
+        return self.encode_text(ids[distinct], mask[distinct], keep=keep).spread(batch["distinct_index"])
+
+    def decode(self, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
+        return self.follow(ids, mask, context if rows is None else context.of(rows), cache)[0]
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.encode_image(pixels).states
+        return states, self.image_feature(states)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.encode_text(ids, mask).states
+        return states, self.text_feature(states, mask)
+
+    def match(self, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        fused = self.fuse(texts, mask, self.fusion.context(images, rows=rows))
+        logits: Tensor = self.itm_head(self.pooled(fused.states, mask))
+        return logits
+
+    def gain(self, ability: str, donor: XVLMModel | None = None, decoder_init: str = "auto") -> tuple[XVLMModel, list[str]]:
+        """As the base says: to `answer`, an answer decoder is added; to `match`, the heads of other tasks are taken away."""
+        if ability == "answer":
+            return answering(self, donor, decoder_init)
+        if ability == "match":
+            return matching(self), []
+        return super().gain(ability, donor, decoder_init)
+
+    def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        config = self.config
+        rows = torch.arange(batch_size, device=device)
+        batch: dict[str, Any] = {
+            "pixels": torch.zeros(batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8, device=device),
+            "image_index": rows,
+            "question_ids": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
+            "question_mask": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
+        }
+        if config.decoder_layers:
+            ones = torch.ones(batch_size, 1, dtype=torch.long, device=device)
+            batch |= {"answer_ids": ones, "answer_mask": ones, "answer_index": rows}
+        return batch
+
+    def graphs(self) -> list[Graph]:
+        if not self.config.decoder_layers:
+            why = "it has no answer decoder, and nothing else of an X-VLM is exported"
+            raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
+        return vqa_graphs(self)

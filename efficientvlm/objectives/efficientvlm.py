@@ -29,7 +29,7 @@ def distilled(hard: Any, teacher: Any, settings: Distillation) -> Objective:
         released(hard.terms, settings.quirks),
         kd=settings.kd,
         weights=dict(settings.weights),
-        maps=tower_maps(hard.family, hard.model.config, teacher.config),
+        maps=tower_maps(hard.model.config, teacher.config),
         alike=not settings.quirks.independent_negatives,
         temperature=settings.temperature,
         scale=settings.scale_by_temperature,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
 from efficientvlm import ranks
 from efficientvlm.families.base import Record
 from efficientvlm.objectives.losses import answer_loss
@@ -38,14 +36,14 @@ class Generation(Objective):
         Term("logits", "logits", logits, "answer_mask"),
     )
 
-    def __init__(self, family: Any, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.family, self.model = family, model
-        self.terms = tuple(term for term in self.terms if not term.tower or term.tap in family.taps)
+        self.model = model
+        self.terms = tuple(term for term in self.terms if not term.tower or term.tap in model.taps)
 
     def cached(self, teacher: Any) -> CachedAnswers:
         """`teacher`, which answers for `logits` alone and sees a sample once."""
-        return CachedAnswers(self.family, teacher)
+        return CachedAnswers(teacher)
 
     def passes(self, model: Any, batch: dict[str, Any], step: int, want: Iterable[str] = (), drawn: Any = None) -> Pass:
         """Nothing is drawn. Recorded are, beside the taps in `want`, `logits` [A, L, V] and the masks of questions and answers."""
@@ -53,7 +51,7 @@ class Generation(Objective):
         taps = {tap for tap in want if "." in tap}
         if model is not self.model and not any(tap == "logits" or tap.startswith("decoder.") for tap in want):
             batch = {name: value for name, value in batch.items() if name != "answer_ids"}  # a teacher that need not decode
-        record: Record = self.family.forward(model, batch, taps)
+        record: Record = model.run(batch, taps)
         record |= {name: batch[name] for name in ("question_mask", "answer_mask")}
         if model is not self.model:
             return Pass({}, record)

@@ -43,8 +43,8 @@ class CachedTeacher:
     memory; every process keeps those of the samples that it reads. A resumed run starts with nothing kept. Ours.
     """
 
-    def __init__(self, family: Any, model: Any) -> None:
-        self.family, self.model = family, model.eval().requires_grad_(False)
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
 
 
 class CachedAnswers(CachedTeacher):
@@ -53,8 +53,8 @@ class CachedAnswers(CachedTeacher):
     4 bytes for each entry of the vocabulary and each token of an answer, its first and last included.
     """
 
-    def __init__(self, family: Any, model: Any) -> None:
-        super().__init__(family, model)
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         self.kept: Kept = {}
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
@@ -66,7 +66,7 @@ class CachedAnswers(CachedTeacher):
 
         def compute(rows: list[int]) -> Sequence[Tensor]:
             some = batch if len(rows) == len(keys) else part(batch, rows)
-            logits = self.family.forward(self.model, some)["logits"]
+            logits = self.model.run(some)["logits"]
             return [values[seen] for values, seen in zip(logits, some["answer_mask"].bool(), strict=True)]
 
         found = torch.cat(look_up(self.kept, keys, compute)).to(mask.device)
@@ -78,8 +78,8 @@ class CachedAnswers(CachedTeacher):
 class CachedFeatures(CachedTeacher):
     """`itc_logits`, from the features by picture and by caption: 4 bytes for each entry of a feature."""
 
-    def __init__(self, family: Any, model: Any) -> None:
-        super().__init__(family, model)
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         self.images: Kept = {}
         self.texts: Kept = {}
 
@@ -88,10 +88,10 @@ class CachedFeatures(CachedTeacher):
         pixels, ids, mask = batch["pixels"], batch["text_ids"], batch["text_mask"]
 
         def images(rows: list[int]) -> Sequence[Tensor]:
-            return list(self.family.image_features(self.model, pixels[rows])[1])
+            return list(self.model.embed_images(pixels[rows])[1])
 
         def texts(rows: list[int]) -> Sequence[Tensor]:
-            return list(self.family.text_features(self.model, ids[rows], mask[rows])[1])
+            return list(self.model.embed_texts(ids[rows], mask[rows])[1])
 
         everyone = Rows(len(ids))
         image = torch.stack(look_up(self.images, batch["image_ids"].tolist(), images)).to(ids.device)

@@ -180,18 +180,18 @@ def _positions(heads: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(heads, dtype=torch.long, device=device)
 
 
-def tower_maps(family: Any, student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
+def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
     """The layer map of every tower that both networks have.
 
     Student layer i stands for teacher layer s(i): the layer it was shrunk from, or with equal spacing (i + 1) * T // S - 1. Hidden state 0
     is the input on both sides, hidden i + 1 pairs with s(i) + 1, attention i with s(i) (EfficientVLM: b*i and b*i + b - 1 for T = b*S).
     """
-    ours, theirs = family.layer_counts(student_config), family.layer_counts(teacher_config)
+    ours, theirs = student_config.layers(), teacher_config.layers()
     source = getattr(student_config, "layer_source", None) or {}
     source_of = getattr(student_config, "layer_source_of", None) or {}
-    kept, teacher_kept = family.kept(student_config), family.kept(teacher_config)
+    kept, teacher_kept = student_config.kept_indices(), teacher_config.kept_indices()
     maps = {}
-    for tower in family.towers:
+    for tower in ours:
         if not ours[tower] or not theirs[tower]:
             continue
         if source_of.get(tower) == theirs[tower] and len(source[tower]) == ours[tower]:

@@ -68,9 +68,9 @@ class XvlmPretraining(Objective):
         Term("itc_logits", "itc_logits", contrast, made_in="itc"),
     )
 
-    def __init__(self, family: Any, model: nn.Module, *, losses: Iterable[str], seed: int, hard_negatives: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, losses: Iterable[str], seed: int, hard_negatives: bool = True) -> None:
         super().__init__()
-        self.family, self.model, self.losses, self.seed = family, model, frozenset(losses), seed
+        self.model, self.losses, self.seed = model, frozenset(losses), seed
         self.hard_negatives = hard_negatives
         self.terms = tuple(term for term in self.terms if not term.made_in or term.made_in in self.losses)
 
@@ -79,7 +79,7 @@ class XvlmPretraining(Objective):
 
     def cached(self, teacher: Any) -> CachedFeatures:
         """`teacher`, which answers for `itc_logits` alone and sees a picture and a caption once; batches have no regions then."""
-        return CachedFeatures(self.family, teacher)
+        return CachedFeatures(teacher)
 
     def passes(self, model: Any, batch: dict[str, Any], step: int, want: Iterable[str] = (), drawn: Negatives | None = None) -> Pass:
         """Every pass of one step. What is drawn are the negatives of all processes' pairs: an image for each text, a text for each image.
@@ -89,7 +89,7 @@ class XvlmPretraining(Objective):
         beside the taps in `want`, `itc_logits` [B, B], `itm_logits` [3 B, 2] and `mlm_logits` [B, M, V], and the masks of texts.
         """
         want = frozenset(want)
-        wanted = check_taps(self.family, (tap for tap in want if "." in tap))
+        wanted = check_taps(model, (tap for tap in want if "." in tap))
         own = model is self.model
         runs = self.losses if own else {MADE_IN.get(tap.partition("@")[2] or tap) for tap in want}
         record, negatives = Record(), drawn

@@ -96,7 +96,7 @@ class Chain:
         for model, known in self._accounts:
             if model is loaded.model:
                 return known
-        counted = account(loaded.family, loaded.model, text_length=TEXT_LENGTH)
+        counted = account(loaded.model, text_length=TEXT_LENGTH)
         self._accounts.append((loaded.model, counted))
         return counted
 

@@ -96,9 +96,9 @@ def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     teacher = chain.open(config.model, step.name)
     found.before = summary(chain, teacher)
-    layers = resolve_layers(teacher.family.layer_counts(teacher.model.config), config.layers)
+    layers = resolve_layers(teacher.model.config.layers(), config.layers)
     with on_meta():
-        model = shrink_model(teacher.family, teacher.model, layers)
+        model = shrink_model(teacher.model, layers)
     found.structure, found.memory = "exact", costs.memory(model, teacher.model)
     found.notes += [f"{tower} keeps layers {', '.join(map(str, kept)) or 'none'}" for tower, kept in layers.items() if kept]
     finish(chain, step, found, replace(teacher, model=model), chain.status(step, {"model": config.model}, {}))
@@ -151,11 +151,11 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
     with chain.problems.of(step.name):
         prune.check(config)
     run, student = learnt(chain, step, found)
-    scope = scope_of(config, student.family, student.model)
+    scope = scope_of(config, student.model)
     found.structure = "uniform cut: the real structure is learnt"
     keep = uniform_cut(scope)
     with on_meta():
-        model = slice_model(student.family, student.model, keep)
+        model = slice_model(student.model, keep)
     gates = len(scope.units) if config.method == "l0" else 0
     sizes = {"gates": gates, "dense": config.keep_dense}
     training(chain, step, found, run, inputs_of(config), result=replace(student, model=model), **sizes)
@@ -167,9 +167,9 @@ def plan_untrained(chain: Chain, step: Step, found: Forecast) -> None:
     loaded = chain.open(config.model, step.name)
     found.before = summary(chain, loaded)
     found.structure, found.memory = "uniform cut: the real structure follows from the weights", costs.memory(loaded.model)
-    keep = uniform_cut(scope_of(config, loaded.family, loaded.model))
+    keep = uniform_cut(scope_of(config, loaded.model))
     with on_meta():
-        model = slice_model(loaded.family, loaded.model, keep)
+        model = slice_model(loaded.model, keep)
     finish(chain, step, found, replace(loaded, model=model), chain.status(step, {"model": config.model}, {}))
 
 
@@ -205,7 +205,7 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
     )
     if place(config.from_gates) in chain.stale:
         source = chain.dense[place(config.from_gates)]
-        scope = scope_of(config, pruned.family, source)
+        scope = scope_of(config, source)
         keep, found.structure, dense = uniform_cut(scope), "uniform cut: the gates are not learnt yet", True
     else:
         tensors = recut.read_tensors(pruned, GATES)
@@ -214,7 +214,7 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
         scope, keep = recut.choose(config, replace(pruned, model=source), tensors, dense=dense)
         found.structure = "exact"
     with on_meta():
-        model = slice_model(pruned.family, source, keep)
+        model = slice_model(source, keep)
     model.config.answers = pruned.model.config.answers
     found.memory = costs.memory(source)
     status = chain.status(step, inputs, {"data": digest(chain, val)})

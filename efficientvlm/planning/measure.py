@@ -75,7 +75,7 @@ def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Modul
     if not isinstance(config, Prune):
         inner = learning.objective()
         return inner, inner.optimizers(config, run.new), learning.feed
-    gated = prune.gated(config, learning, scope_of(config, student.family, student.model))
+    gated = prune.gated(config, learning, scope_of(config, student.model))
     if config.method != "l0":
         gated.freeze(torch.ones_like(gated.keep))
     return gated, gated.optimizers(config, run.new), learning.feed

@@ -118,7 +118,7 @@ def unique(names: list[str]) -> list[str]:
 def parameters(loaded: Loaded) -> int | None:
     """Parameters of what is timed; of ONNX graphs those of the checkpoint they were exported from."""
     if isinstance(loaded.model, torch.nn.Module):
-        return int(count_parameters(loaded.family, loaded.model)["total"])
+        return int(count_parameters(loaded.model)["total"])
     return loaded.manifest.accounting.get("parameters", {}).get("total")
 
 
@@ -129,15 +129,15 @@ def form(loaded: Loaded) -> str:
 
 def forward(loaded: Loaded, config: Bench, device: torch.device) -> Callable[[int], object]:
     """A function of the batch size that runs the forward pass on prepared random inputs."""
-    family, model = loaded.family, loaded.model.to(device).eval()
+    model = loaded.model.to(device).eval()
     draw = torch.Generator().manual_seed(config.seed)
-    batches = {size: family.example_batch(model.config, size, config.text_length, device) for size in config.batch_sizes}
+    batches = {size: model.example(size, config.text_length, device) for size in config.batch_sizes}
     for batch in batches.values():
         batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
 
     def run(size: int) -> object:
         with autocast(device, config.precision):
-            return family.forward(model, batches[size])
+            return model.run(batches[size])
 
     return run
 

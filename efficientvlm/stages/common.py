@@ -155,11 +155,11 @@ def write(
         model = model.to("cpu", torch.float32).eval()
         family.save(model, output.staging)
         save_tokenizer(tokenizer, output.staging)
-        write_settings(image_processor, family.sizes(model.config), output.staging)
+        write_settings(image_processor, model.config.sizes(), output.staging)
         list_skipped(output, sources or {}, control.quiet)
         manifest = output.manifest(
             family=family.name,
-            accounting=account(family, model, text_length=TEXT_LENGTH),
+            accounting=account(model, text_length=TEXT_LENGTH),
             data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
             cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
             changes=[Change(**change) for change in spent.changes],

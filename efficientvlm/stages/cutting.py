@@ -21,15 +21,15 @@ from efficientvlm.state import unshared
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
 
 
-def scope_of(config: Any, family: Any, model: Any) -> Scope:
+def scope_of(config: Any, model: Any) -> Scope:
     """What `config` allows to be pruned of `model`, checked to be reachable.
 
     Raises:
         TargetMissed: floors, kinds or towers make the sparsity unreachable, or the last path of an input would have to go.
     """
-    whole = {tower: part["initial"] for tower, part in count_sparsity(family, model)["by_tower"].items()}
+    whole = {tower: part["initial"] for tower, part in count_sparsity(model)["by_tower"].items()}
     limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
-    scope = Scope.of(Anatomy.of(family, model), config.sparsity, whole=whole, **limits)
+    scope = Scope.of(Anatomy.of(model), config.sparsity, whole=whole, **limits)
     scope.check_feasible()
     return scope
 

@@ -82,7 +82,7 @@ def check_model(config: Export, loaded: Loaded) -> None:
             raise BadInput(f"{config.model} is tuned for {tuned.name}", why, "use --format padded")
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
     if config.format == "hf":
-        stock.uniform_config(loaded.family, loaded.model.config, config.model)
+        stock.uniform_config(loaded.model.config, config.model)
 
 
 def open_data(config: Export, loaded: Loaded) -> Any:
@@ -113,8 +113,8 @@ def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, sour
     differences = {name: graph.difference for name, graph in description.graphs.items()}
     split = {"split": config.split, "images": len(source)} if source else "not measured"
     description.measured = {**measured, "accuracy_of": split}
-    description = Description.model_validate(description.model_dump(mode="json"))
-    (output.staging / ONNX).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    description = Description.model_validate(description.model_dump(mode="json", by_alias=True))
+    (output.staging / ONNX).write_text(json.dumps(description.model_dump(mode="json", by_alias=True), indent=2) + "\n", encoding="utf-8")
     save_tokenizer(loaded.tokenizer, output.staging)
     write_settings(loaded.image_processor, loaded.sizes, output.staging)
     say(table(measured), quiet=control.quiet)
@@ -143,14 +143,15 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 def _description(config: Export, loaded: Loaded) -> Description:
     task = measured_of(loaded)
+    sizes = StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict())))
+    known: dict[str, Any] = {"tasks": sorted(loaded.tasks), "sizes": sizes}  # called so in the file
     return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
-        tasks=sorted(loaded.tasks),
+        **known,
         precision="fp32",
         opset=0,
         tolerance=config.tolerance,
         graphs={},
-        sizes=StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict()))),
         answers=loaded.model.config.answers,
         rank_top=loaded.model.config.rank_top,
         max_tokens=loaded.model.config.max_tokens,
@@ -159,9 +160,9 @@ def _description(config: Export, loaded: Loaded) -> Description:
 
 
 def _graphs(config: Export, control: Control, loaded: Loaded, description: Description, folder: Path) -> Description:
-    """Every graph of the family in `folder`, compared with torch."""
+    """Every graph of the network in `folder`, compared with torch."""
     files, opset = {}, 0
-    for graph in loaded.family.graphs(loaded.model):
+    for graph in loaded.model.graphs():
         path = folder / f"{graph.name}.onnx"
         opset = onnx_files.write(graph, path, fuse=config.fuse)
         session = open_session(path)
@@ -183,7 +184,7 @@ def _port(port: Any) -> Port:
 def _quantised(control: Control, loaded: Loaded, description: Description, source: Path, target: Path) -> Description:
     """int8 copies of the graphs in `source`; how far they are from torch is told, not limited: accuracy is what counts."""
     files = {}
-    for graph in loaded.family.graphs(loaded.model):
+    for graph in loaded.model.graphs():
         file = description.graphs[graph.name]
         onnx_files.quantise(source / file.file, target / file.file)
         off = onnx_files.difference(graph, open_session(target / file.file))
@@ -195,7 +196,7 @@ def _quantised(control: Control, loaded: Loaded, description: Description, sourc
 def _opened(loaded: Loaded, description: Description, folder: Path) -> tuple[Loaded, int]:
     """The graphs in `folder` as a checkpoint in memory, and their bytes."""
     sessions = {name: open_session(folder / graph.file) for name, graph in description.graphs.items()}
-    variant = Loaded(loaded.path, Exported(description), ExportedModel(description, sessions), loaded.tokenizer, loaded.manifest)
+    variant = Loaded(loaded.path, Exported(), ExportedModel(description, sessions), loaded.tokenizer, loaded.manifest)
     return variant, _bytes(folder, ".onnx", ".onnx.data")
 
 
@@ -212,25 +213,25 @@ def _carried(loaded: Loaded) -> dict[str, Any]:
 
 def _transformers(config: Export, control: Control, loaded: Loaded, output: Output) -> Manifest:
     began = time.monotonic()
-    family, model = loaded.family, loaded.model
-    made = stock.padded(family, model) if config.format == "padded" else stock.uniform(family, model, config.model)
-    family.save(made, output.staging)
-    name = stock.class_of(output.staging, family)
+    model = loaded.model
+    made = stock.padded(model) if config.format == "padded" else stock.uniform(model, config.model)
+    loaded.family.save(made, output.staging)
+    name = stock.class_of(output.staging, model.config)
     if config.format == "hf" and name is None:
-        raise stock.no_class(config.model, family)
-    off = stock.difference(family, model, output.staging, name)
+        raise stock.no_class(config.model, model.config)
+    off = stock.difference(model, output.staging, name)
     opens = f"transformers' {name}" if name else "this package only: transformers has no such class"
     say(f"export: opens with {opens}; differs from the checkpoint by {off:.1e} at most", quiet=control.quiet)
     if not off <= PADDED_TOLERANCE:
         why = f"outputs are off by {off:.2e}, {PADDED_TOLERANCE:.1e} is allowed"
         raise TargetMissed("the exported folder does not compute what the checkpoint does", why, "nothing was written")
-    cost = stock.cost(family, model, made)
+    cost = stock.cost(model, made)
     sizes = {"before": _bytes(loaded.path, ".safetensors"), "after": _bytes(output.staging, ".safetensors")}
     say(stock.sentence({**cost, "bytes": sizes}), quiet=control.quiet)
     shutil.rmtree(output.staging)
     return write(
         output,
-        family,
+        loaded.family,
         made,
         loaded.tokenizer,
         control=control,

@@ -41,8 +41,8 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         return require_complete(output.path)
     with making(output):
         family, model, tokenizer, adopted = read(config, path)
-        settings, licence = settings_of(path, model, family.sizes(model.config)), licence_of(path)
-        heads = heads_of(read_json(path / "config.json"), family.sizes(model.config))
+        settings, licence = settings_of(path, model, model.config.sizes()), licence_of(path)
+        heads = heads_of(read_json(path / "config.json"), model.config.sizes())
         say(f"import: heads of a layer: {'; '.join(f'{tower} {text}' for tower, text in heads.items())}", quiet=control.quiet)
         if adopted:
             say(f"import: taken from the tokenizer, against the configuration: {'; '.join(adopted)}", quiet=control.quiet)
@@ -78,7 +78,7 @@ def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any
     model = family.load(path) if weights else shapes(family, family.read_config(path))
     folder = resolve(config.tokenizer) if config.tokenizer else path
     tokenizer = load_tokenizer(folder)
-    require_ids(tokenizer, family.sizes(model.config).vocab_size, folder)
+    require_ids(tokenizer, model.config.sizes().vocab_size, folder)
     return family, model, tokenizer, model.config.adopt(tokenizer)
 
 

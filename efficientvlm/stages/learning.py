@@ -201,8 +201,8 @@ def load_for(config: Any, task: Learnt) -> tuple[Loaded, Loaded | None, list[str
 
 def unknown_towers(student: Loaded, towers: Sequence[str]) -> Iterator[BadInput]:
     """Towers that are to be frozen and are not there."""
-    if missing := [tower for tower in towers if tower not in student.family.towers]:
-        why = f"{student.path} has {', '.join(student.family.towers)}"
+    if missing := [tower for tower in towers if tower not in student.model.config.layers()]:
+        why = f"{student.path} has {', '.join(student.model.config.layers())}"
         yield BadInput(f"freeze names {', '.join(missing)}", why, "name towers that it has")
 
 
@@ -213,5 +213,5 @@ def freeze(student: Loaded, towers: Sequence[str]) -> None:
     faster, and a step goes back through the text tower alone.
     """
     for name, parameter in student.model.named_parameters():
-        if student.family.tower_of(name) in towers:
+        if student.model.tower_of(name) in towers:
             parameter.requires_grad_(False)

@@ -339,12 +339,12 @@ def _choose(
 def reach_of(folder: Path) -> influence.Reach:
     """What the inputs of a checkpoint reach, from its configuration alone; how much reaches nothing is not counted here."""
     family = families.of_folder(folder)
-    return influence.Reach(**of_config(family, family.read_config(folder)))
+    return influence.Reach(**of_config(family.read_config(folder)))
 
 
 def structure_of(folder: Path) -> Structure:
     """Which heads and neurons a checkpoint kept, from its configuration alone."""
     family = families.of_folder(folder)
     config = family.read_config(folder)
-    counts = family.original_counts(config)
-    return {group: (indices, counts[group]) for group, indices in family.kept(config).items()}
+    counts = config.original_counts()
+    return {group: (indices, counts[group]) for group, indices in config.kept_indices().items()}

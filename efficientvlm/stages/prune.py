@@ -43,7 +43,7 @@ def run(config: Prune, control: Control) -> Manifest:
     check(config)
     run = Learning.open(config, quiet=control.quiet)
     student = run.student
-    scope = scope_of(config, student.family, student.model)
+    scope = scope_of(config, student.model)
     output = open_output(config, "prune", control, run.inputs)
     if output.up_to_date:
         return finished(output)
@@ -65,7 +65,7 @@ def run(config: Prune, control: Control) -> Manifest:
         keep = objective.structure()
         objective.hooks.remove()
         extra = {**cut_report(scope, keep, gates if learnt else None), "dense_kept": student.model.config.kept}
-        student.model = slice_model(student.family, student.model.cpu(), keep).to(run.hardware.device)
+        student.model = slice_model(student.model.cpu(), keep).to(run.hardware.device)
         say_cut(extra, control.quiet)
 
         def finish() -> Manifest:
@@ -129,8 +129,8 @@ def untrained(config: Prune, control: Control) -> Manifest:
         TargetMissed: the sparsity cannot be reached.
     """
     loaded = load(config.model)
-    family, model = loaded.family, loaded.model
-    scope = scope_of(config, family, model)
+    model = loaded.model
+    scope = scope_of(config, model)
     output = open_output(config, "prune", control, {"model": config.model})
     if output.up_to_date:
         return require_complete(output.path)
@@ -141,8 +141,8 @@ def untrained(config: Prune, control: Control) -> Manifest:
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
         extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}
         say_cut(extra, control.quiet)
-        loaded.model = slice_model(family, model, keep)
+        loaded.model = slice_model(model, keep)
         extra["influence"] = of_anything(loaded)
         tell("prune", extra["influence"], control.quiet)
         common: dict[str, Any] = {"control": control, "image_processor": loaded.image_processor, "extra": extra}
-        return write(output, family, loaded.model, loaded.tokenizer, **common)
+        return write(output, loaded.family, loaded.model, loaded.tokenizer, **common)

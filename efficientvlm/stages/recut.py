@@ -59,7 +59,7 @@ def run(config: Prune, control: Control) -> Manifest:
         if dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
         save_tensors(load_file(pruned.path / GATES), output.staging / GATES)
-        pruned.model = slice_model(pruned.family, pruned.model, keep)
+        pruned.model = slice_model(pruned.model, keep)
         keep_length(pruned, config.max_tokens)
         val = validated(config, lambda: task.validate(config, pruned, source, control.quiet), control.quiet)
         extra["influence"] = observed("prune", config, lambda: task.influence(config, pruned, source), control.quiet)
@@ -121,15 +121,15 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
                 "the weights that were removed were not kept (keep_dense=false)",
                 "ask for more, or prune again with dense weights kept",
             )
-        kept = pruned.family.kept(pruned.model.config)
-        gated = pruned.family.kept(dense_config(pruned))
+        kept = pruned.model.config.kept_indices()
+        gated = dense_config(pruned).kept_indices()
         for name in list(tensors):
             group = name.removeprefix(PREFIX)
             rows = [gated[group].index(index) for index in kept[group]]
             tensors[name] = tensors[name][rows]
         tensors = {name: rows for name, rows in tensors.items() if len(rows)}
     learnt = {name.removeprefix(PREFIX) for name in tensors}
-    scope = scope_of(config, pruned.family, pruned.model)
+    scope = scope_of(config, pruned.model)
     gates = Gates.from_tensors([unit for unit in scope.anatomy.units if unit.group in learnt], tensors)
     by_unit = {
         (unit.group, unit.index): p for unit, p in zip((u for u in scope.anatomy.units if u.group in learnt), gates.p_open(), strict=True)
@@ -148,8 +148,8 @@ def dense_kept(pruned: Loaded) -> dict[str, str] | None:
 
 def dense_config(pruned: Loaded) -> Any:
     """The configuration the gates were learnt on: what was kept before this prune."""
-    family, config = pruned.family, pruned.model.config
-    return family.with_kept(config, kept_indices(family.original_counts(config), dense_kept(pruned)))
+    config = pruned.model.config
+    return config.with_kept(kept_indices(config.original_counts(), dense_kept(pruned)))
 
 
 def dense_model(pruned: Loaded) -> Any:

@@ -16,11 +16,11 @@ from efficientvlm.stages.common import making, open_output, write
 def run(config: Shrink, control: Control) -> Manifest:
     """Keep the chosen layers of each tower (every second one by default); everything else is copied."""
     teacher = load(config.model)
-    layers = resolve_layers(teacher.family.layer_counts(teacher.model.config), config.layers)
+    layers = resolve_layers(teacher.model.config.layers(), config.layers)
     output = open_output(config, "shrink", control, {"model": config.model})
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        student = shrink_model(teacher.family, teacher.model, layers)
+        student = shrink_model(teacher.model, layers)
         kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": teacher.image_processor}
         return write(output, teacher.family, student, **kept, control=control, extra={"layers": layers})

@@ -98,9 +98,7 @@ class Answerer:
 
     def scored(self, batch: Batch) -> list[list[tuple[str, float]]]:
         """Ranked answers with probabilities, best first, for each question."""
-        chosen, probabilities = rank(
-            self.loaded.family, self.loaded.model, self.on_device(batch), self.candidates, top=self.top, first_token_twice=self.twice
-        )
+        chosen, probabilities = rank(self.loaded.model, self.on_device(batch), self.candidates, top=self.top, first_token_twice=self.twice)
         return [
             [(self.answers[i], p) for i, p in zip(row, row_p, strict=True)]
             for row, row_p in zip(chosen.tolist(), probabilities.tolist(), strict=True)
@@ -112,7 +110,7 @@ class Answerer:
             return [row[0][0] for row in self.scored(batch)]
         texts = self.texts
         limit = longest_answer(self.loaded.manifest)
-        ids = generate(self.loaded.family, self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
+        ids = generate(self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
         return [self.decoded(row) for row in ids.tolist()]
 
     def decoded(self, ids: list[int]) -> str:
@@ -175,13 +173,13 @@ def of_answers(answer: Answerer, source: Any, batch_size: int | None = None) -> 
         return not_measured(f"there are {len(chosen)} images with questions, and 2 are needed")
     whole = answer.on_device(vqa_batch(chosen, answer.texts, seed=0, step=0, train=False))
     batch = {name: whole[name] for name in ("pixels", "question_ids", "question_mask")}
-    family, model = answer.loaded.family, answer.loaded.model
+    model = answer.loaded.model
 
     def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
         count, device = len(batch["pixels"]), answer.device
         batch = {**batch, "image_index": torch.arange(count, device=device)}
         start = torch.full((count, 1), answer.texts.start, device=device)
-        _, context = family.question(model, batch)
-        return {"answer": family.answer(model, context, start, None, None, family.new_cache(model))}, answer(batch)
+        _, context = model.encode(batch)
+        return {"answer": model.decode(context, start, None, None, model.new_cache())}, answer(batch)
 
     return measure(run, batch, {"image": ("pixels",), "text": ("question_ids", "question_mask")}, batch_size)

@@ -40,9 +40,9 @@ def of_pairs(loaded: Loaded, source: Any, batch_size: int | None = None) -> Infl
 
 def of_anything(loaded: Loaded) -> Influence:
     """The same without data: what random pictures and tokens do to the outputs, for a network of any task."""
-    family, model, sizes = loaded.family, loaded.model, loaded.sizes
+    model, sizes = loaded.model, loaded.sizes
     draw = torch.Generator().manual_seed(0)
-    batch = family.example_batch(model.config, SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
+    batch = model.example(SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
     batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=draw)
     ids = next(name for name in ("text_ids", "question_ids") if name in batch)
     first, last = batch[ids][:, :1], batch[ids][:, -1:]  # what a network looks for stays, and comes nowhere else
@@ -52,14 +52,14 @@ def of_anything(loaded: Loaded) -> Influence:
         return not_measured("the tokenizer has no words")
     drawn = words[torch.randint(0, len(words), batch[ids][:, 1:-1].shape, generator=draw)]
     batch[ids] = torch.cat([first, drawn, last], 1)
-    if "retrieval" in loaded.tasks and family.retrieval:
+    if "embed" in model.config.abilities():
         mask = ids.removesuffix("ids") + "mask"
         found = _of_comparison(loaded, {"pixels": batch["pixels"], "text_ids": batch[ids], "text_mask": batch[mask]})
     else:
         text = tuple(name for name in batch if name.startswith(ids.removesuffix("ids")))
 
         def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
-            record = family.forward(model, batch)
+            record = model.run(batch)
             output = "logits" if "logits" in record else "states"
             return {output: record[output]}, []
 
@@ -68,15 +68,15 @@ def of_anything(loaded: Loaded) -> Influence:
 
 
 def _of_comparison(loaded: Loaded, batch: Batch, batch_size: int | None = None) -> Influence:
-    family, model = loaded.family, loaded.model
+    model = loaded.model
 
     def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
-        images, image = family.image_features(model, batch["pixels"])
-        texts, text = family.text_features(model, batch["text_ids"], batch["text_mask"])
+        images, image = model.embed_images(batch["pixels"])
+        texts, text = model.embed_texts(batch["text_ids"], batch["text_mask"])
         outputs = {"itc": torch.cat([image, text], 1)}
-        if "itm" in family.retrieval:
+        if "match" in model.config.abilities():
             rows = torch.arange(len(images), device=images.device)
-            outputs["itm"] = family.match(model, images, rows, texts, batch["text_mask"])
+            outputs["itm"] = model.match(images, rows, texts, batch["text_mask"])
         return outputs, []
 
     return measure(run, batch, {"image": ("pixels",), "text": ("text_ids", "text_mask")}, batch_size)

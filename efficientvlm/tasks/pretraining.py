@@ -55,7 +55,7 @@ class Pretraining(Learnt):
 
     def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
         settings = settings_of(config, "losses", "seed", "hard_negatives")
-        return XvlmPretraining(student.family, student.model, **settings)
+        return XvlmPretraining(student.model, **settings)
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions."""

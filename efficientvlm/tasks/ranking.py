@@ -19,7 +19,6 @@ ANNOTATORS = 10  # a question with so many answers is one of VQAv2's kind
 
 @torch.inference_mode()
 def rank(
-    family: Any,
     model: Any,
     batch: dict[str, Any],
     candidates: tuple[Tensor, Tensor],
@@ -38,8 +37,8 @@ def rank(
     """
     ids, mask = candidates
     top, most = min(top, len(ids)), most or room(ids.device)
-    size = Footprint.of(family, model.config)
-    parts = [_rank(family, model, part, ids, mask, top, 1 + first_token_twice, size, most) for part in in_parts(batch, size, most)]
+    size = Footprint.of(model.config)
+    parts = [_rank(model, part, ids, mask, top, 1 + first_token_twice, size, most) for part in in_parts(batch, size, most)]
     if not parts:
         return ids.new_empty(0, top), torch.empty(0, top, device=ids.device)
     chosen, probabilities = (torch.cat(found) for found in zip(*parts, strict=True))
@@ -47,12 +46,12 @@ def rank(
 
 
 def _rank(
-    family: Any, model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
+    model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
 ) -> tuple[Tensor, Tensor]:
-    _, context = family.question(model, batch)
-    questions, cache = len(batch["question_ids"]), family.new_cache(model)
+    _, context = model.encode(batch)
+    questions, cache = len(batch["question_ids"]), model.new_cache()
     start = ids[:1, :1].expand(questions, 1)
-    first = family.answer(model, context, start, None, None, cache)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
+    first = model.decode(context, start, None, None, cache)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
     first_score, chosen = first.topk(top, dim=1)
     score = first_score * times
     lengths = mask.sum(1)
@@ -66,7 +65,7 @@ def _rank(
             rows = torch.arange(some.start, some.stop, device=ids.device).repeat_interleave(part.shape[1])
             width = max(3, int(lengths[part].max()))
             picked, seen = ids[part.flatten(), :width], mask[part.flatten(), :width]
-            logits = family.answer(model, context, picked[:, 1:-1], None, rows, cache.select(rows))
+            logits = model.decode(context, picked[:, 1:-1], None, rows, cache.select(rows))
             score[some].scatter_add_(1, at, -sequence_nll(logits, picked[:, 1:], seen[:, 1:]).view(part.shape))
     probabilities, order = score.softmax(1).sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), probabilities
@@ -88,30 +87,28 @@ def in_parts(batch: dict[str, Any], size: Footprint, most: int) -> Iterator[dict
 
 
 @torch.inference_mode()
-def generate(
-    family: Any, model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None
-) -> Tensor:
+def generate(model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None) -> Tensor:
     """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator.
 
     Done in blocks of at most `most` bytes, as :func:`rank`.
     """
     device = batch["question_ids"].device
-    size = Footprint.of(family, model.config)
-    parts = [_generate(family, model, part, cls_id, sep_id, max_tokens) for part in in_parts(batch, size, most or room(device))]
+    size = Footprint.of(model.config)
+    parts = [_generate(model, part, cls_id, sep_id, max_tokens) for part in in_parts(batch, size, most or room(device))]
     longest = max((part.shape[1] for part in parts), default=0)
     padded = [F.pad(part, (0, longest - part.shape[1]), value=sep_id) for part in parts]
     return torch.cat(padded) if padded else batch["question_ids"].new_empty(0, 0)
 
 
-def _generate(family: Any, model: Any, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
-    _, context = family.question(model, batch)
+def _generate(model: Any, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
+    _, context = model.encode(batch)
     questions = len(batch["question_ids"])
-    cache = family.new_cache(model)
+    cache = model.new_cache()
     token = torch.full((questions, 1), cls_id, device=batch["question_ids"].device)
     done = torch.zeros(questions, dtype=torch.bool, device=token.device)
     answers = []
     for _ in range(max_tokens):
-        token = family.answer(model, context, token, None, None, cache)[:, -1:].argmax(-1)
+        token = model.decode(context, token, None, None, cache)[:, -1:].argmax(-1)
         token = token.masked_fill(done[:, None], sep_id)
         answers.append(token)
         done |= token[:, 0] == sep_id

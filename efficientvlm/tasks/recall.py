@@ -85,7 +85,6 @@ class States:
 
 @torch.inference_mode()
 def encode(
-    family: Any,
     model: Any,
     batches: Iterable[tuple[Sequence[str], Tensor, Sequence[Sequence[str]]]],
     tokens: Callable[[list[str]], tuple[Tensor, Tensor]],
@@ -107,12 +106,12 @@ def encode(
         again: numbers of images → their pixels. With it, token states that take more than `most` bytes are not held.
         most: bytes of a block of work, by default what the device has room for.
     """
-    matches, device = "itm" in family.retrieval, model.device
-    size, most = Footprint.of(family, model.config), most or room(device)
+    matches, device = "match" in model.config.abilities(), model.device
+    size, most = Footprint.of(model.config), most or room(device)
     at_once = max(1, most // size.encoding)
 
     def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [family.image_features(model, part.to(device)) for part in pixels.split(at_once)]
+        parts = [model.embed_images(part.to(device)) for part in pixels.split(at_once)]
         states, features = zip(*parts, strict=True)
         return torch.cat(states), torch.cat(features)
 
@@ -140,12 +139,12 @@ def encode(
     step = max(1, min(batch_size, most // (size.question_token * text_ids.shape[1])))
 
     def read(numbers: Tensor) -> Tensor:
-        states: Tensor = family.text_features(model, text_ids[numbers], text_mask[numbers])[0]
+        states: Tensor = model.embed_texts(text_ids[numbers], text_mask[numbers])[0]
         return states
 
     text_states = States(len(text_ids), again and read, most)
     for start in counted(range(0, len(text_ids), step), f"{title} texts", len(text_ids), quiet):
-        states, feature = family.text_features(model, text_ids[start : start + step], text_mask[start : start + step])
+        states, feature = model.embed_texts(text_ids[start : start + step], text_mask[start : start + step])
         text.add(feature.float())
         if matches:
             text_states.add(states)
@@ -165,7 +164,6 @@ def encode(
 
 @torch.inference_mode()
 def evaluate(
-    family: Any,
     model: Any,
     gallery: Gallery,
     *,
@@ -184,7 +182,7 @@ def evaluate(
     best `rerank` candidates of every query and the others stay behind them (ALBEF, X-VLM). `itm_accuracy` as :func:`matching_accuracy`.
     `standard_errors` are those of each recall as a mean over its queries. Pairs are matched in blocks of at most `most` bytes.
     """
-    matched = partial(match, family, model, gallery, batch_size=batch_size, most=most, title=title, quiet=quiet)
+    matched = partial(match, model, gallery, batch_size=batch_size, most=most, title=title, quiet=quiet)
     result: dict[str, Any] = {"images": len(gallery.image), "captions": len(gallery.said)}
     keep = max(rerank, TOP[-1])
     for_image, for_text = best_captions(gallery, keep), best_images(gallery, keep)
@@ -258,7 +256,6 @@ def _keys_of_images(gallery: Gallery, order: Tensor) -> Tensor:
 
 
 def match(
-    family: Any,
     model: Any,
     gallery: Gallery,
     images: Tensor,
@@ -279,7 +276,7 @@ def match(
         for start, stop in blocks:
             seen, rows = images[start:stop].unique(return_inverse=True)
             said = captions[start:stop]
-            logits.append(family.match(model, gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
+            logits.append(model.match(gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
             bar.update(stop)
     return torch.cat(logits)
 

@@ -17,6 +17,7 @@ from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
+from efficientvlm.families.base import require
 from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
@@ -40,7 +41,7 @@ class Retrieval(Learnt):
     also = ("itm_accuracy", "itm_preferred")
 
     def able(self, loaded: Loaded) -> bool:
-        return self.name in loaded.tasks and bool(loaded.family.retrieval)
+        return self.name in loaded.tasks
 
     def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
         does = " and ".join(sorted(loaded.tasks - {self.name})) or "nothing by itself"
@@ -55,14 +56,15 @@ class Retrieval(Learnt):
         """Heads of other tasks are left behind."""
         if not self.able(student):
             raise self.refusal(student)
-        return student.family.for_retrieval(student.model), []
+        network, new = student.model.gain("match")
+        require(network, "pretrain")
+        return network, new
 
     def changes(self, added: int) -> str:
         return f"heads of other tasks are left behind: {added:+,} parameters"
 
     def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
-        losses, hard_negatives = student.family.retrieval, config.hard_negatives
-        return XvlmPretraining(student.family, student.model, losses=losses, seed=config.seed, hard_negatives=hard_negatives)
+        return XvlmPretraining(student.model, losses=("itc", "itm"), seed=config.seed, hard_negatives=config.hard_negatives)
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
@@ -78,7 +80,7 @@ class Retrieval(Learnt):
 
     def check(self, config: Any, loaded: Loaded) -> None:
         super().check(config, loaded)
-        if config.rerank and "itm" not in loaded.family.retrieval:
+        if config.rerank and "match" not in loaded.model.config.abilities():
             why = f"{loaded.path} compares images and texts by their features alone"
             raise BadInput(f"rerank {config.rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
 
@@ -103,7 +105,7 @@ class Retrieval(Learnt):
     def bytes_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> int:
         """Of comparing all images and their captions."""
         tokens = longest(loaded, list(islice(source.texts(), SAMPLE)), 40)
-        size, most = Footprint.of(loaded.family, loaded.model.config), room(torch.device("cpu"))
+        size, most = Footprint.of(loaded.model.config), room(torch.device("cpu"))
         held = min(most, len(source) * size.seen)
         block = min(most, config.batch_size * max(size.encoding, size.seen + size.question(tokens)))
         return 2 * config.batch_size * 3 * loaded.sizes.image_size**2 + held + block
@@ -136,8 +138,8 @@ def evaluate_pairs(
     shown: dict[str, Any] = {"title": title, "quiet": quiet}
     with Bar(title, count, quiet=quiet) as bar:
         batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
-        gallery = encode(loaded.family, model, batches, tokens, batch_size, count, again=pictures, **shown)
-    result = evaluate(loaded.family, model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
+        gallery = encode(model, batches, tokens, batch_size, count, again=pictures, **shown)
+    result = evaluate(model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
     for remark in of_read(texts):
         say(f"{title}: {remark}", quiet=quiet)
     return {**result, "reading": counts_of(texts)}

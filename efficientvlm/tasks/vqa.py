@@ -62,7 +62,7 @@ class VQA(Learnt, Asked):
         """A student without an answer decoder gets one: from the teacher's decoder by the layer map, or else from its own fusion layers."""
         able = teacher is not None and self.able(teacher) and teacher.family.name == student.family.name
         donor = teacher.model if teacher and able else None
-        tuned: tuple[Any, list[str]] = student.family.for_vqa(student.model, donor, config.decoder_init)
+        tuned: tuple[Any, list[str]] = student.model.gain("answer", donor, config.decoder_init)
         return tuned
 
     def changes(self, added: int) -> str:
@@ -78,7 +78,7 @@ class VQA(Learnt, Asked):
         return of_texts(texts, sources["train"]) + listed + of_questions(texts, answers, sources["val"])
 
     def objective(self, config: Any, student: Loaded) -> Generation:
-        return Generation(student.family, student.model)
+        return Generation(student.model)
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         drawn = {"seed": config.seed, "step": step, **augmentation(config)}
@@ -174,7 +174,7 @@ class VQA(Learnt, Asked):
     def make_able(self, loaded: Loaded) -> None:
         """Give `loaded.model` an untrained answer decoder, if it has none."""
         try:
-            loaded.model, _ = loaded.family.for_vqa(loaded.model, None, "auto")
+            loaded.model, _ = loaded.model.gain("answer")
         except BadInput as error:
             why = error.why or error.what
             raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
@@ -185,7 +185,7 @@ class VQA(Learnt, Asked):
         listed: list[str] = loaded.model.config.answers or next(
             (other.model.config.answers for other in among if other.model.config.answers), []
         )
-        family, model = loaded.family, loaded.model.to(device).eval()
+        model = loaded.model.to(device).eval()
         texts = texts_of(loaded, config.max_tokens)
         ids, mask = (tensor.to(device) for tensor in texts.batch(listed))
         for remark in of_read(texts):
@@ -196,7 +196,7 @@ class VQA(Learnt, Asked):
 
         def answer(size: int) -> object:
             with autocast(device, config.precision):
-                return rank(family, model, batches[size], (ids, mask), top=model.config.rank_top, first_token_twice=twice)
+                return rank(model, batches[size], (ids, mask), top=model.config.rank_top, first_token_twice=twice)
 
         return answer
 
@@ -237,7 +237,7 @@ def bytes_of_ranking(
     loaded: Loaded, answers: Sequence[str], *, images: int, questions: float, tokens: int, top: int, device: torch.device | None = None
 ) -> int:
     """Bytes held while `answers` to `questions` of `tokens` about each of `images` are ranked, beside weights."""
-    size, most = Footprint.of(loaded.family, loaded.model.config), room(device or torch.device("cpu"))
+    size, most = Footprint.of(loaded.model.config), room(device or torch.device("cpu"))
     asked = max(1, round(images * questions))
     one = size.answer(max(0, longest(loaded, list(answers)[:SAMPLE], 40) - 2), tokens)
     block = min(most, images * size.image + asked * size.question(tokens))

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from efficientvlm.families.base import GatePoint, Unit
+from efficientvlm.families.base import GatePoint, Unit, require
+from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.layers import Layer
 from efficientvlm.families.towers.parts import HIDDEN, SELF_ATTENTION
 
@@ -30,6 +31,23 @@ class TowerNetwork(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False, though this is outside transformers, which asks `_init_weights` about modules without tensors only where this is False."""
         return False
+
+    def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
+        """This network made able to do `ability`, and the names of its tensors that are new.
+
+        Args:
+            donor: a network that is able, or None.
+            decoder_init: `auto`, `teacher` or `fusion`, where a new answer decoder comes from.
+
+        Raises:
+            BadInput: it cannot be made able.
+        """
+        require(self, ability)
+        return self, []
+
+    def new_cache(self) -> Cache:
+        """An empty key/value cache for `decode`."""
+        return Cache()
 
     def units(self) -> list[Unit]:
         """Every removable unit that is present, ordered by tower, layer, kind, index."""

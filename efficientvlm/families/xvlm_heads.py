@@ -1,0 +1,96 @@
+"""How an X-VLM gains an ability: an answer decoder, or only the heads of retrieval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from efficientvlm.errors import BadInput
+
+RETRIEVAL = {"itc", "itm"}
+
+
+def answering(model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
+    """`model` with an answer decoder, and the names of its tensors that are new.
+
+    Args:
+        teacher: an X-VLM that answers questions, or None.
+        decoder_init: `auto`, `teacher` or `fusion`, where a new decoder comes from.
+
+    Raises:
+        BadInput: there is nothing to make a decoder from.
+    """
+    if model.config.decoder_layers:
+        return model, []
+    if not model.config.fusion_layers:
+        raise BadInput("this model cannot answer questions", "without fusion layers it reads them blind", "shrink to at least one")
+    donor = teacher if decoder_init in ("auto", "teacher") else None
+    if donor is None and decoder_init == "teacher":
+        raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
+    if donor is None and "mlm" not in model.config.heads:
+        why = "it has neither an answer decoder nor an MLM head to start one from"
+        raise BadInput("this model cannot answer questions", why, "use a pre-trained model, or give a --teacher")
+    layers = model.config.fusion_layers
+    if donor is not None:
+        layers = min(layers, donor.config.decoder_layers)
+    before = set(model.state_dict())
+    tuned = with_decoder(model, layers, donor)
+    return tuned, [] if donor is not None else sorted(set(tuned.state_dict()) - before)
+
+
+def matching(model: Any) -> Any:
+    """`model` without the heads of other tasks than retrieval; :class:`BadInput` if it lacks one of those."""
+    heads = model.config.heads
+    if missing := sorted(RETRIEVAL - set(heads)):
+        why = "it answers questions" if model.config.decoder_layers else f"it has no head for {' and '.join(missing)}"
+        raise BadInput("this model does no retrieval", why, "start from a pre-trained one, before it is tuned for another task")
+    if set(heads) == RETRIEVAL:
+        return model
+    new = type(model)(model.config.copy(heads=[head for head in heads if head in RETRIEVAL]))
+    old = model.state_dict()
+    new.load_state_dict({name: old[name] for name in new.state_dict()})
+    return new
+
+
+def with_decoder(model: Any, layers: int, source: Any | None = None) -> Any:
+    """`model` for question answering: an answer decoder is added, the pre-training heads dropped (EfficientVLM, VQA).
+
+    The decoder comes from the odd layers of `source`'s decoder, or else from `model`'s own last fusion layers, embeddings and MLM head;
+    there cross-attention keys and values stay fresh where images are wider or narrower than text.
+
+    Raises:
+        BadInput: the layers it would come from are missing or pruned.
+    """
+    donor, tower = (model, "fusion") if source is None else (source, "decoder")
+    if not donor.config.layers()[tower] or any(group.startswith(f"{tower}.") for group in donor.config.kept or {}):
+        raise BadInput(
+            f"no answer decoder can be made from these {tower} layers",
+            "there are none, or they are pruned",
+            "give --teacher, or start from an unpruned model",
+        )
+    config = model.config.copy(decoder_layers=layers, heads=[])
+    fresh = ("cross_attention.k.weight", "cross_attention.v.weight") if source is None and config.vision_width != config.text_width else ()
+    new = type(model)(config)
+    old, state = model.state_dict(), new.state_dict()
+    for name in state:
+        if not name.startswith(("decoder.", "decoder_head.")):
+            state[name] = old[name]
+        elif not name.endswith(fresh):
+            state[name] = _decoder_source(name, layers, model, source)
+    new.load_state_dict(state)
+    return new
+
+
+def _decoder_source(name: str, layers: int, model: Any, source: Any | None) -> Tensor:
+    donor = source if source is not None else model
+    available = donor.config.decoder_layers if source is not None else donor.config.fusion_layers
+    tensors: dict[str, Tensor] = donor.state_dict()
+    _, _, rest = name.partition(".layers.")
+    if rest:
+        number, _, tail = rest.partition(".")
+        layer = (int(number) + 1) * available // layers - 1
+        return tensors[f"{'decoder' if source is not None else 'fusion'}.layers.{layer}.{tail}"]
+    if source is not None:
+        return tensors[name]
+    return tensors[name.replace("decoder_head.", "mlm_head.").replace("decoder.embeddings.", "text.embeddings.")]
