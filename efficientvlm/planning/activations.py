@@ -14,17 +14,14 @@ import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficientvlm import ranks
-from efficientvlm.data.items import Question, Region
-from efficientvlm.data.kinds.pairs import PairItem, phrases_of
-from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem, asked
+from efficientvlm.data.kinds.kind import Kind, Picture, Row
 from efficientvlm.hardware import pick_device
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.planning.parts import Run
 from efficientvlm.tasks.known import learnt_by
-from efficientvlm.tasks.remembered import asked_each
 
-SAMPLE = 1000  # questions or texts of which the longest are read
+SEEN = 200  # samples whose texts are looked at
 HELD = {"cpu": 1.25}  # resident bytes a live byte of a training step: the allocator keeps some of what was freed; measured 1.2 to 1.35
 
 
@@ -48,20 +45,13 @@ def stand_in(run: Run, images: int) -> Run:
 
 
 class Grey:
-    """Samples of the form of a source, with its longest and then its first texts, and grey pictures: none is read."""
+    """Samples that say what the first ones of a source say, those with the longest texts first, on grey pictures: none is read."""
 
-    def __init__(self, source: Any, count: int, side: int, kind: Any) -> None:
-        self.source, self.count, self.asks = source, count, kind is QUESTIONS
-        self.image = np.full((side, side, 3), 127, np.uint8)
-        if self.asks:
-            first = list(islice(asked(source), SAMPLE))
-            longest = [max(first, key=lambda question: len(question.text)), max(first, key=said_length)] if first else []
-            self.texts: list[Any] = [*longest, *first]
-            self.each = max(1, round(asked_each(source)))
-        else:
-            texts = list(islice(source.texts(), SAMPLE))
-            self.texts = [*([max(texts, key=len)] if texts else []), *texts]
-            self.each = described(source)
+    def __init__(self, source: Any, count: int, side: int, kind: Kind[Any, Any]) -> None:
+        self.source, self.count, self.kind = source, count, kind
+        self.pictures = [Picture(np.full((side, side, 3), 127, np.uint8), None, None)] * len(kind.pictures)
+        said = [kind.longest(contents) for contents in islice(source.contents(), SEEN)]
+        self.said = sorted(said, key=lambda contents: max(map(len, kind.texts(contents)), default=0), reverse=True)
 
     def __len__(self) -> int:
         return self.count
@@ -69,21 +59,6 @@ class Grey:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def __getitem__(self, index: int) -> PairItem | VQAItem:
-        def some(count: int) -> list[Any]:
-            return [self.texts[(index * count + number) % len(self.texts)] for number in range(count)]
-
-        if self.asks:
-            return VQAItem(str(index), self.image, some(self.each))
-        return PairItem(str(index), self.image, some(1), [Region(text, (0.5, 0.5, 0.5, 0.5)) for text in some(self.each)])
-
-
-def said_length(question: Question) -> int:
-    return max((len(answer) for answer, _ in question.answers), default=0)
-
-
-def described(source: Any) -> int:
-    """Described regions an image, by the first images of `source`; 0 where it has none."""
-    whole = getattr(source, "source", source)
-    counts = [sum(len(phrases_of(content)) for content in contents) for contents in islice(whole.contents(), SAMPLE)]
-    return -(-sum(counts) // len(counts)) if counts else 0
+    def __getitem__(self, index: int) -> Any:
+        rows = [Row(content, "") for content in self.said[index % len(self.said)]]
+        return self.kind.item(str(index), self.pictures, rows)

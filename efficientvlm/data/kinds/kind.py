@@ -20,10 +20,10 @@ Content = TypeVar("Content")
 
 
 class Picture(NamedTuple):
-    """A picture as it was read: its pixels, the width and height it had before, and how it was prepared."""
+    """A picture as it was read: its pixels, the width and height it had before (None for none that was read), and how it was prepared."""
 
     pixels: Pixels
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     how: Preprocessing | int | None
 
 
@@ -65,6 +65,10 @@ class Kind(Generic[Item, Content]):
     def texts(self, contents: Sequence[Content]) -> Iterator[str]:
         """Every string in what the rows of a sample say."""
         raise NotImplementedError
+
+    def longest(self, contents: Sequence[Content]) -> list[Content]:
+        """What the rows of a sample say where of several texts the longest is read: for the memory that it may take."""
+        return list(contents)
 
     def drawn(self, shapes: Shapes[Item], index: int, key: str) -> Item:
         """The sample of the generator `shapes` at `index`."""

@@ -65,13 +65,16 @@ class Pairs(Kind[PairItem, Described]):
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[Described]]) -> PairItem:
         (picture,) = pictures
         placed = [region for (_, places), where in rows for place in places for region in regions_of(place, picture.size, where)]
-        regions = seen_regions(placed, picture.how, *picture.size)
+        regions = seen_regions(placed, picture.how, *(picture.size or (1, 1)))
         return PairItem(key, picture.pixels, _distinct([content for content, _ in rows]), regions)
 
     def texts(self, contents: Sequence[Described]) -> Iterator[str]:
         yield from _distinct(contents)
         for content in contents:
             yield from phrases_of(content)
+
+    def longest(self, contents: Sequence[Described]) -> list[Described]:
+        return [Described([max(content.captions, key=len)], content.places) for content in contents]
 
     def drawn(self, shapes: Shapes[PairItem], index: int, key: str) -> PairItem:
         scene, image = shapes.picture(index)
