@@ -1,8 +1,9 @@
-"""Seconds of a BLIP's steps with this package and with transformers' own class, the same weights, one process, turn by turn.
+"""Seconds of a BLIP's steps with this package and with transformers' own class: the same weights, one process, turn by turn.
 
-    python benchmarks/blip_steps.py [--size base|small] [--batch 8] [--rounds 5]
+    python benchmarks/blip_steps.py [--size base|small] [--images 2] [--texts 4] [--rounds 5]
 
-Prints a JSON line a step: captioning and question answering, a training step (forward and backward) and greedy writing.
+Prints a JSON line a step: captioning and question answering, each as a training step on `texts` captions or questions an image, and as
+greedy writing of one text an image. Transformers' class is given every image as often as there are texts about it.
 """
 
 from __future__ import annotations
@@ -12,74 +13,73 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from torch.nn import functional as F
 
 from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig
 from efficientvlm.families.blip_fresh import SIZES, fresh_config
 from efficientvlm.families.blip_model import MODELS
 
 TOKENS, NEW = 12, 10
+Step = Callable[[], torch.Tensor]
 
 
-def networks(kind: Any, size: str) -> tuple[Any, Any]:
-    """Ours, and transformers' with the same weights."""
-    config = kind.from_dict({**fresh_config(size, {"dropout": 0.0}, 30524).to_dict(), "question_start_id": None})
-    torch.manual_seed(0)
-    ours = MODELS[kind](config)
-    stock = getattr(transformers, kind.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"}))
-    stock.load_state_dict(ours.state_dict())
-    return ours, stock
+def trained(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    model.train().zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    return value.detach()
 
 
-def step(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    model.zero_grad(set_to_none=True)
-    loss: torch.Tensor = model(**inputs).loss
-    loss.backward()
-    return loss.detach()
-
-
-def turns(work: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, Any]:
+def turns(ours: Step, stock: Step, rounds: int) -> dict[str, float]:
     """Median seconds of each, and by how much what they give differs."""
-    first = {name: run() for name, run in work.items()}
-    times: dict[str, list[float]] = {name: [] for name in work}
+    mine, theirs = ours().float(), stock().float()
+    times: dict[Step, list[float]] = {ours: [], stock: []}
     for _ in range(rounds):
-        for name, run in work.items():
+        for run, spent in times.items():
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    mine, theirs = first["ours"].float(), first["stock"].float()
-    return {**medians, "speedup": medians["stock"] / medians["ours"], "difference": float((mine - theirs).abs().max())}
+            spent.append(time.perf_counter() - start)
+    medians = [statistics.median(spent) for spent in times.values()]
+    return {"ours": medians[0], "stock": medians[1], "speedup": medians[1] / medians[0], "difference": float((mine - theirs).abs().max())}
 
 
-def compare(task: str, kind: Any, size: str, batch: int, rounds: int) -> None:
-    ours, stock = networks(kind, size)
-    side = ours.config.vision_config.image_size
-    pixels, ids = torch.randn(batch, 3, side, side), torch.randint(1000, 30000, (batch, TOKENS))
-    inputs = {"pixel_values": pixels, "input_ids": ids, "labels": ids}
-    asked = {"pixel_values": pixels, "max_new_tokens": NEW, **({"input_ids": ids} if kind is BlipAnswerConfig else {})}
-    steps: dict[str, Callable[[Any], torch.Tensor]] = {
-        "training": lambda model: step(model.train(), inputs),
-        "writing": lambda model: model.eval().generate(**asked),
-    }
-    for name, run in steps.items():
-        result = turns({"ours": partial(run, ours), "stock": partial(run, stock)}, rounds)
-        print(json.dumps({"task": task, "step": name, "size": size, "batch": batch, **result}), flush=True)
+def compare(task: str, kind: Any, size: str, images: int, texts: int, rounds: int) -> None:
+    config = kind.from_dict({**fresh_config(size, {"dropout": 0.0}, 30524).to_dict(), "question_start_id": None})
+    torch.manual_seed(0)
+    ours: Any = MODELS[kind](config)
+    stock = getattr(transformers, kind.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"}))
+    stock.load_state_dict(ours.state_dict())
+    pixels = torch.randn(images, 3, config.vision_config.image_size, config.vision_config.image_size)
+    ids, rows = torch.randint(1000, 30000, (images * texts, TOKENS)), torch.arange(images).repeat_interleave(texts)
+    ids[:, 0] = config.decoder_start
+    mask, answers = torch.ones_like(ids), kind is BlipAnswerConfig
+    names = {"question": ids, "answer": ids} if answers else {"text": ids}
+    batch = {"pixels": pixels, "image_index": rows, "answer_index": torch.arange(len(ids))}
+    batch |= {f"{name}_{part}": value for name in names for part, value in (("ids", ids), ("mask", mask))}
 
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(ours.run(batch)["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=sorted(SIZES))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    for task, kind in (("captioning", BlipCaptionConfig), ("question answering", BlipAnswerConfig)):
-        compare(task, kind, given.size, given.batch, given.rounds)
+    repeated = {"input_ids": ids, "labels": ids, "attention_mask": mask, "pixel_values": pixels[rows]}
+    asked = {"pixel_values": pixels, "max_new_tokens": NEW} | (
+        {"input_ids": ids[:images], "attention_mask": mask[:images]} if answers else {}
+    )
+    about = {"task": task, "size": size, "images": images, "texts": texts}
+    result = turns(lambda: trained(ours, loss), lambda: trained(stock, lambda: stock(**repeated).loss), rounds)
+    print(json.dumps({**about, "step": "training", **result}), flush=True)
+    result = turns(lambda: ours.eval().generate(**asked), lambda: stock.eval().generate(**asked), rounds)
+    print(json.dumps({**about, "step": "writing", **result, "texts": 1}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", choices=sorted(SIZES))
+    for name, default in (("images", 2), ("texts", 4), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    for task, kind in (("captioning", BlipCaptionConfig), ("question answering", BlipAnswerConfig)):
+        compare(task, kind, given.size, given.images, given.texts, given.rounds)

@@ -14,7 +14,8 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach, gate_noise, open_probability, published_gates, sample_gates
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import NEURON, GatePoint, Unit
+from efficientvlm.families.base import NEURON, GatePoint, Site, Unit
+from efficientvlm.families.towers.attention import attend
 
 
 def heads(layer, count, kind="head"):
@@ -108,6 +109,45 @@ def test_hooks_change_nothing_until_set_and_pass_gradients(name):
     hooks.set(torch.zeros(len(units)))
     hooks.remove()
     assert torch.equal(output(model, batch), plain)
+
+
+class Doubled(nn.Module):
+    """Two attentions that share keys and values, as NLVR2's doubled layers do: a head works in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q1", "q2", "k", "v", "out1", "out2"):
+            setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.k, self.v))
+        for q, out in ((self.q1, self.out1), (self.q2, self.out2)):
+            seen = attend(q(x).unflatten(-1, (2, 4)).transpose(1, 2), k, v)
+            x = x + out(seen.transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_unit_with_two_gate_points_is_shut_in_both():
+    """Masked is the same as without what the anatomy says is freed; its cost is all of that, once."""
+    torch.manual_seed(0)
+    model, x = Doubled(), torch.randn(3, 5, 8)
+    units = []
+    for head in range(2):
+        part = (4 * head, 4 * head + 4)
+        rows = [Site(f"{name}.{kind}", 0, *part) for name in ("q1", "q2", "k", "v") for kind in ("weight", "bias")]
+        columns = [Site(f"{name}.weight", 1, *part) for name in ("out1", "out2")]
+        units.append(Unit("fusion", 0, "cross_head", head, (*rows, *columns), tuple(GatePoint(f"out{i}", *part) for i in (1, 2))))
+    anatomy = Anatomy(units, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    assert anatomy.costs.tolist() == [4 * (4 * 8 + 4) + 2 * 4 * 8] * 2
+    with attach(model, units) as hooks, torch.no_grad():
+        hooks.set(torch.tensor([0.0, 1.0]))
+        masked = model(x)
+        hooks.set(None)
+        assert not torch.allclose(masked, model(x), atol=1e-3)
+        for name, freed in anatomy.freed(torch.tensor([True, False])).items():
+            for dim, free in freed.items():
+                model.get_parameter(name).index_fill_(dim, torch.from_numpy(free).nonzero()[:, 0], 0)
+        torch.testing.assert_close(model(x), masked)
 
 
 def test_gates_work_under_checkpointing_and_in_half_precision():

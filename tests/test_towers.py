@@ -9,17 +9,24 @@ from typing import Any
 import fresh
 import pytest
 import torch
-from compression_cases import build
+from compression_cases import CONFIGS, build, tiny_xvlm
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 import efficientvlm
+from efficientvlm.compression.gates import attach
+from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD
+from efficientvlm.families.base import ABILITIES, HEAD, NEURON, Flow, Sizes, require
+from efficientvlm.families.structure import Cuttable
 from efficientvlm.families.towers.attention import Attention, Cache, Context, causal
 from efficientvlm.families.towers.layers import Layers, PostNormLayer, PreNormLayer, Size
+from efficientvlm.families.towers.network import TowerNetwork
 from efficientvlm.families.towers.parts import activation
 
 PACKAGE = Path(efficientvlm.__file__).parent
+KINDS = {"xvlm": "X-VLM", "siglip": "SigLIP", "clip": "CLIP", "blip": "BLIP"}
 NAMED = {"attention": "attn", ":q": "self.query", ":out": "output.dense", "attention_norm": "attn.output.LayerNorm", "fc1": "up.dense"}
 
 
@@ -119,3 +126,90 @@ def test_a_copy_of_a_network_is_its_own(name: str) -> None:
             parameter.zero_()
     assert any(parameter.any() for parameter in model.parameters())
     assert model.run(batch)["logits"].abs().max() > 0
+
+
+class StagedConfig(Cuttable, PreTrainedConfig):
+    """A tower whose second layer is wider, with more heads and neurons, as the stages of a Swin are."""
+
+    model_type = "staged"
+    columns: tuple[int, ...] = (8, 16)
+    heads: tuple[int, ...] = (2, 4)
+    neurons: tuple[int, ...] = (6, 10)
+
+    def layers(self) -> dict[str, int]:
+        return {"vision": 2}
+
+    def original_counts(self) -> dict[str, int]:
+        return {f"vision.{i}.{kind}": counts[i] for i in range(2) for kind, counts in ((HEAD, self.heads), (NEURON, self.neurons))}
+
+    def sizes(self) -> Sizes:
+        first, second = self.columns
+        return Sizes(4, 1, 1, 1, {"vision": (first, first, second)}, {"vision": tuple(self.heads)}, (0.0,) * 3, (1.0,) * 3)
+
+    def flows(self) -> list[Flow]:
+        return []
+
+
+class Widening(PreNormLayer):
+    """A layer that widens what it reads first."""
+
+    def __init__(self, size: Size, before: int) -> None:
+        super().__init__(size, 1e-5, F.gelu, {})
+        self.widen = torch.nn.Linear(before, size.width)
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return super().forward(self.widen(x), *rest, **named)
+
+
+class Staged(TowerNetwork):
+    config_class = StagedConfig
+    places = {"vision": "layers"}
+    owners = {"layers": "vision"}
+
+    def __init__(self, config: StagedConfig) -> None:
+        super().__init__(config)
+        kept = config.kept_indices()
+        sizes = [Size.of(kept, f"vision.{i}", config.columns[i], config.heads[i]) for i in range(2)]
+        self.layers = Layers([PreNormLayer(sizes[0], 1e-5, F.gelu, {}), Widening(sizes[1], config.columns[0])])
+        self.post_init()
+
+    def forward(self, x: Tensor, keep: frozenset[str] = frozenset()) -> Any:
+        return self.layers.run(x, keep)
+
+
+def test_widths_and_heads_may_differ_by_layer() -> None:
+    torch.manual_seed(0)
+    model, x = Staged(StagedConfig(initializer_range=0.3)).eval(), torch.randn(2, 5, 8)
+    sizes = model.config.sizes()
+    whole = model(x, frozenset({"hidden", "self_attention"}))
+    assert tuple(states.shape[-1] for states in whole.hidden) == sizes.widths["vision"] == (8, 8, 16)
+    assert tuple(maps.shape[1] for maps in whole.self_attention) == sizes.heads["vision"] == (2, 4)
+    assert sizes.shapes("vision") == {"width": [8, 16], "heads": [2, 4]}
+    units = model.units()
+    keep = torch.tensor([unit.index % 2 == unit.layer for unit in units])
+    with attach(model, units) as hooks, torch.no_grad():
+        hooks.set(keep.float())
+        masked = model(x).states
+    sliced = slice_model(model, keep)
+    assert [layer.size.heads for layer in sliced.layers] == [1, 2] and [layer.size.neurons for layer in sliced.layers] == [3, 5]
+    torch.testing.assert_close(sliced(x).states, masked)
+    torch.testing.assert_close(pad_model(sliced)(x).states, masked)
+
+
+def test_who_is_able_is_said_as_it_is() -> None:
+    """The table that a refusal names families from agrees with their configurations."""
+    heads = tiny_xvlm().copy(decoder_layers=0, heads=["itc", "itm", "mlm", "box"])
+    able: dict[str, set[str]] = {}
+    for config in (*CONFIGS.values(), heads):
+        kind = next((name for part, name in KINDS.items() if part in config.model_type), None)
+        for ability in config.abilities() if kind else ():
+            able.setdefault(ability, set()).add(str(kind))
+    assert {name: {kind for kind in KINDS.values() if kind in who} for name, (_, who) in ABILITIES.items()} == able
+    for name in CONFIGS:
+        if name == "toy":
+            continue
+        model, _ = build(name)
+        for ability in set(ABILITIES) - model.config.abilities():
+            with pytest.raises(BadInput, match=ABILITIES[ability][0]) as refused:
+                require(model, ability)
+            assert ABILITIES[ability][1] in refused.value.fix
