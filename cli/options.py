@@ -76,6 +76,7 @@ OPTIONS: dict[str, Option] = {
     "export.split": option(str, "--split", "What accuracy is measured on: val or test."),
     "limit": option(int, "--limit", "Use only so many images."),
     "task": option(str, "--task", "vqa or retrieval.", "TASK"),
+    "prune.task": option(str, "--task", "vqa, retrieval, pretraining or none.", "TASK"),
     "answers": option(str, "--answers", "File with one answer a line.", "FILE"),
     "family": option(str, "--family", "xvlm or blip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),

@@ -22,7 +22,7 @@ from efficientvlm.cli import output, streams
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
 from efficientvlm.manifest import DataRecord, digest
 from efficientvlm.progress import say
-from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.compose import stage_settings, tasks_of
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
 COMMANDS = [
@@ -116,6 +116,13 @@ def fake_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_every_command_has_help(evlm: Any, command: list[str]) -> None:
     code, out, err = evlm(*command, "--help")
     assert code == 0 and "Usage: evlm" in out and err == ""
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune", "eval"])
+def test_the_help_names_every_task(evlm: Any, command: str) -> None:
+    _, out, _ = evlm(command, "--help")
+    (line,) = (line for line in out.splitlines() if " --task " in line and "TASK" in line)
+    assert all(task in line for task in tasks_of(command)), line
 
 
 def test_light_commands_import_nothing_heavy_and_answer_at_once(chain: Path) -> None:
