@@ -18,14 +18,13 @@ from efficientvlm.data.kinds.kind import Kind, Picture, Row
 from efficientvlm.hardware import pick_device
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
-from efficientvlm.planning.parts import Run
-from efficientvlm.tasks.known import learnt_by
+from efficientvlm.stages.learning import Learning
 
 SEEN = 200  # samples whose texts are looked at
 HELD = {"cpu": 1.25}  # resident bytes a live byte of a training step: the allocator keeps some of what was freed; measured 1.2 to 1.35
 
 
-def training(run: Run, images: int) -> int:
+def training(run: Learning, images: int) -> int:
     """Of a training step on `images` images in one process: activations, gradients at the same time, and freed memory that stays."""
     device, fake = pick_device(run.config.device), FakeTensorMode(allow_non_fake_inputs=True)
     with ranks.alone():
@@ -34,13 +33,13 @@ def training(run: Run, images: int) -> int:
     return round(HELD.get(device.type, 1.0) * live)
 
 
-def stand_in(run: Run, images: int) -> Run:
+def stand_in(run: Learning, images: int) -> Learning:
     """`run` on grey pictures, `images` a step, with a region step if there may be one; a cached teacher is run as at first sight."""
     config, source = run.config, run.sources["train"]
     changed: dict[str, Any] = {"batch_size": images, "cache_teacher": False}
     if hasattr(config, "region_probability"):
         changed["region_probability"] = float(config.region_probability > 0)
-    grey = Grey(source, images, run.student.sizes.image_size, learnt_by(config).kind)
+    grey = Grey(source, images, run.student.sizes.image_size, run.task.kind)
     return replace(run, config=config.model_copy(update=changed), sources={**run.sources, "train": grey})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,9 @@ from efficientvlm import lineage, manifest
 from efficientvlm.checkpoint import examine
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
+from efficientvlm.data.configured import open_split
+from efficientvlm.data.kinds.kind import Kind
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 from efficientvlm.families.exported import is_exported
 from efficientvlm.files import resolve
@@ -24,7 +27,9 @@ from efficientvlm.planning.costs import Disks
 from efficientvlm.recipe import Step
 from efficientvlm.stages.common import TEXT_LENGTH
 from efficientvlm.stages.results import ResultFile
+from efficientvlm.stages.workspace import Workspace
 
+DATA = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed", "shuffle_buffer")  # settings that say which samples there are
 PLANNED = "sha256:" + "0" * 64  # in the place of the digest of what is not written yet
 
 
@@ -166,3 +171,25 @@ def on_meta() -> Iterator[None]:
     """New tensors have shapes and no values."""
     with torch.device("meta"):
         yield
+
+
+class Look(Workspace):
+    """What the stage `stage` of a chain reads: what earlier stages will write included. All that is wrong is noted."""
+
+    def __init__(self, chain: Chain, stage: str) -> None:
+        super().__init__(quiet=True)
+        self.chain, self.stage = chain, stage
+
+    def checkpoint(self, spec: str) -> Loaded:
+        return self.chain.open(spec, self.stage)
+
+    def data(self, config: Any, kind: Kind[Any, Any], split: str, form: Preprocessing | None) -> Any:
+        """The same data are opened once for all stages that prepare pictures in the same form."""
+        key = [getattr(config, name, None) for name in DATA]
+        with self.chain.problems.of(self.stage):
+            return self.chain.source(lambda: open_split(config, kind, split, form), kind.name, split, form, *key)
+        raise Blocked("its data cannot be opened")
+
+    def check(self, problems: Iterable[BadInput]) -> None:
+        for problem in problems:
+            self.chain.problems.add(self.stage, problem)

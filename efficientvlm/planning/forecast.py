@@ -16,18 +16,17 @@ from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.data.answer_list import as_input
-from efficientvlm.data.configured import open_split
 from efficientvlm.errors import BadInput
 from efficientvlm.hardware import pick_device
-from efficientvlm.loaded import Loaded, shapes
+from efficientvlm.loaded import shapes
 from efficientvlm.planning import costs
-from efficientvlm.planning.chain import Blocked, Chain, on_meta
+from efficientvlm.planning.chain import Blocked, Chain, Look, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
-from efficientvlm.planning.parts import Forecast, Run, digest, finish, known, made, measured, splits, summary, training
+from efficientvlm.planning.parts import Forecast, digest, finish, known, made, measured, summary, training
 from efficientvlm.recipe import Step
-from efficientvlm.stages import bench, export, import_, import_folder, init, prune, recut
+from efficientvlm.stages import bench, export, import_, import_folder, init, learning, prune, recut
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
-from efficientvlm.stages.learning import freeze, inputs_of, problems
+from efficientvlm.stages.learning import Learning, inputs_of
 from efficientvlm.tasks.known import TASKS, learnt_by
 
 
@@ -105,39 +104,29 @@ def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
 
 
 def plan_learning(chain: Chain, step: Step, found: Forecast) -> None:
-    run, student = learnt(chain, step, found)
-    training(chain, step, found, run, inputs_of(run.config), result=student)
+    job = learnt(chain, step, found)
+    training(chain, step, found, job, inputs_of(job.config))
 
 
-def learnt(chain: Chain, step: Step, found: Forecast) -> tuple[Run, Loaded]:
-    """What a stage that trains does, and the student with what its task needs."""
+def learnt(chain: Chain, step: Step, found: Forecast) -> Learning:
+    """What a stage that trains is about to do."""
     config: Any = step.config
-    task, spec = learnt_by(config), getattr(config, "teacher", None)
-    student = chain.attempt(config.model, step.name)
-    teacher = chain.attempt(spec, step.name) if spec else None
-    side = student.preprocessing if student else None
-    sources: dict[str, Any] = {}
-    with chain.problems.of(step.name), suppress(Blocked):
-        sources = splits(chain, step, task.kind, side)
-    wrong = list(problems(config, task, student, teacher)) if student and (teacher or not spec) else []
-    for problem in wrong:
-        chain.problems.add(step.name, problem)
-    if student is None or not sources or (spec and teacher is None):
-        raise Blocked("it reads what cannot be planned")
-    found.before = summary(chain, student)
-    with on_meta():
-        student.model, new = task.adapt(config, student, teacher)
-        student.model = student.family.build(student.model.config)  # its own: what is noted there is not in its input
-    if added := costs.elements(student.model) - found.before["parameters"]["total"]:
-        found.notes.append(task.changes(added))
-    task.configure(config, student, sources["train"])
+    look = Look(chain, step.name)
+    try:
+        job = learning.prepare(config, look)
+    except Blocked:
+        student = chain.attempt(config.model, step.name)
+        for split in ("train", "val"):
+            with suppress(Blocked):  # what is wrong with the data is said as well
+                look.data(config, learnt_by(config).kind, split, student.preprocessing if student else None)
+        raise
+    found.before = summary(chain, chain.open(config.model, step.name))
+    if added := costs.elements(job.student.model) - found.before["parameters"]["total"]:
+        found.notes.append(job.task.changes(added))
+    job.task.configure(config, job.student, job.sources["train"])
     with chain.problems.of(step.name):
-        found.notes += task.reading(config, student, sources).remarks
-    with on_meta():
-        trained = replace(student, model=student.family.build(student.model.config))  # what is frozen here learns in later stages
-    if not wrong:  # it may lack the towers
-        freeze(trained, config.freeze)
-    return Run(config, trained, teacher, sources, new), student
+        found.notes += job.task.reading(config, job.student, job.sources).remarks
+    return job
 
 
 def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
@@ -150,7 +139,8 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
         chain.problems.add(step.name, BadInput("the package torch-pruning is not installed", "", "pip install torch-pruning"))
     with chain.problems.of(step.name):
         prune.check(config)
-    run, student = learnt(chain, step, found)
+    job = learnt(chain, step, found)
+    student = job.student
     scope = scope_of(config, student.model)
     found.structure = "uniform cut: the real structure is learnt"
     keep = uniform_cut(scope)
@@ -158,7 +148,7 @@ def plan_prune(chain: Chain, step: Step, found: Forecast) -> None:
         model = slice_model(student.model, keep)
     gates = len(scope.units) if config.method == "l0" else 0
     sizes = {"gates": gates, "dense": config.keep_dense}
-    training(chain, step, found, run, inputs_of(config), result=replace(student, model=model), **sizes)
+    training(chain, step, found, job, inputs_of(config), result=replace(student, model=model), **sizes)
     chain.dense[place(config.out)] = student.model
 
 
@@ -196,13 +186,7 @@ def plan_recut(chain: Chain, step: Step, found: Forecast) -> None:
     recut.check_task(config, pruned)
     inputs = {"model": config.from_gates}
     task = learnt_by(config)
-    val = chain.source(
-        lambda: open_split(config, task.kind, "val", pruned.preprocessing),
-        task.kind.name,
-        "recut",
-        pruned.preprocessing,
-        *(config.data, config.columns, config.val, config.val_fraction, config.limit, config.max_bad),
-    )
+    val = Look(chain, step.name).data(config, task.kind, "val", pruned.preprocessing)
     if place(config.from_gates) in chain.stale:
         source = chain.dense[place(config.from_gates)]
         scope = scope_of(config, source)
@@ -229,8 +213,7 @@ def plan_eval(chain: Chain, step: Step, found: Forecast) -> None:
     with chain.problems.of(step.name):
         task.check(config, loaded)
         able = True
-    key = (config.data, config.columns, config.val_fraction, config.limit, config.max_bad)
-    source = chain.source(lambda: open_split(config, task.kind, config.split, side), "eval", task.kind.name, config.split, side, *key)
+    source = Look(chain, step.name).data(config, task.kind, config.split, side)
     found.schedule = {"images": len(source), "batch_size": config.batch_size}
     if able:
         found.notes += task.reading_of_measuring(config, loaded, source).remarks

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from efficientvlm.data.draw import seed_of
 from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.loaded import Loaded
-from efficientvlm.planning.parts import Run
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import prune
 from efficientvlm.stages.cutting import scope_of
 from efficientvlm.stages.learning import Learning
-from efficientvlm.tasks.known import learnt_by
 from efficientvlm.training import Batch, Optimizer, update
 
 
-def measure(run: Run, steps: int, *, total: int) -> dict[str, Any]:
+def measure(run: Learning, steps: int, *, total: int) -> dict[str, Any]:
     """Time `steps` training steps after one that warms up, on the data of the stage, and extrapolate to its `total` steps.
 
     Returns:
@@ -66,11 +64,13 @@ def filled(loaded: Loaded, device: torch.device) -> Loaded:
     return replace(loaded, model=loaded.family.build(loaded.model.config).to(device))
 
 
-def ready(run: Run, device: torch.device, fill: Fill = filled) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
+def ready(
+    run: Learning, device: torch.device, fill: Fill = filled
+) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
     """Objective, optimizers and batches as the stage has them, on the weights that `fill` gives its networks."""
     config = run.config
     student, teacher = fill(run.student, device), fill(run.teacher, device) if run.teacher else None
-    learning = Learning(config, learnt_by(config), student, teacher, run.new, run.sources)
+    learning = replace(run, student=student, teacher=teacher)
     learning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
     if not isinstance(config, Prune):
         inner = learning.objective()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from efficientvlm import ranks
 from efficientvlm.checkpoint import fingerprint
-from efficientvlm.data.configured import open_split
-from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
 from efficientvlm.loaded import Loaded
 from efficientvlm.planning import costs
-from efficientvlm.planning.chain import PLANNED, Chain
+from efficientvlm.planning.chain import PLANNED, Chain, on_meta
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
-from efficientvlm.tasks.known import learnt_by
+from efficientvlm.stages.learning import Learning, freeze
 
 ENDLESS = 1 << 60  # batches an epoch of a stream
 
@@ -40,21 +37,10 @@ class Forecast:
     disk: dict[str, int] | None = None
     time: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    run: Run | None = None
+    run: Learning | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "run"}
-
-
-@dataclass
-class Run:
-    """A training stage as it would run: its shapes, its data, and how it trains."""
-
-    config: Any
-    student: Loaded
-    teacher: Loaded | None
-    sources: dict[str, Any]
-    new: list[str]
 
 
 def finish(chain: Chain, step: Step, found: Forecast, loaded: Loaded, status: str, **sizes: Any) -> None:
@@ -123,19 +109,15 @@ def made(path: Path, family: Any, model: Any, tokenizer: Any) -> Loaded:
     return Loaded(path, family, model, tokenizer, None)  # type: ignore[arg-type]
 
 
-def splits(chain: Chain, step: Step, kind: Kind[Any, Any], form: Any) -> dict[str, Any]:
-    """Training and validation data; the same data are opened once for all stages that prepare images in the same `form`."""
-    config: Any = step.config
-    names = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed")
-    settings = [getattr(config, name, None) for name in names]
-    opened = {split: partial(open_split, config, kind, split, form) for split in ("train", "val")}
-    return {split: chain.source(open_it, kind.name, split, form, *settings) for split, open_it in opened.items()}
-
-
 def training(
-    chain: Chain, step: Step, found: Forecast, run: Run, inputs: dict[str, str | None], *, result: Loaded | None = None, **sizes: Any
+    chain: Chain, step: Step, found: Forecast, run: Learning, inputs: dict[str, str | None], *, result: Loaded | None = None, **sizes: Any
 ) -> None:
     """What all stages that train cost; `result` is what is written, by default the student as it is trained."""
+    with on_meta():  # the student that is trained is one of its own: what is frozen there learns in later stages
+        trained = replace(run.student, model=run.student.family.build(run.student.model.config))
+    if not chain.problems.of_stage(step.name):  # it may lack the towers
+        freeze(trained, run.config.freeze)
+    result, run = result or run.student, replace(run, student=trained)
     student, teacher = run.student, run.teacher
     if teacher is not None:
         found.teacher = {"path": str(teacher.path), **summary(chain, teacher)}
@@ -149,12 +131,12 @@ def training(
     status = chain.status(step, inputs, digests(chain, run.config, run.sources))
     sound = not any(problem.stage == step.name for problem in chain.problems.found)
     if teacher is not None and sound and getattr(run.config, "cache_teacher", False) and run.config.kd:
-        kept = learnt_by(run.config).bytes_of_cached_teacher(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
+        kept = run.task.bytes_of_cached_teacher(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
         costs.add(found.memory, **{"teacher cache": kept})
         if status != "up to date" and (problem := costs.too_much(kept)):
             chain.problems.add(step.name, problem)
     found.run = None if status == "up to date" else run
-    finish(chain, step, found, result or student, status, trained=student.model, **sizes)
+    finish(chain, step, found, result, status, trained=student.model, **sizes)
 
 
 def known(chain: Chain, spec: str) -> str:

@@ -13,7 +13,6 @@ from efficientvlm import ranks
 from efficientvlm.checkpoint import Output
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
-from efficientvlm.data.configured import open_split
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
 from efficientvlm.data.texts import Texts
@@ -37,6 +36,7 @@ from efficientvlm.stages.common import (
     write,
 )
 from efficientvlm.stages.teaching import doubt
+from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.known import learnt_by
 from efficientvlm.tasks.task import Learnt
 from efficientvlm.training import Batch, Spent, accelerator, train
@@ -44,13 +44,32 @@ from efficientvlm.training import Batch, Spent, accelerator, train
 
 def run(config: Any, control: Control) -> Manifest:
     """Train on the task and write the trained checkpoint, with its metrics on validation data in the manifest."""
-    run = Learning.open(config, quiet=control.quiet)
-    output = open_output(config, config.stage, control, run.inputs)
+    job = prepare(config, Workspace(control.quiet))
+    output = open_output(config, config.stage, control, job.inputs)
     if output.up_to_date:
         return finished(output)
     with making(output):
-        spent = run.train(run.objective(), output, control)
-        return run.finish(output, control, spent)
+        job.load(control.quiet)
+        spent = job.train(job.objective(), output, control)
+        return job.finish(output, control, spent)
+
+
+def prepare(config: Any, workspace: Workspace) -> Learning:
+    """What a training stage is about to do; nothing is written, and networks are shapes.
+
+    Raises:
+        BadInput: checkpoints or data that cannot be used together.
+    """
+    task, spec = learnt_by(config), getattr(config, "teacher", None)
+    student = workspace.checkpoint(config.model)
+    teacher = workspace.checkpoint(spec) if spec else None
+    workspace.check(problems(config, task, student, teacher))
+    sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
+    with torch.device("meta"):
+        model, new = task.adapt(config, student, teacher)
+        student.model = student.family.build(model.config.copy()).eval()  # its own: what is noted there is not in what was read
+    keep_length(student, config.max_tokens)
+    return Learning(config, task, student, teacher, new, sources)
 
 
 @dataclass
@@ -65,21 +84,19 @@ class Learning:
     sources: dict[str, Any]
     reading: Reading = field(default_factory=Reading)
 
-    @classmethod
-    def open(cls, config: Any, *, quiet: bool = False) -> Learning:
-        """Load what `config` names; nothing is written.
+    def load(self, quiet: bool = False) -> None:
+        """Give student and teacher their weights, in the place of shapes.
 
         Raises:
-            BadInput: checkpoints or data that cannot be used together.
+            BadInput: damaged weights.
         """
-        torch.manual_seed(config.seed)
-        task, teacher = learnt_by(config), getattr(config, "teacher", None)
-        with telling(f"loading {config.model}{f' and {teacher}' if teacher else ''}", quiet=quiet):
-            student, teacher, new = load_for(config, task)
-        keep_length(student, config.max_tokens)
-        with telling(f"opening the data {config.data}", quiet=quiet):
-            sources = {split: open_split(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
-        return cls(config, task, student, teacher, new, sources)
+        torch.manual_seed(self.config.seed)
+        spec = self.config.teacher if self.teacher else None
+        with telling(f"loading {self.config.model}{f' and {spec}' if spec else ''}", quiet=quiet):
+            self.student = load(self.config.model)
+            self.teacher = load(spec) if spec else None
+            self.student.model, self.new = self.task.adapt(self.config, self.student, self.teacher)
+        keep_length(self.student, self.config.max_tokens)
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -183,20 +200,6 @@ def problems(config: Any, task: Learnt, student: Loaded, teacher: Loaded | None)
     if teacher:
         yield from method_of(config).needs(student, teacher)
         yield from task.teacher_problems(config, teacher)
-
-
-def load_for(config: Any, task: Learnt) -> tuple[Loaded, Loaded | None, list[str]]:
-    """Student and teacher, and the names of the student's tensors that are new.
-
-    Raises:
-        BadInput: a student or teacher that cannot do the task, or a teacher that reads other batches.
-    """
-    student = load(config.model)
-    teacher = load(config.teacher) if getattr(config, "teacher", None) else None
-    for problem in problems(config, task, student, teacher):
-        raise problem
-    student.model, new = task.adapt(config, student, teacher)
-    return student, teacher, new
 
 
 def unknown_towers(student: Loaded, towers: Sequence[str]) -> Iterator[BadInput]:

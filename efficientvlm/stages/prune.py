@@ -26,7 +26,8 @@ from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import recut
 from efficientvlm.stages.common import finished, learning, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
-from efficientvlm.stages.learning import Learning
+from efficientvlm.stages.learning import Learning, prepare
+from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.influence import of_anything, tell
 
 
@@ -41,14 +42,14 @@ def run(config: Prune, control: Control) -> Manifest:
     if config.task == "none":
         return ranks.on_main(lambda: untrained(config, control), Manifest.model_validate)
     check(config)
-    run = Learning.open(config, quiet=control.quiet)
-    student = run.student
-    scope = scope_of(config, student.model)
+    run = prepare(config, Workspace(control.quiet))
+    scope = scope_of(config, run.student.model)
     output = open_output(config, "prune", control, run.inputs)
     if output.up_to_date:
         return finished(output)
     with making(output):
-        learnt = config.method == "l0"
+        run.load(control.quiet)
+        student, learnt = run.student, config.method == "l0"
 
         def keep_dense() -> None:
             ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
