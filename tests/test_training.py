@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -443,3 +444,31 @@ def test_weights_that_give_no_finite_figures_are_no_result(chain: Path, tmp_path
     with pytest.raises(Diverged, match=r"validation data .* no finite number"):
         run_stage("pretrain", out=str(tmp_path / "o"), **settings)
     assert list((tmp_path / "o/training_state").glob("step-*/state.json")) and not (tmp_path / "o/evlm_manifest.json").exists()
+
+
+def test_what_is_finished_opens_no_weights(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, data and hashes say that nothing is left to do."""
+    again: list[tuple[str, dict[str, Any]]] = [
+        ("finetune", {"out": str(chain / "teacher"), "model": str(chain / "init"), "data": SHAPES, **TRAIN}),
+        ("shrink", {"out": str(chain / "student"), "model": str(chain / "init")}),
+        ("distill", {"out": str(chain / "distilled"), **stages(chain)["distill"], **TRAIN}),
+        ("prune", {"out": str(chain / "pruned"), **PRUNE(chain), **TRAIN}),
+    ]
+    new: list[tuple[str, dict[str, Any]]] = [
+        ("prune", {"out": str(tmp_path / "cut"), "from_gates": str(chain / "pruned"), "sparsity": 0.5, "eval_limit": 2}),
+        ("export", {"out": str(tmp_path / "padded"), "model": str(chain / "pruned"), "format": "padded"}),
+        ("eval", {"out": str(tmp_path / "eval.json"), "model": str(chain / "pruned"), "data": SHAPES, "limit": 2}),
+    ]
+    for name, settings in new:
+        run_stage(name, **settings)
+    monkeypatch.setattr("efficientvlm.loaded.families", SimpleNamespace(of_folder=shapes_alone))
+    for name, settings in (*again, *new):
+        run_stage(name, **settings)
+
+
+def shapes_alone(path: Path) -> Any:
+    """The family of a folder, of which nothing but shapes may be asked."""
+    from efficientvlm import families
+
+    family = families.of_folder(path)
+    return SimpleNamespace(**{name: getattr(family, name) for name in dir(family) if name != "load" and not name.startswith("__")})

@@ -13,7 +13,7 @@ import torch
 
 from efficientvlm.checkpoint import check_place, fingerprint
 from efficientvlm.compression.anatomy import Groups
-from efficientvlm.compression.layers import resolve_layers, shrink_model
+from efficientvlm.compression.layers import shrink_model
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.errors import BadInput
@@ -24,7 +24,7 @@ from efficientvlm.planning.chain import Blocked, Chain, Look, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, digest, finish, known, made, measured, summary, training
 from efficientvlm.recipe import Step
-from efficientvlm.stages import bench, export, import_, import_folder, init, learning, prune, recut
+from efficientvlm.stages import bench, export, import_, import_folder, init, learning, prune, recut, shrink
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
 from efficientvlm.stages.learning import Learning, inputs_of
 from efficientvlm.tasks.known import TASKS, learnt_by
@@ -93,9 +93,8 @@ def plan_import(chain: Chain, step: Step, found: Forecast) -> None:
 
 def plan_shrink(chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
-    teacher = chain.open(config.model, step.name)
+    teacher, layers = shrink.prepare(config, Look(chain, step.name))
     found.before = summary(chain, teacher)
-    layers = resolve_layers(teacher.model.config.layers(), config.layers)
     with on_meta():
         model = shrink_model(teacher.model, layers)
     found.structure, found.memory = "exact", costs.memory(model, teacher.model)

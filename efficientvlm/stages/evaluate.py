@@ -10,6 +10,8 @@ from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
+from efficientvlm.families.exported import is_exported
+from efficientvlm.files import resolve
 from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.loaded import check_precision, keep_length, load
 from efficientvlm.memory import enough_memory
@@ -29,7 +31,7 @@ def run(config: Any, control: Control) -> dict[str, Any]:
         BadInput: a checkpoint that does not do the task, no list of answers, nothing to measure on, an `out` of another measurement.
     """
     task = TASKS[config.task]
-    loaded = load(config.model, exported=True)
+    loaded = load(config.model, weights=is_exported(resolve(config.model, checkpoint=True)), exported=True)
     check_precision(loaded, config.precision)
     keep_length(loaded, config.max_tokens)
     task.check(config, loaded)
@@ -41,6 +43,9 @@ def run(config: Any, control: Control) -> dict[str, Any]:
     if file.finished:
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
+    if not is_exported(loaded.path):
+        loaded = load(config.model)
+        keep_length(loaded, config.max_tokens)
     say_notes(source, config.split, control.quiet)
     device = pick_device(config.device)
     loaded.model.to(device)

@@ -28,6 +28,7 @@ from efficientvlm.progress import say
 from efficientvlm.settings.stages import Export
 from efficientvlm.stages.common import making, open_output, summary, write
 from efficientvlm.stages.measuring import measure, table
+from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.known import TASKS, measured_of
 from efficientvlm.training import Spent
 
@@ -44,15 +45,17 @@ def run(config: Export, control: Control) -> Manifest:
         TargetMissed: the written form computes something else than the checkpoint.
     """
     check(config)
-    loaded = load(config.model)
-    check_model(config, loaded)
-    keep_length(loaded, config.max_tokens)
-    source = open_data(config, loaded)
+    described = Workspace(control.quiet).checkpoint(config.model)
+    check_model(config, described)
+    keep_length(described, config.max_tokens)
+    source = open_data(config, described)
     inputs = {"model": config.model, "data": f"sha256:{source.fingerprint}" if source else None}
     output = open_output(config, "export", control, inputs)
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
+        loaded = load(config.model)
+        keep_length(loaded, config.max_tokens)
         if config.format == "onnx":
             return _onnx(config, control, loaded, output, source)
         return _transformers(config, control, loaded, output)

@@ -129,9 +129,8 @@ def untrained(config: Prune, control: Control) -> Manifest:
     Raises:
         TargetMissed: the sparsity cannot be reached.
     """
-    loaded = load(config.model)
-    model = loaded.model
-    scope = scope_of(config, model)
+    loaded = Workspace(control.quiet).checkpoint(config.model)
+    scope = scope_of(config, loaded.model)
     output = open_output(config, "prune", control, {"model": config.model})
     if output.up_to_date:
         return require_complete(output.path)
@@ -139,6 +138,8 @@ def untrained(config: Prune, control: Control) -> Manifest:
         from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
         assert config.method != "l0"
+        loaded = load(config.model)
+        model = loaded.model
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
         extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}
         say_cut(extra, control.quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.files import resolve
-from efficientvlm.loaded import Loaded, keep_length, load
+from efficientvlm.loaded import Loaded, keep_length, load, shapes
 from efficientvlm.manifest import Manifest
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
+from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.known import TASKS, learnt_by
 
 
@@ -40,20 +42,20 @@ def run(config: Prune, control: Control) -> Manifest:
         TargetMissed: the sparsity cannot be reached.
     """
     assert config.from_gates
-    pruned = load(config.from_gates)
+    pruned = Workspace(control.quiet).checkpoint(config.from_gates)
     tensors = read_tensors(pruned, GATES)
     config = settled(config, pruned.manifest)
     task = learnt_by(config)
     check_task(config, pruned)
     dense = (pruned.path / DENSE).is_file()
-    if dense:
-        pruned.model = dense_model(pruned)
-    scope, keep = choose(config, pruned, tensors, dense=dense)
+    whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
+    scope, keep = choose(config, whole, tensors, dense=dense)
     source = open_split(config, task.kind, "val", pruned.preprocessing)
     output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
+        pruned.model = dense_model(pruned) if dense else load(str(config.from_gates)).model
         extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": dense_kept(pruned)}
         say_cut(extra, control.quiet)
         if dense:
