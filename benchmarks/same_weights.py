@@ -186,7 +186,7 @@ def made_by(version: Version, keep: Path) -> Path:
 
 def start(code: Path, out: Path, version: Version) -> None:
     environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [str(Path(__file__).resolve()), "--run", str(out), str(code), "--chains", *version.chains]
+    words = [str(Path(__file__).resolve()), "--here", str(out), str(code), "--chains", *version.chains]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(version.processes)] if version.processes > 1 else []
     done = subprocess.run([sys.executable, *launcher, *words], env=environment, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -265,15 +265,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="several are launched by torchrun")
     parser.add_argument("--within", type=float, default=0.0, help="the largest difference that passes")
     parser.add_argument("--keep", type=Path, help="a folder in which what a commit wrote is kept for the next time")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        if options.run:
+        if options.here:
             import efficientvlm
 
-            if Path(efficientvlm.__file__).parent.parent.resolve() != Path(options.run[1]).resolve():
+            if Path(efficientvlm.__file__).parent.parent.resolve() != Path(options.here[1]).resolve():
                 raise BadInput("other code is run", f"efficientvlm is {efficientvlm.__file__}", "see to PYTHONPATH")
-            run(Path(options.run[0]), options.chains)
+            run(Path(options.here[0]), options.chains)
             return 0
         if not options.before:
             parser.error("a commit to compare with is needed")
