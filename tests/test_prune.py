@@ -212,10 +212,10 @@ def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     widths = {"vision_width": 8, "text_width": 8, "vision_intermediate": 6, "text_intermediate": 6, "vocab_size": 16, "image_size": 32}
     model = XVLM.build(XVLMConfig(**sizes, **widths, heads=[]))
     scope = Scope.of(Anatomy.of(model), 0.5)
-    gates, reads = Gates(scope.units, head_init=0.0), released_rows(scope) if quirks.mask_offsets else None
-    return Gated(
-        Inner(model), gates, Budget(scope), scope, seed=0, gate_steps=16, warmup_steps=8, epoch=epoch, quirks=quirks, reads=reads
-    ), scope
+    gates = Gates(scope.units, head_init=0.0)
+    reads = released_rows(scope) if getattr(quirks, "mask_offsets", False) else None
+    schedule = {"gate_steps": 16, "warmup_steps": 8, "epoch": epoch}
+    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, quirks=quirks, reads=reads, **schedule), scope
 
 
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
