@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig
-from efficientvlm.families.blip_fresh import SIZES, fresh_config
-from efficientvlm.families.blip_model import MODELS
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig
+from efficientvlm.families.blip.network import MODELS
+from efficientvlm.families.blip.start import SIZES, fresh_config
 
 TOKENS, NEW = 12, 10
 Step = Callable[[], torch.Tensor]

@@ -27,7 +27,7 @@ from efficientvlm import bench
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.families import blocks, xvlm_model
+from efficientvlm.families.towers import attention
 from efficientvlm.files import write_atomic
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
@@ -106,11 +106,13 @@ def calls(work: Path) -> dict[Variant, Callable[[int], object]]:
 def eager(call: Callable[[int], object]) -> Callable[[int], object]:
     """`call` with the explicit softmax that is used where maps are kept; they are dropped at once."""
 
+    fused = attention.attend
+
     def attend(q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, maps: Any = None) -> Any:
-        return blocks.attend(q, k, v, mask, dropout, [])
+        return fused(q, k, v, mask, dropout, [])
 
     def run(size: int) -> object:
-        with mock.patch.object(xvlm_model, "attend", attend):
+        with mock.patch.object(attention, "attend", attend):
             return call(size)
 
     return run

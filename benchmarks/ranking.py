@@ -32,7 +32,7 @@ def ranked(images: int) -> dict[str, Any]:
 
     import efficientvlm
     from efficientvlm import families
-    from efficientvlm.families.xvlm_config import XVLMConfig
+    from efficientvlm.families.xvlm.config import XVLMConfig
 
     try:
         from efficientvlm.tasks.ranking import rank

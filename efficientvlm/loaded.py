@@ -15,8 +15,8 @@ from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
-from efficientvlm.families.exported import Exported, is_exported
 from efficientvlm.families.image_settings import preprocessing_of
+from efficientvlm.families.onnx.network import Exported, is_exported
 from efficientvlm.manifest import Manifest
 
 SHORTEST = 3  # first and last token, and one between them

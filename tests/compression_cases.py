@@ -8,12 +8,12 @@ import torch
 from toy_family import ToyConfig, ToyModel
 
 from efficientvlm import families
-from efficientvlm.families.blip import BLIP
-from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
-from efficientvlm.families.clip import CLIP
-from efficientvlm.families.clip_config import SlicedCLIPConfig, SlicedSiglipConfig
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
+from efficientvlm.families.blip.family import BLIP
+from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConfig
+from efficientvlm.families.clip.family import CLIP
+from efficientvlm.families.xvlm.config import XVLMConfig
+from efficientvlm.families.xvlm.family import XVLM
 
 
 def tiny_xvlm() -> XVLMConfig:

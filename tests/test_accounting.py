@@ -10,8 +10,8 @@ from compression_cases import CONFIGS, build
 
 from efficientvlm.compression.accounting import account, count_macs, count_parameters, count_sparsity
 from efficientvlm.compression.surgery import slice_model
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm.config import XVLMConfig
+from efficientvlm.families.xvlm.family import XVLM
 
 
 def half(model):

@@ -22,10 +22,10 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip import BLIP
-from efficientvlm.families.blip_config import KINDS, BlipAnswerConfig
-from efficientvlm.families.blip_fresh import fresh_config
-from efficientvlm.families.blip_model import Blip
+from efficientvlm.families.blip.config import KINDS, BlipAnswerConfig
+from efficientvlm.families.blip.family import BLIP
+from efficientvlm.families.blip.network import Blip
+from efficientvlm.families.blip.start import fresh_config
 from efficientvlm.loaded import load
 from efficientvlm.tasks.ranking import generate
 

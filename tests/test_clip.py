@@ -25,9 +25,9 @@ from efficientvlm.control import Control
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
-from efficientvlm.families.clip import CLIP
-from efficientvlm.families.clip_config import LEGACY_END, TOWERS, SlicedSiglipConfig
-from efficientvlm.families.clip_model import Comparing, SlicedCLIPModel, SlicedSiglipModel
+from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedSiglipConfig
+from efficientvlm.families.clip.family import CLIP
+from efficientvlm.families.clip.network import Comparing, SlicedCLIPModel, SlicedSiglipModel
 from efficientvlm.loaded import load
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import import_folder
@@ -519,8 +519,8 @@ def test_texts_of_a_tokenizer_that_puts_nothing_in_front(tmp_path):
 
 
 OPEN = {
-    "ours": "import efficientvlm; from efficientvlm.families.clip import CLIP; model = efficientvlm.load(folder)",
-    "auto": "import efficientvlm.families.clip; from transformers import AutoModel; model = AutoModel.from_pretrained(folder).eval()",
+    "ours": "import efficientvlm; model = efficientvlm.load(folder)",
+    "auto": "import efficientvlm; from transformers import AutoModel; model = AutoModel.from_pretrained(folder).eval()",
     "stock": "from transformers import AutoModel; model = AutoModel.from_pretrained(folder).eval()",
 }
 PROCESS = """

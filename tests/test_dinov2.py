@@ -17,8 +17,8 @@ from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_folder
-from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias
-from efficientvlm.families.xvlm_towers import from_towers
+from efficientvlm.families.xvlm.dinov2 import MEAN, STD, add_patch_bias
+from efficientvlm.families.xvlm.start import from_towers
 from efficientvlm.loaded import load
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)

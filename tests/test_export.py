@@ -28,10 +28,10 @@ from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.base import NEURON
-from efficientvlm.families.blip import BLIP
-from efficientvlm.families.blip_config import BlipAnswerConfig
-from efficientvlm.families.clip import CLIP
-from efficientvlm.families.exported import ONNX, Description, StoredSizes, open_session
+from efficientvlm.families.blip.config import BlipAnswerConfig
+from efficientvlm.families.blip.family import BLIP
+from efficientvlm.families.clip.family import CLIP
+from efficientvlm.families.onnx.network import ONNX, Description, StoredSizes, open_session
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import Manifest
 from efficientvlm.stages import predict

@@ -10,9 +10,9 @@ from compression_cases import build, family
 from spoiling import edit
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip import BLIP
+from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.loading import image_processor
-from efficientvlm.families.xvlm import XVLM
+from efficientvlm.families.xvlm.family import XVLM
 
 NAMES = ("xvlm", "clip", "siglip", "blip-qa", "blip-caption", "blip-retrieval")
 TRANSFORMERS = {  # its name of what X-VLM calls otherwise, and the part of the configuration it is in

@@ -22,9 +22,9 @@ from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_file, read_folder
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_import import read_published
-from efficientvlm.families.xvlm_towers import from_towers
+from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.families.xvlm.published import read_published
+from efficientvlm.families.xvlm.start import from_towers
 from efficientvlm.loaded import load
 from efficientvlm.settings.stages import ImportConfig, InitConfig
 from efficientvlm.stages import import_, init
@@ -440,7 +440,7 @@ def test_layer_choice_and_fresh_tensors(towers, tokenizer):
 
 
 def test_published_layer_choice_of_twelve():
-    from efficientvlm.families.xvlm_towers import _chosen
+    from efficientvlm.families.xvlm.start import _chosen
 
     assert list(_chosen(Path("clip"), 12, 6)) == [1, 3, 5, 7, 9, 11]
     assert list(_chosen(Path("clip"), 12, 12)) == list(range(12))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Record
-from efficientvlm.families.xvlm_config import XVLMConfig
-from efficientvlm.families.xvlm_model import XVLMModel
+from efficientvlm.families.xvlm.config import XVLMConfig
+from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.generation import Generation

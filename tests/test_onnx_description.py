@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.exported import ONNX, Description, Exported
+from efficientvlm.families.onnx.network import ONNX, Description, Exported
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")

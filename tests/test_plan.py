@@ -25,7 +25,7 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer, save_tokenizer
 from efficientvlm.errors import BadInput
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.loaded import load, shapes
 from efficientvlm.objectives import teachers
 from efficientvlm.planning import costs

@@ -20,7 +20,7 @@ from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.errors import BadInput, TargetMissed
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated

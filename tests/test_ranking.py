@@ -125,8 +125,8 @@ def test_spans_cover_all_questions_and_count_every_image_once() -> None:
 
 PEAK = """
 import resource, torch
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.tasks.ranking import rank
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 family = XVLM()

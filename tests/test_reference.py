@@ -16,8 +16,8 @@ import torch
 from rebuilt import rebuilt, tokens, values
 from torch import Tensor
 
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import XVLMConfig
+from efficientvlm.families.xvlm.config import XVLMConfig
+from efficientvlm.families.xvlm.family import XVLM
 from efficientvlm.objectives.efficientvlm import released
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.terms import compared, tower_maps

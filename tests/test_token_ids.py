@@ -16,7 +16,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, SiglipConfig, Sigli
 
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.families.clip_config import LEGACY_END, SlicedCLIPConfig
+from efficientvlm.families.clip.config import LEGACY_END, SlicedCLIPConfig
 from efficientvlm.loaded import load, texts_of
 
 WORDS = "a the red blue circle square cat and dogs".split()

@@ -16,10 +16,10 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import format_ranges, parse_ranges
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
-from efficientvlm.families.xvlm import XVLM
-from efficientvlm.families.xvlm_config import TOWERS, XVLMConfig
-from efficientvlm.families.xvlm_heads import with_decoder
-from efficientvlm.families.xvlm_model import XVLMModel
+from efficientvlm.families.xvlm.config import TOWERS, XVLMConfig
+from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.families.xvlm.heads import with_decoder
+from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.objectives.losses import answer_loss, sequence_nll
 from efficientvlm.tasks.ranking import accuracy, evaluate, generate, rank
 

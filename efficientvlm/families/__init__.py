@@ -36,15 +36,15 @@ def register(family: Any) -> None:
 
 def _import(name: str) -> Any:
     if name == "xvlm":
-        from efficientvlm.families.xvlm import XVLM
+        from efficientvlm.families.xvlm.family import XVLM
 
         return XVLM()
     if name == "clip":
-        from efficientvlm.families.clip import CLIP
+        from efficientvlm.families.clip.family import CLIP
 
         return CLIP()
     if name == "blip":
-        from efficientvlm.families.blip import BLIP
+        from efficientvlm.families.blip.family import BLIP
 
         return BLIP()
     raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(NAMES)}", "use one of them")

@@ -18,7 +18,7 @@ from efficientvlm.data.configured import open_split
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
-from efficientvlm.families.exported import is_exported
+from efficientvlm.families.onnx.network import is_exported
 from efficientvlm.files import resolve
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.manifest import Manifest

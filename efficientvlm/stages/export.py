@@ -19,8 +19,8 @@ from efficientvlm.data.opening import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
-from efficientvlm.families.exported import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
 from efficientvlm.families.image_settings import write_settings
+from efficientvlm.families.onnx.network import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
 from efficientvlm.loaded import Loaded, keep_length, load
 from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.memory import enough_memory

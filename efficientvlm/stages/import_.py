@@ -9,7 +9,7 @@ from efficientvlm.checkpoint import require_complete
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
-from efficientvlm.families.xvlm_import import Report, read_published
+from efficientvlm.families.xvlm.published import Report, read_published
 from efficientvlm.files import resolve
 from efficientvlm.manifest import Manifest
 from efficientvlm.progress import say

@@ -43,7 +43,7 @@ def run(config: InitConfig, control: Control) -> Manifest:
             model = family.build(values)
             origin: dict[str, Any] = {"origin": "random"}
         else:
-            from efficientvlm.families.xvlm_towers import from_towers
+            from efficientvlm.families.xvlm.start import from_towers
 
             towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
             model, new = from_towers(*towers, len(tokenizer), changed(config))
@@ -100,7 +100,7 @@ def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, 
     family = families.get(config.family)
     if config.size:
         return family, family.fresh_config(config.size, changed(config), vocab)
-    from efficientvlm.families.xvlm_towers import towers_config
+    from efficientvlm.families.xvlm.start import towers_config
 
     number = vocab if isinstance(vocab, int) else len(vocab)
     return family, towers_config(resolve(config.vision_from or ""), resolve(config.text_from or ""), number, changed(config))[0]

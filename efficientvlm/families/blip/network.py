@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Graph, Record, check_taps, kinds_of, require
-from efficientvlm.families.blip_config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
-from efficientvlm.families.blip_graphs import blip_graphs
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
+from efficientvlm.families.blip.graphs import blip_graphs
 from efficientvlm.families.towers.attention import Cache, Context, Sharing
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import greedy

@@ -16,8 +16,8 @@ from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Graph, Record, check_taps, kinds_of
-from efficientvlm.families.clip_config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, Structure
-from efficientvlm.families.clip_graphs import clip_graphs
+from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, Structure
+from efficientvlm.families.clip.graphs import clip_graphs
 from efficientvlm.families.towers.attention import causal
 from efficientvlm.families.towers.layers import Layers, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
-from efficientvlm.families.blip_config import BlipAnswerConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.settings.base import Strict, parse
 

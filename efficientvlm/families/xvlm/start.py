@@ -15,10 +15,10 @@ from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.loading import image_statistics, open_config, read_json
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import finite, read_folder
-from efficientvlm.families.xvlm_config import XVLMConfig, check_sizes, checked_settings
-from efficientvlm.families.xvlm_dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
-from efficientvlm.families.xvlm_model import XVLMModel
-from efficientvlm.families.xvlm_names import bert_name, clip_name, stack_name
+from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm.dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
+from efficientvlm.families.xvlm.names import bert_name, clip_name, stack_name
+from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.progress import say
 
 MOST_PADDING = 128  # embeddings are padded to a multiple of 8, 64 or 128

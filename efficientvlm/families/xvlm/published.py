@@ -15,9 +15,9 @@ from torch import Tensor
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
-from efficientvlm.families.xvlm_config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
-from efficientvlm.families.xvlm_model import XVLMModel
-from efficientvlm.families.xvlm_names import first_fusion_layer, published_name
+from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm.names import first_fusion_layer, published_name
+from efficientvlm.families.xvlm.network import XVLMModel
 
 HEAD_WIDTH = 64
 SWIN = re.compile(r"vision_encoder\.(layers\.\d+\.(blocks|downsample)\.|patch_embed\.(proj|norm)\.)|relative_position_bias_table")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_config, check_id
-from efficientvlm.families.clip_model import MODELS
+from efficientvlm.families.clip.network import MODELS
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
 

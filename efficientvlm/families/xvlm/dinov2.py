@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.weights import read_folder
-from efficientvlm.families.xvlm_names import dinov2_name
+from efficientvlm.families.xvlm.names import dinov2_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
 SCALED = {"1": "attention.out", "2": "ffn.fc2"}

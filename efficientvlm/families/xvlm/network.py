@@ -19,8 +19,8 @@ from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Siz
 from efficientvlm.families.towers.network import TowerNetwork
 from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, normalise, tap
 from efficientvlm.families.towers.vit import Vit
-from efficientvlm.families.xvlm_config import TOWERS, XVLMConfig
-from efficientvlm.families.xvlm_heads import answering, matching
+from efficientvlm.families.xvlm.config import TOWERS, XVLMConfig
+from efficientvlm.families.xvlm.heads import answering, matching
 
 Kept = dict[str, list[int]]
 

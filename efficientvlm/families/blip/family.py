@@ -9,13 +9,13 @@ from typing import Any
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip_config import (
+from efficientvlm.families.blip.config import (
     KINDS,
     SlicedBlipConfig,
     check_sizes,
 )
-from efficientvlm.families.blip_fresh import DECODE, ENCODE, fresh_config
-from efficientvlm.families.blip_model import MODELS
+from efficientvlm.families.blip.network import MODELS
+from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json

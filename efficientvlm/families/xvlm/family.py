@@ -9,8 +9,8 @@ from typing import Any
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, open_model, read_json
-from efficientvlm.families.xvlm_config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
-from efficientvlm.families.xvlm_model import XVLMModel
+from efficientvlm.families.xvlm.config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
+from efficientvlm.families.xvlm.network import XVLMModel
 
 
 class XVLM:
