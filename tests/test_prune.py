@@ -17,8 +17,9 @@ from efficientvlm import families
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach
+from efficientvlm.compression.pruner import Pruner
 from efficientvlm.compression.snapping import snap
-from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.loaded import load
@@ -214,15 +215,15 @@ def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     scope = Scope.of(Anatomy.of(model), 0.5)
     gates = Gates(scope.units, head_init=0.0)
     reads = released_rows(scope) if getattr(quirks, "mask_offsets", False) else None
-    schedule = {"gate_steps": 16, "warmup_steps": 8, "epoch": epoch}
-    return Gated(Inner(model), gates, Budget(scope), scope, seed=0, quirks=quirks, reads=reads, **schedule), scope
+    pruner = Pruner(model, scope, gates, steps=16, warmup_steps=8, epoch=epoch, quirks=quirks, reads=reads)
+    return Gated(Inner(model), pruner), scope
 
 
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
     """The gates that the modules of `group` last saw."""
     tower, layer, kind = group.split(".")
     module = {"head": "attention.out", "cross_head": "cross_attention.out", "neuron": "ffn.fc2"}[kind]
-    vector = objective.hooks._vectors[f"{tower}.layers.{layer}.{module}"]
+    vector = objective.pruner.hooks._vectors[f"{tower}.layers.{layer}.{module}"]
     return vector if kind == "neuron" else vector.view(2, -1)[:, 0]
 
 
@@ -230,7 +231,7 @@ def test_fusion_gates_are_their_own_unless_the_quirk_is_on() -> None:
     """Released code: fusion layers read the concatenated text and fusion masks from row 0 (facts of the release)."""
     clean, scope = gated(GateQuirks())
     quirky, _ = gated(FullStack(mask_offsets=True))
-    quirky.gates.load_state_dict(clean.gates.state_dict())
+    quirky.pruner.gates.load_state_dict(clean.pruner.gates.state_dict())
     clean({}, 0)
     quirky({}, 0)
     for group in ("vision.0.head", "text.1.neuron", "fusion.2.cross_head"):
@@ -253,15 +254,15 @@ def test_the_target_rises_once_unless_the_quirk_is_on() -> None:
     clean, _ = gated(GateQuirks())
     quirky, _ = gated(GateQuirks(epoch_step=True), epoch=8)
     steps = range(0, 24, 4)
-    assert [float(clean.target(step)) for step in steps] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
-    assert [float(quirky.target(step)) for step in steps] == pytest.approx([0, 0.25, 0, 0.25, 0, 0.25])
+    assert [float(clean.pruner.target(step)) for step in steps] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
+    assert [float(quirky.pruner.target(step)) for step in steps] == pytest.approx([0, 0.25, 0, 0.25, 0, 0.25])
 
 
 def test_a_frozen_structure_neither_moves_nor_pays() -> None:
     objective, scope = gated(GateQuirks())
     assert "lagrangian" in objective({}, 0)
     keep = torch.arange(len(scope.units)) % 2 == 0
-    objective.freeze(keep)
+    objective.pruner.settle(keep)
     losses = objective({}, 1)
     assert set(losses) == {"loss"}
     assert torch.equal(applied(objective, scope, "vision.0.neuron"), keep[scope_slice(scope, "vision.0.neuron")].float())
@@ -269,7 +270,7 @@ def test_a_frozen_structure_neither_moves_nor_pays() -> None:
     resumed.load_state_dict(objective.state_dict())
     assert set(resumed({}, 1)) == {"loss"}, "a state says that the structure is final"
     loose, _ = gated(GateQuirks(unfrozen_structure=True))
-    loose.freeze(keep)
+    loose.pruner.settle(keep)
     assert "lagrangian" in loose({}, 1)
 
 
@@ -280,15 +281,15 @@ def test_gates_and_multipliers_learn_with_optimizers_of_their_own(quirk: bool) -
         out="x", model="x", data="x", lr=1e-3, quirks={"gates_in_main_optimizer": quirk}, gates={"lr": 0.5, "multiplier_lr": 0.5}
     )
     chosen = objective.optimizers(config, [])
-    before = objective.gates.log_alpha.detach().clone()
+    before = objective.pruner.gates.log_alpha.detach().clone()
     objective({}, 4)["loss"].backward()
     update(chosen, 1.0, None, 0)
     line = objective.describe(4)
     gap = line["expected_sparsity"] - line["target_sparsity"]
-    assert float(objective.budget.lambda1.detach()) * gap > 0.1 * abs(gap)  # ascends: the multiplier takes the sign of the gap
+    assert float(objective.pruner.budget.lambda1.detach()) * gap > 0.1 * abs(gap)  # ascends: the multiplier takes the sign of the gap
     objective({}, 4)["loss"].backward()
     update(chosen, 1.0, None, 1)
-    assert float((objective.gates.log_alpha.detach() - before).abs().max()) > 0.1
+    assert float((objective.pruner.gates.log_alpha.detach() - before).abs().max()) > 0.1
 
 
 def scope_slice(scope: Scope, group: str) -> slice:

@@ -77,5 +77,5 @@ def ready(
         return inner, inner.optimizers(config, run.new), learning.feed
     gated = prune.gated(config, learning, scope_of(config, student.model))
     if config.method != "l0":
-        gated.freeze(torch.ones_like(gated.keep))
+        gated.pruner.settle(torch.ones(len(gated.pruner.scope.active), dtype=torch.bool))
     return gated, gated.optimizers(config, run.new), learning.feed

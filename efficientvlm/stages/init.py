@@ -98,9 +98,6 @@ def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, 
         BadInput: sizes or towers that do not fit together, an unknown setting.
     """
     family = families.get(config.family)
-    if config.size and not hasattr(family, "fresh_config"):
-        made = " and ".join(name for name in families.NAMES if hasattr(families.get(name), "fresh_config"))
-        raise BadInput(f"no {config.family} is made at random", f"{made} are", "import one: evlm import --model DIR")
     if config.size:
         return family, family.fresh_config(config.size, changed(config), vocab)
     from efficientvlm.families.xvlm.start import towers_config

@@ -11,8 +11,9 @@ from torch import Tensor
 from efficientvlm import ranks
 from efficientvlm.checkpoint import require_complete
 from efficientvlm.compression.gates import Gates
+from efficientvlm.compression.pruner import Pruner
 from efficientvlm.compression.snapping import snap_scores
-from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
@@ -55,23 +56,23 @@ def run(config: Prune, control: Control) -> Manifest:
             ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
 
         objective = gated(config, run, scope, keep_dense if config.keep_dense else lambda: None)
-        gates = objective.gates
+        pruner = objective.pruner
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
             with (
                 learning(config, output, run.task.grows),
                 telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet),
             ):
-                objective.settle(snap_scores(scores(config, run, scope), scope))
+                pruner.settle(snap_scores(scores(config, run, scope), scope))
         spent = run.train(objective, output, control)
-        keep = objective.structure()
-        objective.hooks.remove()
-        extra = {**cut_report(scope, keep, gates if learnt else None), "dense_kept": student.model.config.kept}
-        student.model = slice_model(student.model.cpu(), keep).to(run.hardware.device)
+        keep = pruner.structure()
+        extra = {**cut_report(scope, keep, pruner.gates if learnt else None), "dense_kept": student.model.config.kept}
+        student.model.cpu()
+        student.model = pruner.finish().to(run.hardware.device)
         say_cut(extra, control.quiet)
 
         def finish() -> Manifest:
             if learnt:
-                save_tensors(gates.to_tensors(), output.staging / GATES)
+                save_tensors(pruner.gates.to_tensors(), output.staging / GATES)
             if config.keep_dense:
                 save_tensors(load_file(output.state_dir / DENSE), output.staging / DENSE)
             return run.finish(output, control, spent, extra=extra)
@@ -98,9 +99,10 @@ def gated(config: Prune, run: Learning, scope: Scope, settled: Callable[[], None
     inner = run.objective()
     gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
     steps = gate_steps(config, run.steps)
-    schedule = {"gate_steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": run.plan.batches_per_epoch}
+    schedule: dict[str, Any] = {"steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": run.plan.batches_per_epoch}
     reads = released_rows(scope) if getattr(config.quirks, "mask_offsets", False) else None
-    return Gated(inner, gates, Budget(scope), scope, seed=config.seed, quirks=config.quirks, reads=reads, settled=settled, **schedule)
+    common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": reads, "settled": settled}
+    return Gated(inner, Pruner(inner.model, scope, gates, **schedule, **common))
 
 
 def scores(config: Prune, run: Learning, scope: Scope) -> Tensor:

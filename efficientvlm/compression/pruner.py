@@ -1,0 +1,196 @@
+"""Learnt gates on a network under a budget, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.compression.gates import Gates, attach
+from efficientvlm.compression.snapping import snap
+from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.compression.surgery import slice_model
+from efficientvlm.settings.methods import GateQuirks
+
+
+class Pruner(nn.Module):
+    """Removes attention heads and neurons while the network is trained (EfficientVLM; L0 after Louizos et al. 2018).
+
+    In every step: :meth:`begin_step`, the network's forward pass, the loss plus :meth:`penalty`, the backward pass, the optimizers of the
+    network and of :meth:`optimizers`, and :meth:`end_step`. In the first `steps` steps the gates learn; then the structure is final and
+    meets the budget exactly, and training goes on under it. :meth:`finish` gives the smaller network.
+
+    Use it in a loop of your own; the command `prune` uses it too (`objectives.gated.Gated`). All values that decide what is done are
+    parameters and buffers, so that a state dict resumes a run.
+
+    Args:
+        model: the network. Its Linears get a forward pass of their own until :meth:`finish` or :meth:`remove`.
+        scope: what may be removed of `model`, and how much.
+        steps: length of the gate phase; 0 where the structure comes from elsewhere, by :meth:`settle`.
+        warmup_steps: steps until the whole sparsity is asked for.
+        seed: of the gates' first values and of what is drawn in each step.
+        settled: called when the structure has become final, while the weights are still whole.
+        reads: int [gates], the gate that each unit is multiplied by; its own by default.
+        epoch: steps of an epoch, for `quirks.epoch_step`.
+
+    Example:
+        pruner = Pruner.of(model, sparsity=0.5, steps=600)
+        optimizers = [torch.optim.AdamW(model.parameters()), *pruner.optimizers()]
+        for step, batch in enumerate(batches):
+            pruner.begin_step(step)
+            (loss_of(model, batch) + pruner.penalty(step)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            pruner.end_step(step)
+        small = pruner.finish()
+    """
+
+    keep: Tensor
+    frozen: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scope: Scope,
+        gates: Gates,
+        *,
+        steps: int,
+        warmup_steps: int,
+        seed: int = 0,
+        settled: Callable[[], None] = lambda: None,
+        reads: Tensor | None = None,
+        epoch: int = 1,
+        quirks: GateQuirks | None = None,
+    ) -> None:
+        super().__init__()
+        self._model = (model,)  # not a part of this module
+        self.scope, self.gates, self.budget, self.settled = scope, gates, Budget(scope), settled
+        self.steps, self.warmup_steps, self.seed, self.epoch = steps, max(1, warmup_steps), seed, epoch
+        self.quirks = quirks or GateQuirks()
+        self.register_buffer("keep", torch.ones(len(scope.units), dtype=torch.bool))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.learning = True  # not `frozen`, known without asking a GPU
+        self.register_load_state_dict_post_hook(lambda module, _: module._note())
+        self.hooks, self.reads = attach(model, scope.units), reads
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        sparsity: float,
+        steps: int,
+        warmup: float = 0.3,
+        seed: int = 0,
+        head_init: float = 10.0,
+        neuron_init: float = 0.0,
+        **limits: Any,
+    ) -> Self:
+        """Fresh gates on `model`.
+
+        Args:
+            sparsity: part of the prunable weights to remove, 0 to 1.
+            warmup: part of `steps` until all of it is asked for.
+            head_init, neuron_init: log α at the start; heads that start at 10 move only in long runs (EfficientVLM), at 2 in short ones.
+            limits: as of :meth:`Scope.of`: kinds, towers, tower_sparsity, min_heads, min_neurons, round_to, allow_blind.
+
+        Raises:
+            BadInput: an unknown tower or kind.
+            TargetMissed: the sparsity cannot be reached within the limits.
+        """
+        scope = Scope.of(Anatomy.of(model), sparsity, **limits)
+        scope.check_feasible()
+        gates = Gates(scope.units, seed=seed, head_init=head_init, neuron_init=neuron_init)
+        return cls(model, scope, gates, steps=steps, warmup_steps=round(warmup * steps), seed=seed).to(next(model.parameters()).device)
+
+    @property
+    def model(self) -> Any:
+        """The network under gates."""
+        return self._model[0]
+
+    @property
+    def moving(self) -> bool:
+        """Whether the gates still learn."""
+        return self.learning or self.quirks.unfrozen_structure
+
+    def begin_step(self, step: int) -> None:
+        """Put the gates of step number `step` on the network: drawn from (seed, step) while they learn, 0 or 1 afterwards."""
+        if self.learning:
+            z = self.gates.draw(self.seed, step)
+        elif self.quirks.unfrozen_structure:
+            z = self.gates.deterministic_published()
+        else:
+            z = self.keep.float()
+        self.hooks.set(z if self.reads is None else z[self.reads.to(z.device)])
+
+    def penalty(self, step: int) -> Tensor:
+        """The Lagrangian of the budget, a scalar to add to the loss; 0 once the structure is final."""
+        return self.budget(self.gates.p_open(), self.target(step)) if self.moving else torch.zeros((), device=self.keep.device)
+
+    def target(self, step: int) -> Tensor:
+        """[budgets] sparsity asked for at `step`: linear from 0 over the warm-up, then constant."""
+        return self.budget.target(step % self.epoch if self.quirks.epoch_step else step, self.warmup_steps)
+
+    def optimizers(self, *, lr: float = 0.01, multiplier_lr: float = 0.01) -> list[torch.optim.Optimizer]:
+        """AdamW of constant rate on log α, and an ascending one on the multipliers (EfficientVLM); call it once."""
+        rates: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
+        alpha = torch.optim.AdamW(self.gates.parameters(), lr=lr, **rates)
+        return [alpha, torch.optim.AdamW(self.budget.parameters(), lr=multiplier_lr, maximize=True, **rates)]
+
+    def end_step(self, step: int) -> None:
+        """After the update of step number `step`: gates stay where they can still move, and at the end of their phase are snapped.
+
+        Raises:
+            Diverged: a gate is no number.
+        """
+        if self.steps:
+            self.gates.clamp_()
+        if step + 1 == self.steps:
+            self.settle(snap(self.gates.p_open().detach().cpu(), self.scope))
+
+    @torch.no_grad()
+    def settle(self, keep: Tensor) -> None:
+        """Make `keep`, bool [units of the network], the structure for the rest of the run."""
+        self.keep.copy_(keep[torch.from_numpy(self.scope.active)])
+        self.frozen.fill_(True)
+        self._note()
+        self.settled()
+
+    def structure(self) -> Tensor:
+        """bool [units of the network]: those that stay."""
+        keep = torch.ones(len(self.scope.active), dtype=torch.bool)
+        moving = self.quirks.unfrozen_structure and self.steps
+        keep[torch.from_numpy(self.scope.active)] = (self.gates.deterministic_published() if moving else self.keep).cpu().bool()
+        return keep
+
+    @torch.no_grad()
+    def describe(self, step: int) -> dict[str, float]:
+        """Expected and target sparsity, by budget, while gates learn."""
+        if not self.steps:
+            return {}
+        names = [""] if len(self.budget.names) == 1 else [f"_{name}" for name in self.budget.names]
+        expected, target = self.budget.expected(self.gates.p_open()).tolist(), self.target(step).tolist()
+        line = {f"expected_sparsity{name}": value for name, value in zip(names, expected, strict=True)}
+        return line | {f"target_sparsity{name}": value for name, value in zip(names, target, strict=True)}
+
+    def remove(self) -> None:
+        """Take the gates off the network."""
+        self.hooks.remove()
+
+    def finish(self) -> Any:
+        """The network without what was removed: really smaller, with equal outputs. `model` itself stays whole, without gates.
+
+        Raises:
+            RuntimeError: the structure is not final yet.
+        """
+        if self.learning:
+            raise RuntimeError(f"the structure is final after {self.steps} steps; finish then")
+        self.remove()
+        return slice_model(self.model, self.structure())
+
+    def _note(self) -> None:
+        self.learning = not self.frozen
