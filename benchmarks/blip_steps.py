@@ -1,4 +1,4 @@
-"""Processor seconds of a BLIP's steps with this package and with transformers' own class: the same weights, one process, turn by turn.
+"""Seconds of a BLIP's steps with this package and with transformers' own class: the same weights, one process, turn by turn.
 
     python benchmarks/blip_steps.py [--size base|small] [--images 2] [--texts 4] [--rounds 5]
 
@@ -35,14 +35,14 @@ def trained(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def turns(ours: Step, stock: Step, rounds: int) -> dict[str, float]:
-    """Median processor seconds of each, and by how much what they give differs."""
+    """Median seconds of each, and by how much what they give differs."""
     mine, theirs = ours().float(), stock().float()
     times: dict[Step, list[float]] = {ours: [], stock: []}
     for _ in range(rounds):
         for run, spent in times.items():
-            start = time.process_time()
+            start = time.perf_counter()
             run()
-            spent.append(time.process_time() - start)
+            spent.append(time.perf_counter() - start)
     medians = [statistics.median(spent) for spent in times.values()]
     return {"ours": medians[0], "stock": medians[1], "speedup": medians[1] / medians[0], "difference": float((mine - theirs).abs().max())}
 

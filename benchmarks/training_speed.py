@@ -77,15 +77,15 @@ def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     from efficientvlm.planning.measure import ready
     from efficientvlm.planning.parts import Run
 
-    VQAWeights = first("VQAWeights", "settings.methods", "config")
+    TaskWeights = first("TaskWeights", "settings.methods", "config")
 
     general = stage == DISTILL
     wanted = "distilled" if general else "pruned"
     (step,) = (step for step in recipe.validate(recipe.load_recipe("quickstart"), []) if step.name == wanted)
     changes: dict[str, Any] = {"batch_size": BATCH[size]}
     if stage == CACHED:
-        logits = {name: float(name == "logits") for name in VQAWeights.model_fields}
-        changes |= {"cache_teacher": True, "augment": "none", "weights": VQAWeights(**logits)}
+        logits = {name: float(name == "logits") for name in TaskWeights.model_fields}
+        changes |= {"cache_teacher": True, "augment": "none", "weights": TaskWeights(**logits)}
     changes |= {"limit": 256} if size == WIDE else {}
     config: Any = step.config.model_copy(update=changes)
     student, teacher, new = networks(size, general)

@@ -29,7 +29,7 @@ from efficientvlm.files import write_atomic
 from efficientvlm.loaded import load
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import of, stage_settings
-from efficientvlm.settings.methods import PretrainingWeights, VQAWeights
+from efficientvlm.settings.methods import DistillWeights, TaskWeights
 from efficientvlm.stages.common import making, open_output, write
 from efficientvlm.stages.run import module_of
 
@@ -158,7 +158,7 @@ class Chain:
 
     def distilled(self) -> str:
         arm, seed = self.run.arm, self.run.seed
-        left_out = {name: 0.0 for name in arm.without if name in PretrainingWeights.model_fields}
+        left_out = {name: 0.0 for name in arm.without if name in DistillWeights.model_fields}
         name = arm.name if left_out or "quirks" in arm.settings else "method"
         out = self.general / f"distilled-{name}-{seed}"
         more = {**({"weights": left_out} if left_out else {}), **arm.settings}
@@ -179,7 +179,7 @@ class Chain:
         run, arm, out = self.run, self.run.arm, self.folder / "final"
         common: dict[str, Any] = {"data": run.data.questions, "seed": run.seed, "teacher": self.teacher(), **TRAINING, **arm.settings}
         if arm.kd:
-            common["weights"] = {name: 0.0 for name in arm.without if name in VQAWeights.model_fields}
+            common["weights"] = {name: 0.0 for name in arm.without if name in TaskWeights.model_fields}
         else:
             common["kd"] = 0.0
         if arm.method == "none":

@@ -17,6 +17,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+PUBLIC = {
+    "of_stock": "families",
+    "count_parameters": "compression.accounting",
+    "count_macs": "compression.accounting",
+    "Pruner": "compression.pruner",
+    "Scope": "compression.sparsity",
+    "Gates": "compression.gates",
+    "snap": "compression.snapping",
+    "snap_scores": "compression.snapping",
+    "slice_model": "compression.surgery",
+    "pad_model": "compression.surgery",
+}
+"""What is offered beside `load`, and the module that it comes from when it is first asked for; see docs/library.md."""
 AUTO = "transformers.models.auto.configuration_auto"
 
 
@@ -31,6 +44,16 @@ def load(path: str) -> Any:
     checkpoint.require_complete(path)
     folder = files.resolve(path, checkpoint=True)
     return families.of_folder(folder).load(folder)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'efficientvlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"efficientvlm.{PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])
 
 
 def _register_on_first_use(module: Any) -> None:

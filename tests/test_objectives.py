@@ -22,7 +22,7 @@ from efficientvlm.objectives.losses import box_losses, draw_negatives, giou, itc
 from efficientvlm.objectives.teachers import LiveTeacher
 from efficientvlm.objectives.terms import attention_mse, compared, hidden_mse, logit_kl, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.methods import PASSES, DistillationQuirks, PretrainingWeights, RetrievalWeights, VQAWeights
+from efficientvlm.settings.methods import PASSES, DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
 
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 NO_QUIRKS = DistillationQuirks()
@@ -90,7 +90,7 @@ def pairs(regions: bool = False, length: int = 6) -> dict[str, Any]:
 
 
 def distillation(student: Any, teacher: Any, losses: Any = LOSSES, kd: float = 0.4, **options: Any) -> Any:
-    options = {"weights": PretrainingWeights(itc_logits=1, fusion_cross_attention=1), **options}
+    options = {"weights": DistillWeights(itc_logits=1, fusion_cross_attention=1), **options}
     return distilled(XvlmPretraining(student, losses=losses, seed=0), teacher, method(kd=kd, **options))
 
 
@@ -434,7 +434,7 @@ def test_teacher_and_student_see_the_same_negatives_unless_the_quirk_is_on(monke
 
 def test_the_last_image_state_is_distilled_unless_the_quirk_is_on():
     student, teacher = student_of([1, 3]), build()
-    only = PretrainingWeights(**{name: 0 for name in PretrainingWeights.model_fields} | {"vision_hidden": 1})
+    only = DistillWeights(**{name: 0 for name in DistillWeights.model_fields} | {"vision_hidden": 1})
     with_last, without = (
         distillation(student, teacher, kd=1.0, weights=only, quirks=DistillationQuirks(skip_last_hidden=quirk))(pairs(), 0)["kd"]
         for quirk in (False, True)
@@ -491,21 +491,21 @@ def test_gradients_reach_the_student_only():
 
 def test_weights_count_and_switch_off():
     student, teacher = student_of([1, 3]), build()
-    zero = dict.fromkeys(PretrainingWeights.model_fields, 0.0)
+    zero = dict.fromkeys(DistillWeights.model_fields, 0.0)
     batch = pairs()
     everything = distillation(student, teacher, kd=1.0)(batch, 0)["kd"]
     parts = []
-    for name in PretrainingWeights.model_fields:
-        weights = PretrainingWeights(**zero | {name: 2.0})
+    for name in DistillWeights.model_fields:
+        weights = DistillWeights(**zero | {name: 2.0})
         parts.append(distillation(student, teacher, kd=1.0, weights=weights)(batch, 0)["kd"] * (0.1 if name == "vision_hidden" else 1) / 2)
         assert parts[-1] > 0, name
     torch.testing.assert_close(torch.stack(parts).sum(), everything, **CLOSE)
-    assert distillation(student, teacher, weights=PretrainingWeights(**zero)).want == frozenset()
+    assert distillation(student, teacher, weights=DistillWeights(**zero)).want == frozenset()
 
 
 def test_temperature_of_the_logit_terms():
     student, teacher = student_of([1, 3]), build()
-    weights = PretrainingWeights(**dict.fromkeys(PretrainingWeights.model_fields, 0.0) | {"itm_logits": 1.0, "mlm_logits": 1.0})
+    weights = DistillWeights(**dict.fromkeys(DistillWeights.model_fields, 0.0) | {"itm_logits": 1.0, "mlm_logits": 1.0})
 
     def kd(**options: Any) -> float:
         return distillation(student, teacher, kd=1.0, weights=weights, **options)(pairs(), 0)["kd"].item()
@@ -535,9 +535,9 @@ def answerer(**changes: Any) -> Any:
     return build(**{"decoder_layers": 2, "heads": [], **changes})
 
 
-def vqa(student: Any, teacher: Any, quirks: DistillationQuirks = NO_QUIRKS, kd: float = 0.4, weights: VQAWeights | None = None) -> Any:
+def vqa(student: Any, teacher: Any, quirks: DistillationQuirks = NO_QUIRKS, kd: float = 0.4, weights: TaskWeights | None = None) -> Any:
     hard = Generation(student)
-    return distilled(hard, teacher, method(kd=kd, weights=weights or VQAWeights(), quirks=quirks)) if teacher else hard
+    return distilled(hard, teacher, method(kd=kd, weights=weights or TaskWeights(), quirks=quirks)) if teacher else hard
 
 
 def test_the_task_loss_alone_and_with_a_teacher():
@@ -576,7 +576,7 @@ def test_task_padding_and_quirks():
     torch.testing.assert_close(padded["task"], short["task"], **CLOSE)
     quirky = vqa(student, teacher, DistillationQuirks(unmasked_padding=True))
     assert not torch.allclose(quirky(longer, 0)["kd"], quirky(batch, 0)["kd"], rtol=1e-3)
-    zero = VQAWeights(**dict.fromkeys(VQAWeights.model_fields, 0.0) | {"vision_hidden": 1.0})
+    zero = TaskWeights(**dict.fromkeys(TaskWeights.model_fields, 0.0) | {"vision_hidden": 1.0})
     hidden = [net.run(batch, {"vision.hidden"})["vision.hidden"] for net in (student, teacher)]
     dropped = [vqa(student, teacher, DistillationQuirks(skip_last_hidden=quirk), 1.0, zero)(batch, 0)["kd"] for quirk in (False, True)]
     torch.testing.assert_close(dropped[0] - dropped[1], (hidden[0][2] - hidden[1][4]).square().mean(), **CLOSE)
@@ -624,6 +624,6 @@ def test_the_settings_know_which_losses_a_weight_needs():
     for term in XvlmPretraining.terms:
         needed.setdefault(term.weight, set()).add(term.made_in)
     assert {name: set(losses) for name, losses in PASSES.items()} == {name: found for name, found in needed.items() if found != {""}}
-    assert set(needed) == set(PretrainingWeights.model_fields)
-    assert {term.weight for term in Generation.terms} == set(VQAWeights.model_fields)
+    assert set(needed) == set(DistillWeights.model_fields)
+    assert {term.weight for term in Generation.terms} == set(TaskWeights.model_fields)
     assert set(RetrievalWeights.model_fields) == set(needed) - {"mlm_logits"}

@@ -19,7 +19,7 @@ from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weights, positives
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.methods import DistillationQuirks, PretrainingWeights
+from efficientvlm.settings.methods import DistillationQuirks, DistillWeights
 from efficientvlm.tasks.ranking import rank
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity")
@@ -199,7 +199,7 @@ def test_distillation_loss_is_the_weighted_sum(nets, batch, monkeypatch):
     drawn = iter([student.negatives("full_"), teacher.negatives("full_")])
     monkeypatch.setattr("efficientvlm.objectives.xvlm_pretraining.draw_negatives", lambda *_: next(drawn))
     settings = SimpleNamespace(
-        kd=0.4, weights=PretrainingWeights(), quirks=quirks, temperature=1.0, scale_by_temperature=False, cache_teacher=False
+        kd=0.4, weights=DistillWeights(), quirks=quirks, temperature=1.0, scale_by_temperature=False, cache_teacher=False
     )
     objective = distilled(hard, teacher.model, settings)
     losses = objective(batch, 0)

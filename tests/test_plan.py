@@ -35,7 +35,7 @@ from efficientvlm.planning.measure import measure, ready
 from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
 from efficientvlm.settings.compose import stage_settings
-from efficientvlm.settings.methods import PretrainingWeights, VQAWeights
+from efficientvlm.settings.methods import DistillWeights, TaskWeights
 from efficientvlm.state import tensors_of
 from efficientvlm.training import update
 
@@ -368,7 +368,7 @@ def test_too_little_space(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["finetune", "distill"])
 def test_the_memory_of_a_cached_teacher(name: str, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds: dict[str, Any] = {"finetune": VQAWeights, "distill": PretrainingWeights}
+    kinds: dict[str, Any] = {"finetune": TaskWeights, "distill": DistillWeights}
     only = {"logits", "itc_logits"}
     weights = {term: float(term in only) for term in kinds[name].model_fields}
     roles = {"finetune": ("pruned", "teacher"), "distill": ("student", "init")}[name]

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionMode
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.settings.base import merge
 from efficientvlm.settings.compose import names_of, stage_settings, variants
-from efficientvlm.settings.methods import Distillation, PretrainingWeights, RetrievalWeights, VQAWeights
+from efficientvlm.settings.methods import Distillation, DistillWeights, RetrievalWeights, TaskWeights
 from efficientvlm.settings.stages import STAGES, Prune
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -173,8 +173,8 @@ def weights_under(title: str) -> dict[str, float]:
 
 
 def test_tables_are_those_of_the_code() -> None:
-    assert weights_under("Before the task") == PretrainingWeights().model_dump()
-    assert weights_under("With the task") == VQAWeights().model_dump()
+    assert weights_under("Before the task") == DistillWeights().model_dump()
+    assert weights_under("With the task") == TaskWeights().model_dump()
     assert weights_under("Retrieval") == RetrievalWeights().model_dump()
     pruning = (ROOT / "docs" / "pruning.md").read_text("utf-8")
     quirks = re.findall(r"^\| `(\w+)` \| (true|false) \|", pruning, re.MULTILINE)

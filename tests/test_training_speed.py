@@ -25,9 +25,9 @@ from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.compose import stage_settings
-from efficientvlm.settings.methods import DistillationQuirks, PretrainingWeights, RetrievalWeights, VQAWeights
+from efficientvlm.settings.methods import DistillationQuirks, DistillWeights, RetrievalWeights, TaskWeights
 
-TERMS = {"prune": VQAWeights, "finetune": VQAWeights, "distill": PretrainingWeights}
+TERMS = {"prune": TaskWeights, "finetune": TaskWeights, "distill": DistillWeights}
 NO_QUIRKS = DistillationQuirks()
 
 
@@ -46,13 +46,13 @@ def method(**changes: Any) -> Any:
     return SimpleNamespace(**{**usual, **changes})
 
 
-def answering(chain: Path, weights: VQAWeights, **settings: Any) -> tuple[Any, Any, Any]:
+def answering(chain: Path, weights: TaskWeights, **settings: Any) -> tuple[Any, Any, Any]:
     student, teacher = load(str(chain / "pruned")), load(str(chain / "teacher"))
     hard = Generation(student.model.train())
     return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
 
 
-def general(chain: Path, weights: PretrainingWeights, losses: tuple[str, ...] = ("itc", "itm", "mlm"), **settings: Any) -> Any:
+def general(chain: Path, weights: DistillWeights, losses: tuple[str, ...] = ("itc", "itm", "mlm"), **settings: Any) -> Any:
     student, teacher = load(str(chain / "student")), load(str(chain / "init"))
     hard = XvlmPretraining(student.model.train(), losses=losses, seed=0)
     return distilled(hard, teacher.model, method(weights=weights, **settings)), student, teacher
@@ -76,7 +76,7 @@ def watch(model: Any, *parts: str) -> tuple[Counter[str], dict[str, list[int]]]:
 
 
 def test_an_image_and_a_question_are_encoded_once_a_step(chain: Path) -> None:
-    objective, student, teacher = answering(chain, VQAWeights())
+    objective, student, teacher = answering(chain, TaskWeights())
     student.model.config.dropout = 0.0
     batch = questions(student)
     batch["question_texts"][1] = batch["question_texts"][0]
@@ -118,12 +118,12 @@ def test_no_map_is_made_that_no_term_compares(chain: Path, monkeypatch: pytest.M
         return attend(*args, **kwargs)
 
     monkeypatch.setattr("efficientvlm.families.towers.attention.attend", spy)
-    hidden = [name for name in VQAWeights.model_fields if not name.endswith("attention")]
-    objective, student, _ = answering(chain, only(VQAWeights, *hidden))
+    hidden = [name for name in TaskWeights.model_fields if not name.endswith("attention")]
+    objective, student, _ = answering(chain, only(TaskWeights, *hidden))
     objective(questions(student), 0)
     assert made and not any(made)
     made.clear()
-    objective, student, _ = answering(chain, only(VQAWeights, "logits", "vision_self_attention"))
+    objective, student, _ = answering(chain, only(TaskWeights, "logits", "vision_self_attention"))
     objective(questions(student), 0)
     layers = [load(str(chain / name)).model.config.vision_layers for name in ("pruned", "teacher")]
     assert layers == [2, 4] and sum(made) == 2 + 2  # of the teacher only those that one of the student is compared with
@@ -142,7 +142,7 @@ def test_a_map_of_one_layer_leaves_gaps_for_the_others(chain: Path) -> None:
 
 @pytest.mark.parametrize("term", ["text_hidden", "vision_hidden", "fusion_hidden"])
 def test_a_teacher_decodes_no_answers_that_no_term_compares(chain: Path, term: str) -> None:
-    objective, student, teacher = answering(chain, only(VQAWeights, term))
+    objective, student, teacher = answering(chain, only(TaskWeights, term))
     calls, _ = watch(teacher.model, "decoder")
     losses = objective(questions(student), 0)
     assert not calls and losses["kd"] > 0
@@ -151,7 +151,7 @@ def test_a_teacher_decodes_no_answers_that_no_term_compares(chain: Path, term: s
 def test_a_teacher_makes_only_the_passes_that_are_compared(chain: Path) -> None:
     batch = None
     for terms, texts, pairs in ((["vision_hidden"], 4, None), (["itm_logits"], 4, 12), (["mlm_logits"], 8, 4), (["fusion_hidden"], 8, 16)):
-        objective, student, teacher = general(chain, only(PretrainingWeights, *terms))
+        objective, student, teacher = general(chain, only(DistillWeights, *terms))
         source = open_data(PAIRS, SHAPES, "train", image_size=64)
         batch = pair_batch([source[i] for i in range(4)], Texts(student.tokenizer), seed=0, step=0)
         _, rows = watch(teacher.model, "vision", "text", "fusion")
@@ -244,8 +244,8 @@ def test_a_cached_teacher_teaches_the_same_over_epochs_and_interruptions(
 
 
 def test_a_cached_teacher_sees_a_sample_once(chain: Path) -> None:
-    objective, student, teacher = answering(chain, only(VQAWeights, "logits"), cache_teacher=True)
-    plain, *_ = answering(chain, only(VQAWeights, "logits"))
+    objective, student, teacher = answering(chain, only(TaskWeights, "logits"), cache_teacher=True)
+    plain, *_ = answering(chain, only(TaskWeights, "logits"))
     student.model.eval(), plain.model.eval()
     _, rows = watch(teacher.model, "vision", "decoder")
     asked = questions(student)["question_texts"]
@@ -257,8 +257,8 @@ def test_a_cached_teacher_sees_a_sample_once(chain: Path) -> None:
 
 
 def test_a_cached_teacher_sees_a_picture_and_a_caption_once(chain: Path) -> None:
-    objective, student, teacher = general(chain, only(PretrainingWeights, "itc_logits"), cache_teacher=True)
-    plain, *_ = general(chain, only(PretrainingWeights, "itc_logits"))
+    objective, student, teacher = general(chain, only(DistillWeights, "itc_logits"), cache_teacher=True)
+    plain, *_ = general(chain, only(DistillWeights, "itc_logits"))
     objective.eval(), plain.eval()
     _, rows = watch(teacher.model, "vision", "text", "fusion")
     source, texts = open_data(PAIRS, SHAPES, "train", image_size=64), Texts(student.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -68,3 +69,24 @@ def of_folder(path: Path) -> Any:
             return family
     known = ", ".join(kind for family in map(get, NAMES) for kind in family.model_types)
     raise BadInput(f"{path} holds a model of type {name!r}", f"this package opens {known}", "give a model of one of these types")
+
+
+def of_stock(model: Any) -> Any:
+    """A network of ours with the values of a model of transformers' own class (CLIP, SigLIP, BLIP), called as that is; copied, not shared.
+
+    Raises:
+        BadInput: a class that no family opens, or sizes that it refuses.
+    """
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        values = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        (folder / "config.json").write_text(json.dumps(values, default=str), "utf-8")
+        family = of_folder(folder)
+        config = family.read_config(folder)
+    network, state = family.build(config), model.state_dict()
+    extra = [name for name in state if name.endswith("position_ids")]
+    network.load_state_dict({name: value for name, value in state.items() if name not in extra}, strict=True)
+    example = next(model.parameters())
+    return network.to(example.device, example.dtype).train(model.training)

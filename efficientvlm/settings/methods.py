@@ -51,7 +51,7 @@ PASSES = {
 """Distillation term → the losses in whose passes it compares something; any of them will do."""
 
 
-class PretrainingWeights(Strict):
+class DistillWeights(Strict):
     """Weights inside L_KD of the general distillation stage; 0 switches a term off."""
 
     itm_logits: float = Field(1.0, ge=0)
@@ -66,7 +66,7 @@ class PretrainingWeights(Strict):
     fusion_cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
 
 
-class VQAWeights(Strict):
+class TaskWeights(Strict):
     """Weights inside L_KD of the VQA stage."""
 
     logits: float = Field(1.0, ge=0)
@@ -133,13 +133,13 @@ class Distillation(Taught):
 
 class PretrainingDistillation(Distillation):
     kept = "itc_logits"
-    weights: PretrainingWeights = Field(default_factory=PretrainingWeights)
+    weights: DistillWeights = Field(default_factory=DistillWeights)
 
     @field_validator("weights")
     @classmethod
-    def _of_these_losses(cls, weights: PretrainingWeights, info: ValidationInfo) -> PretrainingWeights:
+    def _of_these_losses(cls, weights: DistillWeights, info: ValidationInfo) -> DistillWeights:
         """A weight that was left at its default is no mistake where its loss is left out: it does nothing there."""
-        usual, losses = PretrainingWeights(), set(info.data.get("losses", ()))
+        usual, losses = DistillWeights(), set(info.data.get("losses", ()))
         chosen = [name for name, value in weights if value and value != getattr(usual, name)]
         wrong = [f"{name} needs {' or '.join(PASSES[name])}" for name in chosen if name in PASSES and losses.isdisjoint(PASSES[name])]
         if losses and wrong:
@@ -155,7 +155,7 @@ class PretrainingDistillation(Distillation):
 
 class VQADistillation(Distillation):
     kept = "logits"
-    weights: VQAWeights = Field(default_factory=VQAWeights)
+    weights: TaskWeights = Field(default_factory=TaskWeights)
 
     @classmethod
     def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_config, check_id
@@ -20,6 +21,9 @@ class CLIP:
     model_types: tuple[str, ...] = tuple(CONFIGS)
     auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
     extra_tokens: tuple[str, ...] = ()
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> NoReturn:
+        raise BadInput("no CLIP or SigLIP is made at random", "nothing here trains one from scratch", "import one: evlm import --model DIR")
 
     def build(self, config: Any) -> Any:
         return MODELS[type(config)](config)
