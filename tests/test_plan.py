@@ -245,7 +245,7 @@ def test_what_a_run_refuses_is_refused_by_its_dry_run(chain: Path, evlm: Any) ->
     export = ["export", "--out", "o", "--model"]
     for line, words in (
         (prune, "prune cannot run with parallel=fsdp"),
-        ([*export, chain / "pruned", "--format", "hf"], "transformers has no class for this xvlm network"),
+        ([*export, chain / "pruned", "--format", "hf"], "transformers has no class for a network of type xvlm"),
         ([*export, chain / "init", "--format", "onnx", "--data", SHAPES], "not tuned for a task"),
         ([*export, chain / "init", "--format", "onnx"], "is not tuned for a task"),
         ([*export, chain / "pruned", "--format", "onnx", "--data", chain], "has no split test"),
@@ -496,8 +496,7 @@ def test_a_uniform_cut_meets_the_target_in_every_family(name: str, sparsity: flo
 def test_a_uniform_cut_keeps_the_same_part_of_every_layer(sparsity: float) -> None:
     sizes = {"vision_width": 64, "text_width": 64, "vision_intermediate": 200, "text_intermediate": 200, "vision_heads": 8, "text_heads": 8}
     config = XVLMConfig(**sizes, vision_layers=3, text_layers=2, fusion_layers=2, vocab_size=20)
-    family = CONFIGS["xvlm"][0]
-    scope = Scope.of(Anatomy.of(shapes(family, config)), sparsity)
+    scope = Scope.of(Anatomy.of(shapes(families.get("xvlm"), config)), sparsity)
     keep = uniform_cut(scope)
     assert sparsity <= scope.achieved(keep)["all"] < sparsity + 0.01
     for group, part in scope.anatomy.groups.slices.items():
