@@ -74,7 +74,7 @@ def _obstacle(name: str, why: str) -> BadInput:
 
 def no_class(name: str, config: Any) -> BadInput:
     """What to say where transformers has no class for this network at all."""
-    return _obstacle(name, f"transformers has no class for a network of type {config.model_type}")
+    return _obstacle(name, f"transformers has no class for this {config.model_type} network")
 
 
 def class_of(folder: Path, config: Any) -> str | None:
