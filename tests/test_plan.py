@@ -245,7 +245,7 @@ def test_what_a_run_refuses_is_refused_by_its_dry_run(chain: Path, evlm: Any) ->
     export = ["export", "--out", "o", "--model"]
     for line, words in (
         (prune, "prune cannot run with parallel=fsdp"),
-        ([*export, chain / "pruned", "--format", "hf"], "transformers has no class for a network of type xvlm"),
+        ([*export, chain / "pruned", "--format", "hf"], "transformers has no class for this xvlm network"),
         ([*export, chain / "init", "--format", "onnx", "--data", SHAPES], "not tuned for a task"),
         ([*export, chain / "init", "--format", "onnx"], "is not tuned for a task"),
         ([*export, chain / "pruned", "--format", "onnx", "--data", chain], "has no split test"),
