@@ -182,7 +182,7 @@ def test_what_cannot_be_exported_is_refused(chain: Path, exported: Path, tmp_pat
     for settings, words in (
         ({"model": pruned, "format": "padded", "int8": True}, "only ONNX"),
         ({"model": pruned, "format": "hf", "data": SHAPES}, "only ONNX"),
-        ({"model": pruned, "format": "hf"}, "no class for a network of type xvlm"),
+        ({"model": pruned, "format": "hf"}, "no class for this xvlm"),
         ({"model": str(exported), "format": "padded"}, "holds ONNX graphs"),
         ({"model": str(chain / "init"), "format": "onnx"}, "not tuned for a task"),
         ({"model": str(chain / "init"), "format": "onnx", "data": SHAPES}, "not tuned for a task"),
