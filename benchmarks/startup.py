@@ -27,6 +27,7 @@ from efficientvlm.files import write_atomic
 
 MODEL = "bundled:easy-vqa"
 COMMANDS = {
+    "--help": ["--help"],
     "inspect": ["inspect", MODEL],
     "shrink": ["shrink", "--model", MODEL, "--out", "shrunk", "--force"],
     "predict": ["predict", "--model", MODEL, "--image", "picture.png", "--question", "what color is the shape?"],

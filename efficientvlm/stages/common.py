@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -186,7 +187,13 @@ def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
             say_skipped(source, split, quiet)
             if not output.mine:
                 skips.collect()
-            ranks.on_main(partial(skips.keep_in, output.state_dir / f"{split}-{SKIPPED}"))
+            ranks.on_main(partial(_keep, output, split, source))
+
+
+def _keep(output: Output, split: str, source: Any) -> None:
+    """Keep what is skipped in a file of this source and of no other: a run that goes on may validate on other data."""
+    which = hashlib.sha256(f"{source.name}\0{source.fingerprint}".encode("utf-8", "surrogateescape")).hexdigest()
+    source.skips.keep_in(output.state_dir / f"{split}-{which[:16]}-{SKIPPED}")
 
 
 def gather_skipped(sources: dict[str, Any]) -> None:
@@ -220,7 +227,7 @@ def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
     lines = []
     for split, source in sources.items():
         if skips := getattr(source, "skips", None):
-            skips.keep_in(output.state_dir / f"{split}-{SKIPPED}")  # also those beyond the ones that are remembered
+            _keep(output, split, source)  # also those beyond the ones that are remembered
             say_skipped(source, split, quiet)
             lines += [json.dumps({"split": split, "sample": what, "reason": why}) + "\n" for what, why in skips.reasons.items()]
     if lines:
