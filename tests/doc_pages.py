@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -105,6 +106,8 @@ def run(command: str) -> tuple[int, str, str]:
     if program == "python" and words[0] == "-c":
         exec(words[1], {})
         return 0, "", ""
+    if program == "python" and words[0] == "-m":  # examples are run by tests of their own
+        return int(importlib.util.find_spec(words[1]) is None), "", f"there is no module {words[1]}"
     if program == ".venv/bin/python":
         return int(not (ROOT / words[0]).is_file()), "", f"there is no {words[0]}"
     if program == "evlm":
