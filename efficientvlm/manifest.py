@@ -93,9 +93,9 @@ class Counted(BaseModel):
 
 
 class Parameters(Counted):
-    total: Count | None = None
-    without_embeddings: Count | None = None
-    by_tower: dict[str, Count] | None = None
+    total: int | None = None
+    without_embeddings: int | None = None
+    by_tower: dict[str, int] | None = None
 
 
 class Macs(Counted):

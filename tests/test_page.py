@@ -350,7 +350,7 @@ def test_manifests_that_cannot_be_drawn_are_left_out_by_name(runs: Path) -> None
 
     path = runs / "pruned" / MANIFEST
     for change in (
-        {"accounting": {"units": {"x": 3}}},
+        {"accounting": {"parameters": {"total": 3}}},
         {"extra": {"budget": 3}},
         {"accounting": {}},
         {"config": {"freeze_at": "x", "quirks": 3}},
