@@ -10,6 +10,7 @@ import pytest
 from conftest import QUIET, SHAPES, TRAIN, run_stage
 
 from efficientvlm.control import Control
+from efficientvlm.data.items import Question
 from efficientvlm.manifest import Code, DataRecord, Manifest
 from efficientvlm.stages.teaching import doubts, majority_answer
 
@@ -21,7 +22,7 @@ def made(stage: str = "finetune", accuracy: float | None = None, fingerprint: st
 
 
 def questions(*answers: tuple[str, float], fingerprint: str = "f") -> Any:
-    return SimpleNamespace(fingerprint=fingerprint, answers=lambda: iter(answers))
+    return SimpleNamespace(fingerprint=fingerprint, contents=lambda: iter([[Question("?", list(answers))]]))
 
 
 def test_a_teacher_that_is_no_better_is_doubted() -> None:
