@@ -6,7 +6,7 @@ A stage asks the task and never its name. A new task is one file here, a class o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +19,6 @@ from efficientvlm.objectives.objective import Objective
 from efficientvlm.tasks.about import ABOUT
 from efficientvlm.tasks.influence import Influence, of_anything
 from efficientvlm.training import Batch
-
-if TYPE_CHECKING:
-    pass
 
 
 class Task:
