@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from efficientvlm.card import model_card
-from efficientvlm.checkpoint import CARD, require_complete
+from efficientvlm.checkpoints.card import model_card
+from efficientvlm.checkpoints.files import BUNDLED, sha256
+from efficientvlm.checkpoints.folder import CARD, require_complete
+from efficientvlm.checkpoints.lineage import known_data
+from efficientvlm.checkpoints.manifest import MANIFEST, FileRecord, Parent
 from efficientvlm.errors import BadInput
-from efficientvlm.files import BUNDLED, sha256
-from efficientvlm.lineage import known_data
-from efficientvlm.manifest import MANIFEST, FileRecord, Parent
 from efficientvlm.script import told
 
 NAMES = {"pretrained": "easy-vqa-pretrained", "teacher": "easy-vqa"}  # stage of the recipe → name in the package

@@ -16,12 +16,11 @@ from typing import Any
 
 from published import ROOT, as_csv, csv_of, with_block
 
-from efficientvlm.bench import machine
-from efficientvlm.checkpoint import fingerprint, require_complete
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.folder import fingerprint, require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
-from efficientvlm.hardware import pick_device
-from efficientvlm.manifest import Manifest
+from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import told
 from efficientvlm.stages.results import read_result
 
@@ -42,7 +41,7 @@ def publish(run: Path, root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: a stage has not finished, a result is of another checkpoint than lies there now, or the page has no place for the table.
     """
-    records, name = as_csv(rows(run)), csv_of("flickr8k", machine(pick_device("cpu"))["name"])
+    records, name = as_csv(rows(run)), csv_of("flickr8k", processor())
     shown = list(csv.DictReader(io.StringIO(records.decode())))
     page = with_block((root / PAGE).read_text("utf-8"), "flickr8k", block(shown, name))
     content = {root / name: records, root / PAGE: page.encode()}

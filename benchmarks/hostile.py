@@ -39,8 +39,8 @@ from attack.process import Ended, Place, Running, preload, seen
 from attack.stock import Stock
 from published import ROOT, as_csv, code, csv_of
 
-from efficientvlm.bench import processor
-from efficientvlm.files import write_atomic
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.runtime.hardware import processor
 
 Report = Callable[[dict[str, Any]], None]
 UNPREPARED = "not prepared"

@@ -23,18 +23,19 @@ import numpy as np
 import torch
 from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
 
-from efficientvlm import bench
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers import attention
-from efficientvlm.files import write_atomic
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.manifest import MANIFEST, now, peak_memory_bytes
-from efficientvlm.progress import Bar
+from efficientvlm.runtime.hardware import machine_of
+from efficientvlm.runtime.progress import Bar
 from efficientvlm.script import told
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Bench
+from efficientvlm.stages import latency
 from efficientvlm.stages.run import module_of
 from efficientvlm.tasks.vqa import VQA
 
@@ -122,7 +123,7 @@ def measure(made: dict[Variant, Callable[[int], object]], rounds: dict[int, int]
     """Seconds by batch size and variant, one a round."""
     draw, done = random.Random(0), 0
     seconds: dict[int, dict[Variant, list[float]]] = {size: {variant: [] for variant in made} for size in rounds}
-    with Bar("latency", sum(rounds.values()) + WARMUP * len(rounds)) as bar, torch.inference_mode(), bench.no_garbage_collection():
+    with Bar("latency", sum(rounds.values()) + WARMUP * len(rounds)) as bar, torch.inference_mode(), latency.no_garbage_collection():
         for size, count in rounds.items():
             for number in range(-WARMUP, count):
                 for variant in draw.sample(list(made), len(made)):
@@ -217,7 +218,7 @@ def surroundings(threads: int) -> dict[str, Any]:
     """What the figures hold for."""
     import onnxruntime
 
-    machine = bench.machine(torch.device("cpu"))
+    machine = machine_of(torch.device("cpu"))
     return {
         "image_size": BASE["image_size"],
         "text_length": TEXT_LENGTH,
@@ -246,7 +247,7 @@ def run(work: Path, timed: bool) -> list[Path]:
     prepare(work)
     if not timed:
         return [work]
-    with bench.threads(None) as threads:
+    with latency.threads(None) as threads:
         seconds = measure(calls(work), ROUNDS)
     about = surroundings(threads)
     name = ROOT / csv_of("latency", about["processor"])

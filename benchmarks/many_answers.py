@@ -21,9 +21,9 @@ from peaks import run
 from PIL import Image
 from published import ROOT, as_csv, csv_of, rows_of
 
-from efficientvlm import manifest
-from efficientvlm.bench import processor
-from efficientvlm.files import write_atomic
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.runtime.hardware import processor
 
 COLOURS = ("red", "blue", "green", "brown", "black", "white", "yellow", "grey", "pink", "beige")
 THINGS = (

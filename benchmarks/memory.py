@@ -15,10 +15,10 @@ from typing import Any
 from peaks import MIB, planned, run
 from published import ROOT, as_csv, csv_of, rows_of
 
-from efficientvlm import manifest
-from efficientvlm.bench import processor
-from efficientvlm.files import write_atomic
-from efficientvlm.manifest import MANIFEST
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.manifest import MANIFEST
+from efficientvlm.runtime.hardware import processor
 
 SHAPES = "shapes"
 TUNED, UNTUNED = "bundled:easy-vqa", "bundled:easy-vqa-pretrained"

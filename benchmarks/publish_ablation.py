@@ -15,8 +15,8 @@ from typing import Any
 
 from published import RESULTS, ROOT, rows_of, with_block
 
+from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
 from efficientvlm.script import told
 
 PAGE = Path("docs/ablation.md")

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import manifest
+from efficientvlm.checkpoints import manifest
 from efficientvlm.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent

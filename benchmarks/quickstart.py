@@ -13,9 +13,9 @@ from typing import Any
 
 from published import ROOT, as_csv, csv_of, markers, with_block
 
-from efficientvlm.checkpoint import fingerprint
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
 from efficientvlm.script import told
 
 BEGIN, END = markers("quickstart")

@@ -73,8 +73,8 @@ def ranked(images: int) -> dict[str, Any]:
 
 def measure(tree: Path, images: int) -> dict[str, Any]:
     """The row of `tree`."""
-    from efficientvlm import manifest
-    from efficientvlm.bench import processor
+    from efficientvlm.checkpoints import manifest
+    from efficientvlm.runtime.hardware import processor
 
     command = [sys.executable, __file__, "--images", str(images), "--here"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree)}, cwd=tree, stdout=subprocess.PIPE, check=True)
@@ -97,8 +97,8 @@ def main() -> None:
     if asked.here:
         print(json.dumps(ranked(counts[0])))
         return
-    from efficientvlm.bench import processor
-    from efficientvlm.files import write_atomic
+    from efficientvlm.checkpoints.files import write_atomic
+    from efficientvlm.runtime.hardware import processor
 
     path = ROOT / csv_of("ranking", processor())
     made = [measure(asked.against.resolve(), asked.against_images)] if asked.against else []

@@ -22,8 +22,8 @@ from statistics import median
 from PIL import Image
 from published import ROOT, as_csv, csv_of, rows_of
 
-from efficientvlm.bench import processor
-from efficientvlm.files import write_atomic
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.runtime.hardware import processor
 
 MODEL = "bundled:easy-vqa"
 COMMANDS = {

@@ -26,9 +26,9 @@ from typing import Any
 
 from published import ROOT, as_csv, csv_of, rows_of
 
-from efficientvlm.bench import processor
+from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
+from efficientvlm.runtime.hardware import processor
 
 QUICKSTART, WIDE = "quickstart", "width-768"
 DISTILL, PRUNE, CACHED = "distill", "prune", "prune, cached teacher"
@@ -141,8 +141,8 @@ class Stepper:
 
     def step(self) -> dict[str, float]:
         """Milliseconds by phase, and the images and texts of the batch."""
-        from efficientvlm.stopwatch import TEACHER
-        from efficientvlm.training import update
+        from efficientvlm.runtime.stopwatch import TEACHER
+        from efficientvlm.training.loop import update
 
         number, self.number = self.number % self.cycle, self.number + 1
         marks = [time.perf_counter()]
@@ -165,7 +165,7 @@ class Stepper:
         """What was measured, and on what."""
         import torch
 
-        from efficientvlm.manifest import code
+        from efficientvlm.checkpoints.manifest import code
 
         made = code()
         return {"commit": (made.commit or made.version)[:12] + "+" * bool(made.dirty), "torch": torch.__version__, "processor": processor()}

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from published import ROOT, append, as_csv, code, csv_of, rows_of
 
-from efficientvlm import checkpoint, manifest
-from efficientvlm.bench import processor
+from efficientvlm.checkpoints import folder as checkpoint
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.compression.surgery import mask_vector, slice_model
 from efficientvlm.control import Control
-from efficientvlm.files import write_atomic
 from efficientvlm.loaded import load
+from efficientvlm.runtime.hardware import processor
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import of, stage_settings
 from efficientvlm.settings.methods import DistillWeights, TaskWeights

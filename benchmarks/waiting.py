@@ -24,9 +24,9 @@ from statistics import median
 
 from published import ROOT, as_csv, csv_of
 
-from efficientvlm.bench import processor
-from efficientvlm.files import write_atomic
-from efficientvlm.waiting import VARIABLES
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.runtime.hardware import processor
+from efficientvlm.runtime.waiting import VARIABLES
 
 WAITING = {
     "spinning, as OpenMP does by itself": {"GOMP_SPINCOUNT": "300000"},

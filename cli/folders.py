@@ -12,7 +12,7 @@ from efficientvlm.cli import output
 from efficientvlm.errors import BadInput
 
 if TYPE_CHECKING:
-    from efficientvlm.lineage import Node
+    from efficientvlm.checkpoints.lineage import Node
 
 Folder = Annotated[str, typer.Argument(help="Checkpoint folder, or bundled:NAME.", metavar="DIR")]
 
@@ -24,7 +24,7 @@ def inspect(
     json: o.Json = False,
 ) -> None:
     """Show what a checkpoint was made from: parameters, MACs, sparsity and metrics of every stage."""
-    from efficientvlm import lineage, manifest
+    from efficientvlm.checkpoints import lineage, manifest
 
     if schema:
         output.emit(manifest.schema())
@@ -40,7 +40,7 @@ def inspect(
 
 def _as_json(root: Node) -> dict[str, Any]:
     """A flat object however long the chain is: the checkpoint, and each of its ancestors once. Parents are named by their paths."""
-    from efficientvlm.files import shown
+    from efficientvlm.checkpoints.files import shown
 
     def of(node: Node) -> dict[str, Any]:
         return {
@@ -55,7 +55,7 @@ def _as_json(root: Node) -> dict[str, Any]:
 
 def verify(folder: Folder, json: o.Json = False) -> None:
     """Hash every file of a checkpoint and of everything it was made from; exit code 3 if any has changed or was added to be loaded."""
-    from efficientvlm import lineage
+    from efficientvlm.checkpoints import lineage
     from efficientvlm.errors import printable
 
     found = lineage.examine(folder)
@@ -82,7 +82,7 @@ def report(
 ) -> None:
     """Write one HTML page: figures, curves, kept heads and neurons, lineage, licences, and what is wrong."""
     from efficientvlm.errors import BadInput, printable
-    from efficientvlm.stages import page
+    from efficientvlm.report import pages as page
 
     result = page.run(folder, out, hashes=verify, force=force)
     if json:

@@ -20,10 +20,10 @@ def launch(name: str, options: dict[str, Any]) -> None:
 
     Settings that were not given (None) stay out of the configuration, so that its defaults rule; `set` is applied last.
     """
-    from efficientvlm import idle
     from efficientvlm.planning.checks import preflight
-    from efficientvlm.progress import say
     from efficientvlm.recipe import Step
+    from efficientvlm.runtime.progress import say
+    from efficientvlm.settings import idle
     from efficientvlm.settings.base import merge, parse
     from efficientvlm.settings.compose import of
 
@@ -44,7 +44,7 @@ def launch(name: str, options: dict[str, Any]) -> None:
     preflight(steps).raise_all(f"evlm {name}")
     for note in steps[0].notes:
         say(f"{name}: {note}", quiet=control.quiet)
-    from efficientvlm import ranks
+    from efficientvlm.runtime import ranks
     from efficientvlm.stages.run import run_stage
 
     result = run_stage(name, config, control)

@@ -13,15 +13,15 @@ from typing import Annotated
 
 import typer
 
-from efficientvlm import ranks, waiting
+from efficientvlm.checkpoints.files import out_of_space
 from efficientvlm.cli import folders, plan, recipes
 from efficientvlm.cli.predict import predict
 from efficientvlm.cli.stages import command
 from efficientvlm.cli.streams import unbreakable
 from efficientvlm.errors import EvlmError, printable, shorten
-from efficientvlm.files import out_of_space
-from efficientvlm.interrupt import deaf, sigterm_as_interrupt
-from efficientvlm.memory import out_of_memory
+from efficientvlm.runtime import ranks, waiting
+from efficientvlm.runtime.interrupt import deaf, sigterm_as_interrupt
+from efficientvlm.runtime.memory import out_of_memory
 
 app = typer.Typer(
     name="evlm",

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from efficientvlm.lineage import Node
-    from efficientvlm.manifest import Manifest
+    from efficientvlm.checkpoints.lineage import Node
+    from efficientvlm.checkpoints.manifest import Manifest
 
 DEEPEST = 20  # generations that are drawn one beside the other
 
@@ -49,8 +49,8 @@ def plain(text: object, **options: Any) -> Text:
 
 def checkpoint_result(path: Path, *, as_json: bool, quiet: bool) -> None:
     """Summary of a checkpoint a stage has written; its last line is the path."""
-    from efficientvlm import manifest as manifests
-    from efficientvlm.card import number, results, size_rows
+    from efficientvlm.checkpoints import manifest as manifests
+    from efficientvlm.checkpoints.card import number, results, size_rows
 
     manifest = manifests.read(path)
     if as_json:
@@ -68,7 +68,7 @@ def mapping_result(result: dict[str, Any], out: str | None, *, as_json: bool, ke
 
     People see only `keys` of it, where they are there.
     """
-    from efficientvlm.card import flatten, number
+    from efficientvlm.checkpoints.card import flatten, number
 
     if as_json:
         emit(result)
@@ -102,7 +102,7 @@ def records_table(records: list[dict[str, Any]]) -> None:
     """Records as a table: a column a key, in order of first appearance; nested mappings become dotted keys."""
     from rich.table import Table
 
-    from efficientvlm.card import flatten, number
+    from efficientvlm.checkpoints.card import flatten, number
 
     flat = [dict(flatten(record)) for record in records]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -145,7 +145,7 @@ def lineage_tree(root: Node, *, units: bool) -> None:
 def _name(node: Node) -> Any:
     from rich.text import Text
 
-    from efficientvlm.files import shown
+    from efficientvlm.checkpoints.files import shown
 
     return Text(printable(shown(node.path)), style="bold")
 
@@ -153,7 +153,7 @@ def _name(node: Node) -> Any:
 def _label(node: Node) -> Any:
     from rich.text import Text
 
-    from efficientvlm.card import number, results, sizes
+    from efficientvlm.checkpoints.card import number, results, sizes
 
     label = Text() + _name(node)
     manifest = node.manifest
@@ -171,7 +171,7 @@ def _label(node: Node) -> Any:
 
 def _influence(manifest: Manifest) -> list[tuple[str, str]]:
     """What is known of the influence of its inputs: lines with their style."""
-    from efficientvlm import influence
+    from efficientvlm.checkpoints import influence
 
     measured = influence.read(influence.Influence, manifest.extra.get("influence"))
     reach = influence.read(influence.Reach, manifest.accounting.get("reach"))

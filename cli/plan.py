@@ -118,7 +118,7 @@ def _row(stage: Forecast) -> dict[str, str]:
 
 
 def _towers(stage: Forecast, key: str) -> dict[str, str]:
-    from efficientvlm.card import short
+    from efficientvlm.checkpoints.card import short
 
     before, after = (side[key] if side else None for side in (stage.before, stage.after))
     if after is None or stage.status == "cannot run":

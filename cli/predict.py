@@ -23,8 +23,8 @@ def predict(
     quiet: o.Quiet = False,
 ) -> None:
     """Answer a question about an image file."""
-    from efficientvlm.checkpoint import require_complete
-    from efficientvlm.files import resolve
+    from efficientvlm.checkpoints.files import resolve
+    from efficientvlm.checkpoints.folder import require_complete
 
     if mode not in ("rank", "generate"):
         raise typer.BadParameter(f"{mode!r} is neither rank nor generate", param_hint="--mode")

@@ -79,7 +79,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from efficientvlm import recipe as recipes
-    from efficientvlm.files import result_path, unwritable, write_atomic
+    from efficientvlm.checkpoints.files import result_path, unwritable, write_atomic
 
     text = recipes.source(recipe)
     path = target / f"{Path(recipe).stem}.yaml" if target.is_dir() else target

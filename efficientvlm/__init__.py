@@ -39,7 +39,9 @@ def load(path: str) -> Any:
     Raises:
         efficientvlm.errors.BadInput: an unfinished or damaged folder.
     """
-    from efficientvlm import checkpoint, families, files
+    from efficientvlm import families
+    from efficientvlm.checkpoints import files
+    from efficientvlm.checkpoints import folder as checkpoint
 
     checkpoint.require_complete(path)
     folder = files.resolve(path, checkpoint=True)

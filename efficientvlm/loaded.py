@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, families, files
+from efficientvlm import families
+from efficientvlm.checkpoints import files
+from efficientvlm.checkpoints import folder as checkpoint
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
@@ -17,7 +20,6 @@ from efficientvlm.families import loading
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.image_settings import preprocessing_of
 from efficientvlm.families.onnx.network import Exported, is_exported
-from efficientvlm.manifest import Manifest
 
 SHORTEST = 3  # first and last token, and one between them
 

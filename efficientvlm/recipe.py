@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from efficientvlm import idle
+from efficientvlm.checkpoints.files import MIB, read_limited
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.files import MIB, read_limited
-from efficientvlm.plain_yaml import parse_yaml
+from efficientvlm.settings import idle
 from efficientvlm.settings.base import Strict, merge, parse, problems_with
 from efficientvlm.settings.compose import of, tasks_of
+from efficientvlm.settings.plain_yaml import parse_yaml
 from efficientvlm.settings.stages import STAGES
 
 FILES = {"eval", "bench"}  # stages whose result is a JSON file, not a folder

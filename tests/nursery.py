@@ -79,8 +79,8 @@ def free_port() -> int:
 def _child(stage: str, settings: dict[str, Any], rank: int, processes: int, port: int, fault: tuple[str, Any] | None) -> None:
     import torch
 
-    from efficientvlm import ranks
     from efficientvlm.errors import EvlmError
+    from efficientvlm.runtime import ranks
 
     torch.set_num_threads(1)
     if processes > 1:
@@ -122,7 +122,7 @@ def dies_at(number: int) -> None:
 
 
 def _before_step(action: Callable[[int], None]) -> None:
-    from efficientvlm import training
+    from efficientvlm.training import loop as training
 
     real = training.rate
 
@@ -201,9 +201,9 @@ def lives_in(folders: list[str]) -> None:
 
 def fails_on(rank: int) -> None:
     """One process cannot read its first sample."""
-    from efficientvlm import ranks
     from efficientvlm.data import plan
     from efficientvlm.errors import BadInput
+    from efficientvlm.runtime import ranks
 
     def broken(*_: Any) -> None:
         raise BadInput("sample 3 is unreadable", "it is torn", "mend it")

@@ -7,7 +7,9 @@ import gc
 import pytest
 import torch
 
-from efficientvlm import bench
+from efficientvlm.runtime import hardware
+from efficientvlm.runtime.hardware import machine_of, processor
+from efficientvlm.stages import latency
 from efficientvlm.stages.bench import unique
 
 
@@ -37,7 +39,7 @@ class Clock:
 def test_models_take_turns_and_the_order_rotates() -> None:
     clock = Clock()
     calls = {label: clock.call(label, 0.01) for label in "abc"}
-    bench.latency(calls, [1, 8], rounds=3, warmup_rounds=1, clock=clock)
+    latency.latency(calls, [1, 8], rounds=3, warmup_rounds=1, clock=clock)
     first = "".join(label for label, size in clock.order if size == 1)
     assert first == "cab" + "abc" + "bca" + "cab"
     assert [size for _, size in clock.order] == [1] * 12 + [8] * 12
@@ -46,17 +48,17 @@ def test_models_take_turns_and_the_order_rotates() -> None:
 def test_warm_up_is_not_counted_and_progress_is() -> None:
     clock, done = Clock(), []
     calls = {"a": clock.call("a", 9.0, 9.0, 0.5, 0.5, 0.5)}
-    (row,) = bench.latency(calls, [1], rounds=3, warmup_rounds=2, clock=clock, progress=done.append)
+    (row,) = latency.latency(calls, [1], rounds=3, warmup_rounds=2, clock=clock, progress=done.append)
     assert row["median_ms"] == row["p90_ms"] == pytest.approx(500) and done == [1, 2, 3, 4, 5]
     clock = Clock()
-    (row,) = bench.latency({"a": clock.call("a", 9.0)}, [2], rounds=1, warmup_rounds=0, clock=clock)
+    (row,) = latency.latency({"a": clock.call("a", 9.0)}, [2], rounds=1, warmup_rounds=0, clock=clock)
     assert row["median_ms"] == pytest.approx(18_000) and row["samples_per_s"] == pytest.approx(1 / 9)
 
 
 def test_percentiles_are_of_one_model() -> None:
     clock = Clock()
     seconds = [0.001 * (number + 1) for number in range(11)]
-    (row,) = bench.latency({"a": clock.call("a", *seconds)}, [1], rounds=11, warmup_rounds=0, clock=clock)
+    (row,) = latency.latency({"a": clock.call("a", *seconds)}, [1], rounds=11, warmup_rounds=0, clock=clock)
     assert (row["p10_ms"], row["median_ms"], row["p90_ms"]) == pytest.approx((2, 6, 10))
 
 
@@ -64,7 +66,7 @@ def test_a_speed_up_is_the_median_of_ratios_within_a_round() -> None:
     """The machine is ten times slower in some rounds; ratios within a round do not feel it, a ratio of medians would."""
     clock = Clock()
     calls = {"slow": clock.call("slow", 1.0, 10.0, 1.0, 10.0), "fast": clock.call("fast", 0.5, 4.0, 0.4, 5.0)}
-    slow, fast = bench.latency(calls, [1], rounds=4, warmup_rounds=0, clock=clock)
+    slow, fast = latency.latency(calls, [1], rounds=4, warmup_rounds=0, clock=clock)
     assert (slow["speedup"], slow["speedup_q1"], slow["speedup_q3"]) == (1, 1, 1)
     assert fast["speedup"] == pytest.approx(2.25)  # of 2, 2.5, 2.5, 2
     assert (fast["speedup_q1"], fast["speedup_q3"]) == pytest.approx((2.0, 2.5))
@@ -82,7 +84,7 @@ def test_the_device_is_waited_for_inside_the_measured_time() -> None:
         nonlocal pending
         clock.now, pending = clock.now + pending, 0.0
 
-    (row,) = bench.latency({"a": call}, [1], rounds=2, warmup_rounds=1, clock=clock, synchronise=wait)
+    (row,) = latency.latency({"a": call}, [1], rounds=2, warmup_rounds=1, clock=clock, synchronise=wait)
     assert row["median_ms"] == pytest.approx(200)
 
 
@@ -90,28 +92,28 @@ def test_no_garbage_collector_inside_and_restored_after() -> None:
     seen = []
     assert gc.isenabled()
     with pytest.raises(ZeroDivisionError):
-        bench.latency({"a": lambda size: seen.append(gc.isenabled()) or 1 / 0}, [1], rounds=1, warmup_rounds=0)
+        latency.latency({"a": lambda size: seen.append(gc.isenabled()) or 1 / 0}, [1], rounds=1, warmup_rounds=0)
     assert seen == [False] and gc.isenabled()
 
 
 def test_threads_are_set_and_restored() -> None:
     before = torch.get_num_threads()
     other = 1 if before > 1 else 2
-    with pytest.raises(ValueError), bench.threads(other) as count:
+    with pytest.raises(ValueError), latency.threads(other) as count:
         assert count == torch.get_num_threads() == other
         raise ValueError
     assert torch.get_num_threads() == before
-    with bench.threads(None) as count:
+    with latency.threads(None) as count:
         assert count == before
 
 
 def test_the_machine_is_named(tmp_path, monkeypatch) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text("processor : 0\nmodel name\t: Fast CPU @ 3 GHz\n")
-    monkeypatch.setattr(bench, "CPUINFO", file)
-    assert bench.machine(torch.device("cpu"))["name"] == "Fast CPU @ 3 GHz"
-    monkeypatch.setattr(bench, "CPUINFO", tmp_path / "none")
-    assert bench.processor()
+    monkeypatch.setattr(hardware, "CPUINFO", file)
+    assert machine_of(torch.device("cpu"))["name"] == "Fast CPU @ 3 GHz"
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "none")
+    assert processor()
 
 
 def test_the_same_model_twice_has_two_labels() -> None:

@@ -520,7 +520,7 @@ def test_gates_are_cut_again_and_magnitude_prunes_without_any(blip, tmp_path):
 
 
 def test_training_is_resumed_with_tied_tensors(blip, tmp_path):
-    from efficientvlm.state import Spent, newest, restore, save, tensors_of
+    from efficientvlm.training.state import Spent, newest, restore, save, tensors_of
 
     model, other = load(str(blip / "teacher")).model, load(str(blip / "init")).model
     save(tmp_path, tensors_of(model, []), Spent(steps=3))
@@ -608,7 +608,7 @@ for argument in arguments:
 
 def test_folders_open_in_fresh_processes(blip, tmp_path):
     """Cut ones with `load` and with Auto classes once the package is imported; whole ones without the package."""
-    from efficientvlm.checkpoint import Output
+    from efficientvlm.checkpoints.folder import Output
     from efficientvlm.stages.common import write
 
     folders: dict[str, list[str]] = {"cut": [], "whole": []}

@@ -10,9 +10,9 @@ from conftest import run_stage
 
 import efficientvlm
 from efficientvlm import recipe
-from efficientvlm.checkpoint import require_complete
-from efficientvlm.files import BUNDLED, bundled_names
-from efficientvlm.lineage import lineage, verify
+from efficientvlm.checkpoints.files import BUNDLED, bundled_names
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.lineage import lineage, verify
 
 PUBLISHED_LENGTH = 40  # tokens that an X-VLM reads where nothing else is asked for
 NAMES = ["easy-vqa", "easy-vqa-pretrained"]

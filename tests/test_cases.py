@@ -43,7 +43,7 @@ def test_every_kind_of_end_is_counted(tmp_path: Path, evlm: Path, capsys: pytest
     for name, code in {"ok": 0, "fault": 1, "signal": 139, "later": 77}.items():
         (folder / "deep" / f"{name}.sh").write_text(f"[ $EVLM = {evlm} ] && [ -z $(ls) ] || exit 9\nexit {code}\n")
     (folder / "slow.py").write_text("import time\ntime.sleep(60)\n")
-    (folder / "moved.py").write_text("from efficientvlm.checkpoint import no_such_name\n")
+    (folder / "moved.py").write_text("from efficientvlm.checkpoints.folder import no_such_name\n")
     (folder / "cases.py").write_text(SEVERAL)
     code, verdicts, counts = told(folder, evlm, capsys, "--timeout", "5", "--jobs", "4")
     assert code == 1 and counts.endswith(": 2 ok, 5 FAULT, 4 SKIP, 0 NOT RUN")

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from efficientvlm import checkpoint, files, lock
-from efficientvlm.checkpoint import MANIFEST, Output, require_complete
+from efficientvlm.checkpoints import files, lock
+from efficientvlm.checkpoints import folder as checkpoint
+from efficientvlm.checkpoints.files import resolve, write_atomic
+from efficientvlm.checkpoints.folder import MANIFEST, Output, require_complete
+from efficientvlm.checkpoints.lineage import lineage, verify
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve, write_atomic
-from efficientvlm.lineage import lineage, verify
-from efficientvlm.manifest import Manifest
 
 
 def make(
@@ -467,7 +468,7 @@ def test_a_full_disk_is_told_while_the_folder_is_claimed(tmp_path: Path, monkeyp
 
 def test_the_card_names_sizes_results_and_every_licence_of_the_chain(tmp_path: Path) -> None:
     record = {"name": "shapes", "split": "train", "count": 1200, "fingerprint": "ab", "licence": "CC0 | own"}
-    from efficientvlm.manifest import DataRecord
+    from efficientvlm.checkpoints.manifest import DataRecord
 
     make(tmp_path / "parent", origin="random", data=[DataRecord(**record)])
     make(
@@ -491,7 +492,7 @@ def test_the_card_names_sizes_results_and_every_licence_of_the_chain(tmp_path: P
 
 
 def test_the_card_shows_foreign_text_as_text(tmp_path: Path) -> None:
-    from efficientvlm.manifest import DataRecord
+    from efficientvlm.checkpoints.manifest import DataRecord
 
     evil = "MIT\r\n\r\n# Trust me\n<img src=x onerror=alert(1)> [click](http://x) `rm` **now** \x1b[31m\u202e| _all_"
     record = DataRecord(name=evil, split=evil, count=1, fingerprint="ab", licence=evil)

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from efficientvlm import control
-from efficientvlm.checkpoint import MANIFEST, Output
+from efficientvlm.checkpoints.folder import MANIFEST, Output
+from efficientvlm.checkpoints.manifest import DataRecord, digest
 from efficientvlm.cli import main as cli
 from efficientvlm.cli import output, streams
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
-from efficientvlm.manifest import DataRecord, digest
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.compose import stage_settings, tasks_of
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}

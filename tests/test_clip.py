@@ -540,7 +540,7 @@ for folder in folders:
 
 def test_folders_open_in_fresh_processes(tmp_path):
     """Cut ones with `load` and with Auto classes once the package is imported; whole ones without the package."""
-    from efficientvlm.checkpoint import Output
+    from efficientvlm.checkpoints.folder import Output
     from efficientvlm.data.tokenizer import train_wordpiece
     from efficientvlm.stages.common import write
 

@@ -15,7 +15,7 @@ from conftest import run_stage
 from test_data_files import jsonl, pictures, png
 from test_data_forms import CAPTIONS, QUESTION_ROWS, add, as_csv, as_parquet, shards, written
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.data.configured import which
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS

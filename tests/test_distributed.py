@@ -18,10 +18,10 @@ from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 from test_data_files import jsonl, pictures
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.lineage import verify
 from efficientvlm.data.plan import IndexPlan
 from efficientvlm.errors import BadInput
-from efficientvlm.lineage import verify
 
 
 def slow(stage: str) -> Any:

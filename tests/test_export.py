@@ -19,8 +19,9 @@ from conftest import QUIET, SHAPES, run_stage
 from PIL import Image
 
 import efficientvlm
-from efficientvlm import lineage
-from efficientvlm.checkpoint import Output
+from efficientvlm.checkpoints import lineage
+from efficientvlm.checkpoints.folder import Output
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.opening import open_data
@@ -33,7 +34,6 @@ from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.onnx.network import ONNX, Description, StoredSizes, open_session
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.manifest import Manifest
 from efficientvlm.stages import predict
 from efficientvlm.stages.common import write
 from efficientvlm.tasks.answering import Answerer, evaluation_batches

@@ -18,7 +18,7 @@ from doc_pages import ROOT, evlm, script
 from PIL import Image as Pictures
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.recipe import load_recipe, validate

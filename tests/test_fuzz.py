@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_data_files import jsonl, pictures, png
 from test_data_forms import CAPTIONS, QUESTION_ROWS, WRITERS, vqav2
 
-from efficientvlm import families, manifest, recipe
+from efficientvlm import families, recipe
+from efficientvlm.checkpoints import manifest
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS
 from efficientvlm.data.kinds.questions import QUESTIONS

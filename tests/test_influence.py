@@ -15,14 +15,14 @@ from compression_cases import CONFIGS, build
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from doc_pages import evlm
 
-from efficientvlm import influence
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints import influence
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import Diverged, TargetMissed
-from efficientvlm.page.story import DAMAGE
-from efficientvlm.stages import page
+from efficientvlm.report import pages as page
+from efficientvlm.report.story import DAMAGE
 from efficientvlm.tasks.influence import measure, of_anything
 
 BLIND = "the image has no influence on the answer"

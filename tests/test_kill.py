@@ -13,10 +13,10 @@ import pytest
 from conftest import PRUNE, SHAPES, SIZES, TRAIN
 from safetensors.torch import save_file
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.lineage import verify
+from efficientvlm.checkpoints.manifest import MANIFEST
 from efficientvlm.data.tokenizer import load_tokenizer
-from efficientvlm.lineage import verify
-from efficientvlm.manifest import MANIFEST
 
 KILLS = 30
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 from test_checkpoint import chain, make
 
-from efficientvlm import files
+from efficientvlm.checkpoints import files
+from efficientvlm.checkpoints.files import sha256
+from efficientvlm.checkpoints.lineage import examine, is_read, known_data, lineage, verify
+from efficientvlm.checkpoints.manifest import MANIFEST, Code, DataRecord, Manifest, Parent
 from efficientvlm.cli import folders
 from efficientvlm.errors import BadInput
-from efficientvlm.files import sha256
-from efficientvlm.lineage import examine, is_read, known_data, lineage, verify
-from efficientvlm.manifest import MANIFEST, Code, DataRecord, Manifest, Parent
 
 
 def generations(root: Path, count: int, *, taught: bool = False) -> Path:

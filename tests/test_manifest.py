@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientvlm import manifest as manifests
+from efficientvlm.checkpoints import manifest as manifests
+from efficientvlm.checkpoints.manifest import MANIFEST, Code, DataRecord, FileRecord, Manifest, Parent, digest, read, schema
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import MANIFEST, Code, DataRecord, FileRecord, Manifest, Parent, digest, read, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,9 +172,8 @@ def test_the_published_schema_is_up_to_date() -> None:
 
 
 def test_the_environment_is_known_without_importing_it() -> None:
-    script = (
-        "import sys; from efficientvlm import manifest as m; e = m.environment(); m.code(); print('torch' in e, 'torch' in sys.modules)"
-    )
+    told = "print('torch' in m.environment(), bool(m.code()) and 'torch' in sys.modules)"
+    script = f"import sys; from efficientvlm.checkpoints import manifest as m; {told}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
     assert (manifests.peak_memory_bytes() or 0) > 10_000_000
@@ -184,14 +183,14 @@ def test_the_commit_is_recorded_only_in_a_checkout_of_this_package(tmp_path: Pat
     """A package that is installed somewhere below an unrelated repository must not take that repository's commit."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    results, module = tmp_path / "benchmarks" / "results" / "a.csv", tmp_path / "efficientvlm" / "a.py"
+    results, module = tmp_path / "benchmarks" / "results" / "a.csv", tmp_path / "efficientvlm" / "checkpoints" / "a.py"
     for file in (tmp_path / "pyproject.toml", results, module):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
     for place, known in (("efficientvlm", True), ("lib/site-packages/efficientvlm", False)):
-        monkeypatch.setattr(manifests, "__file__", str(tmp_path / place / "manifest.py"))
+        monkeypatch.setattr(manifests, "__file__", str(tmp_path / place / "checkpoints" / "manifest.py"))
         manifests.code.cache_clear()
         code = manifests.code()
         assert (code.commit is not None, code.dirty) == ((True, False) if known else (False, None))

@@ -16,11 +16,11 @@ import pytest
 from conftest import nested
 from test_checkpoint import killed, litter, make, tree
 
-from efficientvlm import scratch
-from efficientvlm.checkpoint import MANIFEST, Output, fingerprint, require_complete
+from efficientvlm.checkpoints import scratch
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.folder import MANIFEST, Output, fingerprint, require_complete
+from efficientvlm.checkpoints.lineage import verify
 from efficientvlm.errors import BadInput
-from efficientvlm.files import write_atomic
-from efficientvlm.lineage import verify
 
 CHANGES: list[dict[str, Any]] = [{}, {"force": True}, {"resume": False}, {"force": True, "resume": False}]
 
@@ -266,7 +266,7 @@ def test_a_private_folder_is_ours_where_the_file_system_knows_no_modes(tmp_path:
         os.chmod(folder, 0o777)
         return folder
 
-    monkeypatch.setattr("efficientvlm.scratch.tempfile.mkdtemp", open_to_all)
+    monkeypatch.setattr("efficientvlm.checkpoints.scratch.tempfile.mkdtemp", open_to_all)
     write_atomic(tmp_path / "result.json", b"new")
     assert (tmp_path / "result.json").read_bytes() == b"new" and litter(tmp_path) == []
     monkeypatch.setattr(scratch, "_lock", lambda *_, **__: None)

@@ -17,12 +17,12 @@ from doc_pages import evlm
 from test_report import STUDENT, TEACHER
 from test_report import manifest as counted
 
-from efficientvlm.checkpoint import Output
+from efficientvlm.checkpoints.folder import Output
+from efficientvlm.checkpoints.manifest import MANIFEST, DataRecord
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import MANIFEST, DataRecord
-from efficientvlm.page import charts, document, lineage, markup, training
-from efficientvlm.page.story import DAMAGE, NOTE, Chapter, Story, origins
-from efficientvlm.stages import page
+from efficientvlm.report import charts, document, lineage, markup, training
+from efficientvlm.report import pages as page
+from efficientvlm.report.story import DAMAGE, NOTE, Chapter, Story, origins
 
 VOID = {"meta", "br"}
 EVIL = "<script>alert('x')</script>&\"\x00"
@@ -122,7 +122,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def result(root: Path, name: str, accuracy: float, file: str | None = None, **changes: Any) -> None:
-    from efficientvlm.files import sha256
+    from efficientvlm.checkpoints.files import sha256
 
     data = {"name": "easy-vqa", "split": "test", "count": 100, "fingerprint": "f" * 64, "licence": "MIT"}
     provenance = {"inputs": {"model": sha256(root / name / MANIFEST)}, "config": {}, "created": "2024-01-01T00:00:00+00:00"}
@@ -131,7 +131,7 @@ def result(root: Path, name: str, accuracy: float, file: str | None = None, **ch
 
 
 def timings(root: Path, **milliseconds: float) -> None:
-    from efficientvlm.files import sha256
+    from efficientvlm.checkpoints.files import sha256
 
     models = [{"model": f"runs/{name}", "sha256": sha256(root / name / MANIFEST), "trained": True} for name in milliseconds]
     first = next(iter(milliseconds.values()))
@@ -197,7 +197,7 @@ def test_inputs_without_influence_are_a_problem_and_unmeasured_ones_no_clean_bil
 
 
 def test_no_problem_is_claimed_only_where_the_influence_was_measured() -> None:
-    from efficientvlm.page import facts
+    from efficientvlm.report import facts
 
     story = Story("t", "t", "", [], None, [], [], False)
     assert "No problem was found." in Checked(str(facts.checks(story))).words
@@ -236,7 +236,7 @@ def test_heads_that_went_are_drawn_hollow_with_their_number() -> None:
         Path("x"), "x", "x", made, "0" * 64, structure={"vision.0.head": ([1, 2], 4), "vision.0.neuron": (list(range(128)), 512)}
     )
     story.chapters.append(chapter)
-    from efficientvlm.page import structure
+    from efficientvlm.report import structure
 
     told = Checked(str(structure.section(story)))
     cells = [attributes["class"] for tag, attributes in told.tags if tag == "rect" and attributes.get("class") in ("kept", "gone")]
@@ -346,7 +346,7 @@ def test_a_huge_file_of_metrics_is_not_held(tmp_path: Path) -> None:
 
 
 def test_manifests_that_cannot_be_drawn_are_left_out_by_name(runs: Path) -> None:
-    from efficientvlm import manifest as manifests
+    from efficientvlm.checkpoints import manifest as manifests
 
     path = runs / "pruned" / MANIFEST
     for change in (
@@ -409,8 +409,7 @@ def test_a_real_chain(chain: Path, tmp_path: Path) -> None:
 
 
 def test_drawing_a_page_loads_no_torch() -> None:
-    script = (
-        "import sys; import efficientvlm.page.document; print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
-    )
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
+    script = f"import sys; import efficientvlm.report.document; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -16,8 +16,9 @@ from compression_cases import CONFIGS, network
 from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
 from PIL import Image
 
-from efficientvlm import families, manifest
-from efficientvlm.checkpoint import MANIFEST, Output
+from efficientvlm import families
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.folder import MANIFEST, Output
 from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.sparsity import Scope
@@ -36,8 +37,8 @@ from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, names
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.methods import DistillWeights, TaskWeights
-from efficientvlm.state import tensors_of
-from efficientvlm.training import update
+from efficientvlm.training.loop import update
+from efficientvlm.training.state import tensors_of
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.pruner import Pruner
@@ -29,7 +29,7 @@ from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.methods import GateQuirks, VQAPruningQuirks
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.cutting import DENSE, save_tensors
-from efficientvlm.training import update
+from efficientvlm.training.loop import update
 
 XVLM = families.get("xvlm")
 

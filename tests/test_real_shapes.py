@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
 
 GIB = 2**30
 PEAK = 8 * GIB

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from efficientvlm import recipe as recipes
 from efficientvlm.errors import BadInput
-from efficientvlm.idle import refused, said
 from efficientvlm.recipe import load_recipe, validate
 from efficientvlm.settings.base import merge, parse
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.idle import refused, said
 from efficientvlm.settings.stages import Distill, InitConfig, Prune
 
 CHAIN = """

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from efficientvlm import report
+from efficientvlm.checkpoints.manifest import Code, Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import Code, Manifest
-from efficientvlm.picture import structure_figure
+from efficientvlm.report import summary as report
+from efficientvlm.report.picture import structure_figure
 from efficientvlm.settings.stages import Targets
 
 CROSS = ("fusion", "decoder")

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from efficientvlm import files
+from efficientvlm.checkpoints import files
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.report import pages as page
 from efficientvlm.settings.stages import Bench, Report
-from efficientvlm.stages import page, report
+from efficientvlm.stages import report
 from efficientvlm.stages.results import ResultFile
 
 INPUTS = {"models.0": "0" * 64}

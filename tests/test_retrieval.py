@@ -16,8 +16,8 @@ from conftest import SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm import families, report
-from efficientvlm.checkpoint import fingerprint, require_complete
+from efficientvlm import families
+from efficientvlm.checkpoints.folder import fingerprint, require_complete
 from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
@@ -35,6 +35,7 @@ from efficientvlm.objectives.efficientvlm import distilled
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
+from efficientvlm.report import summary as report
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Targets
 from efficientvlm.tasks import recall

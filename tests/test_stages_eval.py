@@ -209,7 +209,7 @@ def test_timings_of_another_machine_stay_what_they_are(
     """So that a finished recipe can be run again, and planned, elsewhere."""
     out = str(tmp_path / "speed.json")
     first = bench.run(speed(folder, "vqa", out=out), QUIET)
-    monkeypatch.setattr("efficientvlm.bench.processor", lambda: "Another CPU")
+    monkeypatch.setattr("efficientvlm.runtime.hardware.processor", lambda: "Another CPU")
     assert [stage.status for stage in plan([Step("speed", "bench", speed(folder, "vqa", out=out))]).stages] == ["up to date"]
     assert bench.run(speed(folder, "vqa", out=out), Control()) == first
     assert f"of another machine ({first['machine']['name']}, " in capsys.readouterr().err

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from efficientvlm.checkpoints.files import sha256
 from efficientvlm.errors import BadInput
-from efficientvlm.files import sha256
-from efficientvlm.state import TENSORS, Spent, _digest, cut_metrics, restore, save, tensors_of
+from efficientvlm.training.state import TENSORS, Spent, _digest, cut_metrics, restore, save, tensors_of
 
 SPENT = Spent(seconds=1.5, samples=8, steps=2, last={"loss": 1.0}, open_line={"loss": 2.0, "n:loss": 2})
 Change = Callable[[dict[str, Any]], dict[str, Any]]

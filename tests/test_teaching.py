@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import QUIET, SHAPES, TRAIN, run_stage
 
+from efficientvlm.checkpoints.manifest import Code, DataRecord, Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.items import Question
-from efficientvlm.manifest import Code, DataRecord, Manifest
 from efficientvlm.stages.teaching import doubts, majority_answer
 
 

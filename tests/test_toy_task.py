@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 import efficientvlm
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
 from efficientvlm.data.texts import Texts
@@ -37,7 +37,7 @@ from efficientvlm.stages import predict
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.known import TASKS
 from efficientvlm.tasks.task import Asked, Learnt
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 # the method: its settings, and one module
 

@@ -20,19 +20,20 @@ import torch
 from conftest import PRUNE, SHAPES, TRAIN, run_stage
 from safetensors.torch import load_file
 
-from efficientvlm import progress, training, waiting
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.request import compare
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
-from efficientvlm.interrupt import sigterm_as_interrupt, stop_flag
-from efficientvlm.memory import enough_memory, out_of_memory
-from efficientvlm.meter import Meter
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.progress import Bar
-from efficientvlm.request import compare
+from efficientvlm.runtime import progress, waiting
+from efficientvlm.runtime.interrupt import sigterm_as_interrupt, stop_flag
+from efficientvlm.runtime.memory import enough_memory, out_of_memory
+from efficientvlm.runtime.progress import Bar
+from efficientvlm.runtime.stopwatch import TEACHER
 from efficientvlm.settings.common import Train
-from efficientvlm.state import Spent, restore, save, tensors_of
-from efficientvlm.stopwatch import TEACHER
+from efficientvlm.training import loop as training
+from efficientvlm.training.meter import Meter
+from efficientvlm.training.state import Spent, restore, save, tensors_of
 
 
 def stages(root: Path) -> dict[str, dict[str, Any]]:
@@ -281,7 +282,7 @@ def test_new_tensors_are_those_of_the_model_whatever_holds_it() -> None:
 
 def test_a_gpu_is_waited_for_only_in_steps_that_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[str] = []
-    monkeypatch.setattr("efficientvlm.meter.synchronise", lambda device: waited.append(device.type))
+    monkeypatch.setattr("efficientvlm.training.meter.synchronise", lambda device: waited.append(device.type))
     monkeypatch.setattr(TEACHER, "settle", TEACHER.settle)  # which a meter replaces, also for the tests that follow
     meter = Meter({}, torch.device("cuda"))
     for step in range(4):

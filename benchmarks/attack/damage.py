@@ -344,7 +344,7 @@ def tensors(draw: Draw, content: bytes) -> bytes:
 
 def seal(folder: Path, **over: Any) -> None:
     """Make a manifest fit the files beside it again, as whoever made the folder would have."""
-    from efficientvlm import manifest
+    from efficientvlm.checkpoints import manifest
 
     path = folder / manifest.MANIFEST
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 26:

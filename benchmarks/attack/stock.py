@@ -107,7 +107,7 @@ def stop_at_step(step: int) -> Callable[[], None]:
     def prepare() -> None:
         import signal
 
-        from efficientvlm import training
+        from efficientvlm.training import loop as training
 
         real = training.rate
 

@@ -6,10 +6,10 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from efficientvlm.checkpoints.files import MIB, read_limited, resolve
 from efficientvlm.data.cells import LONGEST_TEXT
 from efficientvlm.data.text_tables import lines_of
 from efficientvlm.errors import BadInput
-from efficientvlm.files import MIB, read_limited, resolve
 
 LARGEST = 64 * MIB
 

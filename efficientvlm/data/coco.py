@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from efficientvlm.checkpoints.files import sha256
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import part_of, split_of
 from efficientvlm.data.tables import MemoryTable, digest_of
 from efficientvlm.data.text_tables import first_mark, read_json, read_json_list
 from efficientvlm.errors import BadInput
-from efficientvlm.files import sha256
 
 
 def json_files(folder: Path, word: str) -> list[Path]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from efficientvlm.checkpoints.files import sha256
 from efficientvlm.data.cells import LEFT_OUT, is_missing, text_of
 from efficientvlm.data.draw import generator, seed_of, some_of
 from efficientvlm.data.forms import open_table
@@ -17,7 +18,6 @@ from efficientvlm.data.kinds.kind import Kind, Picture, Row
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.files import sha256
 
 T = TypeVar("T")
 SPLIT_SEED = 20190719  # fixed, so that an image is held out in every stage or in none

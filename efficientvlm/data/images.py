@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.preprocessing import MAX_PIXELS, Preprocessing, prepared
 from efficientvlm.errors import BadInput
-from efficientvlm.files import open_plain
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of picture files, in lower case."""

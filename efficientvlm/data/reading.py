@@ -10,7 +10,7 @@ from typing import Any
 from efficientvlm.data.kinds.questions import asked
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import shorten
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
 
 SAMPLE = 10_000  # texts that are looked at beforehand
 SAID_ABOVE = 0.01  # part of unknown tokens

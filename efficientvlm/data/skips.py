@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.errors import BadInput
-from efficientvlm.files import open_plain
 
 SHARE = 100  # by default one sample in so many may be bad
 OF_A_STREAM = 100  # by default, where the number of samples is not known

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from efficientvlm.checkpoints.files import open_plain, sha256
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.files import open_plain, sha256
 
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 LONG = 1000  # a longer string is not kept in memory: an image in base64, most likely

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from efficientvlm.checkpoints.files import open_plain, sha256
 from efficientvlm.data.images import PICTURES
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.tables import LONG, MemoryTable, encoded
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.files import open_plain, sha256
 
 INLINE = object()
 LARGEST_ROW = 64 * 2**20  # bytes: what is held at once, pictures in base64 included

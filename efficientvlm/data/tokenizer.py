@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efficientvlm.checkpoints.files import MIB, read_limited
+from efficientvlm.checkpoints.manifest import parse_json, read_json
+from efficientvlm.checkpoints.pointers import CODE
 from efficientvlm.data.text_tables import lines_of
 from efficientvlm.errors import BadInput, EvlmError, shorten
-from efficientvlm.files import MIB, read_limited
-from efficientvlm.manifest import parse_json, read_json
-from efficientvlm.pointers import CODE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

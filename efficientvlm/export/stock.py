@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from efficientvlm import families
-from efficientvlm.card import short
+from efficientvlm.checkpoints.card import short
 from efficientvlm.compression.accounting import count_macs, count_parameters
 from efficientvlm.compression.surgery import pad_model
 from efficientvlm.errors import BadInput

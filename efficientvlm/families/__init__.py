@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from efficientvlm.checkpoints.manifest import read_json
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import read_json
-from efficientvlm.memory import uncollected
+from efficientvlm.runtime.memory import uncollected
 
 AUTO = "transformers.models.auto.modeling_auto"
 NAMES = ("xvlm", "clip", "blip")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.errors import BadInput
 from efficientvlm.families.weights import renewed, weight_files
-from efficientvlm.files import open_plain
 
 SPARE = 2  # tensors that a file calls by other names are counted as missing at first; more than so many times what is there cannot be
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers.utils import logging as said
 
-from efficientvlm import manifest
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.pointers import pointers, without_code
 from efficientvlm.data import preprocessing
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
 from efficientvlm.families.weights import require_finite
-from efficientvlm.memory import out_of_memory
-from efficientvlm.pointers import pointers, without_code
-from efficientvlm.progress import say
+from efficientvlm.runtime.memory import out_of_memory
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import check_plain
 
 said.disable_progress_bar()  # progress is ours to show

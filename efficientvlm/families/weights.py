@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from efficientvlm.checkpoints.manifest import inside, read_json
 from efficientvlm.errors import BadInput
-from efficientvlm.manifest import inside, read_json
 
 # what reading damaged bytes raises, tried on some thousand damaged files
 DAMAGED = (

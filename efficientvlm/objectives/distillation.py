@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import Teacher
 from efficientvlm.objectives.terms import Term, TowerMap, compared, of_teacher
-from efficientvlm.stopwatch import TEACHER
+from efficientvlm.runtime.stopwatch import TEACHER
 
 
 class Distilled(Objective):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efficientvlm.compression.pruner import Pruner
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.training import Optimizer, adamw
+from efficientvlm.training.loop import Optimizer, adamw
 
 
 class Gated(Objective):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from efficientvlm import ranks
 from efficientvlm.families.base import Record
 from efficientvlm.objectives.losses import answer_loss
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedAnswers
 from efficientvlm.objectives.terms import Term, attention, hidden, logits
+from efficientvlm.runtime import ranks
 
 
 class Generation(Objective):

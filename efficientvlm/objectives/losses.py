@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientvlm import ranks
-from efficientvlm.exchange import Rows
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.exchange import Rows
 
 Negatives = tuple[Tensor, Tensor]
 

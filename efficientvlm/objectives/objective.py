@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efficientvlm.families.base import Record
 from efficientvlm.objectives.terms import Term
 from efficientvlm.settings.common import Train
-from efficientvlm.training import Optimizer, adamw
+from efficientvlm.training.loop import Optimizer, Trainable, adamw
 
 
 class Pass(NamedTuple):
@@ -22,7 +22,7 @@ class Pass(NamedTuple):
     drawn: Any = None
 
 
-class Objective(nn.Module):
+class Objective(Trainable):
     """Losses of a network on a batch.
 
     `model` is the network that learns, the only part that is deployed; whatever else an objective holds (projections, gates, averaged
@@ -56,10 +56,3 @@ class Objective(nn.Module):
     def named(self, names: Collection[str]) -> list[nn.Parameter]:
         """Parameters of the model by name."""
         return [parameter for name, parameter in self.model.named_parameters() if name in names]
-
-    def after_step(self, step: int) -> None:
-        """What follows the update of step number `step`; a resumed run does not call it again."""
-
-    def describe(self, step: int) -> dict[str, float]:
-        """More values for the metrics line of a step."""
-        return {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record
+from efficientvlm.runtime.exchange import Rows
 
 if TYPE_CHECKING:
     from efficientvlm.objectives.objective import Objective

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientvlm import ranks
 from efficientvlm.compression.layers import layer_map, odd_layers
 from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
+from efficientvlm.runtime import ranks
 
 
 class Term(NamedTuple):

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm import ranks
 from efficientvlm.data.draw import seed_of
-from efficientvlm.exchange import Rows
 from efficientvlm.families.base import Record, check_taps, kinds_of
 from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
@@ -27,6 +25,8 @@ from efficientvlm.objectives.losses import (
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedFeatures
 from efficientvlm.objectives.terms import Term, attention, contrast, hidden, logits
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.exchange import Rows
 
 RUNS = {"itm_positive": "itm", "itm_negative": "itm", "mlm": "mlm"}
 """Passes through fusion that a teacher can be compared on, and the loss that makes them."""

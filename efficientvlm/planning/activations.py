@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from efficientvlm import ranks
 from efficientvlm.data.kinds.kind import Kind, Picture, Row
-from efficientvlm.hardware import pick_device
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.stages.learning import Learning
 
 SEEN = 200  # samples whose texts are looked at

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from efficientvlm import lineage, manifest
-from efficientvlm.checkpoint import examine
+from efficientvlm.checkpoints import lineage, manifest
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import examine
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
 from efficientvlm.data.configured import open_split
@@ -19,9 +21,7 @@ from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 from efficientvlm.families.onnx.network import is_exported
-from efficientvlm.files import resolve
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.manifest import Manifest
 from efficientvlm.planning.checks import Problems, place
 from efficientvlm.planning.costs import Disks
 from efficientvlm.recipe import Step

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import expanded, is_hub_id, resolve
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.errors import BadInput, EvlmError, TargetMissed
-from efficientvlm.files import expanded, is_hub_id, resolve
 from efficientvlm.recipe import Step
 
 CHECKPOINTS = ("model", "teacher", "from_gates", "models")

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from efficientvlm.checkpoints.files import expanded
 from efficientvlm.errors import BadInput
-from efficientvlm.files import expanded
 
 FLOAT = 4  # weights, gradients and optimizer states are float32, with bf16 autocast too
 MOMENTS = 2  # of AdamW

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from efficientvlm.checkpoint import check_place, fingerprint
+from efficientvlm.checkpoints.folder import check_place, fingerprint
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.layers import shrink_model
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.errors import BadInput
-from efficientvlm.hardware import pick_device
 from efficientvlm.loaded import shapes
 from efficientvlm.planning import costs
 from efficientvlm.planning.chain import Blocked, Chain, Look, on_meta
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, digest, finish, known, made, measured, summary, training
 from efficientvlm.recipe import Step
+from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.stages import bench, export, import_, import_folder, init, learning, prune, recut, shrink
 from efficientvlm.stages.cutting import DENSE, GATES, scope_of
 from efficientvlm.stages.learning import Learning, inputs_of

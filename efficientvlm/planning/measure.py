@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.data.draw import seed_of
-from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.loaded import Loaded
+from efficientvlm.runtime.hardware import autocast, pick_device, synchronise
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import prune
 from efficientvlm.stages.cutting import scope_of
 from efficientvlm.stages.learning import Learning
-from efficientvlm.training import Batch, Optimizer, update
+from efficientvlm.training.loop import Batch, Optimizer, update
 
 
 def measure(run: Learning, steps: int, *, total: int) -> dict[str, Any]:

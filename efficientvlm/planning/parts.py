@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import ranks
-from efficientvlm.checkpoint import fingerprint
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
 from efficientvlm.loaded import Loaded
@@ -15,6 +14,7 @@ from efficientvlm.planning import costs
 from efficientvlm.planning.chain import PLANNED, Chain, on_meta
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
+from efficientvlm.runtime import ranks
 from efficientvlm.stages.learning import Learning, freeze
 
 ENDLESS = 1 << 60  # batches an epoch of a stream

@@ -13,8 +13,8 @@ from efficientvlm.planning.checks import Problems
 from efficientvlm.planning.costs import add, process
 from efficientvlm.planning.forecast import forecast
 from efficientvlm.planning.parts import Forecast
-from efficientvlm.progress import say
 from efficientvlm.recipe import Step
+from efficientvlm.runtime.progress import say
 
 
 @dataclass

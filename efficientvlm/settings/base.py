@@ -159,7 +159,7 @@ def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     Raises:
         BadInput: an assignment without `=` or through a value that is no mapping.
     """
-    from efficientvlm.plain_yaml import parse_yaml
+    from efficientvlm.settings.plain_yaml import parse_yaml
 
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     for assignment in assignments:

@@ -1,8 +1,8 @@
-"""Settings that only a task knows, beside those of every stage that learns or measures one."""
+"""What is known of a task where no network is loaded: its own settings, beside those of every stage, and what its figures are called."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -73,3 +73,19 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
     "none": {"prune": Untrained},
 }
 """Task → stage that learns or measures it → what only the task knows there."""
+
+
+class About(NamedTuple):
+    """`metrics`: the main ones, the first that was measured counting, and what to call each. `tag` is that of the Hub's pipelines."""
+
+    metrics: dict[str, str]
+    tag: str | None = None
+    asked: str | None = None
+    """Options of `evlm predict`, where the task can be asked of one picture."""
+
+
+ABOUT = {
+    "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", '--image picture.png --question "What colour is it?"'),
+    "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
+    "pretraining": About({}),
+}

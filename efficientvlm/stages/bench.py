@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from efficientvlm import bench
-from efficientvlm.checkpoint import fingerprint
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.hardware import autocast, pick_device, synchronise
 from efficientvlm.loaded import Loaded, check_precision, load
-from efficientvlm.memory import enough_memory
-from efficientvlm.progress import Bar, say
+from efficientvlm.runtime.hardware import autocast, machine_of, pick_device, synchronise
+from efficientvlm.runtime.memory import enough_memory
+from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.stages import Bench
+from efficientvlm.stages import latency
 from efficientvlm.stages.results import MACHINE, ResultFile
 from efficientvlm.tasks.known import TASKS
 from efficientvlm.tasks.task import Asked
@@ -38,8 +38,8 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         BadInput: a question longer than a model reads, a model that cannot do what the others do, an `out` of another measurement.
     """
     device = pick_device(config.device)
-    with bench.threads(config.threads) as threads:
-        machine = {**bench.machine(device), "threads": threads}
+    with latency.threads(config.threads) as threads:
+        machine = {**machine_of(device), "threads": threads}
         inputs = {f"models.{number}": fingerprint(spec) for number, spec in enumerate(config.models)}
         inputs[MACHINE] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
         file = ResultFile.open(config, "bench", inputs, force=control.force)
@@ -58,7 +58,7 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
         lower = f"lower batch_sizes (now {', '.join(map(str, config.batch_sizes))}), or time fewer models at once"
         with enough_memory("bench", lower), Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
-            rows = bench.latency(
+            rows = latency.latency(
                 calls,
                 config.batch_sizes,
                 rounds=config.rounds,

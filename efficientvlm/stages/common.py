@@ -13,22 +13,24 @@ from typing import Any
 
 import torch
 
-from efficientvlm import checkpoint, files, influence, ranks
-from efficientvlm.card import sizes
-from efficientvlm.checkpoint import Output
+from efficientvlm.checkpoints import files, influence
+from efficientvlm.checkpoints import folder as checkpoint
+from efficientvlm.checkpoints.card import sizes
+from efficientvlm.checkpoints.folder import Output
+from efficientvlm.checkpoints.manifest import Change, Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
 from efficientvlm.data.opening import notes, record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.families.image_settings import write_settings
-from efficientvlm.interrupt import sigterm_as_interrupt
-from efficientvlm.manifest import Change, Cost, DataRecord, Manifest, peak_memory_bytes
-from efficientvlm.memory import enough_memory, out_of_memory, reason
-from efficientvlm.metrics import TITLES, main_metric
-from efficientvlm.progress import say, telling
+from efficientvlm.report.metrics import TITLES, main_metric
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.interrupt import sigterm_as_interrupt
+from efficientvlm.runtime.memory import enough_memory, out_of_memory, reason
+from efficientvlm.runtime.progress import say, telling
 from efficientvlm.tasks.influence import Influence, not_measured, tell
-from efficientvlm.training import Spent
+from efficientvlm.training.loop import Spent
 
 TEXT_LENGTH = 12
 SKIPPED = "skipped.jsonl"

@@ -9,14 +9,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from efficientvlm.checkpoints.files import fsync_dir
 from efficientvlm.compression.accounting import count_sparsity
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
-from efficientvlm.files import fsync_dir
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
-from efficientvlm.state import unshared
+from efficientvlm.training.state import unshared
 
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
 

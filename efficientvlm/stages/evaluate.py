@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from efficientvlm.checkpoint import fingerprint
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
 from efficientvlm.families.onnx.network import is_exported
-from efficientvlm.files import resolve
-from efficientvlm.hardware import autocast, pick_device
 from efficientvlm.loaded import check_precision, keep_length, load
-from efficientvlm.memory import enough_memory
-from efficientvlm.progress import say
+from efficientvlm.runtime.hardware import autocast, pick_device
+from efficientvlm.runtime.memory import enough_memory
+from efficientvlm.runtime.progress import say
 from efficientvlm.stages.common import say_notes, say_skipped
 from efficientvlm.stages.results import ResultFile
 from efficientvlm.tasks.influence import tell

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import ranks
-from efficientvlm.checkpoint import Output, require_complete
+from efficientvlm.checkpoints.folder import Output, require_complete
+from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.control import Control
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
@@ -22,15 +22,15 @@ from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.image_settings import write_settings
 from efficientvlm.families.onnx.network import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
 from efficientvlm.loaded import Loaded, keep_length, load
-from efficientvlm.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
-from efficientvlm.memory import enough_memory
-from efficientvlm.progress import say
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.memory import enough_memory
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import Export
 from efficientvlm.stages.common import making, open_output, summary, write
 from efficientvlm.stages.measuring import measure, table
 from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.known import TASKS, measured_of
-from efficientvlm.training import Spent
+from efficientvlm.training.loop import Spent
 
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 PADDED_TOLERANCE = 1e-5

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm.published import Report, read_published
-from efficientvlm.files import resolve
-from efficientvlm.manifest import Manifest
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import making, open_output, write

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import MIB, is_hub_id, read_limited, resolve
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import MANIFEST, Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.preprocessing import FILE, NAMES, unfollowed
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
@@ -15,11 +17,9 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.base import Sizes
 from efficientvlm.families.image_settings import preprocessing_of
 from efficientvlm.families.loading import image_processor, read_json
-from efficientvlm.files import MIB, is_hub_id, read_limited, resolve
 from efficientvlm.loaded import shapes
-from efficientvlm.manifest import MANIFEST, Manifest
-from efficientvlm.plain_yaml import parse_yaml
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
+from efficientvlm.settings.plain_yaml import parse_yaml
 from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages.common import making, open_output, write
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from efficientvlm import families
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.opening import open_texts, texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve
-from efficientvlm.manifest import Manifest
 from efficientvlm.settings.stages import InitConfig
 from efficientvlm.stages.common import making, open_output, write
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from efficientvlm import ranks
-from efficientvlm.checkpoint import Output
+from efficientvlm.checkpoints.folder import Output
+from efficientvlm.checkpoints.influence import MEASURING
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
-from efficientvlm.influence import MEASURING
 from efficientvlm.loaded import Loaded, keep_length, load, texts_of
-from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.methods import METHODS, Method
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.progress import say, telling
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.progress import say, telling
 from efficientvlm.stages.common import (
     data_inputs,
     finished,
@@ -39,7 +39,7 @@ from efficientvlm.stages.teaching import doubt
 from efficientvlm.stages.workspace import Workspace
 from efficientvlm.tasks.known import learnt_by
 from efficientvlm.tasks.task import Learnt
-from efficientvlm.training import Batch, Spent, accelerator, train
+from efficientvlm.training.loop import Batch, Spent, accelerator, train
 
 
 def run(config: Any, control: Control) -> Manifest:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from efficientvlm import bench
-from efficientvlm.card import number
+from efficientvlm.checkpoints.card import number
 from efficientvlm.control import Control
 from efficientvlm.loaded import Loaded
-from efficientvlm.metrics import TITLES
-from efficientvlm.progress import Bar
+from efficientvlm.report.metrics import TITLES
+from efficientvlm.runtime.progress import Bar
 from efficientvlm.settings.stages import Bench, Export
+from efficientvlm.stages import latency
 from efficientvlm.stages.bench import call_of, timed_of
 from efficientvlm.tasks.known import measured_of
 
@@ -31,13 +31,13 @@ def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any
         shown: dict[str, Any] = {"title": f"{label}, {config.split}", "quiet": control.quiet}
         result = task.measure(loaded, source, batch_size=config.batch_size, seed=config.seed, **shown)
         measured[label] |= {name: result[name] for name in (*task.metrics, *task.also) if name in result}
-    for row in latency(config, {label: loaded for label, (loaded, _) in variants.items()}, control) if config.rounds else ():
+    for row in timings(config, {label: loaded for label, (loaded, _) in variants.items()}, control) if config.rounds else ():
         measured[row["model"]][f"batch_{row['batch']}"] = {"median_ms": row["median_ms"], "speedup": row["speedup"]}
     return measured
 
 
-def latency(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
-    """Records of :func:`bench.latency`: of what the task of all variants is asked, or of the forward pass."""
+def timings(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
+    """Records of :func:`latency.latency`: of what the task of all variants is asked, or of the forward pass."""
     device = torch.device("cpu")
     settings = Bench(
         models=list(variants), batch_sizes=config.batch_sizes, text_length=config.text_length, rounds=config.rounds, seed=config.seed
@@ -46,7 +46,7 @@ def latency(config: Export, variants: dict[str, Loaded], control: Control) -> li
     task = timed_of(models)
     calls = {label: call_of(task, loaded, settings, device, models, control) for label, loaded in variants.items()}
     with Bar("latency", len(config.batch_sizes) * (config.rounds + WARMUP), quiet=control.quiet) as bar, torch.inference_mode():
-        return bench.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
+        return latency.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from efficientvlm.errors import BadInput
-from efficientvlm.hardware import pick_device
 from efficientvlm.loaded import keep_length, load
+from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.tasks.known import asked_of
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm import ranks
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.pruner import Pruner
 from efficientvlm.compression.snapping import snap_scores
@@ -18,10 +18,10 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import load
-from efficientvlm.manifest import Manifest
 from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
-from efficientvlm.progress import telling
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.progress import telling
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import recut

@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
@@ -20,9 +22,7 @@ from efficientvlm.data.configured import open_split
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
-from efficientvlm.files import resolve
 from efficientvlm.loaded import Loaded, keep_length, load, shapes
-from efficientvlm.manifest import Manifest
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Prune

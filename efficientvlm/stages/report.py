@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import manifest, report
-from efficientvlm.checkpoint import fingerprint, require_complete
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import check_writable, expanded, resolve, result_path, shown, unwritable, write_atomic
+from efficientvlm.checkpoints.folder import fingerprint, require_complete
+from efficientvlm.checkpoints.scratch import sweep
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.files import check_writable, expanded, resolve, result_path, shown, unwritable, write_atomic
-from efficientvlm.page import shapes
-from efficientvlm.page.story import Measurement, Story, unique
-from efficientvlm.picture import structure_figure
-from efficientvlm.progress import say
-from efficientvlm.scratch import sweep
+from efficientvlm.report import pages, shapes
+from efficientvlm.report import summary as report
+from efficientvlm.report.picture import structure_figure
+from efficientvlm.report.story import Measurement, Story, unique
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import Report
-from efficientvlm.stages import page as pages
 from efficientvlm.stages.results import read_result
 
 SUMMARY, TABLE, PICTURE, PAGE = "summary.json", "summary.txt", "structure.png", "report.html"

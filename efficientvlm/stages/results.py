@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from efficientvlm import manifest
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import check_writable, result_path, unwritable, write_atomic
 from efficientvlm.errors import BadInput
-from efficientvlm.files import check_writable, result_path, unwritable, write_atomic
-from efficientvlm.page import shapes
+from efficientvlm.report import shapes
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import asides
 

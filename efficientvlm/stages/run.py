@@ -9,13 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from efficientvlm import ranks
+from efficientvlm.checkpoints.files import expanded
+from efficientvlm.checkpoints.manifest import MANIFEST, Manifest
 from efficientvlm.control import Control
-from efficientvlm.files import expanded
-from efficientvlm.manifest import MANIFEST, Manifest
-from efficientvlm.memory import uncollected
-from efficientvlm.progress import say
 from efficientvlm.recipe import Step
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.memory import uncollected
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import Strict
 
 MODULES = {"import": "import_", "eval": "evaluate", **dict.fromkeys(("pretrain", "distill", "finetune"), "learning")}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from efficientvlm.checkpoint import require_complete
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.control import Control
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.manifest import Manifest
 from efficientvlm.settings.stages import Shrink
 from efficientvlm.stages.common import making, open_output, write
 from efficientvlm.stages.workspace import Workspace

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data.kinds.questions import answers
-from efficientvlm.manifest import Manifest
-from efficientvlm.metrics import TITLES, main_metric
-from efficientvlm.progress import say
+from efficientvlm.report.metrics import TITLES, main_metric
+from efficientvlm.runtime.progress import say
 
 ADVICE = "compare with a run without --teacher (docs/distillation.md, When a teacher helps)"
 

@@ -10,7 +10,7 @@ from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.progress import telling
+from efficientvlm.runtime.progress import telling
 
 
 class Workspace:

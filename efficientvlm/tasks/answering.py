@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data import reading
 from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.kinds.questions import vqa_batch
@@ -17,13 +19,11 @@ from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
-from efficientvlm.files import resolve
 from efficientvlm.loaded import Loaded, texts_of
-from efficientvlm.manifest import Manifest
-from efficientvlm.progress import Bar, say
+from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.ranking import evaluate, generate, rank
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 100
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientvlm import influence
+from efficientvlm.checkpoints import influence
 from efficientvlm.data.batch import stack
 from efficientvlm.data.opening import usable
 from efficientvlm.errors import Diverged
 from efficientvlm.families.weights import finite
 from efficientvlm.loaded import Loaded, texts_of
-from efficientvlm.progress import say
-from efficientvlm.training import Batch
+from efficientvlm.runtime.progress import say
+from efficientvlm.training.loop import Batch
 
 SAMPLES = 32
 TEXT_LENGTH = 12

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from efficientvlm import ranks
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch, region_batch
@@ -16,11 +15,12 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.progress import counted, say
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 VALIDATION_BATCHES = 16
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efficientvlm.data.draw import generator
 from efficientvlm.families.footprint import Footprint, room, spans
-from efficientvlm.progress import Bar, counted
+from efficientvlm.runtime.progress import Bar, counted
 
 TOP = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")

@@ -21,12 +21,12 @@ from efficientvlm.families.base import require
 from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.progress import Bar, say
+from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
 SAMPLE = 1000  # texts that say how long texts are

@@ -16,9 +16,9 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.tasks.about import ABOUT
+from efficientvlm.settings.tasks import ABOUT
 from efficientvlm.tasks.influence import Influence, of_anything
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 
 class Task:

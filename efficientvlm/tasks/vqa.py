@@ -17,10 +17,10 @@ from efficientvlm.data.reading import of_answers as of_listed
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.footprint import Footprint, room
-from efficientvlm.hardware import autocast
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.generation import Generation
-from efficientvlm.progress import say
+from efficientvlm.runtime.hardware import autocast
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.tasks.answering import (
     EVAL_BATCH,
@@ -36,7 +36,7 @@ from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.ranking import rank
 from efficientvlm.tasks.remembered import asked_each, bytes_of_answers
 from efficientvlm.tasks.task import Asked, Learnt
-from efficientvlm.training import Batch
+from efficientvlm.training.loop import Batch
 
 SAMPLE = 1000  # questions or answers that say how long texts are
 WEIGHT = "accuracy: the weight of the answer given among the annotated ones, at most 1, averaged over all questions"

@@ -14,7 +14,9 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from efficientvlm import manifest
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.files import open_plain
+from efficientvlm.checkpoints.manifest import FileName
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.base import Record, Sizes, check_taps, require
 from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, MOST_PIXELS
@@ -22,9 +24,7 @@ from efficientvlm.families.graphs import names
 from efficientvlm.families.loading import read_json
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
-from efficientvlm.files import open_plain
-from efficientvlm.manifest import FileName
-from efficientvlm.memory import out_of_memory
+from efficientvlm.runtime.memory import out_of_memory
 from efficientvlm.settings.base import Strict, parse
 
 ONNX = "onnx.json"

@@ -19,7 +19,7 @@ from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes, checked_s
 from efficientvlm.families.xvlm.dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
 from efficientvlm.families.xvlm.names import bert_name, clip_name, stack_name
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.progress import say
+from efficientvlm.runtime.progress import say
 
 MOST_PADDING = 128  # embeddings are padded to a multiple of 8, 64 or 128
 FREE = (

@@ -1,0 +1,19 @@
+"""Which of its metrics stands for a task, in a summary or a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from efficientvlm.settings.tasks import ABOUT
+
+TITLES = {name: title for about in ABOUT.values() for name, title in about.metrics.items()}
+"""Main metrics of all tasks, the first one that was measured counting, and what to call them."""
+
+
+def main_metric(metrics: Any) -> tuple[str, float] | None:
+    """Name and value of the metric that stands for `metrics`; None if it has none."""
+    for name in TITLES if isinstance(metrics, Mapping) else ():
+        if isinstance(value := metrics.get(name), int | float):
+            return name, float(value)
+    return None

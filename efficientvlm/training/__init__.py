@@ -1,0 +1,1 @@
+"""One training loop, its resumable state, and what it reports."""
