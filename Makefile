@@ -8,10 +8,13 @@ VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?=
 CASES ?=
+WORKERS ?= 2
 USERS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
+# Tests of a file run one after the other, files side by side.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
 TREE := build/types/efficientvlm
 
 OTHERS := test-oldest test-newest test-latest
@@ -22,15 +25,15 @@ quickstart: $(STAMP)
 	$(BIN)/evlm run quickstart $(if $(OUT),--out "$(OUT)")
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/$(PYTEST) -m slow
 
 # The tests with other versions than the pinned ones, each in an environment of its own: all lower bounds; the newest within the bounds; the
 # newest there is (of torch within its bounds), which is how a bound is raised.
 $(OTHERS): test-%: $(VENV)-%/.installed
-	$(VENV)-$*/bin/python -m pytest
+	$(VENV)-$*/bin/$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
