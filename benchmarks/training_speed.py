@@ -17,8 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -59,25 +57,18 @@ def kind_of(op: str) -> str:
     return "moves" if any(part in name for part in MOVES) else "elementwise"
 
 
-def first(name: str, *modules: str) -> Any:
-    """`name` in the first of the modules that has it: it lies elsewhere in older versions of the code."""
-    for module in modules:
-        try:
-            return getattr(import_module(f"efficientvlm.{module}"), name)
-        except (ImportError, AttributeError):
-            continue
-    raise BadInput(f"this version of the code has no {name}", f"looked for in {', '.join(modules)}", "measure a newer one")
-
-
 def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     """Objective, optimizers, batches by step and configuration of a stage of the quickstart, on random weights of the given size."""
     import torch
 
     from efficientvlm import recipe
+    from efficientvlm.data.kinds.pairs import PAIRS
+    from efficientvlm.data.kinds.questions import QUESTIONS
+    from efficientvlm.data.opening import open_data
     from efficientvlm.planning.measure import ready
-    from efficientvlm.planning.parts import Run
-
-    TaskWeights = first("TaskWeights", "settings.methods", "config")
+    from efficientvlm.settings.methods import TaskWeights
+    from efficientvlm.stages.learning import Learning
+    from efficientvlm.tasks.known import learnt_by
 
     general = stage == DISTILL
     wanted = "distilled" if general else "pruned"
@@ -89,19 +80,10 @@ def prepare(size: str, stage: str) -> tuple[Any, Any, Any, Any]:
     changes |= {"limit": 256} if size == WIDE else {}
     config: Any = step.config.model_copy(update=changes)
     student, teacher, new = networks(size, general)
-    source = opener(general)(
-        config.data, "train", val_fraction=config.val_fraction, limit=config.limit, image_size=student.sizes.image_size
-    )
-    return *ready(Run(config, student, teacher, {"train": source}, new), torch.device("cpu")), config
-
-
-def opener(general: bool) -> Any:
-    """What opens image-text pairs, or questions."""
-    try:
-        kind = first("PAIRS", "data.kinds.pairs") if general else first("QUESTIONS", "data.kinds.questions")
-    except BadInput:
-        return first("open_pairs" if general else "open_vqa", "data.sources")
-    return partial(first("open_data", "data.opening"), kind)
+    kind = PAIRS if general else QUESTIONS
+    size_of = {"limit": config.limit, "image_size": student.sizes.image_size}
+    source = open_data(kind, config.data, "train", val_fraction=config.val_fraction, **size_of)
+    return *ready(Learning(config, learnt_by(config), student, teacher, new, {"train": source}), torch.device("cpu")), config
 
 
 def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
@@ -109,8 +91,7 @@ def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
     import torch
 
     from efficientvlm.compression.layers import resolve_layers
-
-    Loaded, load, shapes = (first(name, "loaded", "stages.common") for name in ("Loaded", "load", "shapes"))
+    from efficientvlm.loaded import Loaded, load, shapes
 
     base, tuned = (load(f"bundled:{name}", weights=False) for name in ("easy-vqa-pretrained", "easy-vqa"))
     family, config = base.family, base.model.config
