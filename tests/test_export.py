@@ -28,7 +28,7 @@ from efficientvlm.data.opening import open_data
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
-from efficientvlm.families.base import NEURON
+from efficientvlm.families.anatomy import NEURON
 from efficientvlm.families.blip.config import BlipAnswerConfig
 from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.clip.family import CLIP

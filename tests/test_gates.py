@@ -14,7 +14,7 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach, gate_noise, open_probability, published_gates, sample_gates
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import NEURON, GatePoint, Site, Unit
+from efficientvlm.families.anatomy import NEURON, GatePoint, Site, Unit
 from efficientvlm.families.towers.attention import attend
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Record
+from efficientvlm.families.network import Record
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.objectives.distillation import Distilled

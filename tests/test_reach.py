@@ -15,7 +15,7 @@ from efficientvlm.compression.reach import Pair, Reach
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import TargetMissed
-from efficientvlm.families.base import Flow, GatePoint, Site, Unit
+from efficientvlm.families.anatomy import Flow, GatePoint, Site, Unit
 
 NETWORKS = {name: build(name) for name in CONFIGS}
 ANATOMIES = {name: Anatomy.of(model) for name, (model, _) in NETWORKS.items()}

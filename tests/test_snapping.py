@@ -13,7 +13,7 @@ from efficientvlm.compression.anatomy import Anatomy, Groups
 from efficientvlm.compression.snapping import snap, snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import Diverged, TargetMissed
-from efficientvlm.families.base import NEURON, GatePoint, Site, Unit
+from efficientvlm.families.anatomy import NEURON, GatePoint, Site, Unit
 
 ANATOMIES = {name: Anatomy.of(build(name)[0]) for name in CONFIGS}
 many = settings(max_examples=60, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ from efficientvlm.compression.gates import attach
 from efficientvlm.compression.layers import layer_map, odd_layers, resolve_layers, shrink_model
 from efficientvlm.compression.surgery import mask_vector, pad_model, slice_model, whole
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import GatePoint, Site, Unit
+from efficientvlm.families.anatomy import GatePoint, Site, Unit
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 every_family = pytest.mark.parametrize("name", CONFIGS)

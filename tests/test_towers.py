@@ -18,8 +18,9 @@ import efficientvlm
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import ABILITIES, HEAD, NEURON, Flow, Sizes, require
-from efficientvlm.families.structure import Cuttable
+from efficientvlm.families.anatomy import HEAD, NEURON, Flow
+from efficientvlm.families.network import ABILITIES, require
+from efficientvlm.families.structure import Sizes, Structure
 from efficientvlm.families.towers.attention import Attention, Cache, Context, causal
 from efficientvlm.families.towers.layers import Layers, PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork
@@ -128,7 +129,7 @@ def test_a_copy_of_a_network_is_its_own(name: str) -> None:
     assert model.run(batch)["logits"].abs().max() > 0
 
 
-class StagedConfig(Cuttable, PreTrainedConfig):
+class StagedConfig(Structure, PreTrainedConfig):
     """A tower whose second layer is wider, with more heads and neurons, as the stages of a Swin are."""
 
     model_type = "staged"

@@ -93,7 +93,7 @@ class Matching(Objective):
 
 
 def efficientvlm_record(**values: Any) -> Any:
-    from efficientvlm.families.base import Record
+    from efficientvlm.families.network import Record
 
     return Record(**values)
 

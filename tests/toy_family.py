@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, GatePoint, Record, Site, Unit, check_taps
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, GatePoint, Site, Unit
+from efficientvlm.families.network import Record, check_taps
 
 SHARED = 2  # query heads a key/value head
 

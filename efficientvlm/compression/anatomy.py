@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from efficientvlm.compression.reach import Reach
-from efficientvlm.families.base import Flow, Unit
+from efficientvlm.families.anatomy import Flow, Unit
 
 Mask = NDArray[np.bool_]
 

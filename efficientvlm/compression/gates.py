@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import NEURON, Unit
+from efficientvlm.families.anatomy import NEURON, Unit
 
 BETA, GAMMA, ZETA, EPSILON = 2 / 3, -0.1, 1.1, 1e-6
 LIMIT = math.log(100)

@@ -16,7 +16,7 @@ from torch_pruning.dependency import Dependency, Group, Node
 
 from efficientvlm.compression.anatomy import Groups
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Unit
+from efficientvlm.families.anatomy import Unit
 
 Method = Literal["magnitude", "taylor", "random"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from efficientvlm.families.base import Flow
+from efficientvlm.families.anatomy import Flow
 
 
 class Pair(NamedTuple):

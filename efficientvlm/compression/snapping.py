@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
 from efficientvlm.compression.sparsity import Scope, Target
 from efficientvlm.errors import Diverged, TargetMissed
-from efficientvlm.families.base import NEURON
+from efficientvlm.families.anatomy import NEURON
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -14,7 +14,7 @@ from torch import nn
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
 from efficientvlm.compression.reach import Pair
 from efficientvlm.errors import BadInput, TargetMissed
-from efficientvlm.families.base import KINDS, NEURON, Unit
+from efficientvlm.families.anatomy import KINDS, NEURON, Unit
 
 
 def target_at(step: int, warmup_steps: int, target: float, start: float = 0.0) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from efficientvlm.compression.anatomy import Anatomy, Mask
-from efficientvlm.families.base import Unit
+from efficientvlm.families.anatomy import Unit
 
 
 def slice_model(model: Any, keep: torch.Tensor | Collection[Unit]) -> Any:

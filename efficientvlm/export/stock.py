@@ -14,7 +14,7 @@ from efficientvlm.checkpoints.card import short
 from efficientvlm.compression.accounting import count_macs, count_parameters
 from efficientvlm.compression.surgery import pad_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import NEURON
+from efficientvlm.families.anatomy import NEURON
 from efficientvlm.families.loading import open_model
 from efficientvlm.families.towers.parts import normalise
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.families.base import Graph
+from efficientvlm.families.network import Graph
 from efficientvlm.families.towers.attention import Cache, Context, KeyValue
 
 Tensors = Mapping[str, Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 from efficientvlm.data import preprocessing
 from efficientvlm.data.preprocessing import FILE, Preprocessing
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Sizes
 from efficientvlm.families.checks import check_channels
+from efficientvlm.families.structure import Sizes
 
 CLOSE = 1e-4
 

@@ -5,17 +5,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Flow, Sizes
+from efficientvlm.families.anatomy import Flow
 
 DAMAGED = "restore config.json, or make the folder again"
 
 
+class Sizes(NamedTuple):
+    """What batches must fit, and what a teacher and its student must share.
+
+    `widths` are the columns of a tower's states by layer: of the input of each, and last of the output. `heads` are by tower and layer, and
+    count what a layer had before anything was removed.
+    """
+
+    image_size: int
+    patch_size: int
+    max_positions: int
+    vocab_size: int
+    widths: dict[str, tuple[int, ...]]
+    heads: dict[str, tuple[int, ...]]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    def shapes(self, tower: str) -> dict[str, list[int]]:
+        """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""
+        parts = {"width": self.widths[tower], "heads": self.heads[tower]}
+        return {name: list(dict.fromkeys(values)) for name, values in parts.items()}
+
+
 @dataclass(kw_only=True)
-class Cuttable:
+class Structure:
     """In front of a configuration class of transformers: what every family's configuration has besides its sizes.
 
     `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
@@ -86,7 +108,7 @@ class Cuttable:
         return []
 
     def abilities(self) -> frozenset[str]:
-        """What a network of this configuration can do; see `base.ABILITIES`."""
+        """What a network of this configuration can do; see `network.ABILITIES`."""
         raise NotImplementedError
 
     def copy(self, **changes: Any) -> Self:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Sizes
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON
+from efficientvlm.families.structure import Sizes
 from efficientvlm.loaded import Loaded
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from efficientvlm.families.base import Record
+from efficientvlm.families.network import Record
 from efficientvlm.objectives.losses import answer_loss
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedAnswers

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.families.base import Record
+from efficientvlm.families.network import Record
 from efficientvlm.objectives.terms import Term
 from efficientvlm.settings.common import Train
 from efficientvlm.training.loop import Optimizer, Trainable, adamw

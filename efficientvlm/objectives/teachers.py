@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from efficientvlm.families.base import Record
+from efficientvlm.families.network import Record
 from efficientvlm.runtime.exchange import Rows
 
 if TYPE_CHECKING:

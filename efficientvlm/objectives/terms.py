@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.compression.layers import layer_map, odd_layers
-from efficientvlm.families.base import CROSS_HEAD, HEAD, Record
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD
+from efficientvlm.families.network import Record
 from efficientvlm.runtime import ranks
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.data.draw import seed_of
-from efficientvlm.families.base import Record, check_taps, kinds_of
+from efficientvlm.families.network import Record, check_taps, kinds_of
 from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
     Negatives,

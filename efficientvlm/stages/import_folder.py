@@ -14,9 +14,9 @@ from efficientvlm.control import Control
 from efficientvlm.data.preprocessing import FILE, NAMES, unfollowed
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Sizes
 from efficientvlm.families.image_settings import preprocessing_of
 from efficientvlm.families.loading import image_processor, read_json
+from efficientvlm.families.structure import Sizes
 from efficientvlm.loaded import shapes
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.plain_yaml import parse_yaml

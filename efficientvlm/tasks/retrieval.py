@@ -17,8 +17,8 @@ from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import require
 from efficientvlm.families.footprint import Footprint, room
+from efficientvlm.families.network import require
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say

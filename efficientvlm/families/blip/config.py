@@ -9,12 +9,12 @@ from typing import ClassVar, Self
 from transformers import BlipConfig, BlipTextConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, Sizes, groups_of
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, groups_of
 from efficientvlm.families.checks import check_id
-from efficientvlm.families.structure import Cuttable, kept_of_layers
+from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
 
 
-class SlicedBlipConfig(Cuttable, BlipConfig):
+class SlicedBlipConfig(Structure, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
 
     `decoder_layers` is the depth of a decoder that has another

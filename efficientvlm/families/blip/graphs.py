@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientvlm.families.base import Graph
 from efficientvlm.families.graphs import Axes, Part, Tensors, flat, names, padded, pairs, present, step_graph, vqa_graphs
+from efficientvlm.families.network import Graph
 from efficientvlm.families.towers.attention import Context
 
 IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})

@@ -16,9 +16,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Graph, Record, check_taps, kinds_of, require
 from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
 from efficientvlm.families.blip.graphs import blip_graphs
+from efficientvlm.families.network import Graph, Record, check_taps, kinds_of, require
 from efficientvlm.families.towers.attention import Cache, Context, Sharing
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import greedy

@@ -10,14 +10,14 @@ from transformers import CLIPConfig, SiglipConfig
 from efficientvlm.data.preprocessing import HALVES
 from efficientvlm.data.tokenizer import ends_of
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import HEAD, NEURON, Flow, Sizes, groups_of
-from efficientvlm.families.structure import Cuttable, kept_of_layers
+from efficientvlm.families.anatomy import HEAD, NEURON, Flow, groups_of
+from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
 
 
-class Structure(Cuttable):
+class TwoTowers(Structure):
     """What the configurations of both kinds answer about their layers."""
 
     vision_config: Any
@@ -94,7 +94,7 @@ class Structure(Cuttable):
         return chosen
 
 
-class SlicedCLIPConfig(Structure, CLIPConfig):
+class SlicedCLIPConfig(TwoTowers, CLIPConfig):
     model_type = "evlm_clip"
     stock = ("clip", "CLIPModel")
 
@@ -116,7 +116,7 @@ class SlicedCLIPConfig(Structure, CLIPConfig):
         return self.text_config.vocab_size - 1 if end == LEGACY_END else end
 
 
-class SlicedSiglipConfig(Structure, SiglipConfig):
+class SlicedSiglipConfig(TwoTowers, SiglipConfig):
     model_type = "evlm_siglip"
     stock = ("siglip", "SiglipModel")
     pools_by_probe = True

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientvlm.families.base import Graph
 from efficientvlm.families.graphs import Part, Tensors
+from efficientvlm.families.network import Graph
 
 IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 PAIR_SIZES = ({"images": 2, "texts": 3}, {"images": 1, "texts": 1}, {"images": 8, "texts": 2})

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Graph, Record, check_taps, kinds_of
-from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, Structure
+from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, TwoTowers
 from efficientvlm.families.clip.graphs import clip_graphs
+from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import causal
 from efficientvlm.families.towers.layers import Layers, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked
@@ -366,4 +366,4 @@ def _xavier(module: nn.Module) -> None:
             init.xavier_uniform_(part.weight)
 
 
-MODELS: dict[type[Structure], type[Comparing]] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}
+MODELS: dict[type[TwoTowers], type[Comparing]] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}

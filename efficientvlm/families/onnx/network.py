@@ -18,10 +18,11 @@ from efficientvlm.checkpoints import manifest
 from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.checkpoints.manifest import FileName
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.families.base import Record, Sizes, check_taps, require
 from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, MOST_PIXELS
 from efficientvlm.families.graphs import names
 from efficientvlm.families.loading import read_json
+from efficientvlm.families.network import Record, check_taps, require
+from efficientvlm.families.structure import Sizes
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
 from efficientvlm.runtime.memory import out_of_memory
@@ -71,7 +72,7 @@ class GraphFile(Strict):
 
 
 class StoredSizes(Strict):
-    """What :class:`base.Sizes` holds."""
+    """What :class:`structure.Sizes` holds."""
 
     image_size: int = Field(ge=1, le=MOST_PIXELS)
     patch_size: int = Field(ge=1, le=MOST_PIXELS)

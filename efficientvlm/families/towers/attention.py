@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficientvlm.families.base import Site
+from efficientvlm.families.anatomy import Site
 from efficientvlm.families.towers.parts import Named, Part, projection, take
 
 KeyValue = tuple[Tensor, Tensor]

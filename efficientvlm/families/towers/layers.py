@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Site
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Site
 from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps
 from efficientvlm.families.towers.parts import (
     CROSS_ATTENTION,

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from efficientvlm.families.base import GatePoint, Unit, require
+from efficientvlm.families.anatomy import GatePoint, Unit
+from efficientvlm.families.network import require
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.layers import Layer
 from efficientvlm.families.towers.parts import HIDDEN, SELF_ATTENTION

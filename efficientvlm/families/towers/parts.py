@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficientvlm.errors import BadInput, shorten
-from efficientvlm.families.base import Record
+from efficientvlm.families.network import Record
 
 HIDDEN, SELF_ATTENTION, CROSS_ATTENTION = "hidden", "self_attention", "cross_attention"
 NOTHING: frozenset[str] = frozenset()

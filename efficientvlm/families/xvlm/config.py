@@ -10,9 +10,9 @@ from pydantic import Field, create_model
 from transformers import PreTrainedConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import CROSS_HEAD, HEAD, NEURON, Flow, Sizes, groups_of
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, groups_of
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
-from efficientvlm.families.structure import Cuttable, kept_of_layers
+from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class XVLMConfig(Cuttable, PreTrainedConfig):
+class XVLMConfig(Structure, PreTrainedConfig):
     """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
 
     CLIP normalises what enters its first layer and has quick-GELU; other vision transformers do without the one (`vision_pre_norm`) or have
@@ -197,7 +197,7 @@ def _settings_schema() -> type[Strict]:
         "vision_activation": Literal["quick_gelu", "gelu"],
         "text_pooling": Literal["cls", "mean"],
     }
-    types = {name: special.get(name) or kinds.get(kind) for name, kind in (Cuttable.__annotations__ | XVLMConfig.__annotations__).items()}
+    types = {name: special.get(name) or kinds.get(kind) for name, kind in (Structure.__annotations__ | XVLMConfig.__annotations__).items()}
     fields: dict[str, Any] = {name: (kind, getattr(XVLMConfig, name)) for name, kind in types.items() if kind is not None}
     return create_model("Settings", __base__=Strict, **fields)
 

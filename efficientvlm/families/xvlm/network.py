@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.base import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.graphs import vqa_graphs
+from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import Cache, Context, Sharing
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size

@@ -1,8 +1,4 @@
-"""What networks, and the families they are of, tell the rest of the toolkit.
-
-The *anatomy* is a list of :class:`Unit`: one attention head or one FFN neuron, the tensor slices that belong to it, and the places where
-a gate multiplies it. Shrinking, gates, accounting, surgery and reports are written against this file only; see `docs/own-family.md`.
-"""
+"""What networks, and the families they are of, tell the rest of the toolkit; what a network can do beyond that, each ability a protocol."""
 
 from __future__ import annotations
 
@@ -12,65 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.anatomy import Unit
 
-HEAD, CROSS_HEAD, NEURON = "head", "cross_head", "neuron"
-KINDS = (HEAD, CROSS_HEAD, NEURON)
 LAYER = re.compile(r"(?<=attention)\.\d+$")
-
-
-class Site(NamedTuple):
-    """`stop - start` consecutive entries of `tensor` (a state-dict name) along `dim`."""
-
-    tensor: str
-    dim: int
-    start: int
-    stop: int
-
-
-class GatePoint(NamedTuple):
-    """Columns `start:stop` of the input of the Linear called `module`, which a gate multiplies."""
-
-    module: str
-    start: int
-    stop: int
-
-
-class Unit(NamedTuple):
-    """One removable head or neuron.
-
-    `index` counts in the *original* layer, before anything was removed; `sites` and `gates` are positions in the present tensors. One that
-    works in several places, as a head of two attentions with common keys and values, has a gate point in each.
-    """
-
-    tower: str
-    layer: int
-    kind: str
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    sites: tuple[Site, ...]
-    gates: tuple[GatePoint, ...]
-
-    @property
-    def group(self) -> str:
-        """Name of the layer and kind this unit belongs to, e.g. `vision.3.neuron`."""
-        return f"{self.tower}.{self.layer}.{self.kind}"
-
-
-class Flow(NamedTuple):
-    """That what `source` knows gets into `target`.
-
-    A node is an input or an output (`image`, `answer`), or the states of some positions of a tower: `text`, `vision.patches`. What is there
-    once stays there through the residual stream, so that layers need no nodes of their own. `through` are the groups of which any one unit
-    carries it; None: it always gets there; empty: nothing could carry it.
-    """
-
-    source: str
-    target: str
-    through: tuple[str, ...] | None = None
-
-
-def groups_of(layers: Mapping[str, int], kind: str, *towers: str) -> tuple[str, ...]:
-    """The groups of `kind` in all layers of `towers`; `layers` is by tower."""
-    return tuple(f"{tower}.{layer}.{kind}" for tower in towers for layer in range(layers[tower]))
 
 
 class Record(dict[str, Any]):
@@ -78,28 +18,6 @@ class Record(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         raise KeyError(f"the forward pass recorded no {key!r}; it has {sorted(self)}")
-
-
-class Sizes(NamedTuple):
-    """What batches must fit, and what a teacher and its student must share.
-
-    `widths` are the columns of a tower's states by layer: of the input of each, and last of the output. `heads` are by tower and layer, and
-    count what a layer had before anything was removed.
-    """
-
-    image_size: int
-    patch_size: int
-    max_positions: int
-    vocab_size: int
-    widths: dict[str, tuple[int, ...]]
-    heads: dict[str, tuple[int, ...]]
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-
-    def shapes(self, tower: str) -> dict[str, list[int]]:
-        """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""
-        parts = {"width": self.widths[tower], "heads": self.heads[tower]}
-        return {name: list(dict.fromkeys(values)) for name, values in parts.items()}
 
 
 class Graph(NamedTuple):
@@ -219,7 +137,7 @@ class Family(Protocol):
         """A model with fresh weights of the (possibly sliced) shapes in `config`."""
 
     def read_config(self, path: Path) -> Any:
-        """The configuration of checkpoint folder `path`; no weights are read. It is a :class:`structure.Cuttable`."""
+        """The configuration of checkpoint folder `path`; no weights are read. It is a :class:`structure.Structure`."""
 
     def load(self, path: Path) -> Any:
         """The model in checkpoint folder `path`, in float32, evaluation mode; :class:`BadInput` if it does not open."""
