@@ -50,10 +50,10 @@ class Loaded:
         return preprocessing_of(self.image_processor, self.sizes, self.path)
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """What it does as it is: vqa, pretraining, retrieval, captioning, ..."""
-        tasks: frozenset[str] = self.model.config.tasks()
-        return tasks
+    def abilities(self) -> frozenset[str]:
+        """What it can do as it is; see `families.network.ABILITIES`."""
+        abilities: frozenset[str] = self.model.config.abilities()
+        return abilities
 
 
 def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:

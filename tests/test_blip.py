@@ -447,10 +447,10 @@ def test_anatomy_covers_every_prunable_tensor(name):
         assert sum(map(Blip.is_embedding, tensors)) == 2 * len(model.config.towers) - 1
 
 
-def test_sizes_and_tasks():
-    for name, kind, task in zip(NAMES, KINDS, ("vqa", "captioning", "retrieval"), strict=True):
+def test_sizes_and_abilities():
+    for name, kind, able in zip(NAMES, KINDS, ({"answer"}, {"caption"}, {"embed", "match"}), strict=True):
         config = CONFIGS[name]
-        assert type(config) is kind and config.tasks() == {task}
+        assert type(config) is kind and config.abilities() == able
         sizes = config.sizes()
         assert sizes.heads == {"vision": (4, 4), **{tower: (3, 3) if tower in kind.towers else () for tower in ("text", "decoder")}}
         assert sizes.widths["vision"] == (16, 16, 16) and sizes.vocab_size == 20
@@ -489,7 +489,7 @@ def test_a_fresh_network_reads_and_writes_with_its_own_tokens(blip):
     assert config.is_stock and config.question_start_id == vocab["[ENC]"] and config.decoder_start == vocab["[DEC]"]
     assert config.text_config.sep_token_id == vocab["[SEP]"] and len(vocab) == config.text_config.vocab_size
     assert made.tokenizer.decode([vocab["[DEC]"], vocab["[SEP]"]], skip_special_tokens=True) == ""
-    assert made.manifest.family == "blip" and made.manifest.origin == "random" and made.tasks == {"vqa"}
+    assert made.manifest.family == "blip" and made.manifest.origin == "random" and made.abilities == {"answer"}
     with pytest.raises(BadInput, match="no blip is built from towers"):
         run_stage("init", out=str(blip / "x"), family="blip", vision_from="a", text_from="b", tokenizer="b")
 

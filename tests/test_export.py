@@ -425,7 +425,7 @@ def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool,
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda graphs: graphs.pop("text"), "no graph text, which retrieval needs"),
+        (lambda graphs: graphs.pop("text"), "no graph text, which the ability embed needs"),
         (lambda graphs: graphs["image"]["outputs"].pop("image_features"), "graph image has no image_features"),
         (lambda graphs: graphs["match"]["inputs"].pop("rows"), "does not go on from graph image: rows"),
         (lambda graphs: graphs["image"]["outputs"].pop("key_0"), "does not go on from graph image: key_0"),
@@ -459,7 +459,14 @@ def test_graphs_that_do_not_go_together_are_refused(spoil: Any, words: str) -> N
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    whole = {"family": "blip", "tasks": ["retrieval"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "sizes": sizes.model_dump()}
+    whole = {
+        "family": "blip",
+        "abilities": ["embed", "match"],
+        "precision": "fp32",
+        "opset": 18,
+        "tolerance": 1e-4,
+        "sizes": sizes.model_dump(),
+    }
     assert Description.model_validate({**whole, "graphs": graphs}).abilities() == {"embed", "match"}
     spoil(graphs)
     with pytest.raises(ValueError, match=words):

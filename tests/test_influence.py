@@ -144,8 +144,8 @@ def test_without_data_random_inputs_tell(name: str) -> None:
     blind = slice_model(model, torch.tensor([unit.group in closed for unit in anatomy.units]))
     found = []
     for network in (model, blind):
-        sizes, tasks = network.config.sizes(), network.config.tasks()
-        loaded: Any = SimpleNamespace(model=network, sizes=sizes, tasks=tasks, tokenizer=Tokens(range(20)))
+        sizes = network.config.sizes()
+        loaded: Any = SimpleNamespace(model=network, sizes=sizes, tokenizer=Tokens(range(20)))
         inputs = of_anything(loaded)["inputs"]
         found.append({what for what, part in inputs.items() if any(part["outputs"].values())})
     reached = {pair.input for pair in anatomy.reach.pairs(closed)}

@@ -67,7 +67,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "question": {"file": "question.onnx", "inputs": QUESTION, "outputs": STATES, "difference": 0.0},
         "answer": {"file": "answer.onnx", "inputs": ANSWER, "outputs": LOGITS, "difference": 0.0},
     }
-    description = {"family": "xvlm", "tasks": ["vqa"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "graphs": graphs}
+    description = {"family": "xvlm", "abilities": ["answer"], "precision": "fp32", "opset": 18, "tolerance": 1e-4, "graphs": graphs}
     (folder / ONNX).write_text(json.dumps(description | {"sizes": sizes, "answers": ["red"]}))
     return folder
 
@@ -178,7 +178,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "no answers": put("answers", value=[]),
     "empty answer": put("answers", value=[""]),
     "answers no texts": put("answers", value=[1, 2]),
-    "no tasks": put("tasks", value=[]),
+    "no abilities": put("abilities", value=[]),
     "precision unknown": put("precision", value="fp64"),
     "newer format": put("format_version", value=2),
     "unknown key": put("more", value=1),

@@ -215,7 +215,7 @@ def test_every_problem_is_found_at_once(chain: Path, tmp_path: Path, evlm: Any) 
         "second: teacher and student have different tokenizers",
         "second: teacher and student have other sizes: ",
         "second: teacher and student read images of different size: 32 and 64 px",
-        "second: teacher other answers no questions",
+        "second: teacher other cannot answer questions",
         "second: mine is not empty",
         "rows.jsonl has no column for question",
         "fourth: no data called nowhere.jsonl",

@@ -179,7 +179,7 @@ def test_a_target_that_cannot_be_met_is_refused_before_training(chain: Path, tmp
 
 
 def test_a_teacher_that_answers_nothing_is_refused(chain: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="answers no questions"):
+    with pytest.raises(BadInput, match="cannot answer questions"):
         prune(chain, tmp_path / "out", teacher=str(chain / "init"))
 
 

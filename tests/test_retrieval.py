@@ -195,7 +195,7 @@ def test_a_batch_does_not_change_the_result(pairs: Path, monkeypatch: pytest.Mon
 def test_a_tuned_model_keeps_the_heads_of_retrieval_and_counts_no_others(pairs: Path, chain: Path) -> None:
     before, after = require_complete(chain / "init"), require_complete(pairs / "teacher")
     model, source = load(str(pairs / "teacher")).model, load(str(chain / "init")).model
-    assert model.config.heads == ["itc", "itm"] and load(str(pairs / "teacher")).tasks >= {"retrieval"}
+    assert model.config.heads == ["itc", "itm"] and load(str(pairs / "teacher")).abilities >= {"embed", "match"}
     left = sum(p.numel() for name, p in source.named_parameters() if name.startswith(("mlm_head.", "box_head.")))
     assert after.accounting["parameters"]["total"] == before.accounting["parameters"]["total"] - left > 0
     assert after.metrics["val"].keys() == {"images", "captions", "standard_errors", "reading", *MATCHING, *METRICS}
@@ -292,11 +292,11 @@ def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -
 
 def test_what_belongs_to_another_task_is_refused(chain: Path, pairs: Path, tmp_path: Path) -> None:
     out, common = str(tmp_path / "out"), {"data": SHAPES, "task": "retrieval", **TRAIN}
-    with pytest.raises(BadInput, match="does no retrieval"):
+    with pytest.raises(BadInput, match="cannot compare images with texts"):
         run_stage("finetune", out=out, model=str(chain / "teacher"), **common)
-    with pytest.raises(BadInput, match=r"teacher .* does no retrieval"):
+    with pytest.raises(BadInput, match=r"teacher .* cannot compare images with texts"):
         run_stage("prune", out=out, model=str(chain / "init"), teacher=str(chain / "teacher"), **common)
-    with pytest.raises(BadInput, match="does no retrieval"):
+    with pytest.raises(BadInput, match="cannot compare images with texts"):
         run_stage("eval", model=str(chain / "teacher"), data=SHAPES, task="retrieval")
     with pytest.raises(BadInput, match="no captions"):
         run_stage("finetune", out=out, model=str(chain / "init"), **{**common, "data": "easy-vqa"})
@@ -410,7 +410,7 @@ def test_a_plan_knows_the_sizes(chain: Path, pairs: Path, tmp_path: Path) -> Non
     assert pruned.after is not None and pruned.after["sparsity"] == pytest.approx(smaller["sparsity"]["achieved"], abs=0.01)
     assert more.after is not None and more.after["sparsity"] == pytest.approx(0.6, abs=0.01) and pruned.time is not None
     wrong = plan([Step("e", "eval", stage_settings("eval", dict(model=str(chain / "teacher"), task="retrieval", data=SHAPES)))], QUIET)
-    assert "does no retrieval" in str(wrong.problems.found[0].error)
+    assert "cannot compare images with texts" in str(wrong.problems.found[0].error)
 
 
 def test_a_report_shows_the_mean_recall(pairs: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_foreign_files_are_never_overwritten(folder: Path, tmp_path: Path) -> No
 
 
 def test_what_answers_no_questions_is_refused(folder: Path) -> None:
-    with pytest.raises(BadInput, match="no answer decoder"):
+    with pytest.raises(BadInput, match="cannot answer questions"):
         evaluate.run(evaluation(folder, model=str(folder / "start")), QUIET)
     with pytest.raises(BadInput, match="unknown device"):
         evaluate.run(evaluation(folder, device="abacus"), QUIET)
@@ -260,7 +260,7 @@ def test_predict_explains_what_it_cannot_read(folder: Path, picture: str, tmp_pa
         ({"question": " \n"}, "empty"),
         ({"question": "red " * 100}, "too long"),
         ({"top": 0}, "shows nothing"),
-        ({"model": str(folder / "start")}, "no answer decoder"),
+        ({"model": str(folder / "start")}, "cannot answer questions"),
         ({"device": "abacus"}, "unknown device"),
     ):
         with pytest.raises(BadInput, match=why):

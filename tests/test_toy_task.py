@@ -99,11 +99,8 @@ def efficientvlm_record(**values: Any) -> Any:
 
 
 class Toy(Learnt, Asked):
-    name, kind = "toy", PAIRS
+    name, kind, needs = "toy", PAIRS, ("match",)
     timed_as = "one picture and one text to whether they match"
-
-    def able(self, loaded: Loaded) -> bool:
-        return "itm" in getattr(loaded.model.config, "heads", ())
 
     def objective(self, config: Any, student: Loaded) -> Matching:
         return Matching(student.model, config.shift)
@@ -192,7 +189,7 @@ def test_a_toy_task_goes_through_every_stage(toy: None, chain: Path, tmp_path: P
     ]
     made = plan(steps, QUIET)
     assert not made.problems.found and all(stage.memory for stage in made.stages)
-    with pytest.raises(BadInput, match="does not do toy"):
+    with pytest.raises(BadInput, match="cannot match images with texts"):
         run_stage("eval", model=str(chain / "teacher"), data=SHAPES, task="toy", split="val")
 
 

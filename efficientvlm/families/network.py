@@ -156,19 +156,23 @@ ABILITIES = {
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
     "caption": ("describe images", "a BLIP"),
-    "pretrain": ("be trained with the losses of X-VLM's pre-training", "an X-VLM"),
+    "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
 }
 """What a network may be able to do, and which families have networks that are."""
 
 
+def refusal(config: Any, ability: str, who: str = "this model", why: str = "", fix: str = "") -> BadInput:
+    """What to say of a network of `config` that lacks `ability`: by default what it can do instead, and which families are able."""
+    what, families = ABILITIES[ability]
+    able = ", ".join(said for name, (said, _) in ABILITIES.items() if name in config.abilities())
+    instead = f"it can {able}" if able else "nothing that it is for is known"
+    return BadInput(f"{who} cannot {what}", why or f"{instead} ({config.model_type})", fix or f"use {families}, in a form that can")
+
+
 def require(network: Any, ability: str) -> None:
-    """:class:`BadInput` unless `network` has `ability`; it names the families that have it."""
-    if ability in network.config.abilities():
-        return
-    what, who = ABILITIES[ability]
-    able = " and ".join(ABILITIES[other][0] for other in ABILITIES if other in network.config.abilities())
-    why = f"it can {able}" if able else "nothing that it is for is known"
-    raise BadInput(f"this model cannot {what}", f"{why} ({network.config.model_type})", f"use {who}, in a form that can")
+    """:func:`refusal` is raised unless `network` has `ability`."""
+    if ability not in network.config.abilities():
+        raise refusal(network.config, ability)
 
 
 def check_taps(network: Any, want: Iterable[str]) -> frozenset[str]:

@@ -75,8 +75,8 @@ class Structure:
         """How every input gets to every output; what nothing flows into is an input, what flows into nothing an output."""
         raise NotImplementedError
 
-    def tasks(self) -> frozenset[str]:
-        """What a network of this configuration does as it is: `vqa`, `pretraining`, `retrieval`, `captioning`, ..."""
+    def abilities(self) -> frozenset[str]:
+        """What a network of this configuration can do; see `network.ABILITIES`."""
         raise NotImplementedError
 
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
@@ -106,10 +106,6 @@ class Structure:
         Here none: a family whose configuration decides.
         """
         return []
-
-    def abilities(self) -> frozenset[str]:
-        """What a network of this configuration can do; see `network.ABILITIES`."""
-        raise NotImplementedError
 
     def copy(self, **changes: Any) -> Self:
         """This configuration with some fields changed."""

@@ -77,7 +77,7 @@ def check_model(config: Export, loaded: Loaded) -> None:
     if config.data and measured_of(loaded) is None:
         why = "what is measured is the accuracy of answers, and the recall of images and texts that are compared by features"
         raise BadInput(f"{config.model} answers no questions and does no retrieval", why, "leave --data out")
-    unfinished = not loaded.tasks or any(task.able(loaded) for task in TASKS.values() if not task.final)
+    unfinished = not loaded.abilities or any(task.able(loaded) for task in TASKS.values() if not task.final)
     if config.format == "onnx" and unfinished:
         tuned = TASKS.get(loaded.manifest.config.get("task", ""))
         if tuned is not None and tuned.final:
@@ -147,7 +147,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 def _description(config: Export, loaded: Loaded) -> Description:
     task = measured_of(loaded)
     sizes = StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict())))
-    known: dict[str, Any] = {"tasks": sorted(loaded.tasks), "sizes": sizes}  # called so in the file
+    known: dict[str, Any] = {"abilities": sorted(loaded.abilities), "sizes": sizes}  # called so in the file
     return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
         **known,

@@ -19,6 +19,7 @@ from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
+from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
@@ -45,16 +46,14 @@ def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = 
             yield vqa_batch(items, texts, seed=0, step=0, train=False)
 
 
-def no_answers(loaded: Loaded, role: str = "") -> BadInput:
-    """What to say of a model that has no answer decoder: how it can get one, or else what it is for."""
-    what = f"{role} {loaded.path} answers no questions".lstrip()
-    other = sorted(loaded.tasks - {"vqa"}) if "pretraining" not in loaded.tasks else []
-    if not other and "mlm" not in loaded.model.config.heads:
-        fix = "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
-        return BadInput(what, "it has neither an answer decoder nor an MLM head to start one from", fix)
-    if not other:
-        return BadInput(what, "it has no answer decoder", "finetune it with --task vqa first")
-    return BadInput(what, f"it is a model for {' and '.join(other)}", "use one that answers questions, an X-VLM or a BLIP for VQA")
+def remedy(loaded: Loaded) -> str:
+    """How a model that answers no questions comes to answer them; empty where it never will."""
+    heads = getattr(loaded.model.config, "heads", None)
+    if heads is None:
+        return ""
+    if "mlm" in heads:
+        return "finetune it with --task vqa first"
+    return "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
 
 
 def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
@@ -76,8 +75,8 @@ class Answerer:
         self.device = loaded.model.device
         self.room = self.texts.room(longest_answer(loaded.manifest))
         self.reading, self.listed = reading.Reading(), frozenset[Any]()
-        if "vqa" not in loaded.tasks:
-            raise no_answers(loaded)
+        if "answer" not in loaded.abilities:
+            raise refusal(config, "answer", str(loaded.path), fix=remedy(loaded))
         if mode == "rank":
             if not self.answers:
                 raise BadInput(f"{loaded.path} has no list of answers", "", "give --answers FILE, or use generation")

@@ -28,12 +28,7 @@ VALIDATION_BATCHES = 16
 class Pretraining(Learnt):
     """Contrast, matching, masked tokens and boxes, as far as the network has heads for them (X-VLM)."""
 
-    name, kind, final = "pretraining", PAIRS, False
-
-    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
-        does = ", ".join(sorted(loaded.tasks)) or "nothing by itself"
-        what = f"{role} {loaded.path} cannot be pre-trained".lstrip()
-        return BadInput(what, f"it is a {loaded.family.name} model for {does}", "use an X-VLM before its task")
+    name, kind, needs, final = "pretraining", PAIRS, ("pretrain",), False
 
     def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
         if not self.able(student):

@@ -18,7 +18,7 @@ from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.footprint import Footprint, room
-from efficientvlm.families.network import require
+from efficientvlm.families.network import refusal, require
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
@@ -37,26 +37,22 @@ RERANKED = f"{CONTRAST}; reranked_mean_recall: the same with the best candidates
 class Retrieval(Learnt):
     """Images found by texts and texts by images; learnt with hard negatives by default (X-VLM), on one caption an image and step."""
 
-    name, kind = "retrieval", PAIRS
+    name, kind, needs = "retrieval", PAIRS, ("embed",)
     also = ("itm_accuracy", "itm_preferred")
-
-    def able(self, loaded: Loaded) -> bool:
-        return self.name in loaded.tasks
-
-    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
-        does = " and ".join(sorted(loaded.tasks - {self.name})) or "nothing by itself"
-        fix = "use a CLIP, a BLIP for retrieval, or an X-VLM with the heads itc and itm, as it is before it answers questions"
-        return BadInput(f"{role} {loaded.path} does no retrieval".lstrip(), f"it is a {loaded.family.name} model for {does}", fix)
 
     def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
         if config.batch_size < 2:
             yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
 
+    def teacher_problems(self, config: Any, teacher: Loaded) -> Iterator[BadInput]:
+        yield from super().teacher_problems(config, teacher)
+        if self.able(teacher) and "match" not in teacher.abilities:
+            yield refusal(teacher.model.config, "match", f"teacher {teacher.path}")
+
     def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
         """Heads of other tasks are left behind."""
-        if not self.able(student):
-            raise self.refusal(student)
-        network, new = student.model.gain("match")
+        model, _ = super().adapt(config, student, teacher)
+        network, new = model.gain("match")
         require(network, "pretrain")
         return network, new
 
@@ -70,8 +66,6 @@ class Retrieval(Learnt):
         return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
 
     def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
-        if not self.able(student):
-            raise self.refusal(student)
         size = config.eval_batch_size or EVAL_BATCH
         return evaluate_pairs(student, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
@@ -80,7 +74,7 @@ class Retrieval(Learnt):
 
     def check(self, config: Any, loaded: Loaded) -> None:
         super().check(config, loaded)
-        if config.rerank and "match" not in loaded.model.config.abilities():
+        if config.rerank and "match" not in loaded.abilities:
             why = f"{loaded.path} compares images and texts by their features alone"
             raise BadInput(f"rerank {config.rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
 

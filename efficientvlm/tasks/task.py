@@ -14,6 +14,7 @@ from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.reading import Reading, of_texts
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
+from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.tasks import ABOUT
@@ -27,6 +28,8 @@ class Task:
     name: str
     kind: Kind[Any, Any]
     """What a sample is. Tasks of one kind read the same data."""
+    needs: tuple[str, ...]
+    """Abilities of a network that does this; see `families.network.ABILITIES`."""
     final = True
     """Whether a network that has learnt it is made for use; else for learning another task."""
     also: tuple[str, ...] = ()
@@ -39,13 +42,16 @@ class Task:
 
     def able(self, loaded: Loaded) -> bool:
         """Whether a network does this as it is."""
-        return self.name in loaded.tasks
+        return loaded.abilities.issuperset(self.needs)
+
+    def remedy(self, loaded: Loaded) -> str:
+        """What to do about a network that is not able; empty where another one is to be used."""
+        return ""
 
     def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
-        """What to say of a network that does not."""
-        does = " and ".join(sorted(loaded.tasks)) or "nothing by itself"
-        what = f"{role} {loaded.path} does not do {self.name}".lstrip()
-        return BadInput(what, f"it is a {loaded.family.name} model for {does}", f"use one that does {self.name}")
+        """What to say of a network that is not able, which is `role` of the stage."""
+        lacking = next(ability for ability in self.needs if ability not in loaded.abilities)
+        return refusal(loaded.model.config, lacking, f"{role} {loaded.path}".lstrip(), fix=self.remedy(loaded))
 
     def check(self, config: Any, loaded: Loaded) -> None:
         """:class:`BadInput` for a network that cannot be measured as `config` of the eval stage says."""

@@ -29,8 +29,8 @@ from efficientvlm.tasks.answering import (
     evaluate_on,
     listed_answers,
     longest_answer,
-    no_answers,
     of_answers,
+    remedy,
 )
 from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.ranking import rank
@@ -46,15 +46,15 @@ SOFT = "accuracy: min(1, n / 3) where n of nine of the ten annotators gave this 
 class VQA(Learnt, Asked):
     """A weighted loss over the accepted answers, an answer decoder, a closed list of answers (X-VLM)."""
 
-    name, kind = "vqa", QUESTIONS
+    name, kind, needs = "vqa", QUESTIONS, ("answer",)
     grows = ("questions_per_image",)
     timed_as = (
         "image and question tensors to the answer ranked first in the closed list; "
         "random pixels and tokens, candidates tokenised beforehand"
     )
 
-    def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
-        return no_answers(loaded, role)
+    def remedy(self, loaded: Loaded) -> str:
+        return remedy(loaded)
 
     # learning
 

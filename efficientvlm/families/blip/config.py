@@ -25,7 +25,6 @@ class SlicedBlipConfig(Structure, BlipConfig):
 
     model_type = "evlm_blip"
     stock: ClassVar[str] = ""
-    task: ClassVar[str] = ""
     able: ClassVar[frozenset[str]] = frozenset()
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
@@ -96,9 +95,6 @@ class SlicedBlipConfig(Structure, BlipConfig):
     def abilities(self) -> frozenset[str]:
         return self.able
 
-    def tasks(self) -> frozenset[str]:
-        return frozenset({self.task})
-
     def flows(self) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
         layers = self.layers()
@@ -151,7 +147,6 @@ class SlicedBlipConfig(Structure, BlipConfig):
 class BlipAnswerConfig(SlicedBlipConfig):
     model_type = "evlm_blip_vqa"
     stock = "BlipForQuestionAnswering"
-    task = "vqa"
     able = frozenset({"answer"})
     towers = ("vision", "text", "decoder")
 
@@ -159,7 +154,6 @@ class BlipAnswerConfig(SlicedBlipConfig):
 class BlipCaptionConfig(SlicedBlipConfig):
     model_type = "evlm_blip_caption"
     stock = "BlipForConditionalGeneration"
-    task = "captioning"
     able = frozenset({"caption"})
     towers = ("vision", "decoder")
 
@@ -167,7 +161,6 @@ class BlipCaptionConfig(SlicedBlipConfig):
 class BlipRetrievalConfig(SlicedBlipConfig):
     model_type = "evlm_blip_retrieval"
     stock = "BlipForImageTextRetrieval"
-    task = "retrieval"
     able = frozenset({"embed", "match"})
     towers = ("vision", "text")
 

@@ -65,9 +65,6 @@ class TwoTowers(Structure):
     def abilities(self) -> frozenset[str]:
         return frozenset({"embed"})
 
-    def tasks(self) -> frozenset[str]:
-        return frozenset({"retrieval"})
-
     def flows(self) -> list[Flow]:
         """The pooled position of a tower sees the others by self-attention alone; SigLIP's pooling of the image is never pruned."""
         pooled = None if self.pools_by_probe else groups_of(self.layers(), HEAD, "vision")

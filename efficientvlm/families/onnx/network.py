@@ -31,18 +31,17 @@ from efficientvlm.settings.base import Strict, parse
 ONNX = "onnx.json"
 CPU = torch.device("cpu")
 TEXT = ("text_ids", "text_mask")
-PORTS = {
-    "vqa": {
+PORTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "answer": {
         "question": (("pixels", "question_ids", "question_mask", "image_index"), ("states",)),
         "answer": (("rows", "answer_ids"), ("logits",)),
     },
-    "retrieval": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
+    "embed": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
+    "match": {"match": ((), ())},
 }
-"""What the graphs of a model take and give at least, by what it does."""
-ABLE = {"vqa": "answer", "retrieval": "embed", "captioning": "caption"}
-"""What graphs can do that were exported of a network for a task."""
+"""What the graphs of a model take and give at least, by what it can do."""
 MATCH = ("rows", *TEXT)
-"""What the graph `match` takes besides outputs of `image`; a model for retrieval may have it."""
+"""What the graph `match` takes besides outputs of `image`."""
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
 """Graphs whose layers keep keys and values as ports, and the tower those are of."""
 RANKS = {"states": 3, "logits": None, "image_features": 2, "text_features": 2}
@@ -89,7 +88,7 @@ class Description(Strict):
 
     format_version: Literal[1] = 1
     family: str = Field(min_length=1)
-    made_for: list[str] = Field(min_length=1, alias="tasks")
+    able: list[str] = Field(min_length=1, alias="abilities")
     precision: Literal["fp32", "int8"]
     opset: int = Field(ge=1, le=1000)
     tolerance: float = Field(gt=0, description="largest difference to torch that fp32 graphs were allowed")
@@ -107,10 +106,10 @@ class Description(Strict):
     @field_validator("graphs")
     @classmethod
     def _run_one_after_the_other(cls, graphs: dict[str, GraphFile], info: ValidationInfo) -> dict[str, GraphFile]:
-        needed = [(task, *graph) for task in info.data.get("made_for", ()) for graph in PORTS.get(task, {}).items()]
-        for task, name, (inputs, outputs) in needed:
+        needed = [(ability, *graph) for ability in info.data.get("able", ()) for graph in PORTS.get(ability, {}).items()]
+        for ability, name, (inputs, outputs) in needed:
             if name not in graphs:
-                raise ValueError(f"there is no graph {name}, which {task} needs")
+                raise ValueError(f"there is no graph {name}, which the ability {ability} needs")
             missing = [port for port in inputs if port not in graphs[name].inputs] + [p for p in outputs if p not in graphs[name].outputs]
             if missing:
                 raise ValueError(f"graph {name} has no {missing[0]}")
@@ -147,11 +146,7 @@ class Description(Strict):
         return counts
 
     def abilities(self) -> frozenset[str]:
-        able = {ability for task, ability in ABLE.items() if task in self.made_for}
-        return frozenset(able | ({"match"} if "match" in self.graphs and "embed" in able else set()))
-
-    def tasks(self) -> frozenset[str]:
-        return frozenset(self.made_for)
+        return frozenset(self.able)
 
     @property
     def model_type(self) -> str:

@@ -129,13 +129,6 @@ class XVLMConfig(Structure, PreTrainedConfig):
         by_head = {"itc": "embed", "itm": "match"}
         return frozenset({by_head[head] for head in self.heads if head in by_head} | ({"pretrain"} if self.heads else set()))
 
-    def tasks(self) -> frozenset[str]:
-        """`retrieval` needs both of its heads; a network that has them, and others, can be pre-trained with its own losses too."""
-        if self.decoder_layers:
-            return frozenset({"vqa"})
-        able = {"retrieval"} if {"itc", "itm"} <= set(self.heads) else set()
-        return frozenset(able | {"pretraining"} if self.heads else able)
-
     def flows(self) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a pooled [CLS] sees other positions by self-attention alone."""
         layers = self.layers()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.network import refusal
 
 RETRIEVAL = {"itc", "itm"}
 
@@ -24,13 +25,13 @@ def answering(model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, 
     if model.config.decoder_layers:
         return model, []
     if not model.config.fusion_layers:
-        raise BadInput("this model cannot answer questions", "without fusion layers it reads them blind", "shrink to at least one")
+        raise refusal(model.config, "answer", why="without fusion layers it reads them blind", fix="shrink to at least one")
     donor = teacher if decoder_init in ("auto", "teacher") else None
     if donor is None and decoder_init == "teacher":
         raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
     if donor is None and "mlm" not in model.config.heads:
         why = "it has neither an answer decoder nor an MLM head to start one from"
-        raise BadInput("this model cannot answer questions", why, "use a pre-trained model, or give a --teacher")
+        raise refusal(model.config, "answer", why=why, fix="use a pre-trained model, or give a --teacher")
     layers = model.config.fusion_layers
     if donor is not None:
         layers = min(layers, donor.config.decoder_layers)
@@ -44,7 +45,7 @@ def matching(model: Any) -> Any:
     heads = model.config.heads
     if missing := sorted(RETRIEVAL - set(heads)):
         why = "it answers questions" if model.config.decoder_layers else f"it has no head for {' and '.join(missing)}"
-        raise BadInput("this model does no retrieval", why, "start from a pre-trained one, before it is tuned for another task")
+        raise refusal(model.config, "match", why=why, fix="start from a pre-trained one, before it is tuned for another task")
     if set(heads) == RETRIEVAL:
         return model
     new = type(model)(model.config.copy(heads=[head for head in heads if head in RETRIEVAL]))

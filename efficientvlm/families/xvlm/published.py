@@ -18,6 +18,7 @@ from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm.names import first_fusion_layer, published_name
 from efficientvlm.families.xvlm.network import XVLMModel
+from efficientvlm.settings.stages import LAYOUTS
 
 HEAD_WIDTH = 64
 SWIN = re.compile(r"vision_encoder\.(layers\.\d+\.(blocks|downsample)\.|patch_embed\.(proj|norm)\.)|relative_position_bias_table")
@@ -113,7 +114,7 @@ def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> str:
         raise BadInput(f"{path} cannot be imported", "it has only a text decoder: captioning is not supported for now", FIX)
     if not {"vision_encoder", "text_encoder"} <= first:
         raise BadInput(f"{path} is no X-VLM file", f"its names begin with {', '.join(sorted(first)[:8])}", FIX)
-    found = "vqa" if "text_decoder" in first else "pretrain" if any(n.startswith("text_encoder.cls.") for n in tensors) else "retrieval"
+    found = next(called for part, called in LAYOUTS.items() if any(name.startswith(part) for name in tensors))
     if wanted not in ("auto", found):
         raise BadInput(f"{path} is not of the {wanted} layout", f"its names are those of {found}", "leave --layout out")
     return found
