@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
+from efficientvlm.families.towers.decoding import greedy
 from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
 
@@ -101,20 +102,9 @@ def generate(model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max
 
 
 def _generate(model: Any, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
-    _, context = model.encode(batch)
-    questions = len(batch["question_ids"])
-    cache = model.new_cache()
-    token = torch.full((questions, 1), cls_id, device=batch["question_ids"].device)
-    done = torch.zeros(questions, dtype=torch.bool, device=token.device)
-    answers = []
-    for _ in range(max_tokens):
-        token = model.decode(context, token, None, None, cache)[:, -1:].argmax(-1)
-        token = token.masked_fill(done[:, None], sep_id)
-        answers.append(token)
-        done |= token[:, 0] == sep_id
-        if bool(done.all()):
-            break
-    return torch.cat(answers, 1)
+    (_, context), cache = model.encode(batch), model.new_cache()
+    start = batch["question_ids"].new_full((len(batch["question_ids"]), 1), cls_id)
+    return greedy(lambda last: model.decode(context, last, None, None, cache), start, sep_id, sep_id, max_tokens)
 
 
 def soft_accuracy(guess: str, given: Sequence[tuple[str, float]], annotators: int) -> float:

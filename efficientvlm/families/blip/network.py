@@ -280,8 +280,9 @@ class Blip(TowerNetwork):
 
     def _written(self, ids: Tensor, context: Context, max_length: int, max_new_tokens: int | None) -> Tensor:
         text, most = self.config.text_config, max_length - ids.shape[1] if max_new_tokens is None else max_new_tokens
-        step = lambda ids, cache: self.text_decoder(ids, None, context, cache)[0]  # noqa: E731
-        return torch.cat([ids, greedy(step, ids, text.sep_token_id, text.pad_token_id, most)], 1)
+        cache = self.new_cache()
+        written = greedy(lambda last: self.text_decoder(last, None, context, cache)[0], ids, text.sep_token_id, text.pad_token_id, most)
+        return torch.cat([ids, written], 1)
 
 
 class SlicedBlipForQuestionAnswering(Blip):
