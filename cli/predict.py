@@ -1,39 +1,38 @@
-"""predict: ask a model about an image file."""
+"""predict: ask a model about pictures; what is asked follows from the tasks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import typer
 
-from efficientvlm.cli import options as o
 from efficientvlm.cli import output
+from efficientvlm.cli.stages import command
 from efficientvlm.errors import BadInput
 
 
-def predict(
-    model: Annotated[str, typer.Option("--model", help="Checkpoint folder, or bundled:NAME.", metavar="DIR")],
-    image: Annotated[str, typer.Option("--image", help="Image file.", metavar="FILE")],
-    question: Annotated[str, typer.Option("--question", help="The question.", metavar="TEXT")],
-    mode: Annotated[str, typer.Option("--mode", help=o.MODE)] = "rank",
-    top: Annotated[int, typer.Option("--top", help="How many answers to show.", min=1)] = 5,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest question; by default as tuned.", min=4)] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps, ...")] = "auto",
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Answer a question about an image file."""
+def ask(name: str, options: dict[str, Any]) -> None:
+    """Answer a question; what is wrong with it is said before the model is loaded, as far as only one task asks such a one."""
     from efficientvlm.checkpoints.files import resolve
     from efficientvlm.checkpoints.folder import require_complete
+    from efficientvlm.settings.base import parse
+    from efficientvlm.settings.tasks import ABOUT
 
-    if mode not in ("rank", "generate"):
-        raise typer.BadParameter(f"{mode!r} is neither rank nor generate", param_hint="--mode")
-    if not question.strip():
-        raise typer.BadParameter("it is empty", param_hint="--question")
-    require_complete(model)
-    if not resolve(image).is_file():
-        raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
+    asked = {key: value for key, value in options.items() if key not in ("json", "quiet") and value is not None}
+    known = [about.asked for about in ABOUT.values() if about.asked]
+    kinds = [kind for kind in known if all(kind.has([key]) for key in asked)]
+    for key in known[0].model_fields:
+        if all(key in kind.lacking(asked) for kind in kinds or known):
+            raise typer.BadParameter("it is needed and was not given", param_hint=f"--{key}")
+    require_complete(asked["model"])
+    if len(kinds) == 1:
+        parse(kinds[0], asked, f"evlm {name}")
+    for image in asked.get("image", ()):
+        if not resolve(image).is_file():
+            raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    result = predicting.run(model=model, image=image, question=question, mode=mode, device=device, top=top, max_tokens=max_tokens)
-    output.mapping_result(result, None, as_json=json, keys=("answer", "answers"))
+    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "answers"))
+
+
+predict = command("predict", ask)

@@ -57,6 +57,10 @@ COMMANDS = {
         "Measure latency and size of one or more models side by side.",
         ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
     ),
+    "predict": Command(
+        "Ask a model about an image file.",
+        ("model", "image", "question", "mode", "top", "max_tokens", "device", "json", "quiet"),
+    ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",
         ("model", "format", "out", "int8", "data", "split", "columns", "limit", "rounds", "seed", *HOW),
@@ -64,13 +68,13 @@ COMMANDS = {
 }
 
 
-def command(stage: str) -> Callable[..., None]:
-    """The function of a command, with the signature that Typer reads its options from."""
+def command(stage: str, act: Callable[[str, dict[str, Any]], None] = launch) -> Callable[..., None]:
+    """The function of a command, which is `act` on its options, with the signature that Typer reads these from."""
     row = COMMANDS[stage]
     options = {name: OPTIONS.get(f"{stage}.{name}", OPTIONS[name]) for name in row.options}
 
     def run(**given: Any) -> None:
-        launch(stage, {name: _read(options[name], value) for name, value in given.items()})
+        act(stage, {name: _read(options[name], value) for name, value in given.items()})
 
     kind = inspect.Parameter.KEYWORD_ONLY
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -12,15 +12,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from efficientvlm.settings.base import Aside, Strict
-from efficientvlm.settings.common import Data, Learning, Measuring, Stage, Taught, Train
+from efficientvlm.settings.common import Data, Learning, Machine, Measuring, Samples, Stage, Taught, Train
 from efficientvlm.settings.compose import of
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import STAGES
 from efficientvlm.settings.tasks import TASKS
 
 SHARED = {
-    Stage: "Output and hardware",
+    Stage: "Output",
+    Machine: "Hardware",
     Data: "Data",
+    Samples: "Samples",
     Train: "Training",
     Learning: "Stages that train",
     Taught: "Stages that may have a teacher",

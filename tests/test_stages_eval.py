@@ -259,7 +259,7 @@ def test_predict_explains_what_it_cannot_read(folder: Path, picture: str, tmp_pa
         ({"image": str(tmp_path / "text.png")}, "cannot be read as a picture"),
         ({"question": " \n"}, "empty"),
         ({"question": "red " * 100}, "too long"),
-        ({"top": 0}, "shows nothing"),
+        ({"top": 0}, "top: input should be greater"),
         ({"model": str(folder / "start")}, "cannot answer questions"),
         ({"device": "abacus"}, "unknown device"),
     ):

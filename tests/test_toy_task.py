@@ -31,7 +31,7 @@ from efficientvlm.recipe import Step
 from efficientvlm.settings import methods as method_settings
 from efficientvlm.settings import tasks as task_settings
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.common import Learning, Measuring, Taught
+from efficientvlm.settings.common import Asking, Learning, Measuring, Taught
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import predict
 from efficientvlm.tasks.influence import Influence, of_pairs
@@ -68,6 +68,13 @@ class ToySettings(Learning):
 
 class ToyEval(Measuring):
     pass
+
+
+class ToyStatement(Asking):
+    """Two pictures and what may be true of the first, so that another question than a VQA's is asked."""
+
+    image: task_settings.Pictures = Field(min_length=2, max_length=2)
+    statement: str
 
 
 class Matching(Objective):
@@ -126,14 +133,14 @@ class Toy(Learnt, Asked):
     def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         return {"metric": "toy_score", "influence": of_pairs(loaded, source), "metrics": self.measure(loaded, source)}
 
-    def ask(self, loaded: Loaded, image: str, question: str, *, mode: str, top: int) -> dict[str, Any]:
-        pixels = torch.from_numpy(open_image(image, loaded.preprocessing)).permute(2, 0, 1)[None].to(loaded.model.device)
-        ids, mask = (tensor.to(loaded.model.device) for tensor in texts_of(loaded).batch([question]))
+    def ask(self, config: ToyStatement, loaded: Loaded) -> dict[str, Any]:
+        pixels = torch.from_numpy(open_image(config.image[0], loaded.preprocessing)).permute(2, 0, 1)[None].to(loaded.model.device)
+        ids, mask = (tensor.to(loaded.model.device) for tensor in texts_of(loaded).batch([config.statement]))
         model = loaded.model.eval()
         with torch.inference_mode():
             images, texts = model.embed_images(pixels)[0], model.embed_texts(ids, mask)[0]
             score = model.match(images, torch.zeros(1, dtype=torch.long), texts, mask).softmax(1)[0, 1]
-        return {"question": question, "answer": float(score)}
+        return {"answer": float(score)}
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         return all(map(self.able, models))
@@ -150,6 +157,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What adding a task and a method takes: their settings, and a line each where they are listed."""
     learnt = {"finetune": ToySettings, "prune": ToySettings, "eval": ToyEval}
     monkeypatch.setitem(task_settings.TASKS, "toy", learnt)
+    monkeypatch.setitem(task_settings.ABOUT, "toy", task_settings.About({}, asked=ToyStatement))
     monkeypatch.setitem(method_settings.METHODS, "toy-method", {"toy": ToyDistillation})
     monkeypatch.setitem(TASKS, "toy", Toy())
     monkeypatch.setitem(METHODS, "toy-method", SimpleNamespace(needs=needs, distilled=distilled))
@@ -176,7 +184,10 @@ def test_a_toy_task_goes_through_every_stage(toy: None, chain: Path, tmp_path: P
     from PIL import Image
 
     Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "red.png")
-    assert 0 <= predict.run(model=tuned, image=str(tmp_path / "red.png"), question="a red circle", device="cpu")["answer"] <= 1
+    asked: dict[str, Any] = {"model": tuned, "image": [str(tmp_path / "red.png")] * 2, "device": "cpu"}
+    assert 0 <= predict.run(**asked, statement="a red circle")["answer"] <= 1
+    with pytest.raises(BadInput, match="question: unknown key"):
+        predict.run(**asked, question="a red circle?")
     timed = run_stage("bench", models=[tuned, teacher], rounds=1, warmup_rounds=0, batch_sizes=[1, 2])
     assert timed["timed"] == Toy.timed_as and len(timed["latency"]) == 4 and all(model["trained"] for model in timed["models"])
     run_stage("export", model=tuned, out=str(tmp_path / "padded"), format="padded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from efficientvlm.checkpoints import influence
 from efficientvlm.checkpoints.manifest import DataRecord, Manifest
 from efficientvlm.errors import printable
+from efficientvlm.settings.base import Strict
 from efficientvlm.settings.tasks import ABOUT
 
 NAME = re.compile(r"[\w.:/@+ -]+")  # of what the header names; anything else is told below, as text
@@ -66,11 +68,17 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
         "```sh",
         f"evlm inspect {spoken}",
-        *([f"evlm predict --model {spoken} {about.asked}"] if about and about.asked else []),
+        *([f"evlm predict --model {spoken} {examples(about.asked)}"] if about and about.asked else []),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def examples(kind: type[Strict]) -> str:
+    """The options of a command with the examples of their settings."""
+    given = {name: str(field.examples[0]) for name, field in kind.model_fields.items() if field.examples}
+    return " ".join(f"--{name} {json.dumps(text, ensure_ascii=False) if ' ' in text else text}" for name, text in given.items())
 
 
 def said_of_inputs(manifest: Manifest) -> list[str]:

@@ -42,27 +42,39 @@ class Train(Strict):
     )
 
 
-class Data(Strict):
-    """Where samples come from."""
+class Samples(Strict):
+    """How samples are read, and how many of them."""
 
-    data: DataName = Field(
-        description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
-    )
     columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. question=text")
-    val: Annotated[DataName | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
     val_fraction: float = Field(0.1, ge=0, lt=1)
     limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random; of a stream the first rows")
     max_bad: Annotated[Count | None, Aside()] = Field(
         None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100, of a stream 100"
     )
+
+
+class Data(Samples):
+    """Where samples come from."""
+
+    data: DataName = Field(
+        description="easy-vqa, shapes[:key=value,...], a file, a pattern of shards, a folder, hub:NAME, or stream: before one"
+    )
+    val: Annotated[DataName | None, Aside()] = Field(None, description="validation data; by default a held-out part of the training images")
     shuffle_buffer: Count = Field(1000, ge=1, description="samples that a stream draws from at random; 1 keeps its order")
 
 
-class Stage(Strict):
-    out: str
+class Machine(Strict):
+    """What computes, and what all draws follow from."""
+
     seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "fp32"
+
+
+class Stage(Machine):
+    """A stage that writes a checkpoint."""
+
+    out: str
 
 
 class OnTask(Strict):
@@ -90,19 +102,20 @@ class Taught(Learning):
     distillation: str = Field("efficientvlm", description="method by which the student follows its teacher")
 
 
-class Measuring(OnTask):
+class Measuring(OnTask, Machine, Samples):
     """A stage that measures."""
 
     model: str
     data: DataName
-    columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["train", "val", "test"] = "test"
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: Count | None = Field(None, ge=1)
-    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
     out: str | None = Field(None, description="JSON file for the result")
     batch_size: Count = Field(64, ge=1)
     max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
+
+
+class Asking(Strict):
+    """A question that is put to a model: beside these settings, what its task asks about."""
+
+    model: str
     device: Device = "auto"
-    precision: Precision = "fp32"
-    seed: Seed = 0
+    max_tokens: Size | None = Field(None, ge=4, description="longest question; by default as tuned")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
-from efficientvlm.settings.common import Learning, Measuring, Stage, Taught
+from efficientvlm.settings.common import Learning, Measuring, Samples, Stage, Taught
 from efficientvlm.settings.methods import GateQuirks, Gates
 
 
@@ -140,7 +140,7 @@ class Bench(Strict):
     seed: Seed = 0
 
 
-class Export(Strict):
+class Export(Samples):
     model: str
     out: str
     format: Literal["onnx", "padded", "hf"] = Field(description="ONNX graphs; zeros in the original shapes; transformers' classes, smaller")
@@ -148,11 +148,7 @@ class Export(Strict):
     fuse: bool = Field(True, description="attention as ONNX Runtime's own operator, which is faster; false: standard ONNX only")
     tolerance: float = Field(1e-4, gt=0, le=0.1, description="how far ONNX outputs may be from torch, relative to the largest if above 1")
     data: DataName | None = Field(None, description="data that accuracy is measured on, before and after")
-    columns: dict[str, str] = Field(default_factory=dict)
     split: Literal["val", "test"] = "test"
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    limit: Count | None = Field(None, ge=1, description="use only so many images, drawn at random")
-    max_bad: Count | None = Field(None, ge=0, description="samples that may be skipped as unusable; by default 1 in 100")
     batch_size: Count = Field(64, ge=1, description="images at a time for accuracy")
     batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1, description="batches that are timed")
     rounds: Count = Field(10, ge=0, description="timed rounds, in which torch and ONNX take turns; 0 measures no latency")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Count, Size
-from efficientvlm.settings.common import Learning, Measuring, OnTask
+from efficientvlm.settings.common import Asking, Learning, Measuring, OnTask
 from efficientvlm.settings.methods import VQAPruningQuirks, VQAQuirks
+
+Pictures = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+"""Files of pictures; of one its name will do."""
 
 
 class PretrainingSettings(Learning):
@@ -43,6 +46,20 @@ class VQASettings(Learning):
 
 class VQAPruning(VQASettings):
     quirks: VQAPruningQuirks = Field(default_factory=VQAPruningQuirks)
+
+
+class VQAQuestion(Asking):
+    image: Pictures = Field(min_length=1, max_length=1, examples=["picture.png"])
+    question: str = Field(examples=["What colour is it?"])
+    mode: Literal["rank", "generate"] = "rank"
+    top: Count = Field(5, ge=1, description="answers that are shown")
+
+    @field_validator("question")
+    @classmethod
+    def _says_something(cls, question: str) -> str:
+        if not question.strip():
+            raise ValueError('it is empty; ask something, e.g. --question "What colour is it?"')
+        return question
 
 
 class VQAEval(Measuring):
@@ -80,12 +97,12 @@ class About(NamedTuple):
 
     metrics: dict[str, str]
     tag: str | None = None
-    asked: str | None = None
-    """Options of `evlm predict`, where the task can be asked of one picture."""
+    asked: type[Asking] | None = None
+    """What `evlm predict` is given, where the task can be put in one question; its `examples` stand in model cards."""
 
 
 ABOUT = {
-    "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", '--image picture.png --question "What colour is it?"'),
+    "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
     "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
     "pretraining": About({}),
 }

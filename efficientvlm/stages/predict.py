@@ -1,29 +1,24 @@
-"""predict: one question about one image file."""
+"""predict: one question, which the task of the model says the parts of."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from efficientvlm.errors import BadInput
 from efficientvlm.loaded import keep_length, load
 from efficientvlm.runtime.hardware import pick_device
+from efficientvlm.settings.base import parse
 from efficientvlm.tasks.known import asked_of
 
 
-def run(
-    *, model: str, image: str, question: str, mode: str = "rank", device: str = "auto", top: int = 5, max_tokens: int | None = None
-) -> dict[str, Any]:
-    """What the task of the checkpoint answers: see `Asked.ask` of each.
+def run(*, model: str, **asked: Any) -> dict[str, Any]:
+    """What the task of the checkpoint answers, see `Asked.ask` of each; `asked` are the settings that it asks for, `Asked.asks`.
 
     Raises:
         BadInput: an image that is missing, damaged or huge, an empty or too long question, a checkpoint that answers no questions.
     """
-    if not question.strip():
-        raise BadInput("the question is empty", "", 'ask something, e.g. --question "What colour is it?"')
-    if top < 1:
-        raise BadInput(f"--top {top} shows nothing", "", "use 1 or more")
     loaded = load(model, exported=True)
-    keep_length(loaded, max_tokens)
-    task = asked_of(loaded)
-    loaded.model.to(pick_device(device))
-    return task.ask(loaded, image, question, mode=mode, top=top)
+    task = asked_of(loaded, asked)
+    config = parse(task.asks, {"model": model, **asked}, "evlm predict")
+    keep_length(loaded, config.max_tokens)
+    loaded.model.to(pick_device(config.device))
+    return task.ask(config, loaded)

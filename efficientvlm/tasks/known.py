@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from efficientvlm.errors import BadInput
@@ -32,14 +33,14 @@ def measured_of(loaded: Loaded) -> Task | None:
     return next((task for task in TASKS.values() if task.metrics and task.able(loaded)), None)
 
 
-def asked_of(loaded: Loaded) -> Asked:
-    """The task that is put to a network in one question.
+def asked_of(loaded: Loaded, given: Collection[str]) -> Asked:
+    """The task that is put to a network in one question; where it does several, the first that asks what is `given`.
 
     Raises:
         BadInput: it cannot be asked anything.
     """
     asked = [task for task in TASKS.values() if isinstance(task, Asked)]
-    able = next((task for task in asked if task.able(loaded)), None)
-    if able is None:
+    able = [task for task in asked if task.able(loaded)]
+    if not able:
         raise asked[0].refusal(loaded)
-    return able
+    return next((task for task in able if all(task.asks.has([name]) for name in given)), able[0])

@@ -17,6 +17,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
+from efficientvlm.settings.common import Asking
 from efficientvlm.settings.tasks import ABOUT
 from efficientvlm.tasks.influence import Influence, of_anything
 from efficientvlm.training.loop import Batch
@@ -143,8 +144,15 @@ class Asked(Task):
     timed_as: str
     """What is timed, in words."""
 
-    def ask(self, loaded: Loaded, image: str, question: str, *, mode: str, top: int) -> dict[str, Any]:
-        """The answer about the picture in file `image`, as evlm predict shows it."""
+    @property
+    def asks(self) -> type[Asking]:
+        """What a question consists of; the options of evlm predict follow from it."""
+        asked = ABOUT[self.name].asked
+        assert asked is not None
+        return asked
+
+    def ask(self, config: Any, loaded: Loaded) -> dict[str, Any]:
+        """The answer to a question, which `config` is (of :attr:`asks`), as evlm predict shows it."""
         raise NotImplementedError
 
     def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:

@@ -22,6 +22,7 @@ from efficientvlm.objectives.generation import Generation
 from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
+from efficientvlm.settings.tasks import VQAQuestion
 from efficientvlm.tasks.answering import (
     EVAL_BATCH,
     Answerer,
@@ -148,23 +149,24 @@ class VQA(Learnt, Asked):
 
     # asking
 
-    def ask(self, loaded: Loaded, image: str, question: str, *, mode: str, top: int) -> dict[str, Any]:
+    def ask(self, config: VQAQuestion, loaded: Loaded) -> dict[str, Any]:
         """`answer`, and in mode `rank` the `top` best `answers` with their probabilities among the ranked candidates.
 
         Raises:
             BadInput: an image that is missing, damaged or huge, a question that is too long, a checkpoint that answers no questions.
         """
+        (image,), question = config.image, config.question
         pixels = open_image(image, loaded.preprocessing)
-        answer = Answerer(loaded, mode=mode, twice=counts_first_token_twice(loaded.manifest, None))
+        answer = Answerer(loaded, mode=config.mode, twice=counts_first_token_twice(loaded.manifest, None))
         words, most = len(answer.texts.ids([question])[0]), answer.texts.room()
         if words > most:
             fix = "ask more briefly, or raise --max-tokens"
             raise BadInput("the question is too long", f"it has {words} tokens, the model reads {most}", fix)
         batch = vqa_batch([VQAItem(image, pixels, [Question(question, [])])], answer.texts, seed=0, step=0, train=False)
-        if mode == "generate":
+        if config.mode == "generate":
             return {"question": question, "answer": answer(batch)[0]}
         scored = answer.scored(batch)[0]
-        answers = [{"answer": text, "probability": probability} for text, probability in scored[:top]]
+        answers = [{"answer": text, "probability": probability} for text, probability in scored[: config.top]]
         return {"question": question, "answer": scored[0][0], "candidates": len(scored), "answers": answers}
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
