@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_data_files import jsonl, pictures
+from test_data_files import jsonl, pictures, png
+from test_data_forms import add
 
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.kinds.kind import IMAGE_ID, IMAGE_NAMES, Kind, Picture, Row
@@ -65,6 +68,24 @@ def test_statements_are_about_two_pictures(tmp_path: Path, before: str) -> None:
     if not before:
         assert len(source) == 2 and record(source, "train")["skipped"] == 2
         assert not np.array_equal(*found[0].images) and np.array_equal(found[0].images[0], found[1].images[0])
+
+
+@pytest.mark.parametrize("before", ["", "stream:"])
+def test_a_sample_of_a_shard_may_have_several_pictures(tmp_path: Path, before: str) -> None:
+    """A picture is of the column that its ending names."""
+    said = [("left is red", True), ("both are blue", False)]
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for number, (text, label) in enumerate(said):
+            add(archive, f"{number}.json", json.dumps({"sentence": text, "label": label, "left": "no picture"}).encode())
+            for side, colour in (("left", 10 + number), ("right", 200 + number)):
+                add(archive, f"{number}.{side}.png", png(colour))
+        add(archive, "2.left.png", png(1))
+        add(archive, "2.json", json.dumps({"sentence": "half of it is missing", "label": True}).encode())
+    settings = {"val_fraction": 0, "max_bad": 1} | ({"shuffle_buffer": 1} if before else {})
+    source = open_data(STATEMENTS, f"{before}{tmp_path / 's.tar'}", "train", image_size=8, **settings)
+    items = [source[number] for number in range(2)]
+    assert [(item.statements[0].text, item.statements[0].label) for item in items] == said
+    assert not np.array_equal(*items[0].images) and not np.array_equal(items[0].images[0], items[1].images[0])
 
 
 def test_shapes_draws_statements_and_says_what_it_cannot_draw() -> None:

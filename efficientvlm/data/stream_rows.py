@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from efficientvlm.data.images import PICTURES
 from efficientvlm.data.tables import one_line, read_as, readers
-from efficientvlm.data.tar import DAMAGE, TEXTS, Header, check_parts, check_size, part_of, text_columns
+from efficientvlm.data.tar import DAMAGE, TEXTS, Header, check_parts, check_size, part_of, picture_column, text_columns
 from efficientvlm.data.text_tables import csv_rows, json_rows, opened
 from efficientvlm.errors import BadInput, without_secrets
 
@@ -181,7 +180,7 @@ def _tar(file: IO[bytes], name: str, base: Path) -> Iterator[Raw]:
                     yield _sample(held, problem, base, where())
                     held, problem = [], None
                 key, ending = part
-                if ending not in PICTURES and ending not in TEXTS:
+                if not picture_column(ending) and ending not in TEXTS:
                     continue
                 try:
                     check_size(ending, member.size, where())
@@ -207,12 +206,12 @@ def _sample(held: list[tuple[str, bytes]], problem: BadInput | None, base: Path,
         if problem:
             raise problem
         check_parts([ending for ending, _ in held], where)
-        pictures = [content for ending, content in held if ending in PICTURES]
+        pictures = {column: content for ending, content in held if (column := picture_column(ending))}
         texts = text_columns({ending: content for ending, content in held if ending in TEXTS}, where)
         if not pictures or not texts:
             missing = "text" if pictures else "picture"
             why = f"it has no {missing}; in a stream the files of a sample follow each other in the shard"
             raise BadInput(where, why, "sort the shard by name, or read it without stream:, in any order")
-        return Raw({**texts, "image": pictures[0]}, base, where)
+        return Raw({**texts, **pictures}, base, where)
     except BadInput as error:
         return Raw({}, base, where, error)

@@ -44,27 +44,27 @@ class Index(NamedTuple):
 
 
 class TarTable:
-    """Samples of one or several shards; a picture is column `image`, other files are columns by their endings, `.json` by its keys."""
+    """Samples of shards; a picture is column `image` or as its ending says, texts are columns by their endings, `.json` by its keys."""
 
     licence = "unknown"
 
     def __init__(self, paths: list[Path], skips: Skips) -> None:
         self.paths, self.base = paths, paths[0].parent
-        self._places: list[tuple[Path, str, Place | None]] = []
-        values: dict[str, list[Any]] = {"image": []}
+        self._places: list[tuple[Path, str, dict[str, Place]]] = []
+        values: dict[str, list[Any]] = {}
         indices = [read_index(path) for path in paths]
         held = [samples(index.members) for index in indices]
         for path, index, here in zip(paths, indices, held, strict=True):
             with opened(path) as file:
                 for key, parts in here.items():
                     try:
-                        picture, row = _row(file, path, key, parts)
+                        pictures, row = _row(file, path, key, parts)
                     except BadInput as error:
                         skips.add(error)
                         continue
                     for name in row:
                         values.setdefault(name, [None] * len(self._places))
-                    self._places.append((path, key, picture))
+                    self._places.append((path, key, pictures))
                     for name, column in values.items():
                         column.append(row.get(name))
             if index.broken:
@@ -72,7 +72,7 @@ class TarTable:
                 by_size = round(len(here) * (path.stat().st_size - offset) / max(1, offset))
                 lost = max(1, by_size, max(map(len, held)) - len(here))  # shards are mostly of one length
                 skips.add(BadInput(f"shard {path}", f"{why} at byte {offset:,}", "download or write the shard again"), lost)
-        self._values, self.columns = values, list(values)
+        self._values, self.columns = values, list(values) or ["image"]
 
     @cached_property
     def digest(self) -> str:
@@ -82,14 +82,14 @@ class TarTable:
         return len(self._places)
 
     def column(self, name: str) -> list[Any]:
-        return self._values[name]
+        return self._values.get(name, [])
 
     def image(self, row: int, name: str) -> bytes | Path:
-        path, _, place = self._places[row]
-        if place is None:
-            raise BadInput(self.where(row), "it has no picture", "remove the sample")
+        path, _, pictures = self._places[row]
+        if name not in pictures:
+            raise BadInput(self.where(row), f"it has no picture {name}", "remove the sample")
         with opened(path) as file:
-            return _read(file, place)
+            return _read(file, pictures[name])
 
     def where(self, row: int) -> str:
         path, key, _ = self._places[row]
@@ -149,31 +149,39 @@ def samples(members: list[tuple[str, int, int]]) -> dict[str, dict[str, list[Pla
     return found
 
 
-def _row(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) -> tuple[Place | None, dict[str, Any]]:
+def picture_column(ending: str) -> str | None:
+    """The column of a picture by its ending, `image` for `.jpg` and `left` for `.left.jpg`; None for what is no picture."""
+    name, _, kind = ending.removeprefix(".").rpartition(".")
+    return (name or "image") if f".{kind}" in PICTURES else None
+
+
+def _row(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) -> tuple[dict[str, Place], dict[str, Any]]:
     where = f"{path} sample {key}"
-    wanted = {ending: places for ending, places in parts.items() if ending in PICTURES or ending in TEXTS}
+    wanted = {ending: places for ending, places in parts.items() if picture_column(ending) or ending in TEXTS}
     check_parts([ending for ending, places in wanted.items() for _ in places], where)
     for ending, ((_, size),) in wanted.items():
         check_size(ending, size, where)
-    picture = next((place for ending, (place,) in wanted.items() if ending in PICTURES), None)
-    if picture is None:
+    pictures = {column: place for ending, (place,) in wanted.items() if (column := picture_column(ending))}
+    if not pictures:
         raise BadInput(
             where, f"it has no picture (files of one name up to the first dot: {shorten(', '.join(parts))})", "remove the sample"
         )
-    return picture, text_columns({ending: _read(file, place) for ending, (place,) in wanted.items() if ending in TEXTS}, where)
+    texts = text_columns({ending: _read(file, place) for ending, (place,) in wanted.items() if ending in TEXTS}, where)
+    return pictures, dict.fromkeys(pictures) | {name: value for name, value in texts.items() if name not in pictures}
 
 
 def check_parts(endings: list[str], where: str) -> None:
-    """:class:`BadInput` for a sample with two files of one ending, or two pictures."""
+    """:class:`BadInput` for a sample with two files of one ending, or two pictures of one column."""
     if twice := next((ending for ending in endings if endings.count(ending) > 1), None):
         raise BadInput(where, f"there are {endings.count(twice)} files {twice} of this name", "give every sample a name of its own")
-    if len(pictures := [ending for ending in endings if ending in PICTURES]) > 1:
-        raise BadInput(where, f"it has {len(pictures)} pictures, {' and '.join(pictures)}", "keep one of them")
+    for column in filter(None, dict.fromkeys(map(picture_column, endings))):
+        if len(pictures := [ending for ending in endings if picture_column(ending) == column]) > 1:
+            raise BadInput(where, f"it has {len(pictures)} pictures, {' and '.join(pictures)}", "keep one of them")
 
 
 def check_size(ending: str, size: int, where: str) -> None:
     """:class:`BadInput` for a file that is too large to be what its ending says."""
-    most = LARGEST_PICTURE if ending in PICTURES else LARGEST_TEXT
+    most = LARGEST_PICTURE if picture_column(ending) else LARGEST_TEXT
     if size > most:
         raise BadInput(where, f"its {ending} has {size:,} bytes, at most {most:,} are read", "remove the sample")
 
