@@ -18,7 +18,8 @@ from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families import loading
 from efficientvlm.families.image_settings import preprocessing_of
-from efficientvlm.families.onnx.network import Exported, is_exported
+from efficientvlm.families.onnx.description import is_exported
+from efficientvlm.families.onnx.family import Exported
 from efficientvlm.families.structure import Sizes
 
 SHORTEST = 3  # first and last token, and one between them

@@ -32,7 +32,8 @@ from efficientvlm.families.anatomy import NEURON
 from efficientvlm.families.blip.config import BlipAnswerConfig
 from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.clip.family import CLIP
-from efficientvlm.families.onnx.network import ONNX, Description, StoredSizes, open_session
+from efficientvlm.families.onnx.description import ONNX, Description, StoredSizes
+from efficientvlm.families.onnx.sessions import open_session
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.stages import predict
 from efficientvlm.stages.common import write

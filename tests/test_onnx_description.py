@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.onnx.network import ONNX, Description, Exported
+from efficientvlm.families.onnx.description import ONNX, Description
+from efficientvlm.families.onnx.family import Exported
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")

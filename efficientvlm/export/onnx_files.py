@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from efficientvlm.errors import BadInput
 from efficientvlm.export.fused import FusedAttention
 from efficientvlm.families.network import Graph
-from efficientvlm.families.onnx.network import INSTALL, run_session, runtime
+from efficientvlm.families.onnx.sessions import INSTALL, run_session, runtime
 
 SINGLE_FILE = 1_500_000_000  # bytes of weights; a protobuf file ends at 2 GB, the weights then lie beside it
 

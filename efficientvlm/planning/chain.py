@@ -20,7 +20,7 @@ from efficientvlm.data.configured import open_split
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
-from efficientvlm.families.onnx.network import is_exported
+from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning.checks import Problems, place
 from efficientvlm.planning.costs import Disks

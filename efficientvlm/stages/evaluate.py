@@ -11,7 +11,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
-from efficientvlm.families.onnx.network import is_exported
+from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.loaded import check_precision, keep_length, load
 from efficientvlm.runtime.hardware import autocast, pick_device
 from efficientvlm.runtime.memory import enough_memory

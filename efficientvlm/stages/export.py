@@ -20,7 +20,10 @@ from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.image_settings import write_settings
-from efficientvlm.families.onnx.network import ONNX, Description, Exported, ExportedModel, GraphFile, Port, StoredSizes, open_session
+from efficientvlm.families.onnx.description import ONNX, Description, GraphFile, Port, StoredSizes
+from efficientvlm.families.onnx.family import Exported
+from efficientvlm.families.onnx.network import ExportedModel
+from efficientvlm.families.onnx.sessions import open_session
 from efficientvlm.loaded import Loaded, keep_length, load
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.memory import enough_memory
