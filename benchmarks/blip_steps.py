@@ -20,7 +20,7 @@ import transformers
 from torch.nn import functional as F
 
 from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig
-from efficientvlm.families.blip.network import MODELS
+from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.blip.start import SIZES, fresh_config
 
 TOKENS, NEW = 12, 10

@@ -76,7 +76,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-NETWORKS: dict[type, type] = {ToyConfig: ToyModel, **dict(XVLM.auto_classes), **dict(CLIP.auto_classes), **dict(BLIP.auto_classes)}
+NETWORKS: dict[type, type] = {ToyConfig: ToyModel, **XVLM.models, **CLIP.models, **BLIP.models}
 
 
 def network(config: Any) -> Any:

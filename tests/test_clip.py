@@ -126,8 +126,8 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them(name):
     config = CONFIGS[name]
     config = config.copy()
     for tower in TOWERS:
-        config.tower(tower).hidden_size, config.tower(tower).intermediate_size, config.tower(tower).initializer_factor = 48, 96, 1.0
-        config.tower(tower).num_attention_heads = 4
+        config.part(tower).hidden_size, config.part(tower).intermediate_size, config.part(tower).initializer_factor = 48, 96, 1.0
+        config.part(tower).num_attention_heads = 4
     config.text_config.projection_size, config.initializer_factor = 48, 1.0
     stock_config = STOCK[name].config_class.from_dict({**config.to_dict(), "model_type": name})
     torch.manual_seed(0)

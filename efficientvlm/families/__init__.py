@@ -30,7 +30,7 @@ def register(family: Any) -> None:
     """Make the classes of `family` known to transformers' Auto classes."""
     from transformers import AutoConfig, AutoModel
 
-    for config_class, model_class in family.auto_classes:
+    for config_class, model_class in family.models.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
 

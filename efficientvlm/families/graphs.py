@@ -18,6 +18,7 @@ from efficientvlm.families.towers.attention import Cache, Context, KeyValue
 
 Tensors = Mapping[str, Tensor]
 Axes = Mapping[str, int]
+IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 QUESTION_SIZES = (
     {"images": 2, "questions": 3, "tokens": 5},
     {"images": 1, "questions": 1, "tokens": 1},
@@ -30,6 +31,16 @@ STEP_SIZES = (
     {"sequences": 5, "length": 3, "past": 0},
     {"sequences": 16, "length": 1, "past": 1},
 )
+
+
+def images_of(model: Any) -> Callable[[Axes], dict[str, Tensor]]:
+    """Example `pixels` of the size that `model` reads."""
+    size = model.config.sizes().image_size
+
+    def example(axes: Axes) -> dict[str, Tensor]:
+        return {"pixels": torch.randn(axes["images"], 3, size, size, generator=torch.Generator().manual_seed(0))}
+
+    return example
 
 
 class Part(nn.Module):

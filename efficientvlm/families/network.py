@@ -1,10 +1,9 @@
-"""What networks, and the families they are of, tell the rest of the toolkit; what a network can do beyond that, each ability a protocol."""
+"""What networks tell the rest of the toolkit, and what each can do beyond that, each ability a protocol."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from efficientvlm.errors import BadInput
@@ -113,37 +112,6 @@ class Generates(Protocol):
 
     def new_cache(self) -> Any:
         """An empty key/value cache for :meth:`decode`, with `select(rows)` and `length`."""
-
-
-class Family(Protocol):
-    """How the networks of a family are made, opened and written; nothing else in the toolkit branches on the family."""
-
-    name: str
-    model_types: tuple[str, ...]
-    """Every `model_type` of a `config.json` that this family opens."""
-    auto_classes: tuple[tuple[type, type], ...]
-    """(configuration, model) classes of ours that transformers' Auto classes should know."""
-    extra_tokens: tuple[str, ...]
-    """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
-
-    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> Any:
-        """Configuration of a new network of `size` (tiny, small, base) with the settings in `changes`; only families that `init` makes.
-
-        `vocab` maps tokens to ids, or is just their number where nothing is going to be read. :class:`BadInput` for an unknown setting or
-        sizes that do not fit together.
-        """
-
-    def build(self, config: Any) -> Any:
-        """A model with fresh weights of the (possibly sliced) shapes in `config`."""
-
-    def read_config(self, path: Path) -> Any:
-        """The configuration of checkpoint folder `path`; no weights are read. It is a :class:`structure.Structure`."""
-
-    def load(self, path: Path) -> Any:
-        """The model in checkpoint folder `path`, in float32, evaluation mode; :class:`BadInput` if it does not open."""
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write `config.json` and safetensors weights; with stock class names where transformers' own classes can open them."""
 
 
 def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:

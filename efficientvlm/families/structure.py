@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import Flow
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow
 
 DAMAGED = "restore config.json, or make the folder again"
 
@@ -83,6 +83,16 @@ class Structure:
         """A copy that keeps the given layers of each tower, their structure included."""
         raise NotImplementedError
 
+    def of_layers(self, layers: Mapping[str, list[int]], **changes: Any) -> Self:
+        """What every family does in :meth:`with_layers`: what is left goes with its layer, and where that was is noted."""
+        source = {tower: list(chosen) for tower, chosen in layers.items()}
+        return self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers(), **changes)
+
+    @property
+    def opened_by(self) -> tuple[str, str] | None:
+        """`model_type` and class of transformers that builds this very network, where there is one."""
+        return None
+
     def kept_indices(self) -> dict[str, list[int]]:
         """Original indices still present, for every group.
 
@@ -113,6 +123,65 @@ class Structure:
         for name, value in changes.items():
             setattr(changed, name, value)
         return changed
+
+
+class Layered(NamedTuple):
+    """What the layers of a tower have: columns, and heads and neurons before anything was removed."""
+
+    width: int
+    heads: int
+    neurons: int
+
+
+class Uniform(Structure):
+    """A configuration whose towers have layers that are alike."""
+
+    crossing: ClassVar[tuple[str, ...]] = ()
+    """Towers with cross-attention."""
+
+    def layered(self, tower: str) -> Layered:
+        """What the layers of `tower` have."""
+        raise NotImplementedError
+
+    def reads(self) -> tuple[int, int, int, int]:
+        """Side of an image and of a patch in pixels, positions for tokens, tokens of the vocabulary."""
+        raise NotImplementedError
+
+    def original_counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for tower, layers in self.layers().items():
+            _, heads, neurons = self.layered(tower)
+            for layer in range(layers):
+                counts[f"{tower}.{layer}.{HEAD}"] = heads
+                if tower in self.crossing:
+                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
+                counts[f"{tower}.{layer}.{NEURON}"] = neurons
+        return counts
+
+    def sizes(self) -> Sizes:
+        towers = {tower: (self.layered(tower), layers) for tower, layers in self.layers().items()}
+        widths = {tower: (each.width,) * (layers + 1) for tower, (each, layers) in towers.items()}
+        heads = {tower: (each.heads,) * layers for tower, (each, layers) in towers.items()}
+        return Sizes(*self.reads(), widths, heads, tuple(self.image_mean), tuple(self.image_std))
+
+
+class TwoParts(Uniform):
+    """In front of a configuration of transformers that has one for images and one for texts inside."""
+
+    vision_config: Any
+    text_config: Any
+
+    def part(self, tower: str) -> Any:
+        """transformers' configuration of `tower`: every tower but vision is of texts."""
+        return self.vision_config if tower == "vision" else self.text_config
+
+    def layered(self, tower: str) -> Layered:
+        part = self.part(tower)
+        return Layered(part.hidden_size, part.num_attention_heads, part.intermediate_size)
+
+    def reads(self) -> tuple[int, int, int, int]:
+        vision, text = self.vision_config, self.text_config
+        return vision.image_size, vision.patch_size, text.max_position_embeddings, text.vocab_size
 
 
 def kept_indices(counts: Mapping[str, int], named: Mapping[str, str] | None) -> dict[str, list[int]]:

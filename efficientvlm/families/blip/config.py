@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-from transformers import BlipConfig, BlipTextConfig
+from transformers import BlipConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, groups_of
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import check_id
-from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
+from efficientvlm.families.structure import TwoParts
 
 
-class SlicedBlipConfig(Structure, BlipConfig):
+class SlicedBlipConfig(TwoParts, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
 
     `decoder_layers` is the depth of a decoder that has another
@@ -24,6 +23,7 @@ class SlicedBlipConfig(Structure, BlipConfig):
     """
 
     model_type = "evlm_blip"
+    crossing = ("text", "decoder")
     stock: ClassVar[str] = ""
     able: ClassVar[frozenset[str]] = frozenset()
     processor: ClassVar[str] = "BlipImageProcessor"
@@ -54,23 +54,6 @@ class SlicedBlipConfig(Structure, BlipConfig):
         of_text = tower == "decoder" and "text" in self.towers
         return int(self.text_config.hidden_size if of_text else self.vision_config.hidden_size)
 
-    def text_tower(self, tower: str) -> BlipTextConfig:
-        """The text configuration as it is for `tower`."""
-        config = copy.deepcopy(self.text_config)
-        config.num_hidden_layers, config.encoder_hidden_size = self.layers()[tower], self.context_width(tower)
-        return config
-
-    def original_counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for tower, layers in self.layers().items():
-            part = self.vision_config if tower == "vision" else self.text_config
-            for layer in range(layers):
-                counts[f"{tower}.{layer}.{HEAD}"] = part.num_attention_heads
-                if tower != "vision":
-                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = part.num_attention_heads
-                counts[f"{tower}.{layer}.{NEURON}"] = part.intermediate_size
-        return counts
-
     @property
     def is_stock(self) -> bool:
         """Whether transformers' own class builds this very network."""
@@ -78,19 +61,9 @@ class SlicedBlipConfig(Structure, BlipConfig):
         stock_width = all(self.context_width(tower) == self.vision_config.hidden_size for tower in self.towers)
         return not self.kept and same_depth and stock_width and self.decoder_layers in (None, self.text_config.num_hidden_layers)
 
-    def sizes(self) -> Sizes:
-        vision, text = self.vision_config, self.text_config
-        parts = {tower: (vision if tower == "vision" else text, count) for tower, count in self.layers().items()}
-        return Sizes(
-            vision.image_size,
-            vision.patch_size,
-            text.max_position_embeddings,
-            text.vocab_size,
-            {tower: (part.hidden_size,) * (count + 1) for tower, (part, count) in parts.items()},
-            {tower: (part.num_attention_heads,) * count for tower, (part, count) in parts.items()},
-            tuple(self.image_mean),
-            tuple(self.image_std),
-        )
+    @property
+    def opened_by(self) -> tuple[str, str] | None:
+        return ("blip", self.stock) if self.is_stock else None
 
     def abilities(self) -> frozenset[str]:
         return self.able
@@ -118,11 +91,7 @@ class SlicedBlipConfig(Structure, BlipConfig):
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
         if empty := [tower for tower in self.towers if not layers[tower]]:
             raise BadInput(f"no {empty[0]} layers", "a BLIP needs at least one in every tower", "ask for 1 or more")
-        changed = self.copy(
-            kept=kept_of_layers(self.kept, layers),
-            layer_source={tower: list(chosen) for tower, chosen in layers.items()},
-            layer_source_of=self.layers(),
-        )
+        changed = self.of_layers(layers)
         depth = {tower: len(chosen) for tower, chosen in layers.items()}
         changed.vision_config.num_hidden_layers = depth["vision"]
         changed.text_config.num_hidden_layers = depth["text" if "text" in self.towers else "decoder"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from efficientvlm.families.blip.config import (
     SlicedBlipConfig,
     check_sizes,
 )
-from efficientvlm.families.blip.network import MODELS
+from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
 from efficientvlm.families.checks import check_config
+from efficientvlm.families.family import Fresh
 from efficientvlm.families.headers import check_shapes
-from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
+from efficientvlm.families.loading import image_statistics, open_config, read_json
 
 
-class BLIP:
+class BLIP(Fresh):
     """Batches are those of `data.kinds`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
 
     Texts that are decoded start with the configuration's `decoder_start`, those read with an image with its `question_start_id`, whatever
@@ -29,15 +29,12 @@ class BLIP:
     """
 
     name = "blip"
-    model_types: tuple[str, ...] = ("blip", *(kind.model_type for kind in KINDS))
-    auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
-    extra_tokens: tuple[str, ...] = (DECODE, ENCODE)
+    model_types = ("blip", *(kind.model_type for kind in KINDS))
+    models = MODELS
+    extra_tokens = (DECODE, ENCODE)
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
         return self._checked(fresh_config(size, changes, vocab), "settings")
-
-    def build(self, config: SlicedBlipConfig) -> Any:
-        return MODELS[type(config)](config)
 
     def read_config(self, path: Path) -> SlicedBlipConfig:
         """Of a folder of ours or of transformers; which of the three networks it is, `architectures` says there.
@@ -63,14 +60,3 @@ class BLIP:
     def _checked(self, config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         check_config(config, where)
         return check_sizes(config, where)
-
-    def load(self, path: Path) -> Any:
-        config = self.read_config(path)
-        return open_model(MODELS[type(config)], path, config)
-
-    def save(self, model: Any, folder: Path) -> None:
-        model.save_pretrained(folder)
-        if model.config.is_stock:
-            file = folder / "config.json"
-            values = read_json(file) | {"model_type": "blip", "architectures": [model.config.stock]}
-            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

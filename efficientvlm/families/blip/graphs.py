@@ -8,11 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientvlm.families.graphs import Axes, Part, Tensors, flat, names, padded, pairs, present, step_graph, vqa_graphs
+from efficientvlm.families.graphs import (
+    IMAGE_SIZES,
+    Axes,
+    Part,
+    Tensors,
+    flat,
+    images_of,
+    names,
+    padded,
+    pairs,
+    present,
+    step_graph,
+    vqa_graphs,
+)
 from efficientvlm.families.network import Graph
 from efficientvlm.families.towers.attention import Context
 
-IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 1}, {"texts": 8, "tokens": 7})
 MATCH_SIZES = ({"images": 2, "texts": 3, "tokens": 5}, {"images": 1, "texts": 1, "tokens": 1}, {"images": 3, "texts": 8, "tokens": 4})
 
@@ -24,19 +36,10 @@ def blip_graphs(model: Any) -> list[Graph]:
     return vqa_graphs(model) if "decoder" in model.config.towers else _matching(model)
 
 
-def _images(model: Any) -> Any:
-    size = model.config.sizes().image_size
-
-    def example(axes: Axes) -> dict[str, Tensor]:
-        return {"pixels": torch.randn(axes["images"], 3, size, size, generator=torch.Generator().manual_seed(0))}
-
-    return example
-
-
 @torch.no_grad()
 def _captioning(model: Any) -> list[Graph]:
     """`image` gives keys and values of the decoder; `decoder` goes on with `text_ids` for the images named by `rows`."""
-    example = _images(model)
+    example = images_of(model)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
         states = model.encode_image(inputs["pixels"]).states
@@ -53,7 +56,7 @@ def _captioning(model: Any) -> list[Graph]:
 @torch.no_grad()
 def _matching(model: Any) -> list[Graph]:
     """`image` and `text` give features to compare; `match` reads a text with the keys and values of the image it belongs to (`rows`)."""
-    example = _images(model)
+    example = images_of(model)
     vocabulary, layers = model.config.sizes().vocab_size, len(model.text_encoder.layers)
 
     def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:

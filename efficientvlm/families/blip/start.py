@@ -1,15 +1,20 @@
-"""New question-answering BLIPs of named sizes."""
+"""New question-answering BLIPs of named sizes, and the fresh weights of any BLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
+from torch import nn
+from transformers import initialization as init
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.blip.config import BlipAnswerConfig
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
+from efficientvlm.families.towers.bert import Bert, LanguageHead
+from efficientvlm.families.towers.vit import Vit
 from efficientvlm.settings.base import Strict, parse
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
@@ -123,3 +128,32 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         decoder_layers=given.decoder_layers if given.decoder_layers != given.text_layers else None,
         question_start_id=ids.get(ENCODE, number - 1),
     )
+
+
+def draw_blip(model: Any, module: nn.Module) -> None:
+    """What `module` of `model` begins with: every tower by its own `initializer_range`, what is behind them by the common one."""
+    vision, text = model.config.vision_config.initializer_range, model.config.text_config.initializer_range
+    if isinstance(module, Vit):
+        _draw(module, vision)
+        init.trunc_normal_(module.class_embedding, std=vision)
+        init.trunc_normal_(module.position_embedding, std=vision)
+    elif isinstance(module, Bert | LanguageHead):
+        _draw(module, text)
+    elif module is model:
+        for part in model.children():
+            if isinstance(part, nn.Linear):
+                _draw(part, model.config.initializer_range)
+
+
+def _draw(module: nn.Module, std: float) -> None:
+    """Fresh weights for all linear maps and tables in `module`."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.LayerNorm) and part.bias is not None:
+            init.zeros_(part.bias)
+        if isinstance(part, nn.LayerNorm):
+            init.ones_(part.weight)
+        elif isinstance(part, nn.Embedding) and part.padding_idx is not None and not getattr(part.weight, "_is_hf_initialized", False):
+            with torch.no_grad():
+                part.weight[part.padding_idx] = 0

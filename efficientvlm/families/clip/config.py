@@ -10,18 +10,16 @@ from transformers import CLIPConfig, SiglipConfig
 from efficientvlm.data.preprocessing import HALVES
 from efficientvlm.data.tokenizer import ends_of
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import HEAD, NEURON, Flow, groups_of
-from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
+from efficientvlm.families.anatomy import HEAD, Flow, groups_of
+from efficientvlm.families.structure import TwoParts
 
 TOWERS = ("vision", "text")
 LEGACY_END = 2  # `eos_token_id` of old files, which was not the end token's; transformers then takes the highest id of a text
 
 
-class TwoTowers(Structure):
+class TwoTowers(TwoParts):
     """What the configurations of both kinds answer about their layers."""
 
-    vision_config: Any
-    text_config: Any
     stock: tuple[str, str]
     """`model_type` and class of transformers that open a model of which nothing was removed."""
     pools_by_probe: ClassVar[bool] = False
@@ -34,33 +32,12 @@ class TwoTowers(Structure):
         """A token for the end of example texts."""
         raise NotImplementedError
 
-    def tower(self, name: str) -> Any:
-        """transformers' configuration of a tower."""
-        return getattr(self, f"{name}_config")
+    @property
+    def opened_by(self) -> tuple[str, str] | None:
+        return self.stock if self.kept is None else None
 
     def layers(self) -> dict[str, int]:
-        return {name: self.tower(name).num_hidden_layers for name in TOWERS}
-
-    def original_counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for name in TOWERS:
-            for layer in range(self.tower(name).num_hidden_layers):
-                counts[f"{name}.{layer}.{HEAD}"] = self.tower(name).num_attention_heads
-                counts[f"{name}.{layer}.{NEURON}"] = self.tower(name).intermediate_size
-        return counts
-
-    def sizes(self) -> Sizes:
-        vision, text = self.vision_config, self.text_config
-        return Sizes(
-            vision.image_size,
-            vision.patch_size,
-            text.max_position_embeddings,
-            text.vocab_size,
-            {name: (self.tower(name).hidden_size,) * (count + 1) for name, count in self.layers().items()},
-            {name: (self.tower(name).num_attention_heads,) * count for name, count in self.layers().items()},
-            tuple(self.image_mean),
-            tuple(self.image_std),
-        )
+        return {name: self.part(name).num_hidden_layers for name in TOWERS}
 
     def abilities(self) -> frozenset[str]:
         return frozenset({"embed"})
@@ -73,21 +50,20 @@ class TwoTowers(Structure):
         return [*flows, Flow("text", "text.tokens"), Flow("text.tokens", "text.pooled", mixing), Flow("text.pooled", "itc")]
 
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
-        source = {tower: list(chosen) for tower, chosen in layers.items()}
-        chosen = self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers())
+        chosen = self.of_layers(layers)
         for tower, numbers in layers.items():
-            chosen.tower(tower).num_hidden_layers = len(numbers)
+            chosen.part(tower).num_hidden_layers = len(numbers)
         return chosen
 
     def stock_config(self, neurons: Mapping[str, int]) -> Self:
         """Depth and one number of neurons a tower are fields of transformers' configurations; SigLIP's pooling head shares vision's."""
         chosen = self.copy(kept=None)
         for tower, count in neurons.items():
-            before = self.tower(tower).intermediate_size
+            before = self.part(tower).intermediate_size
             if tower == "vision" and count != before and self.pools_by_probe:
                 why = f"vision layers have {count} neurons and the pooling head {before}, where one number stands for both"
                 raise BadInput("this SigLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
-            chosen.tower(tower).intermediate_size = count
+            chosen.part(tower).intermediate_size = count
         return chosen
 
 

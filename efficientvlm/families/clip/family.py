@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_config, check_id
 from efficientvlm.families.clip.network import MODELS
+from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
-from efficientvlm.families.loading import image_statistics, open_config, open_model, read_json
+from efficientvlm.families.loading import image_statistics, open_config, read_json
 
 CONFIGS: dict[str, Any] = {name: kind for kind in MODELS for name in (kind.stock[0], kind.model_type)}  # type: ignore[attr-defined]
 
 
-class CLIP:
+class CLIP(Family):
     name = "clip"
-    model_types: tuple[str, ...] = tuple(CONFIGS)
-    auto_classes: tuple[tuple[type, type], ...] = tuple(MODELS.items())
-    extra_tokens: tuple[str, ...] = ()
-
-    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> NoReturn:
-        raise BadInput("no CLIP or SigLIP is made at random", "nothing here trains one from scratch", "import one: evlm import --model DIR")
-
-    def build(self, config: Any) -> Any:
-        return MODELS[type(config)](config)
+    model_types = tuple(CONFIGS)
+    models = MODELS
 
     def read_config(self, path: Path) -> Any:
         """Stock configurations too; `image_mean` and `image_std` are then those of the folder's image processor."""
@@ -51,17 +43,3 @@ class CLIP:
             )
         check_shapes(self, config, path)
         return config
-
-    def load(self, path: Path) -> Any:
-        """Float32 model of a checkpoint folder or of a stock one, evaluation mode; :class:`BadInput` if weights and sizes do not fit."""
-        config = self.read_config(path)
-        return open_model(MODELS[type(config)], path, config)
-
-    def save(self, model: Any, folder: Path) -> None:
-        """With the names of transformers' own class while nothing is removed."""
-        model.save_pretrained(folder)
-        if model.config.kept is None:
-            file = folder / "config.json"
-            kind, architecture = model.config.stock
-            values = json.loads(file.read_text("utf-8")) | {"model_type": kind, "architectures": [architecture]}
-            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

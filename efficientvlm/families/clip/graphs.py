@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from efficientvlm.families.graphs import Part, Tensors
+from efficientvlm.families.graphs import IMAGE_SIZES, Part, Tensors, images_of
 from efficientvlm.families.network import Graph
 
-IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 PAIR_SIZES = ({"images": 2, "texts": 3}, {"images": 1, "texts": 1}, {"images": 8, "texts": 2})
 TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 2}, {"texts": 8, "tokens": 7})
 
 
 def clip_graphs(model: Any) -> list[Graph]:
     """`image` and `text`, each to its features, and `similarity`."""
-    sizes = model.config.sizes()
-
-    def images(axes: Mapping[str, int]) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(0)
-        return {"pixels": torch.randn(axes["images"], 3, sizes.image_size, sizes.image_size, generator=draw)}
 
     def texts(axes: Mapping[str, int]) -> dict[str, Tensor]:
         batch = model.example(axes["texts"], axes["tokens"])
@@ -34,9 +27,9 @@ def clip_graphs(model: Any) -> list[Graph]:
 
     by_text = {name: {0: "texts", 1: "tokens"} for name in ("text_ids", "text_mask")}
     by_pair = {"image_features": {0: "images"}, "text_features": {0: "texts"}}
-    lengths = (*TEXT_SIZES, {"texts": 2, "tokens": sizes.max_positions})
+    lengths = (*TEXT_SIZES, {"texts": 2, "tokens": model.config.sizes().max_positions})
     return [
-        Graph("image", Part(model, _image), {"pixels": {0: "images"}}, ("image_features",), IMAGE_SIZES, images),
+        Graph("image", Part(model, _image), {"pixels": {0: "images"}}, ("image_features",), IMAGE_SIZES, images_of(model)),
         Graph("text", Part(model, _text), by_text, ("text_features",), lengths, texts),
         Graph("similarity", Part(model, _similarity), by_pair, ("logits",), PAIR_SIZES, features),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,36 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, TwoTowers
 from efficientvlm.families.clip.graphs import clip_graphs
+from efficientvlm.families.clip.names import IMAGES, LAYER, TEXTS
+from efficientvlm.families.clip.start import draw_clip, draw_lecun, draw_siglip
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import causal
-from efficientvlm.families.towers.layers import Layers, PreNormLayer, Size
+from efficientvlm.families.towers.layers import PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked
-from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, Named, Part, activation, normalise, tap
-from efficientvlm.families.towers.vit import Vit
-
-TOWER = {"position_embedding": "embeddings.position_embedding.weight", "layers": "encoder.layers"}
-IMAGES = TOWER | {
-    "class_embedding": "embeddings.class_embedding",
-    "patch_embedding": "embeddings.patch_embedding",
-    "pre_norm": "pre_layrnorm",
-    "post_norm": "post_layernorm",
-}
-TEXTS = TOWER | {"token_embedding": "embeddings.token_embedding", "post_norm": "final_layer_norm"}
-LAYER = {
-    "attention": "self_attn",
-    **{f":{role}": f"{role}_proj" for role in ("q", "k", "v", "out")},
-    "attention_norm": "layer_norm1",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-    "ffn_norm": "layer_norm2",
-}
+from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
+from efficientvlm.families.towers.text import Text
+from efficientvlm.families.towers.vit import Pooling, Vit
 
 
 @dataclass
@@ -55,49 +39,6 @@ class Compared(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
 
-class Text(Named):
-    """The text tower: tokens and positions, pre-norm layers, a norm, in SigLIP a Linear `head`."""
-
-    token_embedding = Part[nn.Embedding]()
-    position_embedding = Part[nn.Parameter]()
-    layers = Part[Layers]()
-    post_norm = Part[nn.LayerNorm]()
-    head = Part[nn.Linear]()
-
-    def __init__(self, part: Any, layers: list[PreNormLayer], outputs: int | None) -> None:
-        super().__init__(TEXTS)
-        self.put(token_embedding=nn.Embedding(part.vocab_size, part.hidden_size))
-        self.put(position_embedding=nn.Parameter(torch.zeros(part.max_position_embeddings, part.hidden_size)))
-        self.put(layers=Layers(layers), post_norm=nn.LayerNorm(part.hidden_size, part.layer_norm_eps))
-        if outputs is not None:
-            self.put(head=nn.Linear(part.hidden_size, outputs))
-
-    def forward(self, ids: Tensor, mask: Tensor | None, keep: frozenset[str] = NOTHING) -> Encoded:
-        """Token ids [B, L] to the states of the last layer; `mask` is True where attention may go."""
-        return self.layers.run(self.token_embedding(ids) + self.position_embedding[: ids.shape[1]], keep, mask)
-
-
-class Pooling(Named):
-    """SigLIP's pooling of an image: a probe that attends to all its states, and an MLP; it is never pruned."""
-
-    fc1 = Part[nn.Linear]()
-    fc2 = Part[nn.Linear]()
-
-    def __init__(self, part: Any) -> None:
-        super().__init__({"fc1": "mlp.fc1", "fc2": "mlp.fc2"})
-        width = part.hidden_size
-        self.probe = nn.Parameter(torch.zeros(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, part.num_attention_heads, batch_first=True)
-        self.layernorm = nn.LayerNorm(width, part.layer_norm_eps)
-        self.put(fc1=nn.Linear(width, part.intermediate_size), fc2=nn.Linear(part.intermediate_size, width))
-        self.activation = activation(part.hidden_act)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """States [B, T, W] to one vector each [B, W]."""
-        x = self.attention(self.probe.expand(states.shape[0], -1, -1), states, states, need_weights=False)[0]
-        return (x + self.fc2(self.activation(self.fc1(self.layernorm(x)))))[:, 0]
-
-
 class Comparing(TowerNetwork):
     """What CLIP and SigLIP have in common: a tower of images and one of texts."""
 
@@ -105,13 +46,14 @@ class Comparing(TowerNetwork):
     owners = {f"{tower}_model": tower for tower in TOWERS}
     renamed = {r"^(vision|text)_model\.(vision|text)_model\.": r"\1_model."}
     main_input_name = "input_ids"
+    ends_normalised = False
     taps = frozenset(f"{tower}.{kind}" for tower in TOWERS for kind in (HIDDEN, SELF_ATTENTION))
     vision_model: Vit
     text_model: Text
 
     def _layers(self, tower: str) -> list[PreNormLayer]:
-        part, kept = self.config.tower(tower), self.config.kept_indices()
-        sizes = (Size.of(kept, f"{tower}.{i}", part.hidden_size, part.num_attention_heads) for i in range(part.num_hidden_layers))
+        part, kept = self.config.part(tower), self.config.kept_indices()
+        sizes = Size.of_tower(kept, tower, part.num_hidden_layers, part.hidden_size, part.num_attention_heads)
         return [
             PreNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), LAYER, dropout=part.attention_dropout) for size in sizes
         ]
@@ -120,18 +62,17 @@ class Comparing(TowerNetwork):
         part = self.config.vision_config
         return Vit(self._layers("vision"), part.hidden_size, part.image_size, part.patch_size, part.layer_norm_eps, IMAGES, **kind)
 
+    def _texts(self, outputs: int | None = None) -> Text:
+        part = self.config.text_config
+        shape = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps)
+        return Text(self._layers("text"), *shape, TEXTS, outputs)
+
     @classmethod
     def is_embedding(cls, parameter: str) -> bool:
         return parameter.endswith(("token_embedding.weight", "position_embedding.weight"))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.token_embedding
-
-    def encode_image(self, pixels: Tensor, keep: frozenset[str] = NOTHING) -> Encoded:
-        """Images [B, 3, H, W] (uint8, or normalised floats) to the states of the last layer [B, T, W]."""
-        pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.vision_model.dtype)
-        out: Encoded = self.vision_model(pixels, keep=keep)
-        return out
 
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         """Token ids and mask [B, L] (1 = token) as the network reads them, and the states of the last layer."""
@@ -146,7 +87,6 @@ class Comparing(TowerNetwork):
         raise NotImplementedError
 
     def image_feature(self, states: Tensor) -> Tensor:
-        """States [B, T, W] to unit vectors [B, E]."""
         return F.normalize(self.pool_image(states), dim=-1)
 
     def text_feature(self, states: Tensor, ids: Tensor) -> Tensor:
@@ -172,7 +112,7 @@ class Comparing(TowerNetwork):
     ) -> Compared:
         """As transformers' own class is called, and what it gives."""
         keep = asked(self.config, output_attentions, output_hidden_states)
-        image = self.encode_image(pixel_values, keep)
+        image = self.encode_image(pixel_values, keep=keep)
         ids, text = self.encode_text(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask, keep)
         features = self.image_feature(image.states), self.text_feature(text.states, ids)
         logits = self.similarity(*features)
@@ -190,7 +130,7 @@ class Comparing(TowerNetwork):
         """Images and texts: `image_features` [I, E] and `text_features` [T, E], unit vectors, and their `logits` [I, T]."""
         wanted = check_taps(self, want)
         record = Record()
-        image = self.encode_image(batch["pixels"], kinds_of(wanted, "vision"))
+        image = self.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
         ids, text = self.encode_text(batch["text_ids"], batch["text_mask"], kinds_of(wanted, "text"))
         for tower, out in (("vision", image), ("text", text)):
             tap(record, tower, out, kinds_of(wanted, tower))
@@ -198,10 +138,6 @@ class Comparing(TowerNetwork):
         record["text_features"] = self.text_feature(text.states, ids)
         record["logits"] = self.similarity(record["image_features"], record["text_features"])
         return record
-
-    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.encode_image(pixels).states
-        return states, self.image_feature(states)
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         ids, out = self.encode_text(ids, mask)
@@ -238,7 +174,7 @@ class SlicedCLIPModel(Comparing):
 
     def __init__(self, config: SlicedCLIPConfig) -> None:
         super().__init__(config)
-        self.text_model = Text(config.text_config, self._layers("text"), None)
+        self.text_model = self._texts()
         self.vision_model = self._images(pre_norm=True)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
@@ -246,28 +182,8 @@ class SlicedCLIPModel(Comparing):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As OpenAI's CLIP: by the width and depth of a tower."""
         super()._init_weights(module)
-        factor = self.config.initializer_factor
-        if isinstance(module, Vit | Text):
-            part = self.config.tower("vision" if isinstance(module, Vit) else "text")
-            width, factor, std = part.hidden_size, part.initializer_factor, part.initializer_range if isinstance(module, Vit) else 0.02
-            init.normal_(module.position_embedding, std=std * factor)
-            if isinstance(module, Vit):
-                init.normal_(module.class_embedding, std=width**-0.5 * factor)
-                init.normal_(module.patch_embedding.weight, std=std * factor)
-            else:
-                init.normal_(module.token_embedding.weight, std=std * factor)
-            deep = (2 * part.num_hidden_layers) ** -0.5
-            for layer in module.layers:
-                for name, values in layer.named_parameters():
-                    if values.dim() == 2:
-                        inner = 2**-0.5 if ".fc1." in name else 1.0 if ".out_proj." in name else deep
-                        init.normal_(values, std=width**-0.5 * inner * factor)
-        elif module is self:
-            for projection in (self.visual_projection, self.text_projection):
-                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
-            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+        draw_clip(self, module)
 
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         return ids, self.text_model(ids, causal(ids.shape[1], 0, ids.device) & mask.bool()[:, None, None], keep)
@@ -298,38 +214,21 @@ class SlicedSiglipModel(Comparing):
 
     def __init__(self, config: SlicedSiglipConfig) -> None:
         super().__init__(config)
-        self.text_model = Text(config.text_config, self._layers("text"), config.text_config.projection_size)
+        self.text_model = self._texts(config.text_config.projection_size)
         self.vision_model = self._images(class_token=False, patch_bias=True)
-        self.vision_model.add_module("head", Pooling(config.vision_config))
+        part = config.vision_config
+        shape = (part.hidden_size, part.num_attention_heads, part.intermediate_size, part.layer_norm_eps)
+        self.vision_model.add_module("head", Pooling(*shape, activation(part.hidden_act)))
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As big_vision's SigLIP: Xavier in layers, LeCun elsewhere."""
         if isinstance(module, nn.Linear | nn.Conv2d):
-            init.lecun_normal_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-            return
-        super()._init_weights(module)
-        if isinstance(module, Vit | Text):
-            for layer in module.layers:
-                _xavier(layer)
-            if isinstance(module, Vit):
-                init.normal_(module.position_embedding, std=1 / math.sqrt(module.position_embedding.shape[-1]))
-            else:
-                init.default_flax_embed_init_(module.token_embedding.weight)
-                init.default_flax_embed_init_(module.position_embedding)
-        elif isinstance(module, Pooling):
-            _xavier(module.fc1)
-            _xavier(module.fc2)
-            init.xavier_uniform_(module.probe)
-            init.xavier_uniform_(module.attention.in_proj_weight)
-            init.zeros_(module.attention.in_proj_bias)
-        elif module is self:
-            init.zeros_(self.logit_scale)
-            init.zeros_(self.logit_bias)
+            draw_lecun(module)
+        else:
+            super()._init_weights(module)
+            draw_siglip(self, module)
 
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         """Texts are filled up to every position and nothing is masked, as SigLIP was trained: the last position is what is pooled."""
@@ -357,13 +256,6 @@ class SlicedSiglipModel(Comparing):
 
     def _seen(self, states: Tensor) -> Tensor:
         return self.vision_model.post_norm(states)
-
-
-def _xavier(module: nn.Module) -> None:
-    """Fresh matrices by Xavier; biases stay 0."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            init.xavier_uniform_(part.weight)
 
 
 MODELS: dict[type[TwoTowers], type[Comparing]] = {SlicedCLIPConfig: SlicedCLIPModel, SlicedSiglipConfig: SlicedSiglipModel}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class Size(NamedTuple):
         cross = len(kept[f"{group}.{CROSS_HEAD}"]) if context_width else None
         return cls(width, width // heads, counts[HEAD], counts[NEURON], cross, context_width)
 
+    @classmethod
+    def of_tower(cls, kept: Mapping[str, list[int]], tower: str, layers: int, width: int, heads: int, context_width: int = 0) -> list[Size]:
+        """Of all `layers` of a tower in which they are alike."""
+        return [cls.of(kept, f"{tower}.{layer}", width, heads, context_width) for layer in range(layers)]
+
 
 class Layer(Named):
     """What layers of both orders share; roles are those below, and of the attentions those of :class:`Attention` after a colon."""
@@ -68,6 +73,26 @@ class Layer(Named):
         if self.size.neurons:
             self.put(fc1=nn.Linear(self.size.width, self.size.neurons))
         self.put(fc2=projection(self.size.neurons, self.size.width))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Context | None = None,
+        layer: int = 0,
+        cache: Cache | None = None,
+        maps: tuple[Maps, Maps] = (None, None),
+    ) -> Tensor:
+        """`x` [B, T, W] through self-attention, cross-attention where there is any and something to attend to, and neurons."""
+        x = self.beside(x, self.attention_norm, lambda h: self.attention.itself(h, mask, maps[0], cache, layer))
+        if context is not None and self.size.cross_heads is not None:
+            given, seen, rows, sharing = context.kv[layer], context.mask, context.rows, context.sharing
+            x = self.beside(x, self.cross_attention_norm, lambda h: self.cross_attention(h, given, seen, rows, maps[1], sharing))
+        return self.beside(x, self.ffn_norm, self.feed)
+
+    def beside(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """`x` with what `part` of the layer adds to it, normalised as the order of the layer is."""
+        raise NotImplementedError
 
     def feed(self, x: Tensor) -> Tensor:
         """`x` [B, T, W] through the neurons; without any, what is left of them."""
@@ -94,17 +119,8 @@ class PreNormLayer(Layer):
         self.put(ffn_norm=nn.LayerNorm(size.width, eps))
         self._add_neurons()
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        context: Context | None = None,
-        layer: int = 0,
-        cache: Cache | None = None,
-        maps: tuple[Maps, Maps] = (None, None),
-    ) -> Tensor:
-        x = x + self.attention.itself(self.attention_norm(x), mask, maps[0], cache, layer)
-        return x + self.feed(self.ffn_norm(x))
+    def beside(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + part(norm(x))
 
 
 class PostNormLayer(Layer):
@@ -121,21 +137,9 @@ class PostNormLayer(Layer):
         self.put(ffn_norm=nn.LayerNorm(size.width, eps))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        context: Context | None = None,
-        layer: int = 0,
-        cache: Cache | None = None,
-        maps: tuple[Maps, Maps] = (None, None),
-    ) -> Tensor:
-        """Without a `context` there is nothing to cross-attend to, and it does not."""
-        x = self.attention_norm(x + self.dropout(self.attention.itself(x, mask, maps[0], cache, layer)))
-        if context is not None:
-            h = self.cross_attention(x, context.kv[layer], context.mask, context.rows, maps[1], context.sharing)
-            x = self.cross_attention_norm(x + self.dropout(h))
-        return self.ffn_norm(x + self.dropout(self.feed(x)))
+    def beside(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        normalised: Tensor = norm(x + self.dropout(part(x)))
+        return normalised
 
 
 class Layers(nn.ModuleList):

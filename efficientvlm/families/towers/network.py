@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from efficientvlm.families.anatomy import GatePoint, Unit
 from efficientvlm.families.network import require
-from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.layers import Layer
-from efficientvlm.families.towers.parts import HIDDEN, SELF_ATTENTION
+from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, normalise
+from efficientvlm.families.towers.vit import Vit
 
 
 class TowerNetwork(PreTrainedModel):
@@ -24,6 +26,8 @@ class TowerNetwork(PreTrainedModel):
     """Patterns of names in older files, and what they are called now."""
     places: ClassVar[dict[str, str]]
     owners: ClassVar[dict[str, str]]
+    ends_normalised: ClassVar[bool] = True
+    """Whether the states of images are what the norm behind the last layer gives."""
     config: Any
     base_model_prefix = ""
     _keys_to_ignore_on_load_unexpected = (r"\.position_ids$",)  # numbers that older files hold
@@ -34,21 +38,33 @@ class TowerNetwork(PreTrainedModel):
         return False
 
     def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
-        """This network made able to do `ability`, and the names of its tensors that are new.
-
-        Args:
-            donor: a network that is able, or None.
-            decoder_init: `auto`, `teacher` or `fusion`, where a new answer decoder comes from.
-
-        Raises:
-            BadInput: it cannot be made able.
-        """
+        """As :meth:`families.network.Network.gain`; what is not there from the start cannot be gained."""
         require(self, ability)
         return self, []
 
-    def new_cache(self) -> Cache:
-        """An empty key/value cache for `decode`."""
-        return Cache()
+    @property
+    def images(self) -> Vit:
+        """The tower of images."""
+        tower = self.get_submodule(next(name for name, owner in self.owners.items() if owner == "vision"))
+        assert isinstance(tower, Vit)
+        return tower
+
+    def encode_image(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, T, W]; with `regions` as :meth:`vit.Vit.forward` says."""
+        tower = self.images
+        out: Encoded = tower(normalise(pixels, self.config.image_mean, self.config.image_std, tower.dtype), regions, keep)
+        if self.ends_normalised:
+            out.states = tower.post_norm(out.states)
+        return out
+
+    def image_feature(self, states: Tensor) -> Tensor:
+        """States [B, T, W] of images to unit vectors [B, E]; only of networks that compare features."""
+        raise NotImplementedError
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]."""
+        states = self.encode_image(pixels).states
+        return states, self.image_feature(states)
 
     def units(self) -> list[Unit]:
         """Every removable unit that is present, ordered by tower, layer, kind, index."""
@@ -83,6 +99,14 @@ class TowerNetwork(PreTrainedModel):
                 number, _, tail = parameter.removeprefix(f"{place}.").partition(".")
                 return f"{place}.{layers[tower][int(number)]}.{tail}"
         return parameter
+
+
+def blank_batch(side: int, count: int, length: int, device: Any, *, texts: str, answers: bool) -> dict[str, Any]:
+    """`count` black images of `side` pixels, a text of `length` tokens with each, called `texts` (text, question), a token of an answer."""
+    rows, ones = torch.arange(count, device=device), torch.ones(count, length, dtype=torch.long, device=device)
+    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    batch: dict[str, Any] = {"pixels": pixels, "image_index": rows, f"{texts}_ids": ones, f"{texts}_mask": ones}
+    return batch | ({"answer_ids": ones[:, :1], "answer_mask": ones[:, :1], "answer_index": rows} if answers else {})
 
 
 def asked(config: Any, attentions: bool | None, hidden: bool | None) -> frozenset[str]:

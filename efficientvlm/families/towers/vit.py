@@ -1,4 +1,4 @@
-"""Vision transformers: patches, positions, pre-norm layers."""
+"""Vision transformers: patches, positions, pre-norm layers; and pooling by a probe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.families.towers.layers import Layers, Names, PreNormLayer
-from efficientvlm.families.towers.parts import NOTHING, Encoded, Named, Part
+from efficientvlm.families.towers.parts import NOTHING, Activation, Encoded, Named, Part
 
 
 class Vit(Named):
@@ -83,3 +83,23 @@ class Vit(Named):
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
+
+
+class Pooling(Named):
+    """SigLIP's pooling of an image: a probe that attends to all its states, and an MLP; it is never pruned."""
+
+    fc1 = Part[nn.Linear]()
+    fc2 = Part[nn.Linear]()
+
+    def __init__(self, width: int, heads: int, neurons: int, eps: float, activation: Activation) -> None:
+        super().__init__({"fc1": "mlp.fc1", "fc2": "mlp.fc2"})
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(width, eps)
+        self.put(fc1=nn.Linear(width, neurons), fc2=nn.Linear(neurons, width))
+        self.activation = activation
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [B, T, W] to one vector each [B, W]."""
+        x = self.attention(self.probe.expand(states.shape[0], -1, -1), states, states, need_weights=False)[0]
+        return (x + self.fc2(self.activation(self.fc1(self.layernorm(x)))))[:, 0]

@@ -10,9 +10,9 @@ from pydantic import Field, create_model
 from transformers import PreTrainedConfig
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, groups_of
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
-from efficientvlm.families.structure import Sizes, Structure, kept_of_layers
+from efficientvlm.families.structure import Layered, Structure, Uniform
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class XVLMConfig(Structure, PreTrainedConfig):
+class XVLMConfig(Uniform, PreTrainedConfig):
     """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
 
     CLIP normalises what enters its first layer and has quick-GELU; other vision transformers do without the one (`vision_pre_norm`) or have
@@ -56,6 +56,7 @@ class XVLMConfig(Structure, PreTrainedConfig):
     """
 
     model_type = "xvlm"
+    crossing = ("fusion", "decoder")
 
     image_size: int = 224
     patch_size: int = 16
@@ -97,31 +98,13 @@ class XVLMConfig(Structure, PreTrainedConfig):
     def layers(self) -> dict[str, int]:
         return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
 
-    def original_counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for tower, layers in self.layers().items():
-            heads, neurons = (
-                (self.vision_heads, self.vision_intermediate) if tower == "vision" else (self.text_heads, self.text_intermediate)
-            )
-            for layer in range(layers):
-                counts[f"{tower}.{layer}.{HEAD}"] = heads
-                if tower in ("fusion", "decoder"):
-                    counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
-                counts[f"{tower}.{layer}.{NEURON}"] = neurons
-        return counts
+    def layered(self, tower: str) -> Layered:
+        if tower == "vision":
+            return Layered(self.vision_width, self.vision_heads, self.vision_intermediate)
+        return Layered(self.text_width, self.text_heads, self.text_intermediate)
 
-    def sizes(self) -> Sizes:
-        layers, by_tower = self.layers(), {tower: "vision" if tower == "vision" else "text" for tower in TOWERS}
-        return Sizes(
-            self.image_size,
-            self.patch_size,
-            self.max_positions,
-            self.vocab_size,
-            {tower: (getattr(self, f"{kind}_width"),) * (layers[tower] + 1) for tower, kind in by_tower.items()},
-            {tower: (getattr(self, f"{kind}_heads"),) * layers[tower] for tower, kind in by_tower.items()},
-            tuple(self.image_mean),
-            tuple(self.image_std),
-        )
+    def reads(self) -> tuple[int, int, int, int]:
+        return self.image_size, self.patch_size, self.max_positions, self.vocab_size
 
     def abilities(self) -> frozenset[str]:
         if self.decoder_layers:
@@ -153,9 +136,7 @@ class XVLMConfig(Structure, PreTrainedConfig):
         if self.vision_layers:
             local = sum(old >= self.vision_layers - local for old in layers["vision"])
         sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
-        source = {tower: list(chosen) for tower, chosen in layers.items()}
-        before = {"layer_source": source, "layer_source_of": self.layers()}
-        return self.copy(**sizes, **before, kept=kept_of_layers(self.kept, layers), local_attention_depth=local)
+        return self.of_layers(layers, **sizes, local_attention_depth=local)
 
 
 def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:

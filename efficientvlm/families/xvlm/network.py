@@ -13,11 +13,12 @@ from transformers import initialization as init
 from efficientvlm.errors import BadInput
 from efficientvlm.families.graphs import vqa_graphs
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
-from efficientvlm.families.towers.attention import Cache, Context, Sharing
+from efficientvlm.families.towers.attention import Cache, Context
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
+from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
-from efficientvlm.families.towers.network import TowerNetwork
-from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, normalise, tap
+from efficientvlm.families.towers.network import TowerNetwork, blank_batch
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import TOWERS, XVLMConfig
 from efficientvlm.families.xvlm.heads import answering, matching
@@ -26,7 +27,7 @@ Kept = dict[str, list[int]]
 
 
 def _vision(config: XVLMConfig, kept: Kept) -> Vit:
-    sizes = (Size.of(kept, f"vision.{i}", config.vision_width, config.vision_heads) for i in range(config.vision_layers))
+    sizes = Size.of_tower(kept, "vision", config.vision_layers, config.vision_width, config.vision_heads)
     layers = [PreNormLayer(size, config.vision_eps, activation(config.vision_activation), {}) for size in sizes]
     shape = (config.vision_width, config.image_size, config.patch_size, config.vision_eps)
     return Vit(layers, *shape, {}, pre_norm=config.vision_pre_norm, local_layers=config.local_attention_depth)
@@ -34,8 +35,7 @@ def _vision(config: XVLMConfig, kept: Kept) -> Vit:
 
 def _texts(config: XVLMConfig, kept: Kept, tower: str, context_width: int = 0, *, embeddings: bool) -> Bert:
     dropout = {"dropout": config.dropout, "attention_dropout": config.dropout}
-    names = (f"{tower}.{i}" for i in range(config.layers()[tower]))
-    sizes = (Size.of(kept, name, config.text_width, config.text_heads, context_width) for name in names)
+    sizes = Size.of_tower(kept, tower, config.layers()[tower], config.text_width, config.text_heads, context_width)
     table = None
     if embeddings:
         shape = (config.vocab_size, config.max_positions, config.text_width, config.text_eps, config.dropout)
@@ -51,7 +51,7 @@ def mlp_head(width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, outputs))
 
 
-class XVLMModel(TowerNetwork):
+class XVLMModel(Writing, TowerNetwork):
     """X-VLM with the heads named in `config.heads` and, when `config.decoder_layers` > 0, an answer decoder."""
 
     config_class = XVLMConfig
@@ -97,17 +97,6 @@ class XVLMModel(TowerNetwork):
     def is_embedding(cls, parameter: str) -> bool:
         return ".embeddings." in parameter and ".norm." not in parameter
 
-    def encode_image(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = NOTHING) -> Encoded:
-        """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, 1 + patches, W].
-
-        With `regions` = (row → image [R], visible patches [R, 1 + patches]) the last `local_attention_depth` layers run on the regions and
-        on the whole images, and the states are [R + I, ...], regions first (X-VLM, multi-grained encoding).
-        """
-        pixels = normalise(pixels, self.config.image_mean, self.config.image_std, self.vision.dtype)
-        out: Encoded = self.vision(pixels, regions, keep)
-        out.states = self.vision.post_norm(out.states)
-        return out
-
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> Encoded:
         """Token ids and mask [B, L] (1 = token) to states [B, L, W]."""
         return self.text.read(ids, mask, keep=keep)
@@ -120,7 +109,6 @@ class XVLMModel(TowerNetwork):
     def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
     ) -> tuple[Tensor, Encoded]:
-        """Answer tokens [B, L] to next-token logits [B, L, V], causal; with a `cache`, `ids` are the tokens that follow those in it."""
         out = self.decoder.follow(ids, mask, context, cache, keep)
         return self.decoder_head(out.states, self.decoder.embeddings), out
 
@@ -153,12 +141,7 @@ class XVLMModel(TowerNetwork):
         """
         record, context = self.encode(batch, want)
         if "answer_ids" in batch:
-            keep = kinds_of(check_taps(self, want), "decoder")
-            context.rows = batch["answer_index"]
-            context.sharing = Sharing.of(context.rows, len(batch["question_ids"]))
-            context.mask = None if context.mask is None else context.mask[context.rows]
-            record["logits"], out = self.follow(batch["answer_ids"], batch["answer_mask"], context, keep=keep)
-            tap(record, "decoder", out, keep)
+            self.answer(batch, context, check_taps(self, want), record)
         return record
 
     def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
@@ -187,14 +170,6 @@ class XVLMModel(TowerNetwork):
         distinct = batch["distinct_questions"]
         return self.encode_text(ids[distinct], mask[distinct], keep=keep).spread(batch["distinct_index"])
 
-    def decode(self, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
-        return self.follow(ids, mask, context if rows is None else context.of(rows), cache)[0]
-
-    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.encode_image(pixels).states
-        return states, self.image_feature(states)
-
     def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = self.encode_text(ids, mask).states
         return states, self.text_feature(states, mask)
@@ -213,18 +188,8 @@ class XVLMModel(TowerNetwork):
         return super().gain(ability, donor, decoder_init)
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        config = self.config
-        rows = torch.arange(batch_size, device=device)
-        batch: dict[str, Any] = {
-            "pixels": torch.zeros(batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8, device=device),
-            "image_index": rows,
-            "question_ids": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
-            "question_mask": torch.ones(batch_size, text_length, dtype=torch.long, device=device),
-        }
-        if config.decoder_layers:
-            ones = torch.ones(batch_size, 1, dtype=torch.long, device=device)
-            batch |= {"answer_ids": ones, "answer_mask": ones, "answer_index": rows}
-        return batch
+        answers = bool(self.config.decoder_layers)
+        return blank_batch(self.config.image_size, batch_size, text_length, device, texts="question", answers=answers)
 
     def graphs(self) -> list[Graph]:
         if not self.config.decoder_layers:

@@ -1,0 +1,61 @@
+"""What a family of models is: how its networks are made, opened and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from efficientvlm.families.loading import open_model, read_json
+
+
+class Family:
+    """Nothing else in the toolkit branches on the family. One that `init` makes has `fresh_config` too, see :class:`Fresh`."""
+
+    name: ClassVar[str]
+    models: ClassVar[Mapping[type, type]]
+    """Configuration → model class of ours, which transformers' Auto classes should know as well."""
+    model_types: ClassVar[tuple[str, ...]]
+    """Every `model_type` of a `config.json` that this family opens."""
+    extra_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
+
+    def read_config(self, path: Path) -> Any:
+        """The configuration of checkpoint folder `path`, a :class:`structure.Structure`; no weights are read.
+
+        Raises:
+            BadInput: what is there is of no network of this family, or its sizes do not fit together.
+        """
+        raise NotImplementedError
+
+    def build(self, config: Any) -> Any:
+        """A model with fresh weights of the (possibly sliced) shapes in `config`."""
+        return self.models[type(config)](config)
+
+    def load(self, path: Path) -> Any:
+        """The model in checkpoint folder `path`, in float32, evaluation mode; :class:`BadInput` if weights and sizes do not fit."""
+        config = self.read_config(path)
+        return open_model(self.models[type(config)], path, config)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write `config.json` and safetensors weights; with stock class names where transformers' own classes can open them."""
+        model.save_pretrained(folder)
+        if stock := model.config.opened_by:
+            file = folder / "config.json"
+            values = read_json(file) | {"model_type": stock[0], "architectures": [stock[1]]}
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class Fresh(Family):
+    """A family whose networks can begin at random."""
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> Any:
+        """Configuration of a new network of `size` (tiny, small, base) with the settings in `changes`.
+
+        `vocab` maps tokens to ids, or is just their number where nothing is going to be read.
+
+        Raises:
+            BadInput: an unknown setting, or sizes that do not fit together.
+        """
+        raise NotImplementedError
