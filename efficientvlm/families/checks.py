@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from efficientvlm.errors import BadInput, shorten
 
@@ -14,6 +16,10 @@ MOST = 10_000_000  # of anything: tokens, positions, columns
 MOST_LAYERS = 1000
 MOST_PIXELS = 16_384  # a side
 MOST_UNITS = 4_000_000  # heads and neurons of a network
+
+Many = Annotated[int, Field(ge=1, le=MOST)]
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 def check_config(config: Any, where: str) -> None:

@@ -9,6 +9,32 @@ from typing import Any, ClassVar
 
 from efficientvlm.families.loading import open_model, read_json
 
+SMALLER: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        **dict.fromkeys(("vision_width", "text_width"), 128),
+        **dict.fromkeys(("vision_heads", "text_heads"), 4),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
+        "vision_layers": 4,
+        "text_layers": 2,
+        "embed_dim": 64,
+        "max_positions": 64,
+        "initializer_range": 0.06,
+        "dropout": 0.0,
+    },
+    "small": {
+        "image_size": 160,
+        **dict.fromkeys(("vision_width", "text_width"), 384),
+        **dict.fromkeys(("vision_heads", "text_heads"), 6),
+        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
+        "vision_layers": 12,
+        "max_positions": 128,
+    },
+    "base": {},
+}
+"""What fresh networks of every family that is made at random have in common, by size; base is that of the family."""
+
 
 class Family:
     """Nothing else in the toolkit branches on the family. One that `init` makes has `fresh_config` too, see :class:`Fresh`."""

@@ -12,18 +12,16 @@ from transformers import initialization as init
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.families.blip.config import BlipAnswerConfig
-from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
+from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
+from efficientvlm.families.family import SMALLER
 from efficientvlm.families.towers.bert import Bert, LanguageHead
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.settings.base import Strict, parse
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 
-Size = Annotated[int, Field(ge=1, le=MOST)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 Real = Annotated[float, Field(ge=0)]
-Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class Sizes(Strict):
@@ -33,49 +31,25 @@ class Sizes(Strict):
     patch_size: Pixels = 16
     image_mean: Colours = list(CLIP_MEAN)
     image_std: Colours = list(CLIP_STD)
-    vision_width: Size = 768
+    vision_width: Many = 768
     vision_layers: Layers = 12
-    vision_heads: Size = 12
-    vision_intermediate: Size = 3072
+    vision_heads: Many = 12
+    vision_intermediate: Many = 3072
     vision_eps: Real = 1e-6
-    text_width: Size = 768
+    text_width: Many = 768
     text_layers: Layers = 12
     decoder_layers: Layers | None = Field(None, description="those of the text tower by default")
-    text_heads: Size = 12
-    text_intermediate: Size = 3072
+    text_heads: Many = 12
+    text_intermediate: Many = 3072
     text_eps: Real = 1e-12
-    vocab_size: Size = 30524
-    max_positions: Size = 512
+    vocab_size: Many = 30524
+    max_positions: Many = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    embed_dim: Size = 256
+    embed_dim: Many = 256
     initializer_range: Real = 0.02
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "image_size": 64,
-        "patch_size": 8,
-        **dict.fromkeys(("vision_width", "text_width"), 128),
-        **dict.fromkeys(("vision_heads", "text_heads"), 4),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
-        "vision_layers": 4,
-        "text_layers": 2,
-        "embed_dim": 64,
-        "max_positions": 64,
-        "initializer_range": 0.06,
-        "dropout": 0.0,
-    },
-    "small": {
-        "image_size": 160,
-        **dict.fromkeys(("vision_width", "text_width"), 384),
-        **dict.fromkeys(("vision_heads", "text_heads"), 6),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
-        "vision_layers": 12,
-        "text_layers": 6,
-        "max_positions": 128,
-    },
-    "base": {},
-}
+SIZES: dict[str, dict[str, Any]] = SMALLER | {"small": SMALLER["small"] | {"text_layers": 6}}
 
 
 def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> BlipAnswerConfig:

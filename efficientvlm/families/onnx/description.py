@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.checkpoints.manifest import FileName
 from efficientvlm.errors import shorten
-from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, MOST_PIXELS
+from efficientvlm.families.checks import HUGE, MOST, MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.structure import Sizes
 from efficientvlm.settings.base import Strict
 
@@ -35,7 +35,6 @@ CACHED = re.compile(r"(past|present)_(key|value)_(\d{1,4})", re.ASCII)
 
 Length = Annotated[int, Field(ge=0, le=MOST)]
 Axis = Annotated[str, Field(min_length=1, max_length=100)]
-Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
 Deviation = Annotated[float, Field(gt=0, lt=HUGE)]
 
 
@@ -56,9 +55,9 @@ class GraphFile(Strict):
 class StoredSizes(Strict):
     """What :class:`structure.Sizes` holds."""
 
-    image_size: int = Field(ge=1, le=MOST_PIXELS)
-    patch_size: int = Field(ge=1, le=MOST_PIXELS)
-    max_positions: int = Field(ge=1, le=MOST)
+    image_size: Pixels
+    patch_size: Pixels
+    max_positions: Many
     vocab_size: int = Field(ge=1, le=MOST, strict=True)
     widths: dict[str, Annotated[list[Length], Field(min_length=1, max_length=MOST_LAYERS + 1)]]
     heads: dict[str, Annotated[list[Length], Field(max_length=MOST_LAYERS)]]

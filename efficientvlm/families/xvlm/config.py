@@ -11,39 +11,17 @@ from transformers import PreTrainedConfig
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
-from efficientvlm.families.checks import MOST, MOST_LAYERS, MOST_PIXELS
+from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
+from efficientvlm.families.family import SMALLER
 from efficientvlm.families.structure import Layered, Structure, Uniform
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "image_size": 64,
-        "patch_size": 8,
-        **dict.fromkeys(("vision_width", "text_width"), 128),
-        **dict.fromkeys(("vision_heads", "text_heads"), 4),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 512),
-        "vision_layers": 4,
-        "text_layers": 2,
-        "fusion_layers": 2,
-        "local_attention_depth": 2,
-        "embed_dim": 64,
-        "max_positions": 64,
-        "initializer_range": 0.06,
-        "dropout": 0.0,
-    },
-    "small": {
-        "image_size": 160,
-        **dict.fromkeys(("vision_width", "text_width"), 384),
-        **dict.fromkeys(("vision_heads", "text_heads"), 6),
-        **dict.fromkeys(("vision_intermediate", "text_intermediate"), 1536),
-        "text_layers": 3,
-        "fusion_layers": 3,
-        "max_positions": 128,
-    },
-    "base": {},
+SIZES: dict[str, dict[str, Any]] = SMALLER | {
+    "tiny": SMALLER["tiny"] | {"fusion_layers": 2, "local_attention_depth": 2},
+    "small": SMALLER["small"] | {"text_layers": 3, "fusion_layers": 3},
 }
 
 
@@ -159,13 +137,12 @@ def check_fields(values: Mapping[str, Any], where: str) -> None:
 
 @cache
 def _settings_schema() -> type[Strict]:
-    size, count = Annotated[int, Field(ge=1, le=MOST)], Annotated[int, Field(ge=0, le=MOST_LAYERS)]
-    colours = Annotated[list[float], Field(min_length=3, max_length=3)]
-    kinds: dict[str, Any] = {"int": size, "float": Annotated[float, Field(ge=0)], "list[str] | None": list[str] | None}
+    count = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+    kinds: dict[str, Any] = {"int": Many, "float": Annotated[float, Field(ge=0)], "list[str] | None": list[str] | None}
     special: dict[str, Any] = {
         **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
-        **dict.fromkeys(("image_mean", "image_std"), colours),
-        **dict.fromkeys(("image_size", "patch_size"), Annotated[int, Field(ge=1, le=MOST_PIXELS)]),
+        **dict.fromkeys(("image_mean", "image_std"), Colours),
+        **dict.fromkeys(("image_size", "patch_size"), Pixels),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
         "vision_pre_norm": bool,
         "vision_activation": Literal["quick_gelu", "gelu"],
