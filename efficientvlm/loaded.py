@@ -20,7 +20,7 @@ from efficientvlm.families import loading
 from efficientvlm.families.image_settings import preprocessing_of
 from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.families.onnx.family import Exported
-from efficientvlm.families.structure import Sizes
+from efficientvlm.families.structure import Described, Sizes
 
 SHORTEST = 3  # first and last token, and one between them
 
@@ -36,9 +36,13 @@ class Loaded:
     manifest: Manifest
 
     @property
+    def config(self) -> Described:
+        config: Described = self.model.config
+        return config
+
+    @property
     def sizes(self) -> Sizes:
-        sizes: Sizes = self.model.config.sizes()
-        return sizes
+        return self.config.sizes()
 
     @property
     def image_processor(self) -> dict[str, Any] | None:
@@ -53,8 +57,7 @@ class Loaded:
     @property
     def abilities(self) -> frozenset[str]:
         """What it can do as it is; see `families.network.ABILITIES`."""
-        abilities: frozenset[str] = self.model.config.abilities()
-        return abilities
+        return self.config.abilities()
 
 
 def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:
@@ -99,7 +102,7 @@ def text_length(loaded: Loaded, asked: int | None = None) -> int:
     Raises:
         BadInput: more are asked for than it has positions.
     """
-    positions, config, manifest = loaded.sizes.max_positions, loaded.model.config, loaded.manifest
+    positions, config, manifest = loaded.sizes.max_positions, loaded.config, loaded.manifest
     if asked is not None and asked > positions:
         raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
     tuned = config.max_tokens or manifest.noted("max_tokens", int | None, None)
@@ -108,7 +111,7 @@ def text_length(loaded: Loaded, asked: int | None = None) -> int:
 
 def keep_length(loaded: Loaded, asked: int | None) -> None:
     """Note in the model's configuration how long the texts are that it reads from now on, in what is written of it too."""
-    loaded.model.config.max_tokens = text_length(loaded, asked)
+    loaded.config.max_tokens = text_length(loaded, asked)
 
 
 def longest(loaded: Loaded, texts: list[str], most: int) -> int:

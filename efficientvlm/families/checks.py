@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from efficientvlm.errors import BadInput, shorten
+from efficientvlm.families.structure import Structure
 
 CORRECT = "correct it there"
 HUGE = 1e30  # less than the largest float32; a comparison takes any integer, and NaN fails it
@@ -22,7 +23,7 @@ Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-def check_config(config: Any, where: str) -> None:
+def check_config(config: Structure, where: str) -> None:
     """Refuse sizes, channel statistics or counts of `config` that no network can have; `where` names their file.
 
     Raises:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from efficientvlm.families.structure import Described
 
 FLOAT = 4
 LAYER = 20  # values of a token in units of the width: input, norm, queries, keys, values, a feed-forward network and its activation
@@ -32,7 +33,7 @@ class Footprint:
     answer_token: int
 
     @classmethod
-    def of(cls, config: Any) -> Footprint:
+    def of(cls, config: Described) -> Footprint:
         """For networks of `config`, pruned or not: as if nothing was removed."""
         sizes = config.sizes()
         layers = config.layers()

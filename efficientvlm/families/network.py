@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import Unit
+from efficientvlm.families.structure import Described, Structure
 
 LAYER = re.compile(r"(?<=attention)\.\d+$")
 
@@ -40,7 +41,7 @@ class Network(Protocol):
     What it can do beyond that says `config.abilities()`, each ability of a protocol below.
     """
 
-    config: Any
+    config: Structure
     taps: frozenset[str]
     """What a pass can keep, as `tower.kind`."""
 
@@ -129,7 +130,7 @@ ABILITIES = {
 """What a network may be able to do, and which families have networks that are."""
 
 
-def refusal(config: Any, ability: str, who: str = "this model", why: str = "", fix: str = "") -> BadInput:
+def refusal(config: Described, ability: str, who: str = "this model", why: str = "", fix: str = "") -> BadInput:
     """What to say of a network of `config` that lacks `ability`: by default what it can do instead, and which families are able."""
     what, families = ABILITIES[ability]
     able = ", ".join(said for name, (said, _) in ABILITIES.items() if name in config.abilities())

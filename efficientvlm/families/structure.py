@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
@@ -34,6 +34,20 @@ class Sizes(NamedTuple):
         """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""
         parts = {"width": self.widths[tower], "heads": self.heads[tower]}
         return {name: list(dict.fromkeys(values)) for name, values in parts.items()}
+
+
+class Described(Protocol):
+    """What the configuration of everything that can be asked answers, exported graphs too."""
+
+    answers: list[str] | None
+    rank_top: int
+    max_tokens: int | None
+
+    @property
+    def model_type(self) -> str: ...
+    def abilities(self) -> frozenset[str]: ...
+    def layers(self) -> dict[str, int]: ...
+    def sizes(self) -> Sizes: ...
 
 
 @dataclass(kw_only=True)

@@ -22,6 +22,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.runtime.progress import Bar, say
+from efficientvlm.settings.tasks import VQAEval, VQASettings
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.ranking import evaluate, generate, rank
 from efficientvlm.training.loop import Batch
@@ -29,7 +30,7 @@ from efficientvlm.training.loop import Batch
 EVAL_BATCH = 100
 
 
-def listed_answers(config: Any) -> list[str] | None:
+def listed_answers(config: VQASettings | VQAEval) -> list[str] | None:
     """The answers in the file that `config` names; None where it names none."""
     return read_answers(resolve(config.answers)) if config.answers else None
 
@@ -68,7 +69,7 @@ class Answerer:
         self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = False
     ) -> None:
         self.loaded, self.mode, self.twice = loaded, mode, twice
-        config = loaded.model.config
+        config = loaded.config
         self.texts = texts_of(loaded)
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top

@@ -18,6 +18,7 @@ from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.base import settings_of
+from efficientvlm.settings.tasks import PretrainingSettings
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt
 from efficientvlm.training.loop import Batch
@@ -30,7 +31,7 @@ class Pretraining(Learnt):
 
     name, kind, needs, final = "pretraining", PAIRS, ("pretrain",), False
 
-    def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
+    def problems(self, config: PretrainingSettings, student: Loaded) -> Iterator[BadInput]:
         if not self.able(student):
             yield self.refusal(student)
         elif missing := sorted(set(config.losses) - set(student.model.config.heads)):
@@ -40,19 +41,19 @@ class Pretraining(Learnt):
             if getattr(config, name) == 1 and "itm" in config.losses:
                 yield BadInput(f"{name} 1", "matching needs another pair as negative", "use 2 or more")
 
-    def teacher_problems(self, config: Any, teacher: Loaded) -> Iterator[BadInput]:
+    def teacher_problems(self, config: PretrainingSettings, teacher: Loaded) -> Iterator[BadInput]:
         if missing := sorted(set(config.losses) - set(getattr(teacher.model.config, "heads", ()))):
             yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
 
-    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+    def adapt(self, config: PretrainingSettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
         """Nothing is added; what is new since the network was made from others, its manifest says."""
         return student.model, student.manifest.extra.get("new", [])
 
-    def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
+    def objective(self, config: PretrainingSettings, student: Loaded) -> XvlmPretraining:
         settings = settings_of(config, "losses", "seed", "hard_negatives")
         return XvlmPretraining(student.model, **settings)
 
-    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+    def batches(self, config: PretrainingSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions."""
         settings = {"seed": config.seed, "step": step, **augmentation(config), **settings_of(config, "mask_probability", "max_masks")}
         batches = [pair_batch(items, texts, **settings)]
@@ -64,11 +65,11 @@ class Pretraining(Learnt):
             batches.insert(0, region_batch(some, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
         return batches
 
-    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+    def bytes_of_cached_teacher(self, config: PretrainingSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_features(teacher, source, images_seen)
 
     @torch.inference_mode()
-    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+    def validate(self, config: PretrainingSettings, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         """Mean losses, matching accuracy (1 of 3 pairs is positive) and masked-token accuracy on fixed validation batches, with progress.
 
         A batch of texts in which no token was masked says nothing of masked tokens; where all are so, these metrics are missing.

@@ -8,6 +8,7 @@ from efficientvlm.data.kinds.questions import answers as said
 from efficientvlm.data.kinds.questions import asked
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.settings.tasks import VQASettings
 
 FLOAT = 4
 
@@ -18,7 +19,7 @@ def listed_images(source: Any) -> int:
     return min(len(whole), SAMPLED_TEXTS) if isinstance(whole, Shapes) else len(whole)
 
 
-def bytes_of_answers(config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+def bytes_of_answers(config: VQASettings, teacher: Loaded, source: Any, images_seen: int) -> int:
     """Of logits at every token of every accepted answer, over a run that reads `images_seen` images, some again."""
     answers = [answer for answer, _ in said(source)]
     distinct = list(dict.fromkeys(answers))

@@ -22,6 +22,7 @@ from efficientvlm.families.network import refusal, require
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
+from efficientvlm.settings.tasks import RetrievalEval, RetrievalSettings
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate
 from efficientvlm.tasks.remembered import bytes_of_features
@@ -40,16 +41,16 @@ class Retrieval(Learnt):
     name, kind, needs = "retrieval", PAIRS, ("embed",)
     also = ("itm_accuracy", "itm_preferred")
 
-    def problems(self, config: Any, student: Loaded) -> Iterator[BadInput]:
+    def problems(self, config: RetrievalSettings, student: Loaded) -> Iterator[BadInput]:
         if config.batch_size < 2:
             yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
 
-    def teacher_problems(self, config: Any, teacher: Loaded) -> Iterator[BadInput]:
+    def teacher_problems(self, config: RetrievalSettings, teacher: Loaded) -> Iterator[BadInput]:
         yield from super().teacher_problems(config, teacher)
         if self.able(teacher) and "match" not in teacher.abilities:
-            yield refusal(teacher.model.config, "match", f"teacher {teacher.path}")
+            yield refusal(teacher.config, "match", f"teacher {teacher.path}")
 
-    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+    def adapt(self, config: RetrievalSettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
         """Heads of other tasks are left behind."""
         model, _ = super().adapt(config, student, teacher)
         network, new = model.gain("match")
@@ -59,26 +60,26 @@ class Retrieval(Learnt):
     def changes(self, added: int) -> str:
         return f"heads of other tasks are left behind: {added:+,} parameters"
 
-    def objective(self, config: Any, student: Loaded) -> XvlmPretraining:
+    def objective(self, config: RetrievalSettings, student: Loaded) -> XvlmPretraining:
         return XvlmPretraining(student.model, losses=("itc", "itm"), seed=config.seed, hard_negatives=config.hard_negatives)
 
-    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+    def batches(self, config: RetrievalSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
 
-    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+    def validate(self, config: RetrievalSettings, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         size = config.eval_batch_size or EVAL_BATCH
         return evaluate_pairs(student, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
-    def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
+    def influence(self, config: RetrievalSettings, student: Loaded, source: Any) -> Influence:
         return of_pairs(student, source, config.eval_batch_size)
 
-    def check(self, config: Any, loaded: Loaded) -> None:
+    def check(self, config: RetrievalEval, loaded: Loaded) -> None:
         super().check(config, loaded)
         if config.rerank and "match" not in loaded.abilities:
             why = f"{loaded.path} compares images and texts by their features alone"
             raise BadInput(f"rerank {config.rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
 
-    def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
+    def evaluate(self, config: RetrievalEval, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
         if not len(source):
             raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
@@ -96,15 +97,15 @@ class Retrieval(Learnt):
     def measure(self, loaded: Loaded, source: Any, *, batch_size: int, seed: int, title: str, quiet: bool) -> dict[str, Any]:
         return evaluate_pairs(loaded, source, limit=None, batch_size=batch_size, seed=seed, title=title, quiet=quiet)
 
-    def bytes_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> int:
+    def bytes_of_measuring(self, config: RetrievalEval, loaded: Loaded, source: Any) -> int:
         """Of comparing all images and their captions."""
         tokens = longest(loaded, list(islice(source.texts(), SAMPLE)), 40)
-        size, most = Footprint.of(loaded.model.config), room(torch.device("cpu"))
+        size, most = Footprint.of(loaded.config), room(torch.device("cpu"))
         held = min(most, len(source) * size.seen)
         block = min(most, config.batch_size * max(size.encoding, size.seen + size.question(tokens)))
         return 2 * config.batch_size * 3 * loaded.sizes.image_size**2 + held + block
 
-    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+    def bytes_of_cached_teacher(self, config: RetrievalSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_features(teacher, source, images_seen)
 
 

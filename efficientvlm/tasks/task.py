@@ -18,6 +18,7 @@ from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.settings.common import Asking
+from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import ABOUT
 from efficientvlm.tasks.influence import Influence, of_anything
 from efficientvlm.training.loop import Batch
@@ -52,7 +53,7 @@ class Task:
     def refusal(self, loaded: Loaded, role: str = "") -> BadInput:
         """What to say of a network that is not able, which is `role` of the stage."""
         lacking = next(ability for ability in self.needs if ability not in loaded.abilities)
-        return refusal(loaded.model.config, lacking, f"{role} {loaded.path}".lstrip(), fix=self.remedy(loaded))
+        return refusal(loaded.config, lacking, f"{role} {loaded.path}".lstrip(), fix=self.remedy(loaded))
 
     def check(self, config: Any, loaded: Loaded) -> None:
         """:class:`BadInput` for a network that cannot be measured as `config` of the eval stage says."""
@@ -155,7 +156,7 @@ class Asked(Task):
         """The answer to a question, which `config` is (of :attr:`asks`), as evlm predict shows it."""
         raise NotImplementedError
 
-    def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
+    def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         """A function of the batch size that answers prepared random questions; a network that cannot yet is made able, in memory.
 
         `among` are all models that are timed beside it.
@@ -167,7 +168,7 @@ class Asked(Task):
         if not self.able(loaded):
             raise self.refusal(loaded)
 
-    def bytes_of_timing(self, loaded: Loaded, config: Any) -> int:
+    def bytes_of_timing(self, loaded: Loaded, config: Bench) -> int:
         """Bytes that a call of :meth:`timed` holds beside weights; `loaded` is able."""
         return 0
 

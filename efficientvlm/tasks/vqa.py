@@ -22,7 +22,8 @@ from efficientvlm.objectives.generation import Generation
 from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
-from efficientvlm.settings.tasks import VQAQuestion
+from efficientvlm.settings.stages import Bench
+from efficientvlm.settings.tasks import VQAEval, VQAQuestion, VQASettings
 from efficientvlm.tasks.answering import (
     EVAL_BATCH,
     Answerer,
@@ -59,7 +60,7 @@ class VQA(Learnt, Asked):
 
     # learning
 
-    def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
+    def adapt(self, config: VQASettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
         """A student without an answer decoder gets one: from the teacher's decoder by the layer map, or else from its own fusion layers."""
         able = teacher is not None and self.able(teacher) and teacher.family.name == student.family.name
         donor = teacher.model if teacher and able else None
@@ -69,45 +70,45 @@ class VQA(Learnt, Asked):
     def changes(self, added: int) -> str:
         return f"an answer decoder is added: {added:+,} parameters in all" if added > 0 else super().changes(added)
 
-    def configure(self, config: Any, student: Loaded, source: Any) -> None:
-        student.model.config.answers, student.model.config.rank_top = answer_list(config, source), config.rank_top
+    def configure(self, config: VQASettings, student: Loaded, source: Any) -> None:
+        student.config.answers, student.config.rank_top = answer_list(config, source), config.rank_top
 
-    def reading(self, config: Any, student: Loaded, sources: dict[str, Any]) -> Reading:
-        texts, answers = texts_of(student, config.max_tokens), student.model.config.answers
+    def reading(self, config: VQASettings, student: Loaded, sources: dict[str, Any]) -> Reading:
+        texts, answers = texts_of(student, config.max_tokens), student.config.answers
         room_for_answers = texts.room(config.max_answer_tokens, double_sep=config.quirks.double_sep)
         listed = of_listed(texts, answers, room_for_answers)
         return of_texts(texts, sources["train"]) + listed + of_questions(texts, answers, sources["val"])
 
-    def objective(self, config: Any, student: Loaded) -> Generation:
+    def objective(self, config: VQASettings, student: Loaded) -> Generation:
         return Generation(student.model)
 
-    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
+    def batches(self, config: VQASettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         drawn = {"seed": config.seed, "step": step, **augmentation(config)}
         sizes = settings_of(config, "questions_per_image", "max_answer_tokens")
         return [vqa_batch(items, texts, **drawn, train=True, double_sep=config.quirks.double_sep, **sizes)]
 
-    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
+    def validate(self, config: VQASettings, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         answer = Answerer(student, twice=config.quirks.first_token_twice)
         size = config.eval_batch_size or EVAL_BATCH
         return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
-    def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
+    def influence(self, config: VQASettings, student: Loaded, source: Any) -> Influence:
         return of_answers(Answerer(student, twice=config.quirks.first_token_twice), source, config.eval_batch_size)
 
-    def bytes_of_cached_teacher(self, config: Any, teacher: Loaded, source: Any, images_seen: int) -> int:
+    def bytes_of_cached_teacher(self, config: VQASettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_answers(config, teacher, source, images_seen)
 
     # measuring
 
-    def check(self, config: Any, loaded: Loaded) -> None:
+    def check(self, config: VQAEval, loaded: Loaded) -> None:
         self.answerer(config, loaded)
 
-    def answerer(self, config: Any, loaded: Loaded) -> Answerer:
+    def answerer(self, config: VQAEval, loaded: Loaded) -> Answerer:
         """Answers as the eval stage asks for them."""
         twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
         return Answerer(loaded, mode=config.mode, answers=listed_answers(config), top=config.rank_top, twice=twice)
 
-    def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
+    def evaluate(self, config: VQAEval, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """Every question of `source` answered: `metric`, `mode`, how was ranked, `metrics`."""
         answer = self.answerer(config, loaded)
         measured = evaluate_on(answer, source, limit=None, title=title, quiet=quiet, batch_size=config.batch_size)
@@ -126,17 +127,17 @@ class VQA(Learnt, Asked):
         answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
         return evaluate_on(answer, source, limit=None, batch_size=batch_size, title=title, quiet=quiet)
 
-    def reading_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> Reading:
+    def reading_of_measuring(self, config: VQAEval, loaded: Loaded, source: Any) -> Reading:
         answer = self.answerer(config, loaded)
         found = answer.reading + of_texts(texts_of(loaded), source)
         return found + of_questions(answer.texts, answer.answers, source) if config.mode == "rank" else found
 
-    def bytes_of_measuring(self, config: Any, loaded: Loaded, source: Any) -> int:
+    def bytes_of_measuring(self, config: VQAEval, loaded: Loaded, source: Any) -> int:
         answer = self.answerer(config, loaded)
         tokens = longest(loaded, list(islice(source.texts(), SAMPLE)), 40)
         top = answer.top if config.mode == "rank" else 1
         images = min(len(source), config.batch_size)
-        listed = answer.answers or loaded.model.config.answers or []
+        listed = answer.answers or loaded.config.answers or []
         return bytes_of_ranking(loaded, listed, images=images, questions=asked_each(source), tokens=tokens, top=top)
 
     def exported(self, loaded: Loaded) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class VQA(Learnt, Asked):
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         """Where one of them answers questions, and one has a list of answers."""
-        return any(self.able(loaded) for loaded in models) and any(loaded.model.config.answers for loaded in models)
+        return any(self.able(loaded) for loaded in models) and any(loaded.config.answers for loaded in models)
 
     def make_able(self, loaded: Loaded) -> None:
         """Give `loaded.model` an untrained answer decoder, if it has none."""
@@ -181,12 +182,10 @@ class VQA(Learnt, Asked):
             why = error.why or error.what
             raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
 
-    def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
+    def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         """Ranks the model's own answers, or else the first list of the others, for questions of `config.text_length` tokens."""
         self.make_able(loaded)
-        listed: list[str] = loaded.model.config.answers or next(
-            (other.model.config.answers for other in among if other.model.config.answers), []
-        )
+        listed: list[str] = loaded.config.answers or next((other.config.answers for other in among if other.config.answers), [])
         model = loaded.model.to(device).eval()
         texts = texts_of(loaded, config.max_tokens)
         ids, mask = (tensor.to(device) for tensor in texts.batch(listed))
@@ -202,12 +201,12 @@ class VQA(Learnt, Asked):
 
         return answer
 
-    def bytes_of_timing(self, loaded: Loaded, config: Any) -> int:
+    def bytes_of_timing(self, loaded: Loaded, config: Bench) -> int:
         at_once = {"images": max(config.batch_sizes), "questions": 1, "tokens": config.text_length}
-        return bytes_of_ranking(loaded, loaded.model.config.answers or [], **at_once, top=loaded.model.config.rank_top)
+        return bytes_of_ranking(loaded, loaded.config.answers or [], **at_once, top=loaded.config.rank_top)
 
 
-def answer_list(config: Any, source: Any) -> list[str]:
+def answer_list(config: VQASettings, source: Any) -> list[str]:
     """The closed list of answers: the file `answers`, or every answer of the training data, most frequent first (ties by name).
 
     Raises:
@@ -239,7 +238,7 @@ def bytes_of_ranking(
     loaded: Loaded, answers: Sequence[str], *, images: int, questions: float, tokens: int, top: int, device: torch.device | None = None
 ) -> int:
     """Bytes held while `answers` to `questions` of `tokens` about each of `images` are ranked, beside weights."""
-    size, most = Footprint.of(loaded.model.config), room(device or torch.device("cpu"))
+    size, most = Footprint.of(loaded.config), room(device or torch.device("cpu"))
     asked = max(1, round(images * questions))
     one = size.answer(max(0, longest(loaded, list(answers)[:SAMPLE], 40) - 2), tokens)
     block = min(most, images * size.image + asked * size.question(tokens))
