@@ -70,7 +70,7 @@ def _register_on_first_use(module: Any) -> None:
         from efficientvlm import families
 
         auto.from_pretrained = original
-        for name in families.NAMES:
+        for name in families.FAMILIES:
             families.register(families.get(name))
         return auto.from_pretrained(*args, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from efficientvlm.errors import BadInput
 from efficientvlm.runtime.memory import uncollected
 
 AUTO = "transformers.models.auto.modeling_auto"
-NAMES = ("xvlm", "clip", "blip")
+FAMILIES = {"xvlm": "XVLM", "clip": "CLIP", "blip": "BLIP"}
+"""Folder of a family → its class there."""
 
 
 @cache
 def get(name: str) -> Any:
     """The family called `name`, known to transformers' Auto classes once those are loaded; :class:`BadInput` lists the known names."""
+    if name not in FAMILIES:
+        raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(FAMILIES)}", "use one of them")
     with uncollected():
-        family = _import(name)
+        family = getattr(import_module(f"efficientvlm.families.{name}.family"), FAMILIES[name])()
     if AUTO in sys.modules:
         register(family)
     return family
@@ -33,22 +37,6 @@ def register(family: Any) -> None:
     for config_class, model_class in family.models.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
-
-
-def _import(name: str) -> Any:
-    if name == "xvlm":
-        from efficientvlm.families.xvlm.family import XVLM
-
-        return XVLM()
-    if name == "clip":
-        from efficientvlm.families.clip.family import CLIP
-
-        return CLIP()
-    if name == "blip":
-        from efficientvlm.families.blip.family import BLIP
-
-        return BLIP()
-    raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(NAMES)}", "use one of them")
 
 
 def of_folder(path: Path) -> Any:
@@ -64,10 +52,10 @@ def of_folder(path: Path) -> Any:
         why = "it does not say which family of models it is of (model_type)"
         raise BadInput(f"{file} is not the configuration of a model", why, "give a checkpoint folder, or a model in transformers' format")
     name = config["model_type"]
-    for family in map(get, NAMES):
+    for family in map(get, FAMILIES):
         if name in family.model_types:
             return family
-    known = ", ".join(kind for family in map(get, NAMES) for kind in family.model_types)
+    known = ", ".join(kind for family in map(get, FAMILIES) for kind in family.model_types)
     raise BadInput(f"{path} holds a model of type {name!r}", f"this package opens {known}", "give a model of one of these types")
 
 

@@ -15,7 +15,7 @@ from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data import reading
 from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.kinds.questions import vqa_batch
-from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.opening import usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
@@ -25,6 +25,7 @@ from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import VQAEval, VQASettings
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.ranking import evaluate, generate, rank
+from efficientvlm.tasks.task import held_out
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 100
@@ -137,14 +138,11 @@ def evaluate_on(
 
     `reading` counts what the tokenizer could not read.
     """
-    whole, source = len(source), drawn(source, limit)
+    source = held_out(source, limit, title, quiet)
     count = len(source)
-    if count < whole:
-        say(f"{title}: {count:,} of {whole:,} images, drawn at random", quiet=quiet)
     for remark in reading.titled(title, answer.reading):
         say(remark, quiet=quiet)
     if not count:
-        say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
     answer.loaded.model.eval()
     with Bar(title, count, quiet=quiet) as bar:

@@ -13,7 +13,7 @@ from torch import Tensor
 from efficientvlm.data.batch import stack
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
-from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.opening import usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
@@ -26,7 +26,7 @@ from efficientvlm.settings.tasks import RetrievalEval, RetrievalSettings
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate
 from efficientvlm.tasks.remembered import bytes_of_features
-from efficientvlm.tasks.task import Learnt
+from efficientvlm.tasks.task import Learnt, held_out
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
@@ -121,12 +121,9 @@ def evaluate_pairs(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of :func:`tasks.retrieval.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
-    whole, source = len(source), drawn(source, limit)
+    source = held_out(source, limit, title, quiet)
     count = len(source)
-    if count < whole:
-        say(f"{title}: {count:,} of {whole:,} images, drawn at random", quiet=quiet)
     if not count:
-        say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
         return {"images": 0}
     model, texts = loaded.model.eval(), texts_of(loaded)
     pictures = Pictures(source, count, batch_size)

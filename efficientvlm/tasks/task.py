@@ -11,17 +11,29 @@ from typing import Any
 import torch
 
 from efficientvlm.data.kinds.kind import Kind
+from efficientvlm.data.opening import drawn
 from efficientvlm.data.reading import Reading, of_texts
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.common import Asking
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import ABOUT
 from efficientvlm.tasks.influence import Influence, of_anything
 from efficientvlm.training.loop import Batch
+
+
+def held_out(source: Any, limit: int | None, title: str, quiet: bool) -> Any:
+    """`source`, or `limit` images drawn from it; that they were drawn, or that there are none, is said."""
+    some = drawn(source, limit)
+    if len(some) < len(source):
+        say(f"{title}: {len(some):,} of {len(source):,} images, drawn at random", quiet=quiet)
+    if not len(some):
+        say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
+    return some
 
 
 class Task:
