@@ -163,6 +163,14 @@ def test_version_and_no_arguments(evlm: Any) -> None:
     assert code == 2 and "Usage" in out
 
 
+def test_predict_has_the_options_that_tasks_ask_for() -> None:
+    from efficientvlm.cli.stages import COMMANDS
+    from efficientvlm.settings.tasks import ABOUT
+
+    asked = {name for about in ABOUT.values() if about.asked for name in about.asked.model_fields}
+    assert {*COMMANDS["predict"].options} == asked | {"json", "quiet"}
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -18,7 +18,7 @@ import efficientvlm
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import HEAD, NEURON, Flow
+from efficientvlm.families.anatomy import HEAD, NEURON, Flow, Site
 from efficientvlm.families.network import ABILITIES, require
 from efficientvlm.families.structure import Sizes, Structure
 from efficientvlm.families.towers.attention import Attention, Cache, Context, causal
@@ -186,6 +186,11 @@ def test_widths_and_heads_may_differ_by_layer() -> None:
     assert tuple(states.shape[-1] for states in whole.hidden) == sizes.widths["vision"] == (8, 8, 16)
     assert tuple(maps.shape[1] for maps in whole.self_attention) == sizes.heads["vision"] == (2, 4)
     assert sizes.shapes("vision") == {"width": [8, 16], "heads": [2, 4]}
+    cut_alike(model, x)
+
+
+def cut_alike(model: Staged, x: Tensor) -> None:
+    """With some units gone, masked, sliced and padded are one function."""
     units = model.units()
     keep = torch.tensor([unit.index % 2 == unit.layer for unit in units])
     with attach(model, units) as hooks, torch.no_grad():
@@ -195,6 +200,38 @@ def test_widths_and_heads_may_differ_by_layer() -> None:
     assert [layer.size.heads for layer in sliced.layers] == [1, 2] and [layer.size.neurons for layer in sliced.layers] == [3, 5]
     torch.testing.assert_close(sliced(x).states, masked)
     torch.testing.assert_close(pad_model(sliced)(x).states, masked)
+
+
+class Twice(PreNormLayer):
+    """A layer whose heads work once more, with queries and an output of their own and the same keys and values, as NLVR2's do."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(size, 1e-5, F.gelu, {})
+        self.other = Attention(size.width, size.width, size.heads, size.head_width)
+        for role in "kv":
+            self.other._modules.pop(role, None)
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        x = x + self.other(x, self.attention.project(x))
+        return super().forward(x, *rest, **named)
+
+    def sites(self, prefix: str, kind: str, position: int) -> tuple[Site, ...]:
+        more = self.other.sites(f"{prefix}.other", position) if kind == HEAD else ()
+        return (*super().sites(prefix, kind, position), *(site for site in more if site.tensor.split(".")[-2] in ("q", "out")))
+
+
+class Doubled(Staged):
+    def __init__(self, config: StagedConfig) -> None:
+        super().__init__(config)
+        self.layers[0] = Twice(self.layers[0].size)
+
+
+def test_a_head_of_a_tower_may_have_two_gate_points() -> None:
+    torch.manual_seed(0)
+    model, x = Doubled(StagedConfig(initializer_range=0.3)).eval(), torch.randn(2, 5, 8)
+    gates = {unit.kind: [gate.module for gate in unit.gates] for unit in model.units() if unit.layer == 0}
+    assert gates == {HEAD: ["layers.0.attention.out", "layers.0.other.out"], NEURON: ["layers.0.ffn.fc2"]}
+    cut_alike(model, x)
 
 
 def test_who_is_able_is_said_as_it_is() -> None:

@@ -99,7 +99,7 @@ class Layer(Named):
         return self.fc2(self.activation(self.fc1(x)) if self.size.neurons else x)
 
     def sites(self, prefix: str, kind: str, position: int) -> tuple[Site, ...]:
-        """Where the unit of `kind` at `position` lies, the columns that a gate multiplies last; `prefix` is the name of this layer."""
+        """Where the unit of `kind` at `position` lies; a gate multiplies each of its columns. `prefix` is the name of this layer."""
         if kind != NEURON:
             role = "attention" if kind == HEAD else "cross_attention"
             attention: Attention = getattr(self, role)

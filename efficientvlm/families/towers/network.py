@@ -76,9 +76,9 @@ class TowerNetwork(PreTrainedModel):
             assert isinstance(layer, Layer)
             for position, index in enumerate(indices):
                 sites = layer.sites(prefix, kind, position)
-                last = sites[-1]
-                gates = (GatePoint(last.tensor.removesuffix(".weight"), last.start, last.stop),)
-                units.append(Unit(tower, int(number), kind, index, sites, gates))
+                columns = (site for site in sites if site.dim == 1)
+                gates = (GatePoint(site.tensor.removesuffix(".weight"), site.start, site.stop) for site in columns)
+                units.append(Unit(tower, int(number), kind, index, sites, tuple(gates)))
         return units
 
     @classmethod
