@@ -32,6 +32,7 @@ class Loaded:
     path: Path
     family: Any
     model: Any
+    """A :class:`families.network.Network` that is a module of torch, or what stands for one, an `Askable`; of the abilities it says."""
     tokenizer: Any
     manifest: Manifest
 

@@ -19,7 +19,7 @@ from efficientvlm.compression.gates import attach
 from efficientvlm.compression.surgery import pad_model, slice_model
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import HEAD, NEURON, Flow, Site
-from efficientvlm.families.network import ABILITIES, require
+from efficientvlm.families.network import ABILITIES, Network, require
 from efficientvlm.families.structure import Sizes, Structure
 from efficientvlm.families.towers.attention import Attention, Cache, Context, causal
 from efficientvlm.families.towers.layers import Layers, PostNormLayer, PreNormLayer, Size
@@ -232,6 +232,11 @@ def test_a_head_of_a_tower_may_have_two_gate_points() -> None:
     gates = {unit.kind: [gate.module for gate in unit.gates] for unit in model.units() if unit.layer == 0}
     assert gates == {HEAD: ["layers.0.attention.out", "layers.0.other.out"], NEURON: ["layers.0.ffn.fc2"]}
     cut_alike(model, x)
+
+
+def test_a_network_answers_no_more_than_it_must() -> None:
+    members = {name for kind in Network.__mro__ for name in vars(kind) if not name.startswith("_")}
+    assert len(members) <= 12, members
 
 
 def test_who_is_able_is_said_as_it_is() -> None:

@@ -7,11 +7,14 @@ import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efficientvlm.checkpoints.manifest import read_json
 from efficientvlm.errors import BadInput
 from efficientvlm.runtime.memory import uncollected
+
+if TYPE_CHECKING:
+    from efficientvlm.families.family import Family  # it loads torch
 
 AUTO = "transformers.models.auto.modeling_auto"
 FAMILIES = {"xvlm": "XVLM", "clip": "CLIP", "blip": "BLIP"}
@@ -19,7 +22,7 @@ FAMILIES = {"xvlm": "XVLM", "clip": "CLIP", "blip": "BLIP"}
 
 
 @cache
-def get(name: str) -> Any:
+def get(name: str) -> Family:
     """The family called `name`, known to transformers' Auto classes once those are loaded; :class:`BadInput` lists the known names."""
     if name not in FAMILIES:
         raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(FAMILIES)}", "use one of them")
@@ -30,7 +33,7 @@ def get(name: str) -> Any:
     return family
 
 
-def register(family: Any) -> None:
+def register(family: Family) -> None:
     """Make the classes of `family` known to transformers' Auto classes."""
     from transformers import AutoConfig, AutoModel
 
@@ -39,7 +42,7 @@ def register(family: Any) -> None:
         AutoModel.register(config_class, model_class, exist_ok=True)
 
 
-def of_folder(path: Path) -> Any:
+def of_folder(path: Path) -> Family:
     """The family of the checkpoint folder `path`, from its `config.json`."""
     file = path / "config.json"
     if not file.exists():

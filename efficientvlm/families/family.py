@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,15 +37,22 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 
 class Family:
-    """Nothing else in the toolkit branches on the family. One that `init` makes has `fresh_config` too, see :class:`Fresh`."""
+    """Nothing else in the toolkit branches on the family."""
 
     name: ClassVar[str]
-    models: ClassVar[Mapping[type, type]]
+    models: ClassVar[Mapping[Any, Any]]
     """Configuration → model class of ours, which transformers' Auto classes should know as well."""
     model_types: ClassVar[tuple[str, ...]]
     """Every `model_type` of a `config.json` that this family opens."""
     extra_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that a vocabulary made for this family has besides BERT's five; only families that `init` makes need it."""
+
+    fresh_config: Callable[[str, Mapping[str, Any], int | Mapping[str, int]], Any]
+    """Only of a family that `init` makes: the configuration of a new network of a size (tiny, small, base) with changed settings.
+
+    The vocabulary maps tokens to ids, or is just their number where nothing is going to be read. :class:`BadInput` for an unknown setting,
+    or sizes that do not fit together.
+    """
 
     def read_config(self, path: Path) -> Any:
         """The configuration of checkpoint folder `path`, a :class:`structure.Structure`; no weights are read.
@@ -71,17 +78,3 @@ class Family:
             file = folder / "config.json"
             values = read_json(file) | {"model_type": stock[0], "architectures": [stock[1]]}
             file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-class Fresh(Family):
-    """A family whose networks can begin at random."""
-
-    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> Any:
-        """Configuration of a new network of `size` (tiny, small, base) with the settings in `changes`.
-
-        `vocab` maps tokens to ids, or is just their number where nothing is going to be read.
-
-        Raises:
-            BadInput: an unknown setting, or sizes that do not fit together.
-        """
-        raise NotImplementedError

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.errors import BadInput
+from efficientvlm.families.family import Family
+from efficientvlm.families.structure import Structure
 from efficientvlm.families.weights import renewed, weight_files
 
 SPARE = 2  # tensors that a file calls by other names are counted as missing at first; more than so many times what is there cannot be
@@ -37,7 +38,7 @@ def _entries(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise BadInput(f"{file} is damaged or cut short", reason, "restore it, or make the folder again") from None
 
 
-def check_shapes(family: Any, config: Any, folder: Path) -> None:
+def check_shapes(family: Family, config: Structure, folder: Path) -> None:
     """Compare the network that `config` describes with the weights in `folder`, before either takes memory. No weights, no opinion.
 
     Raises:

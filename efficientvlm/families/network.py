@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import Unit
@@ -35,27 +38,24 @@ class Graph(NamedTuple):
     example: Callable[[Mapping[str, int]], dict[str, Any]]
 
 
-class Network(Protocol):
-    """What every network answers; a family's are in its folder.
+class Askable(Protocol):
+    """What answers a batch: a network, or exported graphs.
 
     What it can do beyond that says `config.abilities()`, each ability of a protocol below.
     """
 
-    config: Structure
-    taps: frozenset[str]
-    """What a pass can keep, as `tower.kind`."""
+    @property
+    def config(self) -> Described: ...
 
-    def units(self) -> list[Unit]:
-        """Every removable unit that is present, ordered by tower, layer, kind, index."""
+    @property
+    def device(self) -> torch.device: ...
 
-    def tower_of(self, parameter: str) -> str:
-        """The tower a state-dict name is counted under, or `heads`."""
+    @property
+    def taps(self) -> frozenset[str]:
+        """What a pass can keep, as `tower.kind`."""
 
-    def is_embedding(self, parameter: str) -> bool:
-        """Whether a state-dict name is a token, position or type embedding table."""
-
-    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
-        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
+    def to(self, device: Any) -> Self: ...
+    def eval(self) -> Self: ...
 
     def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """A task's batch; the record holds `logits`-like outputs and every tap in `want`."""
@@ -74,6 +74,29 @@ class Network(Protocol):
             BadInput: it cannot be made able.
         """
 
+
+class Network(Askable, Protocol):
+    """What every network answers; a family's are in its folder, and are modules of torch as well."""
+
+    @property
+    def config(self) -> Structure: ...
+
+    def units(self) -> list[Unit]:
+        """Every removable unit that is present, ordered by tower, layer, kind, index."""
+
+    def tower_of(self, parameter: str) -> str:
+        """The tower a state-dict name is counted under, or `heads`."""
+
+    def is_embedding(self, parameter: str) -> bool:
+        """Whether a state-dict name is a token, position or type embedding table."""
+
+    def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
+        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
+
+
+class Exports(Protocol):
+    """Whose parts can be written as graphs."""
+
     def graphs(self) -> list[Graph]:
         """The few graphs that the network's task needs, in the order in which they run.
 
@@ -82,24 +105,24 @@ class Network(Protocol):
         """
 
 
-class Embeds(Protocol):
+class Embeds(Askable, Protocol):
     """`embed`: images and texts are compared by their features."""
 
-    def embed_images(self, pixels: Any) -> tuple[Any, Any]:
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]."""
 
-    def embed_texts(self, ids: Any, mask: Any) -> tuple[Any, Any]:
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]."""
 
 
-class Matches(Protocol):
+class Matches(Embeds, Protocol):
     """`match`: whether a text belongs to an image."""
 
-    def match(self, images: Any, rows: Any, texts: Any, mask: Any) -> Any:
+    def match(self, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
         """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
 
 
-class Generates(Protocol):
+class Generates(Askable, Protocol):
     """`answer`: a text is written about an image and a question."""
 
     def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
@@ -108,7 +131,7 @@ class Generates(Protocol):
         Token ids start with the tokenizer's [CLS] whatever the family; one that starts questions or answers otherwise exchanges it here.
         """
 
-    def decode(self, context: Any, ids: Any, mask: Any | None, rows: Any | None = None, cache: Any | None = None) -> Any:
+    def decode(self, context: Any, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Any | None = None) -> Tensor:
         """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
 
     def new_cache(self) -> Any:
@@ -138,13 +161,13 @@ def refusal(config: Described, ability: str, who: str = "this model", why: str =
     return BadInput(f"{who} cannot {what}", why or f"{instead} ({config.model_type})", fix or f"use {families}, in a form that can")
 
 
-def require(network: Any, ability: str) -> None:
+def require(network: Askable, ability: str) -> None:
     """:func:`refusal` is raised unless `network` has `ability`."""
     if ability not in network.config.abilities():
         raise refusal(network.config, ability)
 
 
-def check_taps(network: Any, want: Iterable[str]) -> frozenset[str]:
+def check_taps(network: Askable, want: Iterable[str]) -> frozenset[str]:
     """`want` as a set, or :class:`BadInput` naming the taps that `network` does not have.
 
     A map is asked for by its tap, of all layers, or by layer: `vision.self_attention.3`.

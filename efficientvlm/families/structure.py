@@ -70,6 +70,7 @@ class Structure:
     max_tokens: int | None = None
 
     if TYPE_CHECKING:  # the class behind this one takes its own fields too
+        model_type: ClassVar[str]
 
         def __init__(self, **fields: Any) -> None: ...
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
+from efficientvlm.families.network import Generates
 from efficientvlm.families.towers.decoding import greedy
 from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
@@ -20,7 +21,7 @@ ANNOTATORS = 10  # a question with so many answers is one of VQAv2's kind
 
 @torch.inference_mode()
 def rank(
-    model: Any,
+    model: Generates,
     batch: dict[str, Any],
     candidates: tuple[Tensor, Tensor],
     *,
@@ -47,7 +48,7 @@ def rank(
 
 
 def _rank(
-    model: Any, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
+    model: Generates, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
 ) -> tuple[Tensor, Tensor]:
     _, context = model.encode(batch)
     questions, cache = len(batch["question_ids"]), model.new_cache()
@@ -88,7 +89,7 @@ def in_parts(batch: dict[str, Any], size: Footprint, most: int) -> Iterator[dict
 
 
 @torch.inference_mode()
-def generate(model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None) -> Tensor:
+def generate(model: Generates, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None) -> Tensor:
     """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator.
 
     Done in blocks of at most `most` bytes, as :func:`rank`.
@@ -101,7 +102,7 @@ def generate(model: Any, batch: dict[str, Any], *, cls_id: int, sep_id: int, max
     return torch.cat(padded) if padded else batch["question_ids"].new_empty(0, 0)
 
 
-def _generate(model: Any, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
+def _generate(model: Generates, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
     (_, context), cache = model.encode(batch), model.new_cache()
     start = batch["question_ids"].new_full((len(batch["question_ids"]), 1), cls_id)
     return greedy(lambda last: model.decode(context, last, None, None, cache), start, sep_id, sep_id, max_tokens)

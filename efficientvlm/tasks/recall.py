@@ -14,6 +14,7 @@ from torch import Tensor
 
 from efficientvlm.data.draw import generator
 from efficientvlm.families.footprint import Footprint, room, spans
+from efficientvlm.families.network import Embeds, Matches
 from efficientvlm.runtime.progress import Bar, counted
 
 TOP = (1, 5, 10)
@@ -85,7 +86,7 @@ class States:
 
 @torch.inference_mode()
 def encode(
-    model: Any,
+    model: Embeds,
     batches: Iterable[tuple[Sequence[str], Tensor, Sequence[Sequence[str]]]],
     tokens: Callable[[list[str]], tuple[Tensor, Tensor]],
     batch_size: int,
@@ -164,7 +165,7 @@ def encode(
 
 @torch.inference_mode()
 def evaluate(
-    model: Any,
+    model: Matches,
     gallery: Gallery,
     *,
     batch_size: int,
@@ -256,7 +257,7 @@ def _keys_of_images(gallery: Gallery, order: Tensor) -> Tensor:
 
 
 def match(
-    model: Any,
+    model: Matches,
     gallery: Gallery,
     images: Tensor,
     captions: Tensor,

@@ -74,7 +74,7 @@ class VQA(Learnt, Asked):
         student.config.answers, student.config.rank_top = answer_list(config, source), config.rank_top
 
     def reading(self, config: VQASettings, student: Loaded, sources: dict[str, Any]) -> Reading:
-        texts, answers = texts_of(student, config.max_tokens), student.config.answers
+        texts, answers = texts_of(student, config.max_tokens), student.config.answers or []
         room_for_answers = texts.room(config.max_answer_tokens, double_sep=config.quirks.double_sep)
         listed = of_listed(texts, answers, room_for_answers)
         return of_texts(texts, sources["train"]) + listed + of_questions(texts, answers, sources["val"])
@@ -202,8 +202,8 @@ class VQA(Learnt, Asked):
         return answer
 
     def bytes_of_timing(self, loaded: Loaded, config: Bench) -> int:
-        at_once = {"images": max(config.batch_sizes), "questions": 1, "tokens": config.text_length}
-        return bytes_of_ranking(loaded, loaded.config.answers or [], **at_once, top=loaded.config.rank_top)
+        answers, images = loaded.config.answers or [], max(config.batch_sizes)
+        return bytes_of_ranking(loaded, answers, images=images, questions=1, tokens=config.text_length, top=loaded.config.rank_top)
 
 
 def answer_list(config: VQASettings, source: Any) -> list[str]:

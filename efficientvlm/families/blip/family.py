@@ -16,12 +16,12 @@ from efficientvlm.families.blip.config import (
 from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
 from efficientvlm.families.checks import check_config
-from efficientvlm.families.family import Fresh
+from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, read_json
 
 
-class BLIP(Fresh):
+class BLIP(Family):
     """Batches are those of `data.kinds`: `question_*` and `answer_*` to answer, `text_ids` and `text_mask` to caption or match.
 
     Texts that are decoded start with the configuration's `decoder_start`, those read with an image with its `question_start_id`, whatever

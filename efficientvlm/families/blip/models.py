@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
@@ -67,10 +67,6 @@ class SlicedBlipForQuestionAnswering(StockInterface):
         f"{PREDICTIONS}.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     }
 
-    def __init__(self, config: BlipAnswerConfig) -> None:
-        super().__init__(config)
-        self.post_init()
-
     def forward(
         self,
         input_ids: Tensor,
@@ -113,10 +109,6 @@ class SlicedBlipForConditionalGeneration(StockInterface):
     config_class = BlipCaptionConfig
     _tied_weights_keys = SlicedBlipForQuestionAnswering._tied_weights_keys
 
-    def __init__(self, config: BlipCaptionConfig) -> None:
-        super().__init__(config)
-        self.post_init()
-
     def forward(
         self,
         pixel_values: Tensor,
@@ -156,13 +148,6 @@ class SlicedBlipForConditionalGeneration(StockInterface):
 
 class SlicedBlipForImageTextRetrieval(StockInterface):
     config_class = BlipRetrievalConfig
-
-    def __init__(self, config: BlipRetrievalConfig) -> None:
-        super().__init__(config)
-        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
-        self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
-        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
-        self.post_init()
 
     def forward(
         self,

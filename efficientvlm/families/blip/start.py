@@ -104,7 +104,7 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
     )
 
 
-def draw_blip(model: Any, module: nn.Module) -> None:
+def draw_blip(model: Any, module: Any) -> None:
     """What `module` of `model` begins with: every tower by its own `initializer_range`, what is behind them by the common one."""
     vision, text = model.config.vision_config.initializer_range, model.config.text_config.initializer_range
     if isinstance(module, Vit):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from efficientvlm.families.graphs import IMAGE_SIZES, Part, Tensors, images_of
+from efficientvlm.families.graphs import IMAGE_SIZES, Part, images_of
 from efficientvlm.families.network import Graph
 
 PAIR_SIZES = ({"images": 2, "texts": 3}, {"images": 1, "texts": 1}, {"images": 8, "texts": 2})
@@ -28,20 +28,11 @@ def clip_graphs(model: Any) -> list[Graph]:
     by_text = {name: {0: "texts", 1: "tokens"} for name in ("text_ids", "text_mask")}
     by_pair = {"image_features": {0: "images"}, "text_features": {0: "texts"}}
     lengths = (*TEXT_SIZES, {"texts": 2, "tokens": model.config.sizes().max_positions})
+    image = Part(model, lambda model, inputs: (model.embed_images(inputs["pixels"])[1],))
+    text = Part(model, lambda model, inputs: (model.embed_texts(inputs["text_ids"], inputs["text_mask"])[1],))
+    compared = Part(model, lambda model, inputs: (model.similarity(inputs["image_features"], inputs["text_features"]),))
     return [
-        Graph("image", Part(model, _image), {"pixels": {0: "images"}}, ("image_features",), IMAGE_SIZES, images_of(model)),
-        Graph("text", Part(model, _text), by_text, ("text_features",), lengths, texts),
-        Graph("similarity", Part(model, _similarity), by_pair, ("logits",), PAIR_SIZES, features),
+        Graph("image", image, {"pixels": {0: "images"}}, ("image_features",), IMAGE_SIZES, images_of(model)),
+        Graph("text", text, by_text, ("text_features",), lengths, texts),
+        Graph("similarity", compared, by_pair, ("logits",), PAIR_SIZES, features),
     ]
-
-
-def _image(model: Any, inputs: Tensors) -> tuple[Tensor]:
-    return (model.embed_images(inputs["pixels"])[1],)
-
-
-def _text(model: Any, inputs: Tensors) -> tuple[Tensor]:
-    return (model.embed_texts(inputs["text_ids"], inputs["text_mask"])[1],)
-
-
-def _similarity(model: Any, inputs: Tensors) -> tuple[Tensor]:
-    return (model.similarity(inputs["image_features"], inputs["text_features"]),)

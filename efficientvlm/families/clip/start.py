@@ -12,7 +12,7 @@ from efficientvlm.families.towers.text import Text
 from efficientvlm.families.towers.vit import Pooling, Vit
 
 
-def draw_clip(model: Any, module: nn.Module) -> None:
+def draw_clip(model: Any, module: Any) -> None:
     """What `module` of `model` begins with beside what transformers draws: by the width and depth of a tower (OpenAI's CLIP)."""
     factor = model.config.initializer_factor
     if isinstance(module, Vit | Text):
@@ -36,7 +36,7 @@ def draw_clip(model: Any, module: nn.Module) -> None:
         init.constant_(model.logit_scale, model.config.logit_scale_init_value)
 
 
-def draw_siglip(model: Any, module: nn.Module) -> None:
+def draw_siglip(model: Any, module: Any) -> None:
     """What `module` of `model` begins with beside what transformers draws: Xavier in layers (big_vision's SigLIP)."""
     if isinstance(module, Vit | Text):
         for layer in module.layers:

@@ -14,7 +14,7 @@ from efficientvlm.families.towers.parts import NOTHING, Encoded, tap
 
 
 class Writing:
-    """What networks with a decoder have in common."""
+    """What networks with a decoder have in common, which :class:`families.network.Generates` describes."""
 
     def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
@@ -23,11 +23,9 @@ class Writing:
         raise NotImplementedError
 
     def decode(self, context: Context, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
         return self.follow(ids, mask, context if rows is None else context.of(rows), cache)[0]
 
     def new_cache(self) -> Cache:
-        """An empty key/value cache for :meth:`decode`."""
         return Cache()
 
     def answer(self, batch: dict[str, Any], context: Context, wanted: frozenset[str], record: Record) -> None:

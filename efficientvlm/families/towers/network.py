@@ -16,7 +16,7 @@ from efficientvlm.families.towers.vit import Vit
 
 
 class TowerNetwork(PreTrainedModel):
-    """In front of a family's networks.
+    """In front of a family's networks; methods without a description are those of :class:`families.network.Network` and its abilities.
 
     `places` says under which name each tower has its layers, `owners` to which tower other tensors belong, by the first part of their
     names; what is left is counted under `heads`.
@@ -62,12 +62,10 @@ class TowerNetwork(PreTrainedModel):
         raise NotImplementedError
 
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]."""
         states = self.encode_image(pixels).states
         return states, self.image_feature(states)
 
     def units(self) -> list[Unit]:
-        """Every removable unit that is present, ordered by tower, layer, kind, index."""
         units: list[Unit] = []
         for group, indices in self.config.kept_indices().items():
             tower, number, kind = group.split(".")
@@ -83,17 +81,14 @@ class TowerNetwork(PreTrainedModel):
 
     @classmethod
     def tower_of(cls, parameter: str) -> str:
-        """The tower a state-dict name is counted under, or `heads`."""
         return cls.owners.get(parameter.partition(".")[0], "heads")
 
     @classmethod
     def is_embedding(cls, parameter: str) -> bool:
-        """Whether a state-dict name is a token, position or type embedding table."""
         raise NotImplementedError
 
     @classmethod
     def source_name(cls, parameter: str, layers: dict[str, list[int]]) -> str:
-        """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
         for tower, place in cls.places.items():
             if parameter.startswith(f"{place}."):
                 number, _, tail = parameter.removeprefix(f"{place}.").partition(".")

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm.families.checks import check_config
-from efficientvlm.families.family import Fresh
+from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, read_json
 from efficientvlm.families.xvlm.config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
 from efficientvlm.families.xvlm.network import XVLMModel
 
 
-class XVLM(Fresh):
+class XVLM(Family):
     name = "xvlm"
     model_types = ("xvlm",)
     models = {XVLMConfig: XVLMModel}
