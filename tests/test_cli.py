@@ -215,7 +215,7 @@ def test_wrong_usage_exits_2(evlm: Any, line: str) -> None:
         ("predict --model teacher --image nowhere.png --question what?", "nowhere.png"),
         ("predict --model teacher --image teacher --question what?", "it is not a file"),
         ("predict --model teacher --image a --question what? --mode guess", "mode: input should be 'rank' or 'generate'"),
-        ("predict --model teacher --image a --question  ", "question: it is empty"),
+        ("predict --model teacher --image a --question  --mode rank", "question: it is empty"),
         ("predict --model teacher --image a --image b --question what?", "image: list should have at most 1 item"),
         ("run quikstart", "did you mean quickstart?"),
         ("run quickstart --set pruned.sparsty=0.3", "did you mean sparsity?"),
