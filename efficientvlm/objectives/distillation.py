@@ -17,8 +17,9 @@ from efficientvlm.runtime.stopwatch import TEACHER
 class Distilled(Objective):
     """L = (1 - kd) * L_hard + kd * L_KD, where L_KD is the sum of weighted terms.
 
-    Use it around the losses of any task. Every row of `terms` whose weight is not 0 is compared, unless its tower is missing from `maps`
-    because one of the networks has no layers there, or the step makes nothing of the kind (a single pair has no negatives).
+    Use it around the losses of any task, where there is a teacher that is better than what the student reaches alone. Every row of `terms`
+    whose weight is not 0 is compared, unless its tower is missing from `maps` because one of the networks has no layers there, or the
+    step makes nothing of the kind (a single pair has no negatives).
 
     Args:
         hard: losses of the student, with the table of what can be compared.
@@ -31,7 +32,16 @@ class Distilled(Objective):
             state, and are not deployed.
         temperature, scale: of logits; `scale` multiplies their terms by its square.
 
-    Inputs of `forward`: those of `hard`. Returns its losses, `kd`, and the mixture as `loss`. Source: Hinton et al. 2015; EfficientVLM.
+    Inputs of `forward`: those of `hard`. Returns the losses of `hard`, `kd`, and the mixture as `loss`, all scalars.
+
+    Source: Hinton et al. 2015 (logits); EfficientVLM, section 3 (hidden states, attention maps, and their sum).
+
+    Example::
+
+        hard = Generation(student)
+        weights = {term.weight: 1.0 for term in hard.terms}
+        maps = tower_maps(student.config, teacher.config)
+        Distilled(hard, LiveTeacher(hard, teacher), hard.terms, kd=0.4, weights=weights, maps=maps)(batch, step=0)["loss"].backward()
     """
 
     def __init__(

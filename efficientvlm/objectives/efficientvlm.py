@@ -21,7 +21,19 @@ from efficientvlm.settings.methods import Distillation, DistillationQuirks
 
 
 def distilled(hard: Any, teacher: Any, settings: Distillation) -> Objective:
-    """`hard` mixed with L_KD as `settings` say: every layer of the student imitates one of the teacher; `hard` alone where `kd` is 0."""
+    """The losses `hard` mixed with L_KD: every layer of the student imitates one of the teacher; `hard` alone where `kd` is 0.
+
+    Use it for a student that was shrunk from this teacher, or has its widths: hidden states and attention maps are compared layer by layer.
+
+    Args:
+        hard: the losses of a task on the student.
+        teacher: the network of the teacher, which does the same task.
+        settings: weights, `kd`, temperature and quirks.
+
+    Inputs and outputs are those of `objectives.distillation.Distilled`. Source: EfficientVLM (Wang et al. 2022), section 3.
+
+    Example: `distilled(Generation(student), teacher, settings)(batch, step=0)["loss"].backward()`
+    """
     if not settings.kd:
         return hard
     return Distilled(

@@ -15,10 +15,18 @@ from efficientvlm.training.loop import Optimizer, adamw
 class Gated(Objective):
     """`inner`'s loss under the gates of `pruner`, plus the Lagrangian of its budget while they learn.
 
-    One module holds model, gates and multipliers, so that under DDP all their gradients are reduced; every step draws one vector of gates,
-    shared by the batch and by all ranks. Use it around the objective of any task.
+    Use it around the objective of any task, with a teacher or without, to prune while the task is learnt; a training loop of your own needs
+    the `Pruner` alone. One module holds model, gates and multipliers, so that under DDP all their gradients are reduced; every step
+    draws one vector of gates, shared by the batch and by all ranks.
 
-    Adds to the losses of `inner`: `lagrangian`. Reference: EfficientVLM section 3 (modal-adaptive pruning), one budget over all towers.
+    Inputs of `forward`: those of `inner`. Returns the losses of `inner` and, while the gates learn, `lagrangian`, which is part of `loss`.
+
+    Source: Louizos et al. 2018 (hard concrete gates); EfficientVLM, section 3 (modal-adaptive pruning, one budget over all towers).
+
+    Example::
+
+        pruner = Pruner.of(model, sparsity=0.4, steps=600)
+        Gated(Generation(model), pruner)(batch, step=0)["loss"].backward()
     """
 
     def __init__(self, inner: Objective, pruner: Pruner) -> None:

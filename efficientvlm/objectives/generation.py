@@ -16,9 +16,15 @@ from efficientvlm.runtime import ranks
 class Generation(Objective):
     """The weighted likelihood of accepted answers (X-VLM, VQA).
 
-    Use it to tune a network with an answer decoder; `distillation.Distilled` adds a teacher.
+    Use it to tune a network with an answer decoder on questions; `distillation.Distilled` adds a teacher.
 
-    Inputs of `forward`: a batch of `data.kinds.questions.vqa_batch`. Returns `task`, and the same as `loss`.
+    Inputs of `forward`: a batch of `data.kinds.questions.vqa_batch`, of which are read: pixels [I, 3, H, W]; image_index [Q], question_ids
+    and question_mask [Q, L]; answer_index and answer_weights [A], answer_ids and answer_mask [A, La].
+    Returns `task`, and the same as `loss`.
+
+    Source: X-VLM (Zeng et al. 2022), fine-tuning on VQA.
+
+    Example: `Generation(model)(batch, step=0)["loss"].backward()`
     """
 
     terms: tuple[Term, ...] = (

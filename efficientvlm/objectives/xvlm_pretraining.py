@@ -49,10 +49,15 @@ class XvlmPretraining(Objective):
     Use it to pre-train a network without a teacher, and as the loss of retrieval, which is contrast and matching alone;
     `distillation.Distilled` adds a teacher.
 
-    Inputs of `forward`: a batch of `data.kinds.pairs.pair_batch` or `region_batch`, and the step, which seeds the negatives.
-    Returns the scalar losses `itc`, `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`. Over several processes contrast and
-    negatives span the pairs of all, and each loss is such that its mean over the processes is that of one process with the whole batch.
-    Reference: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
+    Inputs of `forward`: a batch of `data.kinds.pairs.pair_batch` or `region_batch`, of which are read: pixels [I, 3, H, W]; text_ids and
+    text_mask [B, L]; image_ids [B]; for `mlm` masked_ids [B, L], masked_positions and masked_labels [B, M]; of regions image_index [B],
+    image_mask [B, 1 + patches], boxes [B, 4] and is_whole_image [B]. The step seeds the negatives. Returns the scalar losses `itc`,
+    `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`. Over several processes contrast and negatives span the pairs of all, and
+    each loss is such that its mean over the processes is that of one process with the whole batch.
+
+    Source: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
+
+    Example: `XvlmPretraining(model, losses=("itc", "itm"), seed=0)(batch, step=0)["loss"].backward()`
     """
 
     terms: tuple[Term, ...] = (
