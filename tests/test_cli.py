@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import efficientvlm
 from efficientvlm import control
 from efficientvlm.checkpoints.folder import MANIFEST, Output
 from efficientvlm.checkpoints.manifest import DataRecord, digest
@@ -158,7 +159,7 @@ for stage in ("shrink", "predict", "eval"):
 
 
 def test_version_and_no_arguments(evlm: Any) -> None:
-    assert evlm("--version") == (0, "evlm 0.1.0\n", "")
+    assert evlm("--version") == (0, f"evlm {efficientvlm.__version__}\n", "")
     code, out, _ = evlm()
     assert code == 2 and "Usage" in out
 

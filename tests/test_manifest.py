@@ -28,7 +28,7 @@ def example(**changes: Any) -> Manifest:
         "config": {"lr": 3e-4, "nested": {"on": True, "none": None}},
         "seed": 3,
         "data": [DataRecord(name="easy-vqa", split="train", count=5, fingerprint="ff", licence="MIT")],
-        "code": Code(version="0.1.0", commit=None, dirty=None),
+        "code": Code(version="1.2.3", commit=None, dirty=None),
         "environment": {"python": "3.11.7"},
         "files": {"model.safetensors": FileRecord(sha256="c" * 64, bytes=12)},
         "metrics": {"accuracy": 0.97, "text": "é → ✓"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import efficientvlm
+
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = f"efficientvlm-{efficientvlm.__version__}.dist-info"
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -22,6 +26,16 @@ def test_every_package_is_listed() -> None:
     }
     expected = {"efficientvlm", "efficientvlm.cli", "efficientvlm.recipes"} | {name.replace("/", ".") for name in found}
     assert set(SETTINGS["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_the_version_stands_in_one_place_and_leads_the_changelog() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, *_ = re.findall(r"^## (\S+)", changes, re.MULTILINE)
+    assert newest == efficientvlm.__version__, "CHANGELOG.md and efficientvlm/__init__.py speak of different versions"
+    assert "version" in SETTINGS["project"]["dynamic"] and "version" not in SETTINGS["project"]
+    for section in re.split(r"^## .+\n", changes, flags=re.MULTILINE)[1:]:
+        titles = re.findall(r"^### (.+)$", section, re.MULTILINE)
+        assert titles and titles == [title for title in ("Added", "Changed", "Fixed") if title in titles]
 
 
 def test_no_registry_host_is_named() -> None:
@@ -57,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if "__pycache__" not in name}
-    assert {name.split("/")[0] for name in names} == {"efficientvlm", "efficientvlm-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"efficientvlm", INSTALLED}
     wanted = {"efficientvlm/py.typed", "efficientvlm/cli/main.py"}
     wanted |= {f"efficientvlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "efficientvlm" / "bundled").rglob("*") if path.is_file()}
@@ -70,7 +84,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_the_installed_wheel_runs_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    assert {path.name for path in site.iterdir()} - {"bin", "Scripts"} == {"efficientvlm", "efficientvlm-0.1.0.dist-info"}
+    assert {path.name for path in site.iterdir()} - {"bin", "Scripts"} == {
+        "efficientvlm",
+        INSTALLED,
+    }
     environment = {**os.environ, "PYTHONPATH": str(site)}
     script = "import efficientvlm.cli.main as m, efficientvlm.recipes as r; print(m.__file__); print(r.__file__); m.main()"
     command = [sys.executable, "-c", script, "recipes", "ls"]
