@@ -20,6 +20,11 @@ def stack(images: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with its tensors on `device`."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def keys(names: Sequence[str]) -> Tensor:
     """Numbers that are equal where names are, int64 `[len(names)]`."""
     return torch.tensor([seed_of(0, name) for name in names], dtype=torch.int64)

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from efficientvlm.families.family import Family  # it loads torch
 
 AUTO = "transformers.models.auto.modeling_auto"
-FAMILIES = {"xvlm": "XVLM", "clip": "CLIP", "blip": "BLIP"}
-"""Folder of a family → its class there."""
+FAMILIES = {
+    "xvlm": "efficientvlm.families.xvlm.family:XVLM",
+    "clip": "efficientvlm.families.clip.family:CLIP",
+    "blip": "efficientvlm.families.blip.family:BLIP",
+}
+"""The families by name, as `module:class`; a module is imported when its family is asked for."""
 
 
 @cache
@@ -27,7 +31,8 @@ def get(name: str) -> Family:
     if name not in FAMILIES:
         raise BadInput(f"unknown model family {name!r}", f"known are {', '.join(FAMILIES)}", "use one of them")
     with uncollected():
-        family = getattr(import_module(f"efficientvlm.families.{name}.family"), FAMILIES[name])()
+        module, _, kind = FAMILIES[name].partition(":")
+        family: Family = getattr(import_module(module), kind)()
     if AUTO in sys.modules:
         register(family)
     return family

@@ -1,7 +1,7 @@
 """What is removable in a network: a list of :class:`Unit`, each an attention head or a neuron, the tensor slices that belong to it, and the
 places where a gate multiplies it; and how what goes into a network gets through them.
 
-Shrinking, gates, accounting, surgery and reports are written against this file only; see `docs/own-family.md`.
+Shrinking, gates, accounting, surgery and reports are written against this file only; see `docs/add-a-family.md`.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Structure:
     answers: list[str] | None = None
     rank_top: int = 128
     max_tokens: int | None = None
+    processor: ClassVar[str] = "CLIPImageProcessor"
+    """Class of transformers that reads a `preprocessor_config.json` which names none."""
 
     if TYPE_CHECKING:  # the class behind this one takes its own fields too
         model_type: ClassVar[str]

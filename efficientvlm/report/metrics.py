@@ -7,13 +7,15 @@ from typing import Any
 
 from efficientvlm.settings.tasks import ABOUT
 
-TITLES = {name: title for about in ABOUT.values() for name, title in about.metrics.items()}
-"""Main metrics of all tasks, the first one that was measured counting, and what to call them."""
+
+def titles() -> dict[str, str]:
+    """Main metrics of all tasks, the first one that was measured counting, and what to call them."""
+    return {name: title for about in ABOUT.values() for name, title in about.metrics.items()}
 
 
 def main_metric(metrics: Any) -> tuple[str, float] | None:
     """Name and value of the metric that stands for `metrics`; None if it has none."""
-    for name in TITLES if isinstance(metrics, Mapping) else ():
+    for name in titles() if isinstance(metrics, Mapping) else ():
         if isinstance(value := metrics.get(name), int | float):
             return name, float(value)
     return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.report.metrics import TITLES, main_metric
+from efficientvlm.report.metrics import main_metric, titles
 from efficientvlm.settings.stages import Targets
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _named(test: dict[str, Any]) -> str:
 
 def metric_title(summary: dict[str, Any]) -> str:
     """What the figure called `accuracy` in a summary is: that of question answering, or the main metric of another task."""
-    return TITLES.get((summary["test"] or {}).get("metric", ""), "accuracy")
+    return titles().get((summary["test"] or {}).get("metric", ""), "accuracy")
 
 
 def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, Any] | None, timed: dict[str, Any] | None) -> dict[str, Any]:

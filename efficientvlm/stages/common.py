@@ -24,7 +24,7 @@ from efficientvlm.data.opening import notes, record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
 from efficientvlm.families.image_settings import write_settings
-from efficientvlm.report.metrics import TITLES, main_metric
+from efficientvlm.report.metrics import main_metric, titles
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.interrupt import sigterm_as_interrupt
 from efficientvlm.runtime.memory import enough_memory, out_of_memory, reason
@@ -178,7 +178,7 @@ def write(
 def summary(manifest: Manifest) -> str:
     """Sizes and the task's main metric on validation data in one line."""
     found = main_metric(manifest.metrics.get("val"))
-    return sizes(manifest) + (f"  validation {TITLES[found[0]]} {found[1]:.4f}" if found else "")
+    return sizes(manifest) + (f"  validation {titles()[found[0]]} {found[1]:.4f}" if found else "")
 
 
 def keep_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:

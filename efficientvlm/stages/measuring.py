@@ -9,7 +9,7 @@ import torch
 from efficientvlm.checkpoints.card import number
 from efficientvlm.control import Control
 from efficientvlm.loaded import Loaded
-from efficientvlm.report.metrics import TITLES
+from efficientvlm.report.metrics import titles
 from efficientvlm.runtime.progress import Bar
 from efficientvlm.settings.stages import Bench, Export
 from efficientvlm.stages import latency
@@ -53,8 +53,8 @@ def table(measured: dict[str, Any]) -> str:
     """The measurements as text, a line a variant."""
     first = next(iter(measured.values()))
     batches = [key for key in first if key.startswith("batch_")]
-    metric = next((name for name in TITLES if name in first), "accuracy")
-    head = ["", "MB", TITLES[metric], *(f"{key.replace('_', ' ')} (ms)" for key in batches), *("speed-up" for _ in batches)]
+    metric = next((name for name in titles() if name in first), "accuracy")
+    head = ["", "MB", titles()[metric], *(f"{key.replace('_', ' ')} (ms)" for key in batches), *("speed-up" for _ in batches)]
     rows = [head]
     for label, values in measured.items():
         accuracy = f"{values[metric]:.4f}" if metric in values else "not measured"

@@ -16,6 +16,7 @@ from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
+from efficientvlm.data.batch import on_device
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import released_rows
@@ -117,7 +118,7 @@ def scores(config: Prune, run: Learning, scope: Scope) -> Tensor:
         device = next(model.parameters()).device
         for step in range(config.calibration_batches):
             for batch in run.feed(step):
-                losses = task({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}, step)
+                losses = task(on_device(batch, device), step)
                 (losses["loss"] / config.calibration_batches).backward()
         ranks.average_gradients(model.parameters())
     values = importance_scores(config.method, model, scope.units, seed=config.seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data.kinds.questions import answers
-from efficientvlm.report.metrics import TITLES, main_metric
+from efficientvlm.report.metrics import main_metric, titles
 from efficientvlm.runtime.progress import say
 
 ADVICE = "compare with a run without --teacher (docs/distillation.md, When a teacher helps)"
@@ -33,7 +33,7 @@ def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
     found = []
     own = _measured(student, val)
     if own and own[0] == name and accuracy <= own[1]:
-        found.append(f"the teacher's validation {TITLES[name]}, {accuracy:.4f}, is not above the student's own, {own[1]:.4f}")
+        found.append(f"the teacher's validation {titles()[name]}, {accuracy:.4f}, is not above the student's own, {own[1]:.4f}")
     if name == "accuracy" and (majority := majority_answer(val)) and accuracy <= majority[1]:
         answer, part = majority
         found.append(f"the teacher's validation accuracy, {accuracy:.4f}, is not above {part:.4f}, that of always answering {answer!r}")

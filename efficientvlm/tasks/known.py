@@ -12,7 +12,11 @@ from efficientvlm.tasks.retrieval import Retrieval
 from efficientvlm.tasks.task import Asked, Learnt, Task
 from efficientvlm.tasks.vqa import VQA
 
-TASKS: dict[str, Task] = {task.name: task for task in (VQA(), Retrieval(), Pretraining())}
+TASKS: dict[str, Task] = {
+    "vqa": VQA(),
+    "retrieval": Retrieval(),
+    "pretraining": Pretraining(),
+}
 """In the order in which they stand for a network that does several."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from efficientvlm.data.batch import on_device
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch, region_batch
@@ -96,8 +97,7 @@ class Pretraining(Learnt):
             images += len(items)
             masking = settings_of(config, "mask_probability", "max_masks")
             batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **masking)
-            moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-            for name, value in measured(objective, moved, start).items():
+            for name, value in measured(objective, on_device(batch, device), start).items():
                 found.setdefault(name, []).append(value)
         return {"images": images, **{name: sum(values) / len(values) for name, values in found.items()}}
 

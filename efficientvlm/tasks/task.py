@@ -1,6 +1,6 @@
 """What a task is: the samples it reads, how a network learns it, and how it is measured, asked and timed.
 
-A stage asks the task and never its name. A new task is one file here, a class of settings, and a line in `known.py` and `about.py`.
+A stage asks the task and never its name. `docs/add-a-task.md` says what a new one takes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientvlm.checkpoints.folder import Output
+from efficientvlm.data.batch import on_device
 from efficientvlm.data.draw import seed_of
 from efficientvlm.errors import Diverged, Interrupted
 from efficientvlm.families.weights import finite
@@ -152,7 +153,7 @@ def train(
             for number, batch in enumerate(batches):
                 torch.manual_seed(seed_of(options.seed, step, number, hardware.process_index, "dropout"))
                 with meter.time("student"), autocast(hardware.device, options.precision):
-                    losses = module({name: _to(value, hardware.device) for name, value in batch.items()}, step)
+                    losses = module(on_device(batch, hardware.device), step)
                 values = averages(losses)
                 check_finite(values["loss"], "loss", step)
                 with meter.time("student"):
@@ -244,7 +245,3 @@ def update(
         optimizer.torch.step()
     for optimizer in optimizers:
         optimizer.torch.zero_grad(set_to_none=True)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

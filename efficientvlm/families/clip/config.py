@@ -24,8 +24,6 @@ class TwoTowers(TwoParts):
     """`model_type` and class of transformers that open a model of which nothing was removed."""
     pools_by_probe: ClassVar[bool] = False
     """Whether a probe that attends to all states pools an image (SigLIP); it is never pruned."""
-    processor = "CLIPImageProcessor"
-    """Class of transformers that reads a `preprocessor_config.json` which names none."""
 
     @property
     def end(self) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import GatePoint, Unit
-from efficientvlm.families.network import require
+from efficientvlm.families.network import Graph, require
 from efficientvlm.families.towers.layers import Layer
 from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, normalise
 from efficientvlm.families.towers.vit import Vit
@@ -64,6 +65,15 @@ class TowerNetwork(PreTrainedModel):
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.encode_image(pixels).states
         return states, self.image_feature(states)
+
+    def graphs(self) -> list[Graph]:
+        """The few graphs that the network's task needs, in the order in which they run.
+
+        Raises:
+            BadInput: nothing is made of a network of this kind.
+        """
+        what = f"no ONNX graphs are made of a model of type {self.config.model_type}"
+        raise BadInput(what, "its network describes none", "use --format padded")
 
     def units(self) -> list[Unit]:
         units: list[Unit] = []
