@@ -8,12 +8,10 @@ import torch
 from toy_family import ToyConfig, ToyModel
 
 from efficientvlm import families
+from efficientvlm.examples.cross_encoder import CrossEncoderConfig, CrossEncoders
 from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
-from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConfig
-from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.xvlm.config import XVLMConfig
-from efficientvlm.families.xvlm.family import XVLM
 
 
 def tiny_xvlm() -> XVLMConfig:
@@ -67,6 +65,7 @@ def tiny_blip(kind: Any, **changes: Any) -> Any:
 
 CONFIGS: dict[str, Any] = {
     "toy": ToyConfig(),
+    "cross_encoder": CrossEncoderConfig(image_size=16, patch_size=8, width=16, neurons=6, vocab_size=20, initializer_range=0.3),
     "xvlm": tiny_xvlm(),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
@@ -76,7 +75,8 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-NETWORKS: dict[type, type] = {ToyConfig: ToyModel, **XVLM.models, **CLIP.models, **BLIP.models}
+FAMILIES = [CrossEncoders(), *map(families.get, families.FAMILIES)]
+NETWORKS: dict[type, type] = {ToyConfig: ToyModel, **{kind: model for known in FAMILIES for kind, model in known.models.items()}}
 
 
 def network(config: Any) -> Any:
@@ -86,7 +86,8 @@ def network(config: Any) -> Any:
 
 def family(name: str) -> Any:
     """The family that the network called `name` is of."""
-    return families.get("clip" if name == "siglip" else name.partition("-")[0])
+    called = "clip" if name == "siglip" else name.partition("-")[0]
+    return next(known for known in FAMILIES if known.name == called)
 
 
 def build(name: str) -> tuple[Any, dict[str, Any]]:

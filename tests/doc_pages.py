@@ -21,7 +21,12 @@ import yaml
 from conftest import SHAPES, SIZES
 from PIL import Image
 
+from efficientvlm import families
 from efficientvlm.cli import main as cli
+from efficientvlm.objectives import methods
+from efficientvlm.settings import methods as method_settings
+from efficientvlm.settings import tasks as task_settings
+from efficientvlm.tasks import known
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w+) ?(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
@@ -75,6 +80,8 @@ def run_block(block: Block, world: Path) -> None:
     with contextlib.chdir(world):
         if block.info.startswith("file="):
             write_file(Path(block.info.removeprefix("file=")), block.text)
+        elif block.info.startswith("row="):
+            add_row(block)
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), {})
         elif block.language == "sh":
@@ -89,6 +96,28 @@ def run_block(block: Block, world: Path) -> None:
             assert (code != 0) == shown.startswith("error:"), f"{block.where}: `{command}` ends with {code}"
         else:
             assert block.language == "text", f"{block.where}: nothing is known about {block.language} blocks"
+
+
+def add_row(block: Block) -> None:
+    """Put the entries in a `python row=module:TABLE example` block into a table of the package, with the names of the module `example`."""
+    where, example = block.info.removeprefix("row=").split()
+    module, _, table = where.partition(":")
+    names = vars(importlib.import_module(module)) | vars(importlib.import_module(example))
+    names["table"] = getattr(importlib.import_module(module), table)
+    exec(compile(f"table.update({{{block.text}}})", block.where, "exec"), names)
+
+
+@contextlib.contextmanager
+def tables_restored() -> Iterator[None]:
+    """After the block every table of tasks, methods and families is as it was before."""
+    tables = (task_settings.TASKS, task_settings.ABOUT, known.TASKS, method_settings.METHODS, methods.METHODS, families.FAMILIES)
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)  # type: ignore[arg-type]
 
 
 def run(command: str) -> tuple[int, str, str]:

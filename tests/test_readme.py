@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from clip_folder import byte_pairs, write_clip
-from doc_pages import FENCE, ROOT, blocks, commands, evlm, inline_code, run, run_block, script, write_file
+from doc_pages import FENCE, ROOT, blocks, commands, evlm, inline_code, run, run_block, script, tables_restored, write_file
 from pydantic import BaseModel
 from test_import import published
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
@@ -74,8 +74,19 @@ def test_the_readme_from_top_to_bottom(world: Path) -> None:
 def test_every_page_from_top_to_bottom(page: Path, world: Path, chain: Path) -> None:
     """A page stands for itself: it may use the folders of the chain, called as in the README, and what it wrote itself."""
     shutil.copytree(chain, world / "runs")
-    for block in blocks(page):
-        run_block(block, world)
+    with tables_restored():
+        for block in blocks(page):
+            run_block(block, world)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_examples_on_a_page_are_the_files_that_run(page: Path) -> None:
+    shown = [block for block in blocks(page) if block.info.startswith("file=efficientvlm/")]
+    assert len(shown) == page.name.startswith("add-a-")
+    for block in shown:
+        assert (ROOT / block.info.removeprefix("file=")).read_text("utf-8") == block.text, (
+            f"{block.where}: run: python docs/make_examples.py"
+        )
 
 
 def test_a_wrong_command_does_not_pass(world: Path) -> None:

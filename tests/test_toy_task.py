@@ -1,207 +1,186 @@
-"""A task and a method of distillation of one file each, through every stage; and that no stage knows one by its name."""
+"""The examples of a task, a method of distillation and a family, a file each, through every stage; no stage knows one by its name."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import QUIET, SHAPES, TRAIN, run_stage
+from doc_pages import ROOT as PROJECT
+from doc_pages import add_row, blocks, tables_restored
+from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 import efficientvlm
 from efficientvlm.checkpoints.folder import require_complete
-from efficientvlm.data.images import open_image
-from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
-from efficientvlm.data.texts import Texts
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem, pair_batch
+from efficientvlm.data.opening import open_data
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import Loaded, load, texts_of
-from efficientvlm.objectives.distillation import Distilled
-from efficientvlm.objectives.methods import METHODS
-from efficientvlm.objectives.objective import Objective, Pass
-from efficientvlm.objectives.teachers import LiveTeacher
-from efficientvlm.objectives.terms import Term, logits
+from efficientvlm.examples import soft_labels
+from efficientvlm.examples.cross_encoder import CrossEncoder, CrossEncoderConfig
+from efficientvlm.examples.matching_task import Matching, PairMatching
+from efficientvlm.loaded import load, texts_of
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
-from efficientvlm.settings import methods as method_settings
-from efficientvlm.settings import tasks as task_settings
-from efficientvlm.settings.base import Strict
-from efficientvlm.settings.common import Asking, Learning, Measuring, Taught
+from efficientvlm.settings.common import Asking
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.methods import METHODS as METHOD_SETTINGS
+from efficientvlm.settings.tasks import ABOUT, About, Pictures
 from efficientvlm.stages import predict
-from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.known import TASKS
-from efficientvlm.tasks.task import Asked, Learnt
-from efficientvlm.training.loop import Batch
 
-# the method: its settings, and one module
+PAGES = [PROJECT / "docs" / f"add-a-{what}.md" for what in ("task", "method", "family")]
 
 
-class ToyWeights(Strict):
-    toy_logits: float = Field(1.0, ge=0)
-
-
-class ToyDistillation(Taught):
-    weights: ToyWeights = Field(default_factory=ToyWeights)
-
-
-def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        yield BadInput("teacher and student have different tokenizers", "", "use another teacher")
-
-
-def distilled(hard: Objective, teacher: Any, settings: Any) -> Objective:
-    return Distilled(hard, LiveTeacher(hard, teacher), hard.terms, kd=0.5, weights=dict(settings.weights), maps={})
-
-
-# the task: its settings, its losses, and one class
-
-
-class ToySettings(Learning):
-    shift: int = Field(1, ge=1, description="texts go to the image so many places further for a pair that does not match")
-
-
-class ToyEval(Measuring):
-    pass
-
-
-class ToyStatement(Asking):
-    """Two pictures and what may be true of the first, so that another question than a VQA's is asked."""
-
-    image: task_settings.Pictures = Field(min_length=2, max_length=2)
-    statement: str
-
-
-class Matching(Objective):
-    """Pairs of a batch that belong together, and as many that do not."""
-
-    terms = (Term("toy_logits", "toy_logits", logits),)
-
-    def __init__(self, model: Any, shift: int) -> None:
-        super().__init__()
-        self.model, self.shift = model, shift
-
-    def passes(self, model: Any, batch: dict[str, Any], step: int, want: Any = (), drawn: Any = None) -> Pass:
-        scores = self.scores(model, batch)
-        truth = torch.arange(len(scores), device=scores.device) < len(scores) // 2
-        return Pass({"toy": torch.nn.functional.cross_entropy(scores, truth.long())}, efficientvlm_record(toy_logits=scores))
-
-    def scores(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        images, _ = model.embed_images(batch["pixels"])
-        texts, _ = model.embed_texts(batch["text_ids"], batch["text_mask"])
-        rows = torch.arange(len(images), device=images.device)
-        pairs = [(rows, texts, batch["text_mask"]), (rows.roll(self.shift), texts, batch["text_mask"])]
-        return torch.cat([model.match(images, images_of, said, mask) for images_of, said, mask in pairs])
-
-
-def efficientvlm_record(**values: Any) -> Any:
-    from efficientvlm.families.network import Record
-
-    return Record(**values)
-
-
-class Toy(Learnt, Asked):
-    name, kind, needs = "toy", PAIRS, ("match",)
-    timed_as = "one picture and one text to whether they match"
-
-    def objective(self, config: Any, student: Loaded) -> Matching:
-        return Matching(student.model, config.shift)
-
-    def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
-        return [pair_batch(items, texts, seed=config.seed, step=step, task=True)]
-
-    @torch.inference_mode()
-    def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
-        return self.measure(student, source, batch_size=4, seed=0, title="validate", quiet=quiet)
-
-    def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
-        return of_pairs(student, source)
-
-    def measure(self, loaded: Loaded, source: Any, **_: Any) -> dict[str, Any]:
-        items = [source[number] for number in range(min(4, len(source)))]
-        batch = pair_batch(items, texts_of(loaded), seed=0, step=0, augment_kind="none", task=True)
-        moved = {name: value.to(loaded.model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        with torch.inference_mode():
-            scores = Matching(loaded.model.eval(), 1).scores(loaded.model, moved)
-        return {"images": len(items), "toy_score": float(scores.softmax(1)[: len(items), 1].mean())}
-
-    def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
-        return {"metric": "toy_score", "influence": of_pairs(loaded, source), "metrics": self.measure(loaded, source)}
-
-    def ask(self, config: ToyStatement, loaded: Loaded) -> dict[str, Any]:
-        pixels = torch.from_numpy(open_image(config.image[0], loaded.preprocessing)).permute(2, 0, 1)[None].to(loaded.model.device)
-        ids, mask = (tensor.to(loaded.model.device) for tensor in texts_of(loaded).batch([config.statement]))
-        model = loaded.model.eval()
-        with torch.inference_mode():
-            images, texts = model.embed_images(pixels)[0], model.embed_texts(ids, mask)[0]
-            score = model.match(images, torch.zeros(1, dtype=torch.long), texts, mask).softmax(1)[0, 1]
-        return {"answer": float(score)}
-
-    def can_be_timed(self, models: Sequence[Loaded]) -> bool:
-        return all(map(self.able, models))
-
-    def timed(self, loaded: Loaded, config: Any, device: torch.device, among: Any, quiet: bool) -> Callable[[int], object]:
-        objective = Matching(loaded.model.eval(), 1)
-        batch = loaded.model.example(max(config.batch_sizes), config.text_length)
-        whole = {"pixels": batch["pixels"], "text_ids": batch["question_ids"], "text_mask": batch["question_mask"]}
-        return lambda size: objective.scores(loaded.model, {name: value[:size] for name, value in whole.items()})
+@pytest.fixture(autouse=True)
+def examples() -> Iterator[None]:
+    """What adding a task, a method and a family takes: the entries that their pages show, and the task among those of the method."""
+    with tables_restored():
+        for block in (block for page in PAGES for block in blocks(page) if block.info.startswith("row=")):
+            add_row(block)
+        METHOD_SETTINGS["soft_labels"] = METHOD_SETTINGS["soft_labels"] | {"matching": soft_labels.SoftLabels}
+        yield
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What adding a task and a method takes: their settings, and a line each where they are listed."""
-    learnt = {"finetune": ToySettings, "prune": ToySettings, "eval": ToyEval}
-    monkeypatch.setitem(task_settings.TASKS, "toy", learnt)
-    monkeypatch.setitem(task_settings.ABOUT, "toy", task_settings.About({}, asked=ToyStatement))
-    monkeypatch.setitem(method_settings.METHODS, "toy-method", {"toy": ToyDistillation})
-    monkeypatch.setitem(TASKS, "toy", Toy())
-    monkeypatch.setitem(METHODS, "toy-method", SimpleNamespace(needs=needs, distilled=distilled))
+def pairs(chain: Path, tmp_path: Path) -> str:
+    """A checkpoint of the example's family, of which a folder was imported."""
+    tokenizer = load(str(chain / "init"), weights=False).tokenizer
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 16, "neurons": 24, "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    CrossEncoder(CrossEncoderConfig(**sizes)).save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    run_stage("import", model=str(tmp_path / "folder"), out=str(tmp_path / "pairs"))
+    return str(tmp_path / "pairs")
 
 
-def test_a_toy_task_goes_through_every_stage(toy: None, chain: Path, tmp_path: Path) -> None:
-    common = {"data": SHAPES, "task": "toy", **TRAIN}
-    teacher, pruned, cut, tuned = (str(tmp_path / name) for name in ("teacher", "pruned", "cut", "tuned"))
-    taught = {**common, "teacher": teacher, "distillation": "toy-method"}
-    run_stage("finetune", out=teacher, model=str(chain / "init"), freeze=["vision"], **common)
-    run_stage("prune", out=pruned, model=str(chain / "distilled"), sparsity=0.4, **taught)
-    run_stage("prune", out=cut, from_gates=pruned, sparsity=0.5, eval_limit=4)
-    run_stage("finetune", out=tuned, model=cut, **taught)
-    manifest = require_complete(tuned)
-    assert {"toy", "kd"} <= set(manifest.metrics["train"]) and manifest.metrics["val"]["images"] == 4
-    assert manifest.config["distillation"] == "toy-method" and manifest.config["task"] == "toy"
-    assert require_complete(cut).accounting["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
-    frozen, before = (load(path).model.state_dict() for path in (teacher, str(chain / "init")))
-    assert all(torch.equal(frozen[name], before[name]) for name in before if name.startswith("vision."))
-    assert any(not torch.equal(frozen[name], before[name]) for name in before if name.startswith("fusion."))
+def through_every_stage(start: str, teacher_of: str, tmp_path: Path) -> None:
+    """`start` learns the example's task from `teacher_of` by the example's method, is pruned, cut again, tuned, and then used."""
+    common: dict[str, Any] = {"data": SHAPES, "task": "matching", **TRAIN}
+    out = {name: str(tmp_path / name) for name in ("teacher", "short", "distilled", "pruned", "cut", "tuned", "padded", "report")}
+    taught = {**common, "distillation": "soft_labels", "teacher": out["teacher"]}
+    run_stage("pretrain", out=out["teacher"], model=teacher_of, freeze=["vision"], **common)
+    run_stage("shrink", out=out["short"], model=start)
+    run_stage("distill", out=out["distilled"], model=out["short"], temperature=4.0, **taught)
+    run_stage("prune", out=out["pruned"], model=out["distilled"], sparsity=0.4, negatives=3, **taught)
+    run_stage("prune", out=out["cut"], from_gates=out["pruned"], sparsity=0.5, eval_limit=4)
+    run_stage("finetune", out=out["tuned"], model=out["cut"], **taught)
+    for name in ("distilled", "pruned", "tuned"):
+        manifest = require_complete(out[name])
+        assert {"matching", "kd"} <= set(manifest.metrics["train"]) and manifest.metrics["val"]["images"] == 4
+        assert manifest.config["distillation"] == "soft_labels" and manifest.config["task"] == "matching"
+        assert set(manifest.extra.get("influence", {}).get("inputs", {"image": 0, "text": 0})) == {"image", "text"}
+    assert require_complete(out["cut"]).accounting["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.02)
+    frozen, before = (load(path).model.state_dict() for path in (out["teacher"], teacher_of))
+    moved = {name.partition(".")[0] for name in before if not torch.equal(frozen[name], before[name])}
+    assert "vision" not in moved and moved
 
-    found = run_stage("eval", model=tuned, data=SHAPES, task="toy", split="val")
-    assert found["metric"] == "toy_score" and 0 <= found["metrics"]["toy_score"] <= 1
-    from PIL import Image
-
+    found = run_stage("eval", model=out["tuned"], data=SHAPES, task="matching", split="val")
+    assert found["metric"].startswith("matching_accuracy: ") and 0 <= found["metrics"]["matching_accuracy"] <= 1
     Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "red.png")
-    asked: dict[str, Any] = {"model": tuned, "image": [str(tmp_path / "red.png")] * 2, "device": "cpu"}
-    assert 0 <= predict.run(**asked, statement="a red circle")["answer"] <= 1
-    with pytest.raises(BadInput, match="question: unknown key"):
-        predict.run(**asked, question="a red circle?")
-    timed = run_stage("bench", models=[tuned, teacher], rounds=1, warmup_rounds=0, batch_sizes=[1, 2])
-    assert timed["timed"] == Toy.timed_as and len(timed["latency"]) == 4 and all(model["trained"] for model in timed["models"])
-    run_stage("export", model=tuned, out=str(tmp_path / "padded"), format="padded")
-    assert require_complete(tmp_path / "padded").noted("task", str, "") == "toy"
+    answer = predict.run(model=out["tuned"], image=str(tmp_path / "red.png"), question="a red circle", device="cpu")
+    assert answer["answer"] == ("yes" if answer["probability"] > 0.5 else "no")
+    timed = run_stage("bench", models=[out["tuned"], out["teacher"]], rounds=1, warmup_rounds=0, batch_sizes=[1, 2])
+    assert timed["timed"] == Matching.timed_as and len(timed["latency"]) == 4 and all(model["trained"] for model in timed["models"])
+    run_stage("export", model=out["tuned"], out=out["padded"], format="padded")
+    assert require_complete(out["padded"]).noted("task", str, "") == "matching"
+    with pytest.raises(BadInput) as refused:
+        run_stage("export", model=out["tuned"], out=str(tmp_path / "onnx"), format="onnx", rounds=0)
+    assert "--format padded" in refused.value.fix
+    assert "--question" in Path(out["tuned"], "README.md").read_text("utf-8")
 
     steps = [
-        Step("tuned", "finetune", stage_settings("finetune", {"out": "a", "model": str(chain / "init"), **common})),
-        Step("pruned", "prune", stage_settings("prune", {"out": "b", "model": "a", "sparsity": 0.4, **taught})),
-        Step("test", "eval", stage_settings("eval", {"model": "b", "data": SHAPES, "task": "toy", "split": "val"})),
+        Step("pruned", "prune", stage_settings("prune", {"out": "a", "model": start, "sparsity": 0.4, **taught})),
+        Step("test", "eval", stage_settings("eval", {"model": "a", "data": SHAPES, "task": "matching", "split": "val"})),
+        Step("timed", "bench", stage_settings("bench", {"models": [start, "a"]})),
     ]
     made = plan(steps, QUIET)
     assert not made.problems.found and all(stage.memory for stage in made.stages)
-    with pytest.raises(BadInput, match="cannot match images with texts"):
-        run_stage("eval", model=str(chain / "teacher"), data=SHAPES, task="toy", split="val")
+
+
+def test_the_task_and_the_method_on_a_known_family(chain: Path, tmp_path: Path) -> None:
+    through_every_stage(str(chain / "student"), str(chain / "init"), tmp_path)
+    with pytest.raises(BadInput, match="cannot compare images with texts") as refused:
+        run_stage("eval", model=str(chain / "teacher"), data=SHAPES, task="matching", split="val")
+    assert "answer questions" in refused.value.why and "an X-VLM" in refused.value.fix
+    with pytest.raises(BadInput, match="batch_size 4") as few:
+        run_stage("finetune", out=str(tmp_path / "o"), model=str(chain / "init"), data=SHAPES, task="matching", negatives=4, **TRAIN)
+    assert "5 or more" in few.value.fix
+
+
+def test_a_question_of_other_parts_than_known_tasks_ask(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Statement(Asking):
+        image: Pictures = Field(min_length=2, max_length=2)
+        statement: str
+
+    monkeypatch.setitem(ABOUT, "matching", About({}, asked=Statement))
+    monkeypatch.setattr(Matching, "ask", lambda self, config, loaded: {"answer": [config.statement, *config.image]})
+    asked: dict[str, Any] = {"model": str(chain / "init"), "image": ["a.png", "b.png"], "device": "cpu"}
+    assert predict.run(**asked, statement="both are red")["answer"] == ["both are red", "a.png", "b.png"]
+    with pytest.raises(BadInput, match="question: unknown key"):
+        predict.run(**asked, question="are both red?")
+
+
+def test_the_task_and_the_method_on_the_family_of_the_example(pairs: str, tmp_path: Path) -> None:
+    through_every_stage(pairs, pairs, tmp_path)
+
+
+def test_the_method_teaches_known_tasks_across_widths(chain: Path, tmp_path: Path) -> None:
+    """A student of other width than its teacher, which the published method refuses."""
+    narrow = {"size": "tiny", "tokenizer": str(chain / "init"), "settings": {"image_size": 64, "vision_width": 24, "text_width": 24}}
+    few: dict[str, Any] = {"data": SHAPES, **TRAIN, "max_steps": 2}
+    run_stage("init", out=str(tmp_path / "narrow"), **narrow)
+    general = {"model": str(tmp_path / "narrow"), "teacher": str(chain / "init"), **few}
+    with pytest.raises(BadInput, match="other sizes"):
+        run_stage("distill", out=str(tmp_path / "refused"), **general)
+    run_stage("distill", out=str(tmp_path / "distilled"), distillation="soft_labels", **general)
+    assert {"itc", "kd"} <= set(require_complete(tmp_path / "distilled").metrics["train"])
+    asked = {"model": str(tmp_path / "narrow"), "teacher": str(chain / "teacher"), "decoder_init": "fusion", **few}
+    run_stage("finetune", out=str(tmp_path / "tuned"), distillation="soft_labels", **asked)
+    assert {"task", "kd"} <= set(require_complete(tmp_path / "tuned").metrics["train"])
+
+
+def test_soft_labels_are_the_divergence_of_all_distributions(pairs: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = (load(pairs) for _ in range(2))
+    for parameter in teacher.model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    items: list[PairItem] = [open_data(PAIRS, SHAPES, "train", image_size=64)[number] for number in range(4)]
+    batch = pair_batch(items, texts_of(student), seed=0, step=0, augment_kind="none", task=True)
+    config = soft_labels.SoftLabels(out="o", model="m", data="d", task="matching", kd=0.25, temperature=2.0)
+    hard = PairMatching(student.model, 1)
+    losses = soft_labels.distilled(hard, teacher.model, config)(batch, 0)
+    ours, theirs = (hard.passes(model, batch, 0).record["matching_logits"] / 2 for model in (student.model, teacher.model))
+    divergence = 4 * torch.nn.functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+    assert losses["kd"].item() == pytest.approx(divergence.item(), rel=1e-5) and divergence > 0
+    assert losses["loss"].item() == pytest.approx(0.75 * losses["matching"].item() + 0.25 * divergence.item(), rel=1e-5)
+    hard.terms = ()
+    with pytest.raises(BadInput, match="need logits"):
+        soft_labels.distilled(hard, teacher.model, config)
+
+
+def test_a_caption_of_two_pictures_matches_both() -> None:
+    """What counts as matched is the caption, not its place: two pictures with one caption are no negatives of one another."""
+
+    class Certain(torch.nn.Module):
+        def embed_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return pixels, None
+
+        def embed_texts(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return ids, None
+
+        def match(self, images: torch.Tensor, rows: torch.Tensor, texts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.full((len(rows),), 2.0), torch.zeros(len(rows))], 1)  # always no
+
+    batch = {"pixels": torch.zeros(3, 1), "text_ids": torch.tensor([[1], [1], [2]]), "text_mask": torch.ones(3, 1, dtype=torch.long)}
+    batch["image_ids"] = torch.arange(3)
+    loss = PairMatching(Certain(), 1)(batch, 0)["matching"]
+    no, yes = 0.126928, 2.126928  # cross-entropy of the logits 2 and 0
+    assert loss.item() == pytest.approx((4 * yes + 2 * no) / 6, rel=1e-5)  # 3 own pictures, and that of the neighbour with the same caption
 
 
 def test_pre_training_is_pruned_like_any_task(chain: Path, tmp_path: Path) -> None:
@@ -224,10 +203,10 @@ OPEN = {"known", "task", "influence", "about", "remembered"}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    """Name and content of every module that must not know a task: all but those of settings and tasks."""
+    """Name and content of every module that must not know a task: all but those of settings, tasks and examples."""
     for path in sorted(ROOT.rglob("*.py")):
         folder = path.relative_to(ROOT).parts[0]
-        if folder not in ("settings", "tasks"):
+        if folder not in ("settings", "tasks", "examples"):
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))
 
 
