@@ -34,13 +34,10 @@ def training(run: Learning, images: int) -> int:
 
 
 def stand_in(run: Learning, images: int) -> Learning:
-    """`run` on grey pictures, `images` a step, with a region step if there may be one; a cached teacher is run as at first sight."""
+    """`run` on grey pictures, `images` a step, such as takes most."""
     config, source = run.config, run.sources["train"]
-    changed: dict[str, Any] = {"batch_size": images, "cache_teacher": False}
-    if hasattr(config, "region_probability"):
-        changed["region_probability"] = float(config.region_probability > 0)
     grey = Grey(source, images, run.student.sizes.image_size, run.task.kind)
-    return replace(run, config=config.model_copy(update=changed), sources={**run.sources, "train": grey})
+    return replace(run, config=config.model_copy(update={**config.fullest(), "batch_size": images}), sources={**run.sources, "train": grey})
 
 
 class Grey:

@@ -74,14 +74,12 @@ def main_memory() -> int | None:
         return None
 
 
-def too_much(kept: int) -> BadInput | None:
-    """What is wrong with keeping so many bytes of a teacher's outputs on this machine."""
+def too_much(setting: str, kept: int) -> BadInput | None:
+    """What is wrong with keeping so many bytes of a teacher's outputs on this machine, as `setting` asks."""
     there = main_memory()
     if there is None or kept <= there:
         return None
-    return BadInput(
-        "cache_teacher takes too much memory", f"up to {size(kept)} would be kept; this machine has {size(there)}", "leave it out"
-    )
+    return BadInput(f"{setting} takes too much memory", f"up to {size(kept)} would be kept; this machine has {size(there)}", "leave it out")
 
 
 def disk(output: Any, *, trained: Any = None, gates: int = 0, dense: bool = False, recut: bool = False) -> dict[str, int]:

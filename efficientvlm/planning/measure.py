@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from efficientvlm.data.draw import seed_of
 from efficientvlm.loaded import Loaded
 from efficientvlm.runtime.hardware import autocast, pick_device, synchronise
-from efficientvlm.settings.stages import Prune
-from efficientvlm.stages import prune
-from efficientvlm.stages.cutting import scope_of
 from efficientvlm.stages.learning import Learning
 from efficientvlm.training.loop import Batch, Optimizer, update
 
@@ -68,14 +65,8 @@ def ready(
     run: Learning, device: torch.device, fill: Fill = filled
 ) -> tuple[nn.Module, Sequence[Optimizer], Callable[[int], Sequence[Batch]]]:
     """Objective, optimizers and batches as the stage has them, on the weights that `fill` gives its networks."""
-    config = run.config
     student, teacher = fill(run.student, device), fill(run.teacher, device) if run.teacher else None
     learning = replace(run, student=student, teacher=teacher)
-    learning.hardware = SimpleNamespace(device=device)  # a plan does not connect with other processes
-    if not isinstance(config, Prune):
-        inner = learning.objective()
-        return inner, inner.optimizers(config, run.new), learning.feed
-    gated = prune.gated(config, learning, scope_of(config, student.model))
-    if config.method != "l0":
-        gated.pruner.settle(torch.ones(len(gated.pruner.scope.active), dtype=torch.bool))
-    return gated, gated.optimizers(config, run.new), learning.feed
+    vars(learning)["hardware"] = SimpleNamespace(device=device)  # a plan does not connect with other processes
+    objective = learning.trial()
+    return objective, objective.optimizers(run.config, run.new), learning.feed

@@ -6,16 +6,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from efficientvlm.checkpoints.folder import fingerprint
+import torch
+
+from efficientvlm.checkpoints import manifest
+from efficientvlm.checkpoints.folder import examine, fingerprint
+from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
-from efficientvlm.loaded import Loaded
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning import costs
-from efficientvlm.planning.chain import PLANNED, Chain, on_meta
+from efficientvlm.planning.chain import Chain
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
 from efficientvlm.runtime import ranks
 from efficientvlm.stages.learning import Learning, freeze
+from efficientvlm.stages.results import MACHINE, ResultFile
+from efficientvlm.stages.workspace import Job
 
 ENDLESS = 1 << 60  # batches an epoch of a stream
 
@@ -43,40 +50,72 @@ class Forecast:
         return {key: value for key, value in vars(self).items() if key != "run"}
 
 
-def finish(chain: Chain, step: Step, found: Forecast, loaded: Loaded, status: str, **sizes: Any) -> None:
-    """Book what the stage writes."""
-    found.status = status
-    read = [place(spec) for name in ("model", "from_gates") if (spec := getattr(step.config, name, None))]
-    if status != "up to date" and (found.structure != "exact" or chain.assumed.intersection(read)):
-        chain.assumed.add(place(found.out))
-        if found.structure == "exact":
-            found.structure = "uniform cut: that of its input, which is assumed"
-    chain.write(step, status, loaded)
-    written = chain.open(str(found.out), step.name)
-    found.after = summary(chain, written)
-    if status == "up to date":
-        found.structure = "as it is there"
-        return
-    found.disk = costs.disk(loaded.model, **sizes)
+def digests(chain: Chain, job: Job) -> dict[str, str]:
+    """Role → `sha256:HEX` of data where it is known at once, or everything is to be hashed; else nothing."""
+    at_once = {role: chain.verify or source.name.partition(":")[0] == BUILT_IN[1] for role, source in job.data.items()}
+    return {role: f"sha256:{source.fingerprint}" if at_once[role] else "" for role, source in job.data.items()}
+
+
+def folder(chain: Chain, step: Step, found: Forecast, job: Job) -> None:
+    """Look at the folder of the stage: it is `new`, `up to date`, or the stage `resumes` or `replaces` what is there.
+
+    Data without a digest are taken to be what they were. What speaks against writing is noted; the stage `cannot run` then.
+    """
+    config: Any = step.config
+    known, found.status = digests(chain, job), "cannot run"
+    read = {role: spec for role, spec in job.inputs.items() if spec}
     with chain.problems.of(step.name):
-        chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])
+        if itself := next((role for role, spec in read.items() if place(spec) == place(config.out)), None):
+            raise BadInput(f"{config.out} cannot be written", f"it is the {itself} this stage reads", "use another --out")
+        found.status = examine(
+            config.out,
+            stage=step.stage,
+            inputs={role: chain.now(spec) for role, spec in read.items()} | known,
+            config=config.model_dump(),
+            force=chain.control.force,
+            resume=chain.control.resume,
+            unread=[role for role, digest in known.items() if not digest],
+        )
 
 
-def summary(chain: Chain, loaded: Loaded) -> dict[str, Any]:
-    """Parameters, MACs and sparsity of a model, JSON-ready."""
-    counted = chain.account(loaded)
-    return {"parameters": counted["parameters"], "macs": counted["macs"], "sparsity": counted["sparsity"]["achieved"]}
+def result_file(chain: Chain, step: Step, found: Forecast, job: Job) -> None:
+    """Look at the result file of the stage, as :func:`folder`; it may have been measured on any machine."""
+    read = {role: fingerprint(chain.now(spec)) for role, spec in job.inputs.items() if spec}
+    read |= {role: digest.removeprefix("sha256:") for role, digest in digests(chain, job).items()}
+    given, found.status = {role: digest for role, digest in read.items() if digest}, "cannot run"
+    with chain.problems.of(step.name):
+        unread = [MACHINE, *(read.keys() - given.keys())]
+        file = ResultFile.examine(step.config, step.stage, given, force=chain.control.force, unread=unread)
+        there = file.path and file.path.exists()
+        found.status = "up to date" if file.finished else "replaces" if there else "new"
 
 
-def digest(chain: Chain, source: Any) -> str:
-    """`sha256:HEX` of a source where it is known at once, or everything is to be hashed; else nothing."""
-    built_in = source.name.partition(":")[0] == BUILT_IN[1]
-    return f"sha256:{source.fingerprint}" if built_in or chain.verify else ""
+def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, extra: dict[str, Any] | None = None, **sizes: Any) -> None:
+    """Book that the stage writes `result`, and `extra` into its manifest; `sizes` as for :func:`costs.disk`. What is up to date stays."""
+    out = str(found.out)
+    if found.status == "up to date":
+        found.structure, written = "as it is there", load(out, weights=False)
+    else:
+        found.structure = found.structure or "exact"
+        if found.structure == "exact" and place(job.inputs.get("model")) in chain.assumed:
+            found.structure = "uniform cut: that of its input, which is assumed"
+        if found.structure != "exact":
+            chain.assumed.add(place(out))
+        chain.stale.add(place(out))
+        written = replace(result, path=Path(out), manifest=drafted(step, result, extra or {}))
+    chain.made[place(out)] = written
+    found.after = chain.summary(written)
+    if found.status != "up to date":
+        found.disk = costs.disk(result.model, **sizes)
+        with chain.problems.of(step.name):
+            chain.disks.add(out, found.disk["output"], found.disk["peak"])
 
 
-def digests(chain: Chain, config: Any, sources: dict[str, Any]) -> dict[str, str]:
-    """Those of training data, and of validation data of its own."""
-    return {"data": digest(chain, sources["train"]), **({"val": digest(chain, sources["val"])} if config.val else {})}
+def drafted(step: Step, result: Loaded, extra: dict[str, Any]) -> Manifest:
+    """The manifest that `step` will write, as far as later stages ask for it."""
+    config, made = step.config.model_dump(mode="json"), manifest.now()
+    more = {"new": [], **extra}
+    return Manifest(stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=made, extra=more)
 
 
 def schedule(config: Any, source: Any) -> dict[str, Any]:
@@ -104,47 +143,37 @@ def schedule(config: Any, source: Any) -> dict[str, Any]:
     }
 
 
-def made(path: Path, family: Any, model: Any, tokenizer: Any) -> Loaded:
-    """A checkpoint that begins a chain; its manifest follows when it is booked."""
-    return Loaded(path, family, model, tokenizer, None)  # type: ignore[arg-type]
-
-
 def training(
-    chain: Chain, step: Step, found: Forecast, run: Learning, inputs: dict[str, str | None], *, result: Loaded | None = None, **sizes: Any
+    chain: Chain,
+    step: Step,
+    found: Forecast,
+    run: Learning,
+    *,
+    result: Loaded | None = None,
+    extra: dict[str, Any] | None = None,
+    **sizes: Any,
 ) -> None:
     """What all stages that train cost; `result` is what is written, by default the student as it is trained."""
-    with on_meta():  # the student that is trained is one of its own: what is frozen there learns in later stages
+    with torch.device("meta"):  # the student that is trained is one of its own: what is frozen there learns in later stages
         trained = replace(run.student, model=run.student.family.build(run.student.model.config))
     if not chain.problems.of_stage(step.name):  # it may lack the towers
         freeze(trained, run.config.freeze)
     result, run = result or run.student, replace(run, student=trained)
-    student, teacher = run.student, run.teacher
-    if teacher is not None:
-        found.teacher = {"path": str(teacher.path), **summary(chain, teacher)}
+    config, student, teacher = run.config, run.student, run.teacher
     found.structure = found.structure or "exact"
-    gates = sizes.get("gates", 0)
-    found.schedule = schedule(run.config, run.sources["train"])
+    if teacher is not None:
+        found.teacher = {"path": str(teacher.path), **chain.summary(chain.open(str(run.inputs["teacher"]), step.name))}
+    found.schedule = schedule(config, run.sources["train"])
     processes = found.schedule["processes"]
     taught = teacher.model if teacher else None
-    spread = run.config.parallel == "fsdp" and processes > 1
-    found.memory = costs.memory(student.model, taught, gates=gates, training=True, processes=processes, spread=spread)
-    status = chain.status(step, inputs, digests(chain, run.config, run.sources))
-    sound = not any(problem.stage == step.name for problem in chain.problems.found)
-    if teacher is not None and sound and getattr(run.config, "cache_teacher", False) and run.config.kd:
-        kept = run.task.bytes_of_cached_teacher(run.config, teacher, run.sources["train"], found.schedule["images_seen"])
+    spread = config.parallel == "fsdp" and processes > 1
+    held = {"gates": sizes.get("gates", 0), "processes": processes, "spread": spread}
+    found.memory = costs.memory(student.model, taught, training=True, **held)
+    folder(chain, step, found, run)
+    if teacher is not None and config.keeps_teacher and not chain.problems.of_stage(step.name):
+        kept = run.task.bytes_of_cached_teacher(config, teacher, run.sources["train"], found.schedule["images_seen"])
         costs.add(found.memory, **{"teacher cache": kept})
-        if status != "up to date" and (problem := costs.too_much(kept)):
+        if found.status != "up to date" and (problem := costs.too_much(config.keeps_teacher, kept)):
             chain.problems.add(step.name, problem)
-    found.run = None if status == "up to date" else run
-    finish(chain, step, found, result, status, trained=student.model, **sizes)
-
-
-def known(chain: Chain, spec: str) -> str:
-    """Digest of a checkpoint, or that of what is not written yet."""
-    return fingerprint(PLANNED if place(spec) in chain.stale else spec)
-
-
-def measured(chain: Chain, step: Step, found: Forecast, inputs: dict[str, str]) -> None:
-    """Look at the result file; inputs without a digest are taken to be what they were."""
-    given = {role: value for role, value in inputs.items() if value}
-    found.status = chain.result_status(step, given, [role for role in inputs if role not in given])
+    found.run = None if found.status == "up to date" else run
+    book(chain, step, found, run, result, extra, trained=student.model, **sizes)

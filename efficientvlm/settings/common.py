@@ -94,6 +94,15 @@ class Learning(OnTask, Stage, Data, Train):
     model: str
     max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
 
+    @property
+    def keeps_teacher(self) -> str:
+        """The setting by which what a teacher says is kept in memory; empty where it is not."""
+        return ""
+
+    def fullest(self) -> dict[str, Any]:
+        """Settings with which a step surely holds as much as the fullest one does with these."""
+        return {}
+
 
 class Taught(Learning):
     """A stage that trains, by a teacher if there is one. What only a method of distillation knows is in its classes in `methods.py`."""

@@ -112,6 +112,14 @@ class Distillation(Taught):
         False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
     )
 
+    @property
+    def keeps_teacher(self) -> str:
+        return "cache_teacher" if self.cache_teacher and self.kd else ""
+
+    def fullest(self) -> dict[str, Any]:
+        """A teacher that is kept is run at first sight."""
+        return {**super().fullest(), "cache_teacher": False}
+
     @field_validator("cache_teacher", check_fields=False)
     @classmethod
     def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -23,6 +23,10 @@ class PretrainingSettings(Learning):
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: Size = Field(8, ge=1, description="at most so many of them")
     hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
+
+    def fullest(self) -> dict[str, Any]:
+        """With a region step, if there may be one."""
+        return {**super().fullest(), "region_probability": float(self.region_probability > 0)}
 
     @field_validator("hard_negatives")
     @classmethod

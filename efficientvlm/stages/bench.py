@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
@@ -19,11 +19,39 @@ from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.stages import Bench
 from efficientvlm.stages import latency
-from efficientvlm.stages.results import MACHINE, ResultFile
+from efficientvlm.stages.results import MACHINE, ResultFile, digests_of
+from efficientvlm.stages.workspace import Job, Workspace
 from efficientvlm.tasks.known import TASKS
 from efficientvlm.tasks.task import Asked
 
 FORWARD = "one image and one text a sample, as tensors, to the outputs of the forward pass; random pixels and tokens"
+
+
+@dataclass(frozen=True)
+class Timing(Job):
+    """The networks that are timed, as shapes; `task` is what they are asked (None: the forward pass), `trained` whether they learnt it."""
+
+    models: list[Loaded]
+    task: Asked | None
+    trained: list[bool]
+
+
+def prepare(config: Bench, workspace: Workspace) -> Timing:
+    """What is timed.
+
+    Raises:
+        BadInput: a question longer than a model reads, a model that cannot do what the others do.
+    """
+    models = [workspace.checkpoint(spec, exported=True) for spec in config.models]
+    task = timed_of(models)
+    trained = [task is None or task.able(loaded) for loaded in models]
+    for loaded in models:
+        with workspace.checking(), torch.device("meta"):
+            check_precision(loaded, config.precision)
+            check_length(loaded, config.text_length)
+            if task:
+                task.make_able(loaded)
+    return Timing(models, task, trained, inputs={f"models.{number}": spec for number, spec in enumerate(config.models)})
 
 
 def run(config: Bench, control: Control) -> dict[str, Any]:
@@ -35,12 +63,12 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
     another machine, that is said.
 
     Raises:
-        BadInput: a question longer than a model reads, a model that cannot do what the others do, an `out` of another measurement.
+        BadInput: as :func:`prepare`; an `out` of another measurement.
     """
-    device = pick_device(config.device)
+    device, job = pick_device(config.device), prepare(config, Workspace(control.quiet))
     with latency.threads(config.threads) as threads:
         machine = {**machine_of(device), "threads": threads}
-        inputs = {f"models.{number}": fingerprint(spec) for number, spec in enumerate(config.models)}
+        inputs = digests_of(job)
         inputs[MACHINE] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
         file = ResultFile.open(config, "bench", inputs, force=control.force)
         if file.finished:
@@ -48,13 +76,9 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
             say(f"bench: {file.path} is up to date: these are its earlier timings{where}, --force measures again", quiet=control.quiet)
             return file.finished
         models = [load(spec, exported=True) for spec in config.models]
-        for loaded in models:
-            check_precision(loaded, config.precision)
-        task = timed_of(models)
-        trained = [task is None or task.able(loaded) for loaded in models]
         listed: list[str] = next((loaded.model.config.answers for loaded in models if loaded.model.config.answers), [])
         labels = unique(config.models)
-        calls = {label: call_of(task, loaded, config, device, models, control) for label, loaded in zip(labels, models, strict=True)}
+        calls = calls_of(dict(zip(labels, models, strict=True)), job.task, config, device, control.quiet)
         total = len(config.batch_sizes) * (config.rounds + config.warmup_rounds)
         lower = f"lower batch_sizes (now {', '.join(map(str, config.batch_sizes))}), or time fewer models at once"
         with enough_memory("bench", lower), Bar("bench", total, quiet=control.quiet) as bar, torch.inference_mode():
@@ -74,12 +98,12 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
             "form": form(loaded),
             "image_size": loaded.sizes.image_size,
             "answers": len(loaded.model.config.answers or listed),
-            "trained": trained[number],
+            "trained": job.trained[number],
         }
         for number, (label, loaded) in enumerate(zip(labels, models, strict=True))
     ]
     result: dict[str, Any] = {
-        "timed": task.timed_as if task else FORWARD,
+        "timed": job.task.timed_as if job.task else FORWARD,
         "machine": machine,
         "precision": config.precision,
         "text_length": config.text_length,
@@ -97,12 +121,15 @@ def timed_of(models: Sequence[Loaded]) -> Asked | None:
     return next((task for task in asked if task.can_be_timed(models)), None)
 
 
-def call_of(
-    task: Asked | None, loaded: Loaded, config: Bench, device: torch.device, models: Sequence[Loaded], control: Control
-) -> Callable[[int], object]:
-    """A function of the batch size that is timed."""
-    check_length(loaded, config.text_length)
-    return task.timed(loaded, config, device, models, control.quiet) if task else forward(loaded, config, device)
+def calls_of(
+    models: dict[str, Loaded], task: Asked | None, config: Bench, device: torch.device, quiet: bool
+) -> dict[str, Callable[[int], object]]:
+    """Label → a function of the batch size that is timed."""
+    among = list(models.values())
+    return {
+        label: task.timed(loaded, config, device, among, quiet) if task else forward(loaded, config, device)
+        for label, loaded in models.items()
+    }
 
 
 def described(machine: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from efficientvlm.runtime import ranks
 from efficientvlm.runtime.interrupt import sigterm_as_interrupt
 from efficientvlm.runtime.memory import enough_memory, out_of_memory, reason
 from efficientvlm.runtime.progress import say, telling
+from efficientvlm.settings.common import Learning
 from efficientvlm.tasks.influence import Influence, not_measured, tell
 from efficientvlm.training.loop import Spent
 
@@ -36,7 +37,7 @@ TEXT_LENGTH = 12
 SKIPPED = "skipped.jsonl"
 
 
-def open_output(config: Any, stage: str, control: Control, inputs: dict[str, str | None]) -> Output:
+def open_output(config: Any, stage: str, control: Control, inputs: Mapping[str, str | None]) -> Output:
     """Claim `config.out`; roles without a value are left out. Of several processes the main one does it, and the others know the result.
 
     Raises:
@@ -95,7 +96,7 @@ def making(output: Output) -> Iterator[None]:
 
 
 @contextmanager
-def learning(config: Any, output: Output, grows: Sequence[str] = ()) -> Iterator[None]:
+def learning(config: Learning, output: Output, grows: Sequence[str] = ()) -> Iterator[None]:
     """Say what to lower where training diverges or takes more memory than there is; `grows` are settings that it grows with besides.
 
     Raises:
@@ -104,8 +105,8 @@ def learning(config: Any, output: Output, grows: Sequence[str] = ()) -> Iterator
     again = "; that begins anew, with --force"
     names = ("batch_size", *grows, "max_tokens")
     lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
-    if getattr(config, "cache_teacher", False):
-        lower = f"leave cache_teacher out, or {lower}"
+    if config.keeps_teacher:
+        lower = f"leave {config.keeps_teacher} out, or {lower}"
     try:
         with enough_memory("training", lower, lambda: again * output.resumable):
             yield
@@ -114,7 +115,7 @@ def learning(config: Any, output: Output, grows: Sequence[str] = ()) -> Iterator
         raise Diverged(error.what, error.why + kept, error.fix + again * output.resumable) from None
 
 
-def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -> dict[str, Any]:
+def validated(config: Learning, measure: Callable[[], dict[str, Any]], quiet: bool) -> dict[str, Any]:
     """Metrics on validation data; none with `eval_limit` 0. What was trained has been saved before.
 
     Raises:
@@ -133,7 +134,7 @@ def validated(config: Any, measure: Callable[[], dict[str, Any]], quiet: bool) -
     return metrics
 
 
-def observed(title: str, config: Any, measurement: Callable[[], Influence], quiet: bool) -> Influence:
+def observed(title: str, config: Learning, measurement: Callable[[], Influence], quiet: bool) -> Influence:
     """The influence of the inputs at the end of a stage that validates, said; not measured where its validation is left out."""
     found = not_measured("eval_limit is 0") if config.eval_limit == 0 else validated(config, measurement, quiet)
     tell(title, found, quiet)
@@ -234,9 +235,3 @@ def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:
             lines += [json.dumps({"split": split, "sample": what, "reason": why}) + "\n" for what, why in skips.reasons.items()]
     if lines:
         (output.staging / SKIPPED).write_text("".join(lines), encoding="utf-8")
-
-
-def data_inputs(config: Any, sources: dict[str, Any]) -> dict[str, str | None]:
-    """Digests of the training data, and of validation data of its own."""
-    val = f"sha256:{sources['val'].fingerprint}" if config.val else None
-    return {"data": f"sha256:{sources['train'].fingerprint}", "val": val}

@@ -16,12 +16,13 @@ from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
+from efficientvlm.settings.stages import Prune
 from efficientvlm.training.state import unshared
 
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
 
 
-def scope_of(config: Any, model: Any) -> Scope:
+def scope_of(config: Prune, model: Any) -> Scope:
     """What `config` allows to be pruned of `model`, checked to be reachable.
 
     Raises:

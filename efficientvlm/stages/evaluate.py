@@ -3,49 +3,66 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
-from efficientvlm.checkpoints.files import resolve
-from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.control import Control
-from efficientvlm.data.answer_list import as_input
-from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
-from efficientvlm.families.onnx.description import is_exported
-from efficientvlm.loaded import check_precision, keep_length, load
+from efficientvlm.loaded import Loaded, check_precision, keep_length, load
 from efficientvlm.runtime.hardware import autocast, pick_device
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import say
+from efficientvlm.settings.common import Measuring
 from efficientvlm.stages.common import say_notes, say_skipped
-from efficientvlm.stages.results import ResultFile
+from efficientvlm.stages.results import ResultFile, digests_of
+from efficientvlm.stages.workspace import Job, Workspace
 from efficientvlm.tasks.influence import tell
 from efficientvlm.tasks.known import TASKS
+from efficientvlm.tasks.task import Task
 
 
-def run(config: Any, control: Control) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Evaluation(Job):
+    """The shapes of the network that is measured, and whether it can be, as the settings say."""
+
+    task: Task
+    loaded: Loaded
+    able: bool
+
+
+def prepare(config: Measuring, workspace: Workspace) -> Evaluation:
+    """What is measured, and on what.
+
+    Raises:
+        BadInput: a checkpoint that does not do the task, no list of answers.
+    """
+    task, able = TASKS[config.task], False
+    loaded = workspace.checkpoint(config.model, exported=True)
+    with workspace.checking():
+        check_precision(loaded, config.precision)
+        keep_length(loaded, config.max_tokens)
+        task.check(config, loaded)
+        able = True
+    source = workspace.data(config, task.kind, config.split, loaded.preprocessing)
+    return Evaluation(task, loaded, able, inputs={"model": config.model, **task.files(config)}, data={"data": source})
+
+
+def run(config: Measuring, control: Control) -> dict[str, Any]:
     """Measure the task's metrics on the split; nothing is trained.
 
     With `config.out`, a finished result of the same checkpoint, data and settings is returned as it is, unless forced.
 
     Raises:
-        BadInput: a checkpoint that does not do the task, no list of answers, nothing to measure on, an `out` of another measurement.
+        BadInput: as :func:`prepare`; nothing to measure on, an `out` of another measurement.
     """
-    task = TASKS[config.task]
-    loaded = load(config.model, weights=is_exported(resolve(config.model, checkpoint=True)), exported=True)
-    check_precision(loaded, config.precision)
-    keep_length(loaded, config.max_tokens)
-    task.check(config, loaded)
-    source = open_split(config, task.kind, config.split, loaded.preprocessing)
-    inputs = {"model": fingerprint(config.model), "data": source.fingerprint}
-    if getattr(config, "answers", None):
-        inputs["answers"] = fingerprint(as_input(config.answers) or "")
-    file = ResultFile.open(config, "eval", inputs, force=control.force)
+    job = prepare(config, Workspace(control.quiet))
+    task, source = job.task, job.data["data"]
+    file = ResultFile.open(config, "eval", digests_of(job), force=control.force)
     if file.finished:
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
-    if not is_exported(loaded.path):
-        loaded = load(config.model)
-        keep_length(loaded, config.max_tokens)
+    loaded = load(config.model, exported=True)
+    keep_length(loaded, config.max_tokens)
     say_notes(source, config.split, control.quiet)
     device = pick_device(config.device)
     loaded.model.to(device)

@@ -14,7 +14,6 @@ from typing import Any
 from efficientvlm.checkpoints.folder import Output, require_complete
 from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.control import Control
-from efficientvlm.data.configured import open_split
 from efficientvlm.data.opening import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
@@ -29,9 +28,10 @@ from efficientvlm.runtime import ranks
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import Export
+from efficientvlm.stages.bench import check_length
 from efficientvlm.stages.common import making, open_output, summary, write
 from efficientvlm.stages.measuring import measure, table
-from efficientvlm.stages.workspace import Workspace
+from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.known import TASKS, measured_of
 from efficientvlm.training.loop import Spent
 
@@ -43,25 +43,43 @@ def run(config: Export, control: Control) -> Manifest:
     """Write `config.model` in another form and compare it with torch before anything is kept.
 
     Raises:
-        BadInput: options that do not belong together, a package that is missing, an ONNX folder as input, data of another task, a network
-            that transformers' own classes cannot express.
+        BadInput: as :func:`prepare`.
         TargetMissed: the written form computes something else than the checkpoint.
     """
-    check(config)
-    described = Workspace(control.quiet).checkpoint(config.model)
-    check_model(config, described)
-    keep_length(described, config.max_tokens)
-    source = open_data(config, described)
-    inputs = {"model": config.model, "data": f"sha256:{source.fingerprint}" if source else None}
-    output = open_output(config, "export", control, inputs)
+    job = prepare(config, Workspace(control.quiet))
+    output = open_output(config, "export", control, inputs_of(job))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
         loaded = load(config.model)
         keep_length(loaded, config.max_tokens)
         if config.format == "onnx":
-            return _onnx(config, control, loaded, output, source)
+            return _onnx(config, control, loaded, output, job.data.get("data"))
         return _transformers(config, control, loaded, output)
+
+
+def prepare(config: Export, workspace: Workspace) -> Job:
+    """What is exported, and on what data it is measured, if on any.
+
+    Raises:
+        BadInput: options that do not belong together, a package that is missing, an ONNX folder as input, data of another task, a network
+            that transformers' own classes cannot express.
+    """
+    with workspace.checking():
+        check(config)
+    loaded = workspace.checkpoint(config.model)
+    with workspace.checking():
+        check_model(config, loaded)
+        keep_length(loaded, config.max_tokens)
+        if config.format == "onnx" and config.rounds:
+            check_length(loaded, config.text_length)
+    data: dict[str, Any] = {}
+    task = measured_of(loaded)
+    if config.data and task:
+        data["data"] = source = workspace.data(config, task.kind, config.split, loaded.preprocessing)
+        if not len(source):
+            raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
+    return Job(inputs={"model": config.model}, data=data)
 
 
 def check(config: Export) -> None:
@@ -89,18 +107,6 @@ def check_model(config: Export, loaded: Loaded) -> None:
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
     if config.format == "hf":
         stock.uniform_config(loaded.model.config, config.model)
-
-
-def open_data(config: Export, loaded: Loaded) -> Any:
-    """What accuracy is measured on, if anything."""
-    if not config.data:
-        return None
-    task = measured_of(loaded)
-    assert task is not None  # `check_model` has seen to it
-    source = open_split(config, task.kind, config.split, loaded.preprocessing)
-    if not len(source):
-        raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
-    return source
 
 
 def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, source: Any) -> Manifest:

@@ -12,10 +12,12 @@ from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
 from efficientvlm.families.xvlm.published import Report, read_published
+from efficientvlm.loaded import shapes
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages import import_folder
 from efficientvlm.stages.common import making, open_output, write
+from efficientvlm.stages.workspace import Beginning, Workspace, inputs_of
 
 
 def run(config: ImportConfig, control: Control) -> Manifest:
@@ -27,7 +29,7 @@ def run(config: ImportConfig, control: Control) -> Manifest:
     """
     if import_folder.is_folder(config.model):
         return import_folder.run(config, control)
-    output = open_output(config, "import", control, {"model": config.model, "tokenizer": config.tokenizer})
+    output = open_output(config, "import", control, inputs_of(prepare(config, Workspace(control.quiet))))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
@@ -40,15 +42,28 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         return write(output, family, model, tokenizer, control=control, origin="imported", extra=extra)
 
 
+def prepare(config: ImportConfig, workspace: Workspace) -> Beginning:
+    """What is imported; a published file is not looked at before its shapes are asked for."""
+    if import_folder.is_folder(config.model):
+        return import_folder.prepare(config, workspace)
+    if not config.tokenizer:
+        raise BadInput(f"{config.model} comes without a tokenizer", "published files hold weights only", "give its folder: --tokenizer DIR")
+
+    def made() -> tuple[Any, Any, Any, list[str]]:
+        tokenizer, values, _, report = read(config, weights=False)
+        remark = f"{report.layout} layout, {report.mapped} tensors; values are not looked at before the import"
+        return families.get("xvlm"), shapes(families.get("xvlm"), values), tokenizer, [remark]
+
+    return Beginning(made, inputs={"model": config.model, "tokenizer": config.tokenizer})
+
+
 def read(config: ImportConfig, *, weights: bool = True) -> tuple[Any, Any, dict[str, Any], Report]:
     """Tokenizer, configuration, state and account of a published file; without `weights` only the shapes of the state are read.
 
     Raises:
         BadInput: as :func:`run`.
     """
-    if not config.tokenizer:
-        raise BadInput(f"{config.model} comes without a tokenizer", "published files hold weights only", "give its folder: --tokenizer DIR")
-    tokenizer = load_tokenizer(resolve(config.tokenizer), bert=True)
+    tokenizer = load_tokenizer(resolve(str(config.tokenizer)), bert=True)
     path = resolve(config.model)
     values, state, report = read_published(path, config.layout, config.settings, values=weights)
     if len(tokenizer) != values.vocab_size:

@@ -22,6 +22,7 @@ from efficientvlm.runtime.progress import say
 from efficientvlm.settings.plain_yaml import parse_yaml
 from efficientvlm.settings.stages import ImportConfig
 from efficientvlm.stages.common import making, open_output, write
+from efficientvlm.stages.workspace import Beginning, Workspace
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 COLUMNS = 64  # a head has in nearly all published models
@@ -35,6 +36,7 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         BadInput: a folder that is a checkpoint already, holds no network that a family opens, or only pickled weights; a tokenizer of
             another vocabulary; a hub that cannot be reached.
     """
+    prepare(config, Workspace(control.quiet))
     path = fetch(config.model)
     output = open_output(config, "import", control, inputs(config, path))
     if output.up_to_date:
@@ -55,6 +57,13 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         return write(output, family, model, tokenizer, control=control, image_processor=settings, origin="imported", extra=extra)
 
 
+def prepare(config: ImportConfig, workspace: Workspace) -> Beginning:
+    """What is imported; :class:`BadInput` as :func:`run`. Weights are not fetched."""
+    path = fetch(config.model, weights=False)
+    family, model, tokenizer, _ = read(config, path, weights=False)
+    return Beginning(lambda: (family, model, tokenizer, []), inputs=inputs(config, path))
+
+
 def is_folder(spec: str) -> bool:
     """Whether `import` takes `spec` as a folder or hub id rather than as a published file; :class:`BadInput` if it is nothing."""
     return is_hub_id(spec) or resolve(spec).is_dir()
@@ -73,7 +82,7 @@ def read(config: ImportConfig, path: Path, *, weights: bool = True) -> tuple[Any
     Raises:
         BadInput: as :func:`run`.
     """
-    _check(config, path, weights)
+    _check(config, path, weights or not is_hub_id(config.model))
     family = families.of_folder(path)
     model = family.load(path) if weights else shapes(family, family.read_config(path))
     folder = resolve(config.tokenizer) if config.tokenizer else path

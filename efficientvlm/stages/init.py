@@ -15,8 +15,10 @@ from efficientvlm.control import Control
 from efficientvlm.data.opening import open_texts, texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
+from efficientvlm.loaded import shapes
 from efficientvlm.settings.stages import InitConfig
 from efficientvlm.stages.common import making, open_output, write
+from efficientvlm.stages.workspace import Beginning, Workspace, inputs_of
 
 TOWERS_MAKE = "xvlm"
 
@@ -27,16 +29,12 @@ def run(config: InitConfig, control: Control) -> Manifest:
     Raises:
         BadInput: neither a size nor towers, towers that do not fit, an unknown setting.
     """
-    check(config)
-    inputs = {"vision_from": config.vision_from, "text_from": config.text_from}
-    if config.tokenizer != "train":
-        inputs["tokenizer"] = config.tokenizer
-    source = text_source(config)
-    output = open_output(config, "init", control, {**inputs, "data": f"sha256:{source.fingerprint}" if source is not None else None})
+    job = prepare(config, Workspace(control.quiet))
+    output = open_output(config, "init", control, inputs_of(job))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        tokenizer = tokenizer_of(config, source)
+        tokenizer = tokenizer_of(config, job.data.get("data"))
         torch.manual_seed(config.seed)
         family, values = blueprint(config, tokenizer.get_vocab())
         if config.size:
@@ -48,7 +46,24 @@ def run(config: InitConfig, control: Control) -> Manifest:
             towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
             model, new = from_towers(*towers, len(tokenizer), changed(config))
             origin = {"origin": "imported", "extra": {"new": new}}
-        return write(output, family, model, tokenizer, control=control, sources={"train": source} if source is not None else {}, **origin)
+        sources = {"train": job.data["data"]} if job.data else {}
+        return write(output, family, model, tokenizer, control=control, sources=sources, **origin)
+
+
+def prepare(config: InitConfig, workspace: Workspace) -> Beginning:
+    """What a new model is made of; its tokenizer is not trained before its shapes are asked for."""
+    check(config)
+    source = text_source(config)
+
+    def made() -> tuple[Any, Any, Any, list[str]]:
+        tokenizer = tokenizer_of(config, source)
+        family, values = blueprint(config, tokenizer.get_vocab())
+        return family, shapes(family, values), tokenizer, []
+
+    towers = {"vision_from": config.vision_from, "text_from": config.text_from}
+    if source is None:
+        return Beginning(made, inputs={**towers, "tokenizer": config.tokenizer})
+    return Beginning(made, inputs=towers, data={"data": source})
 
 
 def text_source(config: InitConfig) -> Any:

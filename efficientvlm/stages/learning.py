@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -13,7 +13,6 @@ from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.influence import MEASURING
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
-from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
 from efficientvlm.data.texts import Texts
@@ -23,8 +22,9 @@ from efficientvlm.objectives.methods import METHODS, Method
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.progress import say, telling
+from efficientvlm.settings import common as settings
+from efficientvlm.settings.stages import Distill, Finetune, Pretrain
 from efficientvlm.stages.common import (
-    data_inputs,
     finished,
     gather_skipped,
     keep_skipped,
@@ -36,72 +36,68 @@ from efficientvlm.stages.common import (
     write,
 )
 from efficientvlm.stages.teaching import doubt
-from efficientvlm.stages.workspace import Workspace
+from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.known import learnt_by
 from efficientvlm.tasks.task import Learnt
 from efficientvlm.training.loop import Batch, Spent, accelerator, train
 
 
-def run(config: Any, control: Control) -> Manifest:
+def run(config: Pretrain | Distill | Finetune, control: Control) -> Manifest:
     """Train on the task and write the trained checkpoint, with its metrics on validation data in the manifest."""
     job = prepare(config, Workspace(control.quiet))
-    output = open_output(config, config.stage, control, job.inputs)
+    output = open_output(config, config.stage, control, inputs_of(job))
     if output.up_to_date:
         return finished(output)
     with making(output):
-        job.load(control.quiet)
+        job = job.loaded(control.quiet)
         spent = job.train(job.objective(), output, control)
         return job.finish(output, control, spent)
 
 
-def prepare(config: Any, workspace: Workspace) -> Learning:
+def prepare(config: settings.Learning, workspace: Workspace) -> Learning:
     """What a training stage is about to do; nothing is written, and networks are shapes.
 
     Raises:
         BadInput: checkpoints or data that cannot be used together.
     """
-    task, spec = learnt_by(config), getattr(config, "teacher", None)
+    task, spec = learnt_by(config), teacher_of(config)
     student = workspace.checkpoint(config.model)
     teacher = workspace.checkpoint(spec) if spec else None
     workspace.check(problems(config, task, student, teacher))
     sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
     with torch.device("meta"):
         model, new = task.adapt(config, student, teacher)
-        student.model = student.family.build(model.config.copy()).eval()  # its own: what is noted there is not in what was read
+    student.model = model.eval()
     keep_length(student, config.max_tokens)
-    return Learning(config, task, student, teacher, new, sources)
+    data = {"data": sources["train"], **({"val": sources["val"]} if config.val else {})}
+    inputs = {"model": config.model, "teacher": spec, **task.files(config)}
+    return Learning(config, task, student, teacher, new, sources, inputs=inputs, data=data)
 
 
-@dataclass
-class Learning:
+@dataclass(frozen=True)
+class Learning(Job):
     """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster."""
 
-    config: Any
+    config: settings.Learning
     task: Learnt
     student: Loaded
     teacher: Loaded | None
     new: list[str]
     sources: dict[str, Any]
-    reading: Reading = field(default_factory=Reading)
 
-    def load(self, quiet: bool = False) -> None:
-        """Give student and teacher their weights, in the place of shapes.
+    def loaded(self, quiet: bool = False) -> Self:
+        """The same with the weights of student and teacher, in the place of shapes.
 
         Raises:
             BadInput: damaged weights.
         """
         torch.manual_seed(self.config.seed)
-        spec = self.config.teacher if self.teacher else None
+        spec = teacher_of(self.config)
         with telling(f"loading {self.config.model}{f' and {spec}' if spec else ''}", quiet=quiet):
-            self.student = load(self.config.model)
-            self.teacher = load(spec) if spec else None
-            self.student.model, self.new = self.task.adapt(self.config, self.student, self.teacher)
-        keep_length(self.student, self.config.max_tokens)
-
-    @property
-    def inputs(self) -> dict[str, str | None]:
-        """Role → what is read, for the output's manifest."""
-        return inputs_of(self.config) | data_inputs(self.config, self.sources)
+            student, teacher = load(self.config.model), load(spec) if spec else None
+            student.model, new = self.task.adapt(self.config, student, teacher)
+        keep_length(student, self.config.max_tokens)
+        return replace(self, student=student, teacher=teacher, new=new)
 
     @cached_property
     def hardware(self) -> Any:
@@ -132,11 +128,20 @@ class Learning:
             return hard
         return method_of(self.config).distilled(hard, teacher.model, self.config)
 
+    def trial(self) -> Objective:
+        """The objective as it is once training is under way, for a plan that runs some steps."""
+        return self.objective()
+
     def feed(self, step: int) -> Sequence[Batch]:
         """Training batches by step."""
         source, plan = self.sources["train"], self.plan
         items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
         return self.task.batches(self.config, self.student, items, self.texts, step)
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the tokenizer makes of the texts."""
+        return self.task.reading(self.config, self.student, self.sources)
 
     @cached_property
     def texts(self) -> Texts:
@@ -149,7 +154,6 @@ class Learning:
             doubt(output.stage, self.teacher.manifest, self.student.manifest, self.sources["val"], control.quiet)
         keep_skipped(output, self.sources, control.quiet)
         if ranks.is_main():
-            self.reading = self.task.reading(self.config, self.student, self.sources)
             for remark in titled(output.stage, self.reading):
                 say(remark, quiet=control.quiet)
         with learning(self.config, output, self.task.grows):
@@ -182,18 +186,18 @@ class Learning:
         return write(output, student.family, student.model, student.tokenizer, **common)
 
 
-def inputs_of(config: Any) -> dict[str, str | None]:
-    """Role → checkpoint or file that a training stage reads."""
-    answers = getattr(config, "answers", None)
-    return {"model": config.model, "teacher": getattr(config, "teacher", None), "answers": as_input(answers)}
+def teacher_of(config: settings.Learning) -> str | None:
+    """The checkpoint that teaches, if one does."""
+    return config.teacher if isinstance(config, settings.Taught) else None
 
 
-def method_of(config: Any) -> Method:
+def method_of(config: settings.Learning) -> Method:
     """How a teacher teaches."""
+    assert isinstance(config, settings.Taught)
     return METHODS[config.distillation]
 
 
-def problems(config: Any, task: Learnt, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
+def problems(config: settings.Learning, task: Learnt, student: Loaded, teacher: Loaded | None) -> Iterator[BadInput]:
     """Every reason why `student` cannot learn `task` as `config` says, from `teacher` if there is one."""
     yield from task.problems(config, student)
     yield from unknown_towers(student, config.freeze)

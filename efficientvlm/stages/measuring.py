@@ -13,7 +13,7 @@ from efficientvlm.report.metrics import titles
 from efficientvlm.runtime.progress import Bar
 from efficientvlm.settings.stages import Bench, Export
 from efficientvlm.stages import latency
-from efficientvlm.stages.bench import call_of, timed_of
+from efficientvlm.stages.bench import calls_of, timed_of
 from efficientvlm.tasks.known import measured_of
 
 WARMUP = 3
@@ -38,13 +38,10 @@ def measure(config: Export, variants: dict[str, tuple[Loaded, int]], source: Any
 
 def timings(config: Export, variants: dict[str, Loaded], control: Control) -> list[dict[str, Any]]:
     """Records of :func:`latency.latency`: of what the task of all variants is asked, or of the forward pass."""
-    device = torch.device("cpu")
     settings = Bench(
         models=list(variants), batch_sizes=config.batch_sizes, text_length=config.text_length, rounds=config.rounds, seed=config.seed
     )
-    models = list(variants.values())
-    task = timed_of(models)
-    calls = {label: call_of(task, loaded, settings, device, models, control) for label, loaded in variants.items()}
+    calls = calls_of(variants, timed_of(list(variants.values())), settings, torch.device("cpu"), control.quiet)
     with Bar("latency", len(config.batch_sizes) * (config.rounds + WARMUP), quiet=control.quiet) as bar, torch.inference_mode():
         return latency.latency(calls, config.batch_sizes, rounds=config.rounds, warmup_rounds=WARMUP, progress=bar.update)
 

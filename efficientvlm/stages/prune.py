@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,18 +21,19 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.data.batch import on_device
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import load
+from efficientvlm.loaded import Loaded, load
 from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.progress import telling
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
+from efficientvlm.stages import learning as training
 from efficientvlm.stages import recut
 from efficientvlm.stages.common import finished, learning, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
-from efficientvlm.stages.learning import Learning, prepare
-from efficientvlm.stages.workspace import Workspace
+from efficientvlm.stages.learning import Learning
+from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.influence import of_anything, tell
 
 
@@ -43,27 +47,26 @@ def run(config: Prune, control: Control) -> Manifest:
         return ranks.on_main(lambda: recut.run(config, control), Manifest.model_validate)
     if config.task == "none":
         return ranks.on_main(lambda: untrained(config, control), Manifest.model_validate)
-    check(config)
-    run = prepare(config, Workspace(control.quiet))
-    scope = scope_of(config, run.student.model)
-    output = open_output(config, "prune", control, run.inputs)
+    job = prepare(config, Workspace(control.quiet))
+    assert isinstance(job, Pruning)
+    output = open_output(config, "prune", control, inputs_of(job))
     if output.up_to_date:
         return finished(output)
     with making(output):
-        run.load(control.quiet)
-        student, learnt = run.student, config.method == "l0"
+        run = job.loaded(control.quiet)
+        student, scope, learnt = run.student, run.scope, config.method == "l0"
 
         def keep_dense() -> None:
             ranks.on_main(lambda: save_tensors(student.model.state_dict(), output.state_dir / DENSE))
 
-        objective = gated(config, run, scope, keep_dense if config.keep_dense else lambda: None)
+        objective = run.gated(keep_dense if config.keep_dense else lambda: None)
         pruner = objective.pruner
         if not learnt:  # before a state is restored: a resumed run scores the same weights again
             with (
                 learning(config, output, run.task.grows),
                 telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet),
             ):
-                pruner.settle(snap_scores(scores(config, run, scope), scope))
+                pruner.settle(snap_scores(run.scores(), scope))
         spent = run.train(objective, output, control)
         keep = pruner.structure()
         extra = {**cut_report(scope, keep, pruner.gates if learnt else None), "dense_kept": student.model.config.kept}
@@ -81,49 +84,83 @@ def run(config: Prune, control: Control) -> Manifest:
         return ranks.on_main(finish, Manifest.model_validate)
 
 
-def check(config: Prune) -> None:
-    """:class:`BadInput` for settings of a pruning run that do not belong together."""
+def prepare(config: Prune, workspace: Workspace) -> Job:
+    """What a pruning run is about to do; nothing is written, and networks are shapes.
+
+    Raises:
+        BadInput: checkpoints, data or settings that cannot be used together.
+        TargetMissed: the sparsity cannot be reached.
+    """
+    if config.from_gates:
+        return recut.prepare(config, workspace)
+    if config.task == "none":
+        loaded = workspace.checkpoint(config.model)
+        return Untrained(loaded, scope_of(config, loaded.model), inputs={"model": config.model})
+    workspace.check(problems(config))
+    job = training.prepare(config, workspace)
+    return Pruning(**vars(job), scope=scope_of(config, job.student.model))
+
+
+def problems(config: Prune) -> Iterator[BadInput]:
+    """Settings of a pruning run that do not belong together, or a package that is missing."""
+    if config.method != "l0" and find_spec("torch_pruning") is None:
+        yield BadInput("the package torch-pruning is not installed", "", "pip install torch-pruning")
     if config.parallel == "fsdp":
-        raise BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
+        yield BadInput("prune cannot run with parallel=fsdp", "gates cut whole weights", "use parallel=ddp")
     if config.quirks.unfrozen_structure and not config.allow_blind:
         why = "a structure that moves to the end may cut an input off from the output"
-        raise BadInput("quirks.unfrozen_structure", why, "leave it out, or add --allow-blind")
+        yield BadInput("quirks.unfrozen_structure", why, "leave it out, or add --allow-blind")
 
 
-def gate_steps(config: Prune, steps: int) -> int:
-    """Steps of the gate phase, out of `steps`."""
-    return max(1, round(config.freeze_at * steps)) if config.method == "l0" else 0
+@dataclass(frozen=True)
+class Pruning(Learning):
+    """One run on a task, at whose end the units of `scope` that its gates close are gone."""
+
+    config: Prune
+    scope: Scope = field(kw_only=True)
+
+    def gated(self, settled: Callable[[], None] = lambda: None) -> Gated:
+        """The task's objective under fresh gates; `settled` is called once the structure is final."""
+        config, inner = self.config, self.objective()
+        gates = Gates(self.scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
+        steps = max(1, round(config.freeze_at * self.steps)) if config.method == "l0" else 0
+        warmup, epoch = round(config.sparsity_warmup * steps), self.plan.batches_per_epoch
+        reads = released_rows(self.scope) if getattr(config.quirks, "mask_offsets", False) else None
+        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": reads, "settled": settled}
+        return Gated(inner, Pruner(inner.model, self.scope, gates, steps=steps, warmup_steps=warmup, epoch=epoch, **common))
+
+    def trial(self) -> Gated:
+        objective = self.gated()
+        if self.config.method != "l0":  # any structure will do
+            objective.pruner.settle(torch.ones(len(self.scope.active), dtype=torch.bool))
+        return objective
+
+    def scores(self) -> Tensor:
+        """Importance of every unit; Taylor's gradients are of the task loss over the first `calibration_batches` batches."""
+        from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
+
+        config, model = self.config, self.student.model
+        assert config.method != "l0"
+        if config.method == "taylor":
+            model.eval()
+            task = self.objective(distil=False)
+            device = next(model.parameters()).device
+            for step in range(config.calibration_batches):
+                for batch in self.feed(step):
+                    losses = task(on_device(batch, device), step)
+                    (losses["loss"] / config.calibration_batches).backward()
+            ranks.average_gradients(model.parameters())
+        values = importance_scores(config.method, model, self.scope.units, seed=config.seed)
+        model.zero_grad(set_to_none=True)
+        return values
 
 
-def gated(config: Prune, run: Learning, scope: Scope, settled: Callable[[], None] = lambda: None) -> Gated:
-    """The task's objective under fresh gates on the units of `scope`; `settled` is called once the structure is final."""
-    inner = run.objective()
-    gates = Gates(scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
-    steps = gate_steps(config, run.steps)
-    schedule: dict[str, Any] = {"steps": steps, "warmup_steps": round(config.sparsity_warmup * steps), "epoch": run.plan.batches_per_epoch}
-    reads = released_rows(scope) if getattr(config.quirks, "mask_offsets", False) else None
-    common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": reads, "settled": settled}
-    return Gated(inner, Pruner(inner.model, scope, gates, **schedule, **common))
+@dataclass(frozen=True)
+class Untrained(Job):
+    """A cut by the weights alone of a network, here as shapes."""
 
-
-def scores(config: Prune, run: Learning, scope: Scope) -> Tensor:
-    """Importance of every unit of `scope`; Taylor's gradients are of the task loss over the first `calibration_batches` batches."""
-    from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
-
-    assert config.method != "l0"
-    model = run.student.model
-    if config.method == "taylor":
-        model.eval()
-        task = run.objective(distil=False)
-        device = next(model.parameters()).device
-        for step in range(config.calibration_batches):
-            for batch in run.feed(step):
-                losses = task(on_device(batch, device), step)
-                (losses["loss"] / config.calibration_batches).backward()
-        ranks.average_gradients(model.parameters())
-    values = importance_scores(config.method, model, scope.units, seed=config.seed)
-    model.zero_grad(set_to_none=True)
-    return values
+    pruned: Loaded
+    scope: Scope
 
 
 def untrained(config: Prune, control: Control) -> Manifest:
@@ -132,16 +169,16 @@ def untrained(config: Prune, control: Control) -> Manifest:
     Raises:
         TargetMissed: the sparsity cannot be reached.
     """
-    loaded = Workspace(control.quiet).checkpoint(config.model)
-    scope = scope_of(config, loaded.model)
-    output = open_output(config, "prune", control, {"model": config.model})
+    job = prepare(config, Workspace(control.quiet))
+    assert isinstance(job, Untrained)
+    output = open_output(config, "prune", control, inputs_of(job))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
         from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
         assert config.method != "l0"
-        loaded = load(config.model)
+        loaded, scope = load(config.model), job.scope
         model = loaded.model
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
         extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
-from efficientvlm.data.configured import open_split
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
@@ -28,8 +27,46 @@ from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
-from efficientvlm.stages.workspace import Workspace
+from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.known import TASKS, learnt_by
+from efficientvlm.tasks.task import Learnt
+
+
+@dataclass(frozen=True)
+class Recut(Job):
+    """Another cut of `pruned`, as `config` says with what that run says besides.
+
+    `whole` is what is cut, as shapes: with `dense` the network before slicing. `keep` (bool [units]) is None where the gates are not
+    learnt yet.
+    """
+
+    config: Prune
+    task: Learnt
+    pruned: Loaded
+    whole: Loaded
+    dense: bool
+    scope: Scope
+    keep: Tensor | None
+
+
+def prepare(config: Prune, workspace: Workspace) -> Recut:
+    """What a re-cut is about to do; nothing is written, and networks are shapes.
+
+    Raises:
+        BadInput: no gates in the folder, another task than theirs, or a lower sparsity than it has without the dense weights.
+        TargetMissed: the sparsity cannot be reached.
+    """
+    start = str(config.from_gates)
+    pruned, learnt = workspace.checkpoint(start), workspace.is_made(start)
+    tensors = read_tensors(pruned, GATES) if learnt else {}
+    config = settled(config, pruned.manifest)
+    task = learnt_by(config)
+    check_task(config, pruned)
+    source = workspace.data(config, task.kind, "val", pruned.preprocessing)
+    dense = not learnt or (pruned.path / DENSE).is_file()
+    whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
+    scope, keep = choose(config, whole, tensors, dense=dense) if learnt else (scope_of(config, whole.model), None)
+    return Recut(config, task, pruned, whole, dense, scope, keep, inputs={"model": start}, data={"data": source})
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -38,27 +75,19 @@ def run(config: Prune, control: Control) -> Manifest:
     Without those weights (`keep_dense=false`) the pruned model itself is cut further, so the sparsity can only rise.
 
     Raises:
-        BadInput: no gates in the folder, or a lower sparsity than it has without the dense weights.
-        TargetMissed: the sparsity cannot be reached.
+        BadInput, TargetMissed: as :func:`prepare`.
     """
-    assert config.from_gates
-    pruned = Workspace(control.quiet).checkpoint(config.from_gates)
-    tensors = read_tensors(pruned, GATES)
-    config = settled(config, pruned.manifest)
-    task = learnt_by(config)
-    check_task(config, pruned)
-    dense = (pruned.path / DENSE).is_file()
-    whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
-    scope, keep = choose(config, whole, tensors, dense=dense)
-    source = open_split(config, task.kind, "val", pruned.preprocessing)
-    output = open_output(config, "prune", control, {"model": config.from_gates, "data": f"sha256:{source.fingerprint}"})
+    job = prepare(config, Workspace(control.quiet))
+    config, task, pruned, source, keep = job.config, job.task, job.pruned, job.data["data"], job.keep
+    assert keep is not None
+    output = open_output(config, "prune", control, inputs_of(job))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
-        pruned.model = dense_model(pruned) if dense else load(str(config.from_gates)).model
-        extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": dense_kept(pruned)}
+        pruned.model = dense_model(pruned) if job.dense else load(str(config.from_gates)).model
+        extra: dict[str, Any] = {**cut_report(job.scope, keep, None), "dense_kept": dense_kept(pruned)}
         say_cut(extra, control.quiet)
-        if dense:
+        if job.dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
         save_tensors(load_file(pruned.path / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.model, keep)
@@ -111,7 +140,7 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
         pruned: the run that is cut again; with `dense` its model is the one before slicing. The values of its weights do not matter.
 
     Raises:
-        BadInput, TargetMissed: as :func:`run`.
+        BadInput, TargetMissed: as :func:`prepare`.
     """
     if not dense:
         achieved = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")

@@ -11,13 +11,20 @@ from typing import Any
 
 from efficientvlm.checkpoints import manifest
 from efficientvlm.checkpoints.files import check_writable, result_path, unwritable, write_atomic
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.errors import BadInput
 from efficientvlm.report import shapes
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import asides
+from efficientvlm.stages.workspace import Job, inputs_of
 
 MACHINE = "machine"
 """Role of the machine that measured. A result of another one stays what it is: it is up to date, and says where it comes from."""
+
+
+def digests_of(job: Job) -> dict[str, str]:
+    """Role → sha256 of what `job` reads."""
+    return {role: fingerprint(read) for role, read in inputs_of(job).items()}
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
+from efficientvlm.settings.common import Learning
 from efficientvlm.tasks.pretraining import Pretraining
 from efficientvlm.tasks.retrieval import Retrieval
 from efficientvlm.tasks.task import Asked, Learnt, Task
@@ -20,7 +20,7 @@ TASKS: dict[str, Task] = {
 """In the order in which they stand for a network that does several."""
 
 
-def learnt_by(config: Any) -> Learnt:
+def learnt_by(config: Learning) -> Learnt:
     """The task of a stage that trains.
 
     Raises:

@@ -67,6 +67,10 @@ class Task:
         lacking = next(ability for ability in self.needs if ability not in loaded.abilities)
         return refusal(loaded.config, lacking, f"{role} {loaded.path}".lstrip(), fix=self.remedy(loaded))
 
+    def files(self, config: Any) -> dict[str, str | None]:
+        """Role → file that its settings name."""
+        return {}
+
     def check(self, config: Any, loaded: Loaded) -> None:
         """:class:`BadInput` for a network that cannot be measured as `config` of the eval stage says."""
         if not self.able(loaded):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from efficientvlm.data.answer_list import as_input
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Question
@@ -57,6 +58,9 @@ class VQA(Learnt, Asked):
 
     def remedy(self, loaded: Loaded) -> str:
         return remedy(loaded)
+
+    def files(self, config: VQASettings | VQAEval) -> dict[str, str | None]:
+        return {"answers": as_input(config.answers)}
 
     # learning
 

@@ -34,6 +34,11 @@ class Exported:
             raise BadInput(f"{file} cannot be used", f"its {strangers[0]} is no file of this export", "export it again")
         return description
 
+    @staticmethod
+    def build(config: Description) -> ExportedModel:
+        """What `config` says of the graphs, without them."""
+        return ExportedModel(config, {})
+
     def load(self, path: Path) -> ExportedModel:
         """The graphs of `path`, ready to run; :class:`BadInput` if one is missing, damaged or another than `onnx.json` says."""
         config = self.read_config(path)
