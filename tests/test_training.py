@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PRUNE, SHAPES, TRAIN, run_stage
+from clip_folder import byte_pairs, write_clip
+from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.checkpoints.request import compare
 from efficientvlm.control import Control
-from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
+from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory, TargetMissed
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.runtime import progress, waiting
 from efficientvlm.runtime.interrupt import sigterm_as_interrupt, stop_flag
@@ -454,17 +455,55 @@ def test_what_is_finished_opens_no_weights(chain: Path, tmp_path: Path, monkeypa
         ("shrink", {"out": str(chain / "student"), "model": str(chain / "init")}),
         ("distill", {"out": str(chain / "distilled"), **stages(chain)["distill"], **TRAIN}),
         ("prune", {"out": str(chain / "pruned"), **PRUNE(chain), **TRAIN}),
+        ("init", {"out": str(chain / "init"), "size": "tiny", "data": SHAPES, "settings": SIZES}),
     ]
+    write_clip(tmp_path / "folder", byte_pairs())
     new: list[tuple[str, dict[str, Any]]] = [
         ("prune", {"out": str(tmp_path / "cut"), "from_gates": str(chain / "pruned"), "sparsity": 0.5, "eval_limit": 2}),
         ("export", {"out": str(tmp_path / "padded"), "model": str(chain / "pruned"), "format": "padded"}),
         ("eval", {"out": str(tmp_path / "eval.json"), "model": str(chain / "pruned"), "data": SHAPES, "limit": 2}),
+        ("prune", {"out": str(tmp_path / "scored"), "model": str(chain / "init"), **UNTRAINED, "sparsity": 0.2}),
+        ("bench", {"out": str(tmp_path / "bench.json"), "models": [str(chain / "teacher"), str(chain / "init")], **ONCE}),
+        ("import", {"out": str(tmp_path / "imported"), "model": str(tmp_path / "folder")}),
     ]
     for name, settings in new:
         run_stage(name, **settings)
-    monkeypatch.setattr("efficientvlm.loaded.families", SimpleNamespace(of_folder=shapes_alone))
+    without_weights(monkeypatch)
     for name, settings in (*again, *new):
         run_stage(name, **settings)
+
+
+UNTRAINED = {"task": "none", "method": "random"}
+ONCE = {"rounds": 1, "warmup_rounds": 0, "batch_sizes": [1], "threads": 1}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "finetune": ("finetune", {"model": "init", "data": SHAPES, "freeze": ["ears"]}, "freeze names ears"),
+    "shrink": ("shrink", {"model": "init", "layers": {"vision": 99}}, "99 vision layers"),
+    "prune": ("prune", {"model": "init", "data": SHAPES, "sparsity": 0.9, "min_heads": 4}, "cannot be reached"),
+    "recut": ("prune", {"from_gates": "pruned", "sparsity": 0.95, "min_heads": 4}, "cannot be reached"),
+    "untrained": ("prune", {"model": "init", **UNTRAINED, "sparsity": 0.9, "min_heads": 4}, "cannot be reached"),
+    "eval": ("eval", {"model": "init", "data": SHAPES, "limit": 2}, "cannot answer questions"),
+    "bench": ("bench", {"models": "init", "text_length": 500}, "questions of 500 tokens are too long"),
+    "export": ("export", {"model": "pruned", "format": "padded", "data": SHAPES}, "--data does not go with"),
+    "import": ("import", {"model": "init"}, "is a checkpoint already"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_for_its_settings_opens_no_weights(what: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, settings, words = REFUSED[what]
+    places = {key: str(chain / settings[key]) for key in ("model", "from_gates", "models") if key in settings}
+    settings = {**settings, **places, "out": str(tmp_path / "out")}
+    if "models" in settings:
+        settings["models"] = [settings["models"]]
+    without_weights(monkeypatch)
+    with pytest.raises((BadInput, TargetMissed), match=words):
+        run_stage(name, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("loaded", "stages.import_folder"):
+        monkeypatch.setattr(f"efficientvlm.{module}.families", SimpleNamespace(of_folder=shapes_alone))
 
 
 def shapes_alone(path: Path) -> Any:
