@@ -97,7 +97,7 @@ def networks(size: str, general: bool) -> tuple[Any, Any, list[str]]:
     family, config = base.family, base.model.config
     if size == WIDE:
         config = family.fresh_config("base", {"image_size": 224}, 30522)
-    layers = resolve_layers(config.layers(), {})
+    layers = resolve_layers(config, {})
     student = shapes(family, config.with_layers(layers))
     teacher, new = shapes(family, config), []
     if not general:

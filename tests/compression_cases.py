@@ -14,8 +14,8 @@ from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConf
 from efficientvlm.families.xvlm.config import XVLMConfig
 
 
-def tiny_xvlm() -> XVLMConfig:
-    return XVLMConfig(
+def tiny_xvlm(**changes: Any) -> XVLMConfig:
+    sizes: dict[str, Any] = dict(
         image_size=16,
         patch_size=8,
         vision_width=16,
@@ -35,6 +35,13 @@ def tiny_xvlm() -> XVLMConfig:
         dropout=0.0,
         initializer_range=0.3,
     )
+    return XVLMConfig(**sizes | changes)
+
+
+def tiny_swin(**changes: Any) -> XVLMConfig:
+    """Windows of four by four tokens: four of them in the first stage, every second layer shifted, and one in the last."""
+    sizes = dict(image_size=32, patch_size=4, vision_layers=6, vision_depths=[4, 2], vision_window=4, vision_activation="gelu")
+    return tiny_xvlm(**sizes | changes)
 
 
 VISION: dict[str, Any] = dict(
@@ -67,6 +74,7 @@ CONFIGS: dict[str, Any] = {
     "toy": ToyConfig(),
     "cross_encoder": CrossEncoderConfig(image_size=16, patch_size=8, width=16, neurons=6, vocab_size=20, initializer_range=0.3),
     "xvlm": tiny_xvlm(),
+    "xvlm-swin": tiny_swin(),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
     "blip-qa": tiny_blip(BlipAnswerConfig),

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from efficientvlm.cli import main as cli
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
@@ -36,9 +35,9 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
 def published(
-    layout: str = "pretrain", vision: int = 3, text: int = 2, fusion: int = 1, decoder: int = 1, vocab: int = VOCAB
+    layout: str = "pretrain", vision: int = 3, text: int = 2, fusion: int = 1, decoder: int = 1, vocab: int = VOCAB, swin: bool = False
 ) -> dict[str, Tensor]:
-    """Random tensors under the names of the published code."""
+    """Random tensors under the names of the published code; a Swin has two stages of two layers, and windows of four by four tokens."""
     state: dict[str, Tensor] = {}
 
     def add(name: str, *shape: int) -> None:
@@ -85,6 +84,28 @@ def published(
         state[f"{name}.predictions.decoder.weight"] = state[f"{embeddings}.embeddings.word_embeddings.weight"].clone()
         state[f"{name}.predictions.decoder.bias"] = state[f"{name}.predictions.bias"].clone()
 
+    def swin_tower(name: str) -> None:
+        linear(f"{name}.patch_embed.proj", WIDTH // 2, 3 * 4 * 4)
+        state[f"{name}.patch_embed.proj.weight"] = state[f"{name}.patch_embed.proj.weight"].view(-1, 3, 4, 4)
+        norm(f"{name}.patch_embed.norm", WIDTH // 2)
+        for stage, block in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            layer, width = f"{name}.layers.{stage}.blocks.{block}", WIDTH // (2 - stage)
+            linear(f"{layer}.attn.qkv", 3 * width, width)
+            linear(f"{layer}.attn.proj", width, width)
+            add(f"{layer}.attn.relative_position_bias_table", 49, 1 + stage)
+            state[f"{layer}.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+            linear(f"{layer}.mlp.fc1", NEURONS // (2 - stage), width)
+            linear(f"{layer}.mlp.fc2", width, NEURONS // (2 - stage))
+            norm(f"{layer}.norm1", width)
+            norm(f"{layer}.norm2", width)
+        state[f"{name}.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+        norm(f"{name}.layers.0.downsample.norm", 2 * WIDTH)
+        add(f"{name}.layers.0.downsample.reduction.weight", WIDTH, 2 * WIDTH)
+        norm(f"{name}.norm")
+
+    if swin:
+        swin_tower("vision_encoder")
+        return state | {n: t for n, t in published(layout, 0, text, fusion, decoder, vocab).items() if not n.startswith("vision_encoder")}
     add("vision_encoder.class_embedding", WIDTH)
     state["vision_encoder.position_ids"] = torch.arange(5)[None]
     add("vision_encoder.patch_embed.weight", WIDTH, 3, 8, 8)
@@ -240,8 +261,8 @@ def change(state, name):
         (lambda s: s.update({"itm_head.0.weight": torch.ones(3, WIDTH)}), "another shape.*itm_head.0.weight"),
         (lambda s: s.update({"vision_encoder.pos_embed.weight": torch.ones(6, WIDTH)}), "no square"),
         (lambda s: s.update({"text_encoder.embeddings.LayerNorm.bias": torch.ones(WIDTH)}), "with and without a prefix"),
-        (lambda s: s.update({"vision_encoder.layers.0.blocks.0.attn.qkv.weight": torch.ones(2)}), "Swin tower"),
-        (lambda s: s.update({"vision_encoder.patch_embed.proj.weight": torch.ones(2)}), "Swin tower"),
+        (lambda s: s.update({"vision_encoder.layers.0.blocks.0.attn.qkv.weight": torch.ones(2)}), "unknown meaning"),
+        (lambda s: s.update({"vision_encoder.patch_embed.proj.weight": torch.ones(2)}), "unknown meaning"),
         (lambda s: s.update({"cls_head.0.weight": torch.ones(2)}), "NLVR2"),
         (lambda s: [drop(s, n) for n in list(s) if "crossattention" in n], "none of its text layers has cross-attention"),
         (lambda s: [drop(s, n) for n in list(s) if n.startswith("vision")], "no X-VLM file"),
@@ -515,13 +536,27 @@ def test_a_foreign_tokenizer_is_refused_and_leaves_nothing(tmp_path, tokenizer):
     assert not (tmp_path / "out").exists()
 
 
-def test_swin_on_the_command_line_exits_3(tmp_path, tokenizer, monkeypatch, capsys):
+def test_a_file_with_a_swin_tower(tmp_path, tokenizer):
+    """Heads, windows and image size follow from its shapes; another image size takes other windows."""
     save_tokenizer(tokenizer, tmp_path / "tokens")
-    path = safe(tmp_path / "x.safetensors", {"vision_encoder.layers.0.blocks.0.norm1.weight": torch.ones(2)})
-    command = ["evlm", "import", "--model", path, "--tokenizer", tmp_path / "tokens", "--out", tmp_path / "out"]
-    monkeypatch.setattr("sys.argv", [str(part) for part in command])
-    assert cli._run() == 3
-    assert "Swin" in capsys.readouterr().err
+    state = published(vocab=len(tokenizer), swin=True)
+    path = safe(tmp_path / "x.safetensors", state)
+    for size, window in ((None, 4), (64, 8)):
+        settings = {"image_size": size} if size else {}
+        config = ImportConfig(out=str(tmp_path / f"{window}"), model=str(path), tokenizer=str(tmp_path / "tokens"), settings=settings)
+        manifest = import_.run(config, QUIET)
+        made = load(str(tmp_path / f"{window}")).model
+        assert (made.config.vision_depths, made.config.vision_window, made.config.image_size) == ([2, 2], window, size or 32)
+        assert made.config.sizes().heads["vision"] == (1, 1, 2, 2) and made.config.sizes().widths["vision"] == (32, 32, 64, 64, 64)
+        assert len(made.state_dict()) == manifest.extra["tensors"]
+        made.run(made.example(2, 5))
+    with pytest.raises(BadInput, match="vision_heads cannot be set"):
+        read_published(path, settings={"vision_heads": 4})
+    with pytest.raises(BadInput, match="image_size is 36"):
+        read_published(path, settings={"image_size": 36})
+    state["vision_encoder.layers.0.downsample.bias"] = torch.ones(2)
+    with pytest.raises(BadInput, match="without a place"):
+        read_published(safe(tmp_path / "y.safetensors", state))
 
 
 def test_the_init_stage_from_towers(tmp_path, towers):

@@ -43,7 +43,7 @@ def published_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(text, add_pooling_layer=False).save_pretrained(root / "bert-base-uncased")
     save_tokenizer(tokenizer, root / "bert-base-uncased")
     write_clip(root / "clip-vit-base-patch32", byte_pairs())
-    swin = {"vision_encoder.layers.0.blocks.0.norm1.weight": torch.ones(2)}
+    swin = published(vocab=len(tokenizer), swin=True)
     for name, state in (("x-vlm-clip.th", published(vocab=len(tokenizer))), ("x-vlm-swin.th", swin)):
         torch.save({"model": state}, root / name)  # noqa: TID251  what the published code does
     return root

@@ -11,10 +11,11 @@ from toy_family import ToyConfig, ToyModel
 
 from efficientvlm.compression.anatomy import Anatomy, Groups
 from efficientvlm.compression.gates import attach
-from efficientvlm.compression.layers import layer_map, odd_layers, resolve_layers, shrink_model
+from efficientvlm.compression.layers import layer_map, resolve_layers, shrink_model
 from efficientvlm.compression.surgery import mask_vector, pad_model, slice_model, whole
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import GatePoint, Site, Unit
+from efficientvlm.families.structure import Structure, odd_layers
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 every_family = pytest.mark.parametrize("name", CONFIGS)
@@ -196,11 +197,24 @@ def test_bad_anatomies_are_refused():
     assert Anatomy([], {}).total == 0
 
 
+class Towers(Structure):
+    """Of so many layers, and nothing else."""
+
+    def __init__(self, **counts: int) -> None:
+        self.counts = counts
+
+    def layers(self) -> dict[str, int]:
+        return self.counts
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Towers:
+        return self
+
+
 def test_layer_choice():
     assert odd_layers(12, 6) == [1, 3, 5, 7, 9, 11]
     assert odd_layers(6, 3) == [1, 3, 5]
     assert odd_layers(5, 2) == [1, 4]
-    counts = {"vision": 12, "text": 1, "decoder": 0}
+    counts = Towers(vision=12, text=1, decoder=0)
     assert resolve_layers(counts, {}) == {"vision": [1, 3, 5, 7, 9, 11], "text": [0], "decoder": []}
     assert resolve_layers(counts, {"vision": [0, 11], "text": 0}) == {"vision": [0, 11], "text": [], "decoder": []}
     assert layer_map([1, 3, 5]) == ({0: 0, 1: 2, 2: 4, 3: 6}, {0: 1, 1: 3, 2: 5})
@@ -209,25 +223,25 @@ def test_layer_choice():
 @pytest.mark.parametrize("wanted", [{"audio": 1}, {"vision": 13}, {"vision": -1}, {"vision": [12]}, {"vision": [3, 3]}, {"vision": [5, 1]}])
 def test_impossible_layer_choices_are_bad_input(wanted):
     with pytest.raises(BadInput):
-        resolve_layers({"vision": 12}, wanted)
+        resolve_layers(Towers(vision=12), wanted)
 
 
 def test_all_impossible_layer_choices_are_named():
     with pytest.raises(BadInput, match=r"(?s)no such tower: audio.*13 vision layers"):
-        resolve_layers({"vision": 12}, {"vision": 13, "audio": 1})
+        resolve_layers(Towers(vision=12), {"vision": 13, "audio": 1})
 
 
 @every_family
 def test_shrinking_copies_the_chosen_layers(name):
     model, batch = build(name)
     counts = model.config.layers()
-    layers = resolve_layers(counts, {})
+    layers = resolve_layers(model.config, {})
     student = shrink_model(model, layers)
     teacher = model.state_dict()
     for tensor_name, tensor in student.state_dict().items():
         assert torch.equal(tensor, teacher[model.source_name(tensor_name, layers)]), tensor_name
     moved = {name for name in student.state_dict() if model.source_name(name, layers) != name}
-    assert {model.tower_of(name) for name in moved} == {tower for tower, count in counts.items() if count == 2}  # layer 0 was layer 1
+    assert {model.tower_of(name) for name in moved} == {tower for tower, chosen in layers.items() if chosen != list(range(len(chosen)))}
     assert output(student, batch).shape == output(model, batch).shape
     everything = {tower: list(range(count)) for tower, count in counts.items()}
     same = shrink_model(model, everything).eval()
@@ -238,9 +252,10 @@ def test_shrinking_copies_the_chosen_layers(name):
 def test_a_pruned_model_can_be_shrunk(name):
     model, batch = build(name)
     pruned = slice_model(model, random_keep(model.units(), 5, 0.6, []))
-    student = shrink_model(pruned, resolve_layers(model.config.layers(), {"vision": [1]}))
+    layers = resolve_layers(model.config, {})
+    student = shrink_model(pruned, layers)
     for kind in ("head", "neuron"):
-        assert student.config.kept_indices()[f"vision.0.{kind}"] == pruned.config.kept_indices()[f"vision.1.{kind}"]
+        assert student.config.kept_indices()[f"vision.0.{kind}"] == pruned.config.kept_indices()[f"vision.{layers['vision'][0]}.{kind}"]
     output(student, batch)
 
 

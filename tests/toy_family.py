@@ -16,6 +16,7 @@ from torch import nn
 
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow, GatePoint, Site, Unit
 from efficientvlm.families.network import Record, check_taps
+from efficientvlm.families.structure import Structure
 
 SHARED = 2  # query heads a key/value head
 
@@ -61,6 +62,8 @@ class ToyConfig:
         changed = copy.deepcopy(self)
         changed.kept = {**changed.kept, **{group: list(indices) for group, indices in kept.items()}}
         return changed
+
+    choose = Structure.choose
 
     def with_layers(self, layers: dict[str, list[int]]) -> ToyConfig:
         changed = copy.deepcopy(self)

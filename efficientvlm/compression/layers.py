@@ -9,38 +9,39 @@ from typing import Any
 import torch
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.structure import Structure
 
 
-def odd_layers(total: int, count: int) -> list[int]:
-    """0-based source layers, the last of each of `count` blocks: 12 → 6 gives 1, 3, 5, 7, 9, 11 (EfficientVLM's layer choice)."""
-    return [(i + 1) * total // count - 1 for i in range(count)]
-
-
-def resolve_layers(counts: Mapping[str, int], wanted: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+def resolve_layers(config: Structure, wanted: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
     """Source layers of every tower: a count means the odd-layer map, a list is taken as it is, half (at least one) by default.
 
     Args:
-        counts: layers each tower has.
+        config: of the network that the layers are taken of.
         wanted: tower → count or 0-based list; a tower with layers keeps at least one unless 0 or an empty list is asked for.
 
     Raises:
         BadInput: unknown towers, counts or layers out of range, lists that are not strictly increasing; names all of them.
     """
+    counts = config.layers()
     problems = [
         BadInput(f"no such tower: {tower}", f"there are {', '.join(counts)}", "use one of these") for tower in wanted if tower not in counts
     ]
     layers: dict[str, list[int]] = {}
     for tower, total in counts.items():
-        choice = wanted.get(tower, max(total // 2, min(total, 1)))
-        if problem := _wrong_choice(tower, total, choice):
+        choice = wanted.get(tower)
+        if choice is not None and (problem := _wrong_choice(tower, total, choice)):
             problems.append(problem)
-        else:
-            layers[tower] = odd_layers(total, choice) if isinstance(choice, int) else list(choice)
+            continue
+        try:
+            layers[tower] = list(choice) if isinstance(choice, Sequence) else config.choose(tower, choice)
+        except BadInput as problem:
+            problems.append(problem)
     if len(problems) > 1:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise BadInput(f"{len(problems)} of the layers asked for are not there", lines, "correct them")
     if problems:
         raise problems[0]
+    config.with_layers(layers)  # refuses what does not fit together
     return layers
 
 

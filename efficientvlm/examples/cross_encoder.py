@@ -17,7 +17,7 @@ from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, read_json
 from efficientvlm.families.network import Record, check_taps, kinds_of
-from efficientvlm.families.structure import Layered, Uniform
+from efficientvlm.families.structure import Layered, Layerwise
 from efficientvlm.families.towers.bert import Bert, Embeddings
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, blank_batch
@@ -27,7 +27,7 @@ from efficientvlm.families.towers.vit import Vit
 EPS = 1e-5
 
 
-class CrossEncoderConfig(Uniform, PreTrainedConfig):
+class CrossEncoderConfig(Layerwise, PreTrainedConfig):
     """Sizes, and what they mean: which units there are, what can be done, by which heads an input reaches an output."""
 
     model_type = "cross_encoder"
@@ -47,7 +47,7 @@ class CrossEncoderConfig(Uniform, PreTrainedConfig):
     def layers(self) -> dict[str, int]:
         return {"vision": self.vision_layers, "text": self.text_layers}
 
-    def layered(self, tower: str) -> Layered:
+    def layered(self, tower: str, layer: int) -> Layered:
         return Layered(self.width, self.attention_heads, self.neurons)
 
     def reads(self) -> tuple[int, int, int, int]:

@@ -29,6 +29,8 @@ class Sizes(NamedTuple):
     heads: dict[str, tuple[int, ...]]
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    window: int | None = None
+    """Tokens on a side of the windows that images are attended to in; None: every token sees all."""
 
     def shapes(self, tower: str) -> dict[str, list[int]]:
         """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""
@@ -96,6 +98,15 @@ class Structure:
         """What a network of this configuration can do; see `network.ABILITIES`."""
         raise NotImplementedError
 
+    def choose(self, tower: str, count: int | None = None) -> list[int]:
+        """Which `count` layers of a tower a shallower network takes, half of them by default (one at least).
+
+        Raises:
+            BadInput: so many cannot be taken of it.
+        """
+        total = self.layers()[tower]
+        return odd_layers(total, max(total // 2, min(total, 1)) if count is None else count)
+
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
         """A copy that keeps the given layers of each tower, their structure included."""
         raise NotImplementedError
@@ -150,14 +161,14 @@ class Layered(NamedTuple):
     neurons: int
 
 
-class Uniform(Structure):
-    """A configuration whose towers have layers that are alike."""
+class Layerwise(Structure):
+    """A configuration that says of each layer what it has."""
 
     crossing: ClassVar[tuple[str, ...]] = ()
     """Towers with cross-attention."""
 
-    def layered(self, tower: str) -> Layered:
-        """What the layers of `tower` have."""
+    def layered(self, tower: str, layer: int) -> Layered:
+        """What a layer of `tower` has; the states behind the last one are as wide as those in front of it."""
         raise NotImplementedError
 
     def reads(self) -> tuple[int, int, int, int]:
@@ -167,8 +178,8 @@ class Uniform(Structure):
     def original_counts(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for tower, layers in self.layers().items():
-            _, heads, neurons = self.layered(tower)
             for layer in range(layers):
+                _, heads, neurons = self.layered(tower, layer)
                 counts[f"{tower}.{layer}.{HEAD}"] = heads
                 if tower in self.crossing:
                     counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
@@ -176,13 +187,15 @@ class Uniform(Structure):
         return counts
 
     def sizes(self) -> Sizes:
-        towers = {tower: (self.layered(tower), layers) for tower, layers in self.layers().items()}
-        widths = {tower: (each.width,) * (layers + 1) for tower, (each, layers) in towers.items()}
-        heads = {tower: (each.heads,) * layers for tower, (each, layers) in towers.items()}
+        widths, heads = {}, {}
+        for tower, layers in self.layers().items():
+            each = [self.layered(tower, layer) for layer in range(max(layers, 1))]
+            widths[tower] = tuple(one.width for one in each[:layers] + each[-1:])
+            heads[tower] = tuple(one.heads for one in each[:layers])
         return Sizes(*self.reads(), widths, heads, tuple(self.image_mean), tuple(self.image_std))
 
 
-class TwoParts(Uniform):
+class TwoParts(Layerwise):
     """In front of a configuration of transformers that has one for images and one for texts inside."""
 
     vision_config: Any
@@ -192,13 +205,18 @@ class TwoParts(Uniform):
         """transformers' configuration of `tower`: every tower but vision is of texts."""
         return self.vision_config if tower == "vision" else self.text_config
 
-    def layered(self, tower: str) -> Layered:
+    def layered(self, tower: str, layer: int) -> Layered:
         part = self.part(tower)
         return Layered(part.hidden_size, part.num_attention_heads, part.intermediate_size)
 
     def reads(self) -> tuple[int, int, int, int]:
         vision, text = self.vision_config, self.text_config
         return vision.image_size, vision.patch_size, text.max_position_embeddings, text.vocab_size
+
+
+def odd_layers(total: int, count: int) -> list[int]:
+    """0-based source layers, the last of each of `count` blocks: 12 → 6 gives 1, 3, 5, 7, 9, 11 (EfficientVLM's layer choice)."""
+    return [(i + 1) * total // count - 1 for i in range(count)]
 
 
 def kept_indices(counts: Mapping[str, int], named: Mapping[str, str] | None) -> dict[str, list[int]]:

@@ -62,7 +62,8 @@ def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
         yield BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
-    yield from size_problems(student.sizes, teacher.sizes)
+    sizes = list(size_problems(student.sizes, teacher.sizes))
+    yield from sizes or stage_problems(student, teacher)
     if student.sizes.image_size == teacher.sizes.image_size and student.preprocessing != teacher.preprocessing:
         why = f"preprocessor_config.json in {teacher.path} and {student.path} resize or crop in another way"
         yield BadInput("teacher and student read pictures of another form", why, "shrink the student from this teacher")
@@ -70,7 +71,7 @@ def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
 
 def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
     """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
-    parts = {
+    parts: dict[str, tuple[list[Any], list[Any]]] = {
         **{
             f"{tower} {name}": (theirs.shapes(tower)[name], values)
             for tower in ours.widths
@@ -78,6 +79,7 @@ def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
             if values and theirs.shapes(tower)[name]
         },
         "patch size": ([theirs.patch_size], [ours.patch_size]),
+        "vision window": ([theirs.window], [ours.window]),
     }
     spelled = {name: tuple(", ".join(map(str, values)) for values in pair) for name, pair in parts.items()}
     if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in spelled.items() if teacher != student]:
@@ -87,6 +89,15 @@ def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
     if ours.image_size != theirs.image_size:
         sizes = f"{theirs.image_size} and {ours.image_size} px"
         yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+
+
+def stage_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+    """Towers in stages (Swin) of which layers would be compared that are of other width."""
+    ours, theirs = student.sizes.widths, teacher.sizes.widths
+    maps = tower_maps(student.model.config, teacher.model.config)
+    if wrong := [tower for tower, part in maps.items() if any(ours[tower][s] != theirs[tower][t] for s, t in part.hidden)]:
+        why = f"{', '.join(wrong)} layers of the student stand for layers of stages of other width"
+        yield BadInput("teacher and student have other stages", why, "shrink the student from this teacher")
 
 
 def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, ...]:

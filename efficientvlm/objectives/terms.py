@@ -6,6 +6,7 @@ Distances are computed in float32. Over several processes a mean is one over all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientvlm.compression.layers import layer_map, odd_layers
+from efficientvlm.compression.layers import layer_map
+from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD
 from efficientvlm.families.network import Record
+from efficientvlm.families.structure import odd_layers
 from efficientvlm.runtime import ranks
 
 
@@ -198,7 +201,7 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
         if source_of.get(tower) == theirs[tower] and len(source[tower]) == ours[tower]:
             layers = list(source[tower])
         else:
-            layers = [max(0, layer) for layer in odd_layers(theirs[tower], ours[tower])]  # a student may be deeper than its teacher
+            layers = [max(0, layer) for layer in _spread(teacher_config, tower, ours[tower])]
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
             if f"{tower}.0.{kind}" in kept:
@@ -208,6 +211,16 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
         hidden, attention = layer_map(layers)
         maps[tower] = TowerMap(list(hidden.items()), list(attention.items()), heads)
     return maps
+
+
+def _spread(teacher_config: Any, tower: str, count: int) -> list[int]:
+    """Which layers of the teacher `count` layers stand for, where the student does not say; it may be deeper than its teacher."""
+    total = teacher_config.layers()[tower]
+    with suppress(BadInput):
+        if count <= total:
+            chosen: list[int] = teacher_config.choose(tower, count)
+            return chosen
+    return odd_layers(total, count)
 
 
 def of_teacher(terms: Iterable[Term], maps: Mapping[str, TowerMap]) -> frozenset[str]:

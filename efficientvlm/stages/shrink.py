@@ -39,4 +39,4 @@ def run(config: Shrink, control: Control) -> Manifest:
 def prepare(config: Shrink, workspace: Workspace) -> Shrinking:
     """:class:`BadInput` for layers that the teacher does not have."""
     teacher = workspace.checkpoint(config.model)
-    return Shrinking(teacher, resolve_layers(teacher.model.config.layers(), config.layers), inputs={"model": config.model})
+    return Shrinking(teacher, resolve_layers(teacher.model.config, config.layers), inputs={"model": config.model})

@@ -21,13 +21,16 @@ PADDING = 1.25  # slots a row: beyond this, copying keys and values costs less
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, maps: Maps = None) -> Tensor:
     """Attention of queries [B, H, T, D] to keys and values [B, H, S, D], any H: [B, H, T, D].
 
-    `mask` is True where attention may go. With `maps` the softmax is explicit and the probabilities before dropout are appended to it.
+    `mask` is True where attention may go, or is added to the scores. With `maps` the softmax is explicit and the probabilities before
+    dropout are appended to it.
     """
     if maps is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # no backward pass reads the scores
+    elif mask is not None:
+        scores = scores + mask
     probabilities = scores.softmax(-1)
     maps.append(probabilities)
     return (F.dropout(probabilities, dropout) if dropout else probabilities) @ v

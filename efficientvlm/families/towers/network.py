@@ -13,6 +13,7 @@ from efficientvlm.families.anatomy import GatePoint, Unit
 from efficientvlm.families.network import Graph, require
 from efficientvlm.families.towers.layers import Layer
 from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, normalise
+from efficientvlm.families.towers.swin import Swin
 from efficientvlm.families.towers.vit import Vit
 
 
@@ -44,18 +45,18 @@ class TowerNetwork(PreTrainedModel):
         return self, []
 
     @property
-    def images(self) -> Vit:
+    def images(self) -> Vit | Swin:
         """The tower of images."""
         tower = self.get_submodule(next(name for name, owner in self.owners.items() if owner == "vision"))
-        assert isinstance(tower, Vit)
+        assert isinstance(tower, Vit | Swin)
         return tower
 
     def encode_image(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = NOTHING) -> Encoded:
-        """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, T, W]; with `regions` as :meth:`vit.Vit.forward` says."""
+        """Images [I, 3, H, W] (uint8, or normalised floats) to states [I, T, W]; with `regions` as the tower says."""
         tower = self.images
         out: Encoded = tower(normalise(pixels, self.config.image_mean, self.config.image_std, tower.dtype), regions, keep)
         if self.ends_normalised:
-            out.states = tower.post_norm(out.states)
+            out.states = tower.finish(out.states, regions)
         return out
 
     def image_feature(self, states: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class TowerNetwork(PreTrainedModel):
             assert isinstance(layer, Layer)
             for position, index in enumerate(indices):
                 sites = layer.sites(prefix, kind, position)
-                columns = (site for site in sites if site.dim == 1)
+                columns = (site for site in sites if site.dim == 1 and site.tensor.endswith(".weight"))  # inputs of a Linear
                 gates = (GatePoint(site.tensor.removesuffix(".weight"), site.start, site.stop) for site in columns)
                 units.append(Unit(tower, int(number), kind, index, sites, tuple(gates)))
         return units

@@ -80,6 +80,10 @@ class Vit(Named):
         mask = torch.cat([visible.bool(), visible.new_ones(out.states.shape[:2]).bool()])[:, None, None]
         return self.layers.run(x, keep, mask, after=out, first=local)
 
+    def finish(self, states: Tensor, regions: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What other towers read of the last states [B, T, W], those of regions among them: the same, normalised."""
+        return self.post_norm(states)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model
@@ -13,7 +14,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.family import SMALLER
-from efficientvlm.families.structure import Layered, Structure, Uniform
+from efficientvlm.families.structure import Layered, Layerwise, Sizes, Structure
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
@@ -25,12 +26,13 @@ SIZES: dict[str, dict[str, Any]] = SMALLER | {
 }
 
 
-class XVLMConfig(Uniform, PreTrainedConfig):
+class XVLMConfig(Layerwise, PreTrainedConfig):
     """Defaults are the CLIP-ViT-B/16 + BERT-base teacher of EfficientVLM (facts: 12 vision, 6 text, 6 fusion layers).
 
     CLIP normalises what enters its first layer and has quick-GELU; other vision transformers do without the one (`vision_pre_norm`) or have
-    the exact GELU (`vision_activation`). Contrast, matching and boxes read the first token of a text or, with `text_pooling` mean, the mean
-    of its tokens, as sentence encoders are trained.
+    the exact GELU (`vision_activation`). With `vision_depths`, the layers of each stage, the tower is a Swin as in the public files: width,
+    heads and neurons are those of its last stage then, and a stage has half of what the next one has. Contrast, matching and boxes read the
+    first token of a text or, with `text_pooling` mean, the mean of its tokens, as sentence encoders are trained.
     """
 
     model_type = "xvlm"
@@ -45,6 +47,9 @@ class XVLMConfig(Uniform, PreTrainedConfig):
     vision_eps: float = 1e-5
     vision_pre_norm: bool = True
     vision_activation: str = "quick_gelu"
+    vision_depths: list[int] | None = None
+    vision_window: int = 7
+    vision_drop_path: float = 0.1
     local_attention_depth: int = 4
 
     vocab_size: int = 30522
@@ -66,8 +71,18 @@ class XVLMConfig(Uniform, PreTrainedConfig):
     initializer_range: float = 0.02
 
     @property
+    def stride(self) -> int:
+        """Pixels on a side of what a vision token stands for in the end."""
+        return self.patch_size << (len(self.vision_depths or [0]) - 1)
+
+    @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.stride) ** 2
+
+    def vision_parts(self, layer: int) -> int:
+        """Into how many parts width, heads and neurons of the last stage are divided at vision `layer`."""
+        ends = accumulate(self.vision_depths or [self.vision_layers])
+        return 1 << sum(layer < end for end in list(ends)[:-1])
 
     @property
     def usual_tokens(self) -> int:
@@ -76,13 +91,17 @@ class XVLMConfig(Uniform, PreTrainedConfig):
     def layers(self) -> dict[str, int]:
         return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
 
-    def layered(self, tower: str) -> Layered:
+    def layered(self, tower: str, layer: int) -> Layered:
         if tower == "vision":
-            return Layered(self.vision_width, self.vision_heads, self.vision_intermediate)
+            parts = self.vision_parts(layer)
+            return Layered(self.vision_width // parts, self.vision_heads // parts, self.vision_intermediate // parts)
         return Layered(self.text_width, self.text_heads, self.text_intermediate)
 
     def reads(self) -> tuple[int, int, int, int]:
-        return self.image_size, self.patch_size, self.max_positions, self.vocab_size
+        return self.image_size, self.stride, self.max_positions, self.vocab_size
+
+    def sizes(self) -> Sizes:
+        return super().sizes()._replace(window=self.vision_window if self.vision_depths else None)
 
     def abilities(self) -> frozenset[str]:
         if self.decoder_layers:
@@ -100,7 +119,8 @@ class XVLMConfig(Uniform, PreTrainedConfig):
             return [*flows, Flow("fusion.tokens", "decoder", groups_of(layers, CROSS_HEAD, "decoder")), Flow("decoder", "answer")]
         pools = self.text_pooling == "cls"
         if "itc" in self.heads:
-            flows += [Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
+            first = None if self.vision_depths else groups_of(layers, HEAD, "vision")  # of a Swin it is the mean of the patches
+            flows += [Flow("vision.patches", "vision.cls", first), Flow("vision.cls", "itc")]
             flows += [Flow("text.tokens", "text.pooled", groups_of(layers, HEAD, "text") if pools else None), Flow("text.pooled", "itc")]
         mixing = groups_of(layers, HEAD, "text", "fusion")
         for at, heads, through in (("pooled", ("itm", "box"), mixing if pools else None), ("masked", ("mlm",), mixing)):
@@ -109,12 +129,24 @@ class XVLMConfig(Uniform, PreTrainedConfig):
                 flows += [Flow(f"fusion.{at}", head) for head in read]
         return flows
 
+    def choose(self, tower: str, count: int | None = None) -> list[int]:
+        """As the base says; of a Swin pairs of layers, stage by stage."""
+        if tower != "vision" or not self.vision_depths:
+            return super().choose(tower, count)
+        fewest, most = 2 * len(self.vision_depths), sum(depth // 2 * 2 for depth in self.vision_depths)
+        wanted = max(fewest, most // 4 * 2) if count is None else count
+        if wanted % 2 or not fewest <= wanted <= most:
+            why = "a Swin keeps pairs of layers, one a stage at least"
+            raise BadInput(f"{wanted} vision layers", why, f"ask for an even number, {fewest} to {most}")
+        return keep_pairs(self.vision_depths, wanted)
+
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
         local = self.local_attention_depth
-        if self.vision_layers:
+        if self.vision_layers and not self.vision_depths:
             local = sum(old >= self.vision_layers - local for old in layers["vision"])
         sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
-        return self.of_layers(layers, **sizes, local_attention_depth=local)
+        depths = depths_of(self.vision_depths, layers["vision"]) if self.vision_depths else None
+        return self.of_layers(layers, **sizes, local_attention_depth=local, vision_depths=depths)
 
 
 def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:
@@ -145,6 +177,8 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("image_size", "patch_size"), Pixels),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
         "vision_pre_norm": bool,
+        "vision_depths": Annotated[list[Annotated[int, Field(ge=1, le=MOST_LAYERS)]], Field(min_length=2, max_length=8)] | None,
+        "vision_drop_path": Annotated[float, Field(ge=0, lt=1)],
         "vision_activation": Literal["quick_gelu", "gelu"],
         "text_pooling": Literal["cls", "mean"],
     }
@@ -165,6 +199,8 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
         raise BadInput(
             f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}", "use a multiple of it"
         )
+    if config.vision_depths:
+        return _check_swin(config)
     if config.local_attention_depth > config.vision_layers:
         raise BadInput(
             f"local_attention_depth is {config.local_attention_depth}",
@@ -172,3 +208,58 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
             "use that many at most",
         )
     return config
+
+
+def _check_swin(config: XVLMConfig) -> XVLMConfig:
+    depths, parts = config.vision_depths or [], 1 << (len(config.vision_depths or []) - 1)
+    if config.vision_layers != sum(depths):
+        raise BadInput(f"vision_layers is {config.vision_layers}", f"the stages have {depths}", f"{sum(depths)} is their sum")
+    for name in ("vision_width", "vision_heads", "vision_intermediate"):
+        if getattr(config, name) % parts:
+            why = f"it halves from stage to stage, {len(depths) - 1} times"
+            raise BadInput(f"{name} is {getattr(config, name)}", why, f"use a multiple of {parts}")
+    sides = [config.image_size // config.patch_size >> stage for stage in range(len(depths))]
+    if config.image_size % config.stride or any(side % min(config.vision_window, side) for side in sides):
+        why = f"its stages have {', '.join(map(str, sides))} tokens on a side, and windows of {config.vision_window} must fill them"
+        raise BadInput(f"image_size is {config.image_size}", why, f"use {config.vision_window * config.stride}, or another vision_window")
+    return config
+
+
+def depths_of(depths: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """Layers left in each stage of a Swin of `depths` that keeps the layers `chosen`.
+
+    Raises:
+        BadInput: a stage keeps none, or a layer would have to shift its windows that does not, or the other way round.
+    """
+    found, first = [], 0
+    for depth in depths:
+        blocks = [layer - first for layer in chosen if first <= layer < first + depth]
+        if not blocks or any(block % 2 != place % 2 for place, block in enumerate(blocks)):
+            layers = f"vision layers {first} to {first + depth - 1}, a stage of this Swin"
+            why = "a plain layer and a shifted one take turns in it" if blocks else "every stage has some"
+            raise BadInput(f"{layers}, keep {[first + block for block in blocks] or 'none'}", why, "choose its layers in pairs")
+        found.append(len(blocks))
+        first += depth
+    return found
+
+
+def keep_pairs(depths: Sequence[int], count: int) -> list[int]:
+    """The layers of which a Swin of `count` is made: pairs of a plain and a shifted one; of 2/2/18/2, 12 are 2/2/6/2.
+
+    Pairs are left out of the longest stage first; those of a stage that stay are spread evenly, its last one included.
+
+    Raises:
+        ValueError: an odd `count`, or one that leaves a stage empty.
+    """
+    pairs = [depth // 2 for depth in depths]
+    if count % 2 or not len(depths) <= count // 2 <= sum(pairs):
+        raise ValueError(f"{count} layers")
+    wanted = list(pairs)
+    while sum(wanted) > count // 2:
+        wanted[wanted.index(max(wanted))] -= 1
+    chosen, first = [], 0
+    for depth, total, left in zip(depths, pairs, wanted, strict=True):
+        for pair in ((number + 1) * total // left - 1 for number in range(left)):
+            chosen += [first + 2 * pair, first + 2 * pair + 1]
+        first += depth
+    return chosen

@@ -21,7 +21,10 @@ class XVLM(Family):
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> XVLMConfig:
         number = vocab if isinstance(vocab, int) else len(vocab)
-        config = check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **checked_settings(changes)}))
+        given = checked_settings(changes)
+        if depths := given.get("vision_depths"):
+            given = {"vision_layers": sum(depths), "vision_activation": "gelu", "local_attention_depth": 0, **given}
+        config = check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **given}))
         check_config(config, "settings")
         return config
 

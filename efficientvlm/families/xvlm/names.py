@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 BOTH = ("weight", "bias")
 BERT_ATTENTION = {"self.query": ".q", "self.key": ".k", "self.value": ".v", "output.dense": ".out", "output.LayerNorm": "_norm"}
@@ -50,6 +50,21 @@ DINOV2 = {
     "embeddings.patch_embeddings.projection.weight": "patch_embedding.weight",
     **{f"layernorm.{kind}": f"post_norm.{kind}" for kind in BOTH},
 }
+SWIN_LAYER = {
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "attn.relative_position_bias": "attention.bias",
+    "norm1": "attention_norm",
+    "norm2": "ffn_norm",
+    "mlp.fc1": "ffn.fc1",
+    "mlp.fc2": "ffn.fc2",
+}
+SWIN = {
+    **{f"patch_embed.proj.{kind}": f"patch_embedding.{kind}" for kind in BOTH},
+    **{f"patch_embed.norm.{kind}": f"patch_norm.{kind}" for kind in BOTH},
+    **{f"norm.{kind}": f"post_norm.{kind}" for kind in BOTH},
+}
+STAGE = re.compile(r"(?:vision_encoder\.)?layers\.(\d+)\.(?:blocks\.(\d+)\.(.+)(\.weight|\.bias|_table)|downsample\.(.+))$")
 LAYER = re.compile(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)$")
 CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
 
@@ -62,6 +77,27 @@ def clip_name(name: str) -> str | None:
 def dinov2_name(name: str) -> str | None:
     """Our name, below `vision.`, of a tensor of a DINOv2, older and newer names alike; None for any other and for what has to be folded."""
     return DINOV2.get(name) or _in_layer(name, DINOV2_LAYER)
+
+
+def swin_name(name: str, depths: Sequence[int]) -> str | None:
+    """Our name, below `vision.`, of a tensor of a Swin whose stages have `depths` layers; None for any other."""
+    found = STAGE.match(name)
+    if found is None:
+        return SWIN.get(name)
+    if found[5]:
+        return f"merges.{found[1]}.{found[5]}"
+    ours = SWIN_LAYER.get(found[3])
+    return f"layers.{sum(depths[: int(found[1])]) + int(found[2])}.{ours}{found[4]}" if ours else None
+
+
+def swin_depths(names: Iterable[str]) -> list[int]:
+    """Layers in each stage of the Swin in a published file; none if its vision tower is another."""
+    blocks: dict[int, int] = {}
+    for found in map(STAGE.match, names):
+        if found and found[2]:
+            stage = int(found[1])
+            blocks[stage] = max(blocks.get(stage, 0), int(found[2]) + 1)
+    return [blocks.get(stage, 0) for stage in range(max(blocks, default=-1) + 1)]
 
 
 def bert_name(name: str) -> str | None:
@@ -79,11 +115,12 @@ def stack_name(found: str, first_fusion: int) -> str:
     return f"mlm_head.{tail}" if part == "head" else f"text.{found}"
 
 
-def published_name(name: str, first_fusion: int) -> str | None:
+def published_name(name: str, first_fusion: int, depths: Sequence[int] = ()) -> str | None:
     """Our name of a tensor of a published X-VLM or EfficientVLM file (pre-training, retrieval, VQA); None for any other."""
     tower, _, rest = name.partition(".")
     if tower == "vision_encoder":
-        return f"vision.{found}" if (found := clip_name(rest)) else None
+        found = swin_name(rest, depths) if depths else clip_name(rest)
+        return f"vision.{found}" if found else None
     if tower == "text_encoder":
         return stack_name(found, first_fusion) if (found := bert_name(rest.removeprefix("bert."))) else None
     if tower == "text_decoder":

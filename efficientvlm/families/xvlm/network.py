@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, blank_batch
-from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
+from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Activation, Encoded, activation, tap
+from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, grids
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import TOWERS, XVLMConfig
 from efficientvlm.families.xvlm.heads import answering, matching
@@ -26,11 +27,26 @@ from efficientvlm.families.xvlm.heads import answering, matching
 Kept = dict[str, list[int]]
 
 
-def _vision(config: XVLMConfig, kept: Kept) -> Vit:
-    sizes = Size.of_tower(kept, "vision", config.vision_layers, config.vision_width, config.vision_heads)
-    layers = [PreNormLayer(size, config.vision_eps, activation(config.vision_activation), {}) for size in sizes]
+def _vision(config: XVLMConfig, kept: Kept) -> Vit | Swin:
+    act = activation(config.vision_activation)
+    each = [config.layered("vision", layer) for layer in range(config.vision_layers)]
+    sizes = [Size.of(kept, f"vision.{layer}", width, heads) for layer, (width, heads, _) in enumerate(each)]
+    if config.vision_depths:
+        return _swin(config, sizes, act)
+    layers = [PreNormLayer(size, config.vision_eps, act, {}) for size in sizes]
     shape = (config.vision_width, config.image_size, config.patch_size, config.vision_eps)
     return Vit(layers, *shape, {}, pre_norm=config.vision_pre_norm, local_layers=config.local_attention_depth)
+
+
+def _swin(config: XVLMConfig, sizes: Sequence[Size], act: Activation) -> Swin:
+    """The tower of the public files; a later layer is left out more often while it is trained, the last with `vision_drop_path`."""
+    depths, grid, eps = config.vision_depths or [], config.image_size // config.patch_size, config.vision_eps
+    drops = [config.vision_drop_path * i / max(1, len(sizes) - 1) for i in range(len(sizes))]
+    layers = [
+        SwinBlock(size, eps, act, {}, grid=side, window=window, shift=shift, drop=drop)
+        for size, drop, (side, window, shift) in zip(sizes, drops, grids(depths, grid, config.vision_window), strict=True)
+    ]
+    return Swin(layers, depths, config.vision_width >> (len(depths) - 1), grid, config.patch_size, eps, {})
 
 
 def _texts(config: XVLMConfig, kept: Kept, tower: str, context_width: int = 0, *, embeddings: bool) -> Bert:
@@ -90,6 +106,8 @@ class XVLMModel(Writing, TowerNetwork):
         if isinstance(module, Vit):
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, WindowAttention) and module.heads:
+            init.normal_(module.bias_table, std=std)
         elif module is self and hasattr(self, "temp"):
             init.constant_(self.temp, self.config.temperature_init)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
+from efficientvlm.families.towers.swin import resize_bias_table
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
-from efficientvlm.families.xvlm.names import first_fusion_layer, published_name
+from efficientvlm.families.xvlm.names import first_fusion_layer, published_name, swin_depths
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.settings.stages import LAYOUTS
 
 HEAD_WIDTH = 64
-SWIN = re.compile(r"vision_encoder\.(layers\.\d+\.(blocks|downsample)\.|patch_embed\.(proj|norm)\.)|relative_position_bias_table")
+MADE_ANEW = ("position_ids", ".relative_position_index", ".attn_mask")
 OTHER_TASKS = {"cls_head": "NLVR2", "ta_head": "NLVR2 pre-training"}
 TIED = "cls.predictions.decoder."
 FIX = "give a published X-VLM or EfficientVLM file: pre-training, retrieval or VQA"
@@ -51,10 +51,11 @@ class Report:
 def read_published(
     path: Path, layout: str = "auto", settings: Mapping[str, Any] | None = None, *, values: bool = True
 ) -> tuple[XVLMConfig, dict[str, Tensor], Report]:
-    """Configuration and complete float32 state of a published X-VLM file with a CLIP ViT, and what became of its entries.
+    """Configuration and complete float32 state of a published X-VLM file with a CLIP ViT or a Swin, and what became of its entries.
 
     Widths, layers and vocabulary follow from the shapes. `settings` says what shapes do not: heads (64 columns each by default),
-    `local_attention_depth` (a third of the vision layers), norm constants; another `image_size` resizes the position embedding.
+    `local_attention_depth` (a third of the vision layers), norm constants. Of a Swin, the heads follow too, and the image size
+    from its windows, of which the last stage has one. Another `image_size` resizes the position embedding, or a Swin's bias tables.
 
     Args:
         path: `.safetensors`, or a PyTorch file of {'model': tensors, ...} or of the bare tensors.
@@ -62,7 +63,7 @@ def read_published(
         values: False leaves the values in the file: the state is on the meta device.
 
     Raises:
-        BadInput: a file that is damaged, holds objects, has a Swin tower or another unsupported layout, an entry of unknown meaning or
+        BadInput: a file that is damaged, holds objects, has an unsupported layout, an entry of unknown meaning or
             too few of them; a setting that is unknown or that the file decides.
     """
     given = checked_settings(settings or {}, FREE, "follows from the file")
@@ -70,11 +71,10 @@ def read_published(
     tensors = _entries(path, report, values)
     report.layout = _layout(path, tensors, layout)
     state = _translate(path, tensors, report)
-    config = _config_of(path, state, given, report)
-    native = config.copy(image_size=math.isqrt(len(state["vision.position_embedding"]) - 1) * config.patch_size)
+    native, config = _config_of(path, state, swin_depths(tensors), given, report)
     _require_complete(path, state, native)
     if config.image_size != native.image_size:
-        state["vision.position_embedding"] = resize_positions(state["vision.position_embedding"], config.image_size // config.patch_size)
+        state |= _resized(state, config)
     report.mapped = len(state)
     return config, state, report
 
@@ -103,9 +103,6 @@ def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
 
 
 def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> str:
-    if swin := next(filter(SWIN.search, tensors), None):
-        why = f"{swin} belongs to a Swin tower, as in the public X-VLM files, which is not supported for now"
-        raise BadInput(f"{path} cannot be imported", why, "use a checkpoint with a CLIP ViT tower")
     first = {name.partition(".")[0] for name in tensors}
     for head, task in OTHER_TASKS.items():
         if head in first:
@@ -125,12 +122,13 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
     first_fusion = first_fusion_layer(tensors)
     if first_fusion is None:
         raise BadInput(f"{path} is no X-VLM file", "none of its text layers has cross-attention", FIX)
+    depths = swin_depths(tensors)
     state: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
         if reason := _reason(path, name, tensors):
             report.ignore(reason, name)
-        elif (ours := published_name(name, first_fusion)) is None:
+        elif (ours := published_name(name, first_fusion, depths)) is None:
             unknown.append(name)
         elif ours in state:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file")
@@ -145,8 +143,8 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
 
 def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """Why an entry is left out; None if it is not."""
-    if name.endswith("position_ids"):
-        return "position numbers, made anew"
+    if name.endswith(MADE_ANEW):
+        return "numbers of positions and windows, made anew"
     if name.startswith("l0_module."):
         return "gates of the published pruning; the weights are dense and stay so"
     if ".pooler." in name:
@@ -165,7 +163,11 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     return "second copy of a tied tensor, found equal"
 
 
-def _config_of(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any], report: Report) -> XVLMConfig:
+def _config_of(
+    path: Path, state: Mapping[str, Tensor], depths: list[int], given: Mapping[str, Any], report: Report
+) -> tuple[XVLMConfig, XVLMConfig]:
+    """The configuration of the network in the file, and that of what is made of it."""
+
     def shape(name: str, dims: int = 2) -> torch.Size:
         if name not in state or state[name].dim() != dims:
             raise BadInput(f"{path} is incomplete", f"no {dims}-dimensional tensor for {name}", FIX)
@@ -174,17 +176,9 @@ def _config_of(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]
     def layers(tower: str) -> int:
         return 1 + max((int(name.split(".")[2]) for name in state if name.startswith(f"{tower}.layers.")), default=-1)
 
-    patches = shape("vision.position_embedding")[0] - 1
-    grid = math.isqrt(max(patches, 0))
-    if not grid or grid * grid != patches:
-        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square", "give a model of square images")
-    vision_width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
     vocab_size, text_width = shape("text.embeddings.word.weight")
     known: dict[str, Any] = {
-        "image_size": grid * patch_size,
-        "patch_size": patch_size,
-        "vision_width": vision_width,
-        "vision_intermediate": shape("vision.layers.0.ffn.fc1.weight")[0],
+        **(_swin_of(shape, depths) if depths else _vit_of(path, shape)),
         "vocab_size": vocab_size,
         "max_positions": shape("text.embeddings.position.weight")[0],
         "type_vocab_size": shape("text.embeddings.token_type.weight")[0],
@@ -195,18 +189,59 @@ def _config_of(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]
     }
     if "itc" in known["heads"]:
         known["embed_dim"] = shape("vision_proj.weight")[0]
-    guesses = {
-        "vision_heads": vision_width // HEAD_WIDTH,
-        "text_heads": text_width // HEAD_WIDTH,
-        "local_attention_depth": max(1, known["vision_layers"] // 3),
-    }
+    guesses = {"text_heads": text_width // HEAD_WIDTH}
+    if not depths:
+        guesses |= {"vision_heads": known["vision_width"] // HEAD_WIDTH, "local_attention_depth": max(1, known["vision_layers"] // 3)}
+    elif fixed := sorted({"vision_heads", "local_attention_depth"} & set(given)):
+        raise BadInput(f"settings.{fixed[0]} cannot be set", "the file has a Swin tower, whose shapes decide", "leave it out")
     report.assumed = {name: guess for name, guess in guesses.items() if name not in given}
     for tower in ("vision", "text"):
         width, name = known[f"{tower}_width"], f"{tower}_heads"
         if name in report.assumed and (not width or width % HEAD_WIDTH):
             why = f"{width} columns are no multiple of {HEAD_WIDTH}, and the file does not say how many heads share them"
             raise BadInput(f"{path}: how many {tower} heads?", why, f"give --set settings.{name}=N")
-    return check_sizes(XVLMConfig(**{**guesses, **known, **given}))
+    native = XVLMConfig(**{**guesses, **known, **given, "image_size": known["image_size"]})
+    wanted = {name: given[name] for name in ("image_size",) if name in given}
+    if wanted and depths:
+        wanted["vision_window"] = max(1, wanted["image_size"] // native.stride)
+    return check_sizes(native), check_sizes(native.copy(**wanted))
+
+
+def _vit_of(path: Path, shape: Callable[..., torch.Size]) -> dict[str, Any]:
+    """What the shapes of a CLIP ViT say."""
+    patches = shape("vision.position_embedding")[0] - 1
+    grid = math.isqrt(max(patches, 0))
+    if not grid or grid * grid != patches:
+        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square", "give a model of square images")
+    width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
+    neurons = shape("vision.layers.0.ffn.fc1.weight")[0]
+    return {"image_size": grid * patch_size, "patch_size": patch_size, "vision_width": width, "vision_intermediate": neurons}
+
+
+def _swin_of(shape: Callable[..., torch.Size], depths: list[int]) -> dict[str, Any]:
+    """What the shapes of a Swin say; the last stage is one window, as in the published configurations."""
+    width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
+    last = f"vision.layers.{sum(depths) - 1}"
+    offsets, heads = shape(f"{last}.attention.bias_table")
+    window, stages = (math.isqrt(offsets) + 1) // 2, len(depths)
+    return {
+        "image_size": window * patch_size << (stages - 1),
+        "patch_size": patch_size,
+        "vision_width": width << (stages - 1),
+        "vision_heads": heads,
+        "vision_intermediate": shape(f"{last}.ffn.fc1.weight")[0],
+        "vision_depths": depths,
+        "vision_window": window,
+        "vision_activation": "gelu",
+    }
+
+
+def _resized(state: Mapping[str, Tensor], config: XVLMConfig) -> dict[str, Tensor]:
+    """The tables of positions for the image size of `config`."""
+    if config.vision_depths:
+        tables = {name: table for name, table in state.items() if name.endswith(".bias_table")}
+        return {name: resize_bias_table(table, 2 * config.vision_window - 1) for name, table in tables.items()}
+    return {"vision.position_embedding": resize_positions(state["vision.position_embedding"], config.image_size // config.patch_size)}
 
 
 def _require_complete(path: Path, state: Mapping[str, Tensor], config: XVLMConfig) -> None:

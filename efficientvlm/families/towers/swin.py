@@ -1,0 +1,269 @@
+"""Swin transformers: attention within windows of the image, in stages of fewer and wider tokens (Liu et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from efficientvlm.families.anatomy import Site
+from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps, attend
+from efficientvlm.families.towers.layers import Layer, Layers, Names, Size
+from efficientvlm.families.towers.parts import NOTHING, Activation, Encoded, Named, Part
+
+ELSEWHERE = -100.0
+"""What is added to the scores of tokens that the shift has brought into a window from elsewhere: finite, as published."""
+
+
+class WindowAttention(Attention):
+    """Attention within windows of `window` by `window` tokens, with a learnt bias for every offset between two tokens of a window.
+
+    The bias table is [(2 * window - 1)², heads]: a head has a column of it.
+    """
+
+    bias_table = Part[nn.Parameter]()
+
+    def __init__(self, width: int, heads: int, head_dim: int, window: int, names: Names) -> None:
+        super().__init__(width, width, heads, head_dim, fused=True, names=names)
+        self.window = window
+        if heads:
+            self.put(bias_table=nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads)))
+
+    def within(self, x: Tensor, grid: int, shift: int, maps: Maps = None) -> Tensor:
+        """`x` [B, grid², W] attends within windows, which are shifted by `shift` tokens to the right and downwards.
+
+        Maps are [B * windows, H, window², window²], the windows of an image row by row.
+        """
+        windows, tokens = (grid // self.window) ** 2, self.window**2
+        if not self.heads:
+            if maps is not None:
+                maps.append(x.new_zeros(len(x) * windows, 0, tokens, tokens))
+            return cast(Tensor, self.out(x))
+        q, k, v = self.qkv(self._split_up(x, grid, shift)).unflatten(-1, (3, self.heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
+        index = torch.from_numpy(_offsets(self.window)).to(x.device)
+        bias = self.bias_table[index].view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
+        by_window = (-1, self.heads, tokens, self.head_dim)
+        if shift:  # the mask differs from window to window, and is the same for all images
+            bias = (bias + torch.from_numpy(_strangers(grid, self.window, shift)).to(bias)).flatten(0, 1)[None]
+            q, k, v = (part.flatten(1, 2) for part in (q, k, v))
+        else:
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        found: Maps = None if maps is None else []
+        heads = attend(q, k, v, bias, maps=found).reshape(by_window)
+        if maps is not None and found:
+            maps.append(found[0].reshape(-1, self.heads, tokens, tokens))
+        out = self.out(heads.transpose(1, 2).flatten(2)).unflatten(0, (-1, windows))
+        return self._put_together(out, grid, shift)
+
+    def sites(self, prefix: str, position: int) -> tuple[Site, ...]:
+        """Where the head at `position` lies; `prefix` is the name of this module."""
+        *rows, out = super().sites(prefix, position)
+        return (*rows, Site(f"{prefix}.{self.name_of('bias_table')}", 1, position, position + 1), out)
+
+    def _split_up(self, x: Tensor, grid: int, shift: int) -> Tensor:
+        """[B, grid², W] to [B, windows, window², W]."""
+        x = x.unflatten(1, (grid, grid))
+        x = x.roll((-shift, -shift), (1, 2)) if shift else x
+        along = (grid // self.window, self.window)
+        return x.unflatten(2, along).unflatten(1, along).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _put_together(self, x: Tensor, grid: int, shift: int) -> Tensor:
+        """[B, windows, window², W] to [B, grid², W]."""
+        count = grid // self.window
+        x = x.unflatten(2, (self.window, self.window)).unflatten(1, (count, count)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return (x.roll((shift, shift), (1, 2)) if shift else x).flatten(1, 2)
+
+
+class SwinBlock(Layer):
+    """A layer of a Swin: norms in front of attention within windows and of neurons.
+
+    Args:
+        grid: tokens of the image on a side.
+        window: those of a window.
+        shift: by how many the windows are shifted.
+        drop: chance that a sample leaves out what attention, or what the neurons say, while it is trained (stochastic depth).
+    """
+
+    attention = Part[WindowAttention]()
+
+    def __init__(
+        self, size: Size, eps: float, activation: Activation, names: Names, *, grid: int, window: int, shift: int, drop: float
+    ) -> None:
+        super().__init__(size, activation, names)
+        self.grid, self.shift, self.drop = grid, shift, drop
+        self.put(attention_norm=nn.LayerNorm(size.width, eps))
+        self.put(attention=WindowAttention(size.width, size.heads, size.head_width, window, self._of_attention))
+        self.put(ffn_norm=nn.LayerNorm(size.width, eps))
+        self._add_neurons()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Context | None = None,
+        layer: int = 0,
+        cache: Cache | None = None,
+        maps: tuple[Maps, Maps] = (None, None),
+    ) -> Tensor:
+        x = x + self._at_times(self.attention.within(self.attention_norm(x), self.grid, self.shift, maps[0]))
+        return x + self._at_times(self.feed(self.ffn_norm(x)))
+
+    def _at_times(self, x: Tensor) -> Tensor:
+        if not (self.training and self.drop):
+            return x
+        stays = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop)
+        return x * stays / (1 - self.drop)
+
+
+class Merge(Named):
+    """Two by two tokens of one stage become a token of the next, of twice the width."""
+
+    norm = Part[nn.LayerNorm]()
+    reduction = Part[nn.Linear]()
+
+    def __init__(self, width: int, eps: float, names: Names) -> None:
+        super().__init__(names)
+        self.put(norm=nn.LayerNorm(4 * width, eps), reduction=nn.Linear(4 * width, 2 * width, bias=False))
+
+    def forward(self, x: Tensor, grid: int) -> Tensor:
+        """[B, grid², W] to [B, (grid / 2)², 2 W]."""
+        x = x.unflatten(1, (grid, grid))
+        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return cast(Tensor, self.reduction(self.norm(torch.cat(corners, -1)))).flatten(1, 2)
+
+
+class Swin(Named):
+    """A Swin transformer. Its layers are numbered through all stages.
+
+    Args:
+        layers: of all stages.
+        depths: how many of them each stage has.
+        grid: tokens of the image on a side, of the first stage.
+    """
+
+    patch_embedding = Part[nn.Conv2d]()
+    patch_norm = Part[nn.LayerNorm]()
+    layers = Part[Layers]()
+    merges = Part[nn.ModuleList]()
+    post_norm = Part[nn.LayerNorm]()
+
+    def __init__(
+        self, layers: Sequence[SwinBlock], depths: Sequence[int], width: int, grid: int, patch_size: int, eps: float, names: Names
+    ) -> None:
+        super().__init__(names)
+        self.depths, self.grid = tuple(depths), grid
+        self.put(patch_embedding=nn.Conv2d(3, width, patch_size, patch_size), patch_norm=nn.LayerNorm(width, eps), layers=Layers(layers))
+        self.put(merges=nn.ModuleList(Merge(width << stage, eps, names) for stage in range(len(depths) - 1)))
+        self.put(post_norm=nn.LayerNorm(width << (len(depths) - 1), eps))
+
+    def forward(self, pixels: Tensor, regions: tuple[Tensor, Tensor] | None = None, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Normalised images [I, 3, H, W] to the states [I, T, W] of the last stage's patches, without the norm behind it.
+
+        Regions of images take no passes of their own: see :meth:`finish`.
+        """
+        out = Encoded(self.patch_norm(self.patch_embedding(pixels.to(self.dtype)).flatten(2).transpose(1, 2)))
+        first = 0
+        for stage, depth in enumerate(self.depths):
+            x = self.merges[stage - 1](out.states, self.grid >> (stage - 1)) if stage else out.states
+            last = first + depth if stage + 1 < len(self.depths) else None
+            out = self.layers.run(x, keep, after=out, first=first, last=last)
+            first += depth
+        return out
+
+    def finish(self, states: Tensor, regions: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What other towers read of the last states [I, T, W]: normalised patches behind their mean, [I, 1 + T, W].
+
+        With `regions` = (row → image [R], visible tokens [R, 1 + T]) the rows are [R + I, ...], regions first: a region's patches are those
+        of its whole image, and its first token is the mean over the patches that it covers (X-VLM with Swin).
+        """
+        states = self.post_norm(states)
+        whole = torch.cat([states.mean(1, keepdim=True), states], 1)
+        if regions is None:
+            return whole
+        rows, visible = regions
+        weights, patches = visible[:, None, 1:].to(states.dtype), states[rows]
+        return torch.cat([torch.cat([weights @ patches / weights.sum(-1, keepdim=True), patches], 1), whole])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+
+def grids(depths: Sequence[int], grid: int, window: int) -> list[tuple[int, int, int]]:
+    """Tokens on a side, window and shift of every layer: every second one of a stage is shifted, unless one window is all there is."""
+    found = []
+    for stage, depth in enumerate(depths):
+        side = grid >> stage
+        for block in range(depth):
+            found.append((side, min(window, side), window // 2 if block % 2 and side > window else 0))
+    return found
+
+
+def resize_bias_table(table: Tensor, side: int) -> Tensor:
+    """A bias table [old², heads] for windows with `side` offsets in a direction, float32: [side², heads].
+
+    Cubic splines on a geometric grid, on which the near offsets lie closer than the far ones, as BEiT and X-VLM do.
+    """
+    old = round(len(table) ** 0.5)
+    if old == side:
+        return table
+    ratio = _ratio(old // 2, side // 2)
+    steps = torch.tensor([ratio**power for power in range(old // 2)], dtype=torch.float64).cumsum(0)
+    knots = torch.cat([-steps.flip(0), torch.zeros(1, dtype=torch.float64), steps])
+    places = torch.arange(-(side // 2), side // 2 + 1, dtype=torch.float64).clamp(knots[0], knots[-1])
+    spline = _spline(knots, places)
+    square = table.double().unflatten(0, (old, old))
+    return torch.einsum("ai,bj,ijh->abh", spline, spline, square).flatten(0, 1).float()
+
+
+def _ratio(steps: int, reach: int) -> float:
+    """The ratio of a geometric series whose `steps` terms add up to `reach`, between 1.01 and 1.5."""
+    low, high = 1.01, 1.5
+    middle = (low + high) / 2
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if (1 - middle**steps) / (1 - middle) > reach:
+            high = middle
+        else:
+            low = middle
+    return middle
+
+
+def _spline(knots: Tensor, places: Tensor) -> Tensor:
+    """Float64 [places, knots]: what a cubic spline through values at `knots` (at least four, not-a-knot ends) gives at `places`."""
+    count, gaps = len(knots), knots.diff()
+    system, right = torch.zeros(2, count, count, dtype=torch.float64)
+    for i in range(1, count - 1):  # second derivatives of both sides agree
+        before, after = gaps[i - 1], gaps[i]
+        system[i, i - 1], system[i, i], system[i, i + 1] = before, 2 * (before + after), after
+        right[i, i - 1], right[i, i], right[i, i + 1] = 6 / before, -6 / before - 6 / after, 6 / after
+    system[0, :3] = torch.stack([gaps[1], -gaps[0] - gaps[1], gaps[0]])  # and third ones at the second knot from each end
+    system[-1, -3:] = torch.stack([gaps[-1], -gaps[-2] - gaps[-1], gaps[-2]])
+    curves = torch.linalg.solve(system, right)
+    at = (torch.searchsorted(knots, places, right=True) - 1).clamp(0, count - 2)
+    gap, eye = gaps[at, None], torch.eye(count, dtype=torch.float64)
+    far = (places - knots[at])[:, None] / gap
+    near = 1 - far
+    bent = (near**3 - near) * curves[at] + (far**3 - far) * curves[at + 1]
+    return near * eye[at] + far * eye[at + 1] + bent * gap**2 / 6
+
+
+@lru_cache(maxsize=64)
+def _offsets(window: int) -> NDArray[np.int64]:
+    """Row of the bias table [window⁴] for every query and key of a window."""
+    places = np.stack(np.divmod(np.arange(window**2), window), -1)
+    rows, columns = np.moveaxis(places[:, None] - places[None] + window - 1, -1, 0)
+    return (rows * (2 * window - 1) + columns).ravel().astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _strangers(grid: int, window: int, shift: int) -> NDArray[np.float32]:
+    """[windows, 1, window², window²]: 0 between tokens that lie side by side in the image, :data:`ELSEWHERE` between others."""
+    count, part = grid // window, np.searchsorted([grid - window, grid - shift], np.arange(grid), side="right")
+    regions = (3 * part[:, None] + part).reshape(count, window, count, window).swapaxes(1, 2).reshape(count**2, 1, -1)
+    return np.where(regions[..., None] == regions[..., None, :], 0, ELSEWHERE).astype(np.float32)
