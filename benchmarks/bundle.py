@@ -19,7 +19,7 @@ from efficientvlm.checkpoints.folder import CARD, require_complete
 from efficientvlm.checkpoints.lineage import known_data
 from efficientvlm.checkpoints.manifest import MANIFEST, FileRecord, Parent
 from efficientvlm.errors import BadInput
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 
 NAMES = {"pretrained": "easy-vqa-pretrained", "teacher": "easy-vqa"}  # stage of the recipe → name in the package
 WEIGHTS = "model.safetensors"
@@ -63,4 +63,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the recipe's stages")
     run = parser.parse_args().run
-    sys.exit(told(lambda: bundle(run)))
+    sys.exit(run_script(lambda: bundle(run)))

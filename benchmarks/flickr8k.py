@@ -21,7 +21,7 @@ from efficientvlm.checkpoints.folder import fingerprint, require_complete
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.runtime.hardware import processor
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 from efficientvlm.stages.results import read_result
 
 # row → its checkpoint, the stages that were trained for it (after the teacher), and what it is
@@ -159,7 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Publish a finished recipe flickr8k in benchmarks/results.")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/flickr8k"), help="folder of the recipe's stages")
     run = parser.parse_args().run
-    return told(lambda: publish(run))
+    return run_script(lambda: publish(run))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from efficientvlm.families.towers import attention
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.runtime.hardware import machine_of
 from efficientvlm.runtime.progress import Bar
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Bench
 from efficientvlm.stages import latency
@@ -239,7 +239,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/latency", help="folder of the checkpoints and graphs, 6 GB")
     parser.add_argument("--prepare", action="store_true", help="make the checkpoints and graphs only")
     options = parser.parse_args()
-    return told(lambda: run(options.work, timed=not options.prepare))
+    return run_script(lambda: run(options.work, timed=not options.prepare))
 
 
 def run(work: Path, timed: bool) -> list[Path]:

@@ -17,7 +17,7 @@ from published import RESULTS, ROOT, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 
 PAGE = Path("docs/ablation.md")
 PICTURES = {"parameters": Path("docs/ablation-parameters.png"), "latency": Path("docs/ablation-latency.png")}
@@ -211,4 +211,4 @@ def publish(root: Path = ROOT) -> list[Path]:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.exit(told(publish))
+    sys.exit(run_script(publish))

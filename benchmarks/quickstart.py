@@ -16,7 +16,7 @@ from published import ROOT, as_csv, csv_of, markers, with_block
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.errors import BadInput
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 
 BEGIN, END = markers("quickstart")
 PICTURE = Path("docs/quickstart-structure.png")
@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Publish a finished quickstart in the README and in benchmarks/results.")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="folder of the recipe's stages")
     run = parser.parse_args().run
-    return told(lambda: publish(run))
+    return run_script(lambda: publish(run))
 
 
 if __name__ == "__main__":

@@ -280,9 +280,9 @@ def main() -> int:
         serve(size, stage, options.threads)
         return 0
     codes = {label: Path(folder).resolve() for label, _, folder in (text.partition("=") for text in options.code or [f"after={ROOT}"])}
-    from efficientvlm.script import told  # not in every checkout that is measured
+    from efficientvlm.script import run_script  # not in every checkout that is measured
 
-    return told(lambda: measure(codes, options.size or SIZES, options.stage or STAGES, options.threads))
+    return run_script(lambda: measure(codes, options.size or SIZES, options.stage or STAGES, options.threads))
 
 
 def measure(codes: dict[str, Path], sizes: Sequence[str], stages: Sequence[str], threads: int) -> list[Path]:

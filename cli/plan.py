@@ -40,7 +40,7 @@ def plan(
     loaded = recipes.load_recipe(recipe)
     steps = recipes.validate(loaded, assignments or [], out=out)
     control = Control(force=force, resume=resume, quiet=quiet or json, json=json)
-    made = _made(steps, control, measure=measure, verify=verify)
+    made = _planned(steps, control, measure=measure, verify=verify)
     if json:
         output.emit(_recipe_object(loaded.name, steps, made))
         raise typer.Exit(made.problems.exit_code)
@@ -56,7 +56,7 @@ def dry_run(name: str, steps: Sequence[Step], control: Control, *, recipe: bool)
     """
     from rich.console import Console
 
-    made = _made(steps, control)
+    made = _planned(steps, control)
     if not control.json:
         made.problems.raise_all(name)
     if recipe:
@@ -72,7 +72,7 @@ def dry_run(name: str, steps: Sequence[Step], control: Control, *, recipe: bool)
         raise typer.Exit(made.problems.exit_code)
 
 
-def _made(steps: Sequence[Step], control: Control, **options: Any) -> Plan:
+def _planned(steps: Sequence[Step], control: Control, **options: Any) -> Plan:
     from efficientvlm.planning.plan import plan as planned
 
     return planned(steps, control, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from efficientvlm.errors import EvlmError
 
 
-def told(work: Callable[[], Iterable[Path]]) -> int:
+def run_script(work: Callable[[], Iterable[Path]]) -> int:
     """Print the files that `work` writes, or the three lines of its error; the exit code."""
     try:
         written = work()

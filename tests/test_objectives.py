@@ -622,7 +622,7 @@ def test_a_teacher_may_be_a_store_of_what_was_said_before():
 def test_the_settings_know_which_losses_a_weight_needs():
     needed: dict[str, set[str]] = {}
     for term in XvlmPretraining.terms:
-        needed.setdefault(term.weight, set()).add(term.made_in)
+        needed.setdefault(term.weight, set()).add(term.loss)
     assert {name: set(losses) for name, losses in PASSES.items()} == {name: found for name, found in needed.items() if found != {""}}
     assert set(needed) == set(DistillWeights.model_fields)
     assert {term.weight for term in Generation.terms} == set(TaskWeights.model_fields)

@@ -128,7 +128,7 @@ class Shapes(Generic[T]):
     def contents(self) -> Iterator[list[Any]]:
         """What is said of each of up to 5,000 scenes."""
         for index in range(min(len(self), SAMPLED_TEXTS)):
-            yield self.kind.told(self, index)
+            yield self.kind.contents_at(self, index)
 
     def picture(self, index: int) -> tuple[Scene, Pixels]:
         """The scene at `index`, drawn."""

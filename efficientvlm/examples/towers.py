@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from efficientvlm.errors import BadInput
-from efficientvlm.script import told
+from efficientvlm.script import run_script
 
 VISION, TEXT = "dinov2-small", "minilm"
 TOWERS = {
@@ -122,7 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("towers"), help="folder of the two folders")
     out = parser.parse_args().out
-    return told(lambda: write_towers(out))
+    return run_script(lambda: write_towers(out))
 
 
 if __name__ == "__main__":

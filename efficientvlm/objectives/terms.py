@@ -28,7 +28,7 @@ class Term(NamedTuple):
 
     `weight` is the setting that it is multiplied by; several rows may share one. `tap` is looked up in the records of student and teacher,
     `mask` (tokens or rows that count) in the student's. Of hidden states those before `first` and from `last` on are left out. With
-    `regions` one side may hold rows of regions that the other does not have; the rows of whole images come last in both. `made_in` is the
+    `regions` one side may hold rows of regions that the other does not have; the rows of whole images come last in both. `loss` is the
     loss without which nothing is recorded there; empty where it always is.
     """
 
@@ -39,7 +39,7 @@ class Term(NamedTuple):
     first: int = 0
     last: int | None = None
     regions: bool = False
-    made_in: str = ""
+    loss: str = ""
 
     @property
     def tower(self) -> str:

@@ -30,12 +30,12 @@ from efficientvlm.runtime.exchange import Rows
 
 RUNS = {"itm_positive": "itm", "itm_negative": "itm", "mlm": "mlm"}
 """Passes through fusion that a teacher can be compared on, and the loss that makes them."""
-MADE_IN = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}}
+LOSS_OF = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}}
 """The same of everything that only one loss makes, by what follows the `@` of a tap, or by the name of an output."""
 
 
 def _fusion(run: str, loss: str) -> list[Term]:
-    common: dict[str, Any] = {"mask": f"text_mask@{run}", "made_in": loss}
+    common: dict[str, Any] = {"mask": f"text_mask@{run}", "loss": loss}
     return [
         Term("fusion_hidden", f"fusion.hidden@{run}", hidden, first=int(run == "mlm"), **common),
         Term("fusion_self_attention", f"fusion.self_attention@{run}", attention, **common),
@@ -66,18 +66,18 @@ class XvlmPretraining(Objective):
         Term("text_hidden", "text.hidden", hidden, "text_mask"),
         Term("text_self_attention", "text.self_attention", attention, "text_mask"),
         *(row for run, loss in RUNS.items() for row in _fusion(run, loss)),
-        Term("fusion_hidden", "text.hidden@mlm", hidden, "text_mask", made_in="mlm"),
-        Term("fusion_self_attention", "text.self_attention@mlm", attention, "text_mask", made_in="mlm"),
-        Term("itm_logits", "itm_logits", logits, made_in="itm"),
-        Term("mlm_logits", "mlm_logits", logits, "mlm_slots", made_in="mlm"),
-        Term("itc_logits", "itc_logits", contrast, made_in="itc"),
+        Term("fusion_hidden", "text.hidden@mlm", hidden, "text_mask", loss="mlm"),
+        Term("fusion_self_attention", "text.self_attention@mlm", attention, "text_mask", loss="mlm"),
+        Term("itm_logits", "itm_logits", logits, loss="itm"),
+        Term("mlm_logits", "mlm_logits", logits, "mlm_slots", loss="mlm"),
+        Term("itc_logits", "itc_logits", contrast, loss="itc"),
     )
 
     def __init__(self, model: nn.Module, *, losses: Iterable[str], seed: int, hard_negatives: bool = True) -> None:
         super().__init__()
         self.model, self.losses, self.seed = model, frozenset(losses), seed
         self.hard_negatives = hard_negatives
-        self.terms = tuple(term for term in self.terms if not term.made_in or term.made_in in self.losses)
+        self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)
 
     def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
         return even_texts(batch)
@@ -96,7 +96,7 @@ class XvlmPretraining(Objective):
         want = frozenset(want)
         wanted = check_taps(model, (tap for tap in want if "." in tap))
         own = model is self.model
-        runs = self.losses if own else {MADE_IN.get(tap.partition("@")[2] or tap) for tap in want}
+        runs = self.losses if own else {LOSS_OF.get(tap.partition("@")[2] or tap) for tap in want}
         record, negatives = Record(), drawn
         if hasattr(model, "temp"):
             with torch.no_grad():

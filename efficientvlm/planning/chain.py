@@ -34,16 +34,16 @@ class Blocked(Exception):
 class Chain:
     """What is known while the stages of a chain are planned in their order.
 
-    `made` is what they write, by place: a checkpoint as shapes, or None for a result file or where planning failed. `stale` are the places
-    that would be written anew, `assumed` those whose structure is only assumed; `sources` are the data that were opened, None where that
-    failed.
+    `outputs` is what they write, by place: a checkpoint as shapes, or None for a result file or where planning failed. `stale` are the
+    places that would be written anew, `assumed` those whose structure is only assumed; `sources` are the data that were opened, None where
+    that failed.
     """
 
     control: Control = field(default_factory=Control)
     verify: bool = False
     problems: Problems = field(default_factory=Problems)
     disks: Disks = field(default_factory=Disks)
-    made: dict[str, Loaded | None] = field(default_factory=dict)
+    outputs: dict[str, Loaded | None] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
     assumed: set[str] = field(default_factory=set)
     sources: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Chain:
             Blocked: it cannot be opened; the problem has been noted.
         """
         key = place(spec)
-        known = self.made if key in self.made else self._opened
+        known = self.outputs if key in self.outputs else self._opened
         if key not in known:
             known[key] = None
             with self.problems.of(stage):

@@ -46,7 +46,7 @@ def forecast(chain: Chain, step: Step) -> Forecast:
     found = Forecast(step.name, step.stage, getattr(config, "out", None))
     problems = chain.problems
     before = len(problems.found)
-    for error in path_problems(step, set(chain.made)):
+    for error in path_problems(step, set(chain.outputs)):
         problems.add(step.name, error)
     if found.out and step.stage not in REPLACED:
         with problems.of(step.name):
@@ -58,9 +58,9 @@ def forecast(chain: Chain, step: Step) -> Forecast:
             look_at(chain, step, found)
         except Blocked as blocked:
             found.notes.append(str(blocked))
-    if found.out and place(found.out) not in chain.made:
+    if found.out and place(found.out) not in chain.outputs:
         chain.stale.add(place(found.out))
-        chain.made[place(found.out)] = None
+        chain.outputs[place(found.out)] = None
     if len(problems.found) > before and found.status != "up to date":
         found.status = "cannot run"
     return found

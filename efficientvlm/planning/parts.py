@@ -103,7 +103,7 @@ def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, ex
             chain.assumed.add(place(out))
         chain.stale.add(place(out))
         written = replace(result, path=Path(out), manifest=drafted(step, result, extra or {}))
-    chain.made[place(out)] = written
+    chain.outputs[place(out)] = written
     found.after = chain.summary(written)
     if found.status != "up to date":
         found.disk = costs.disk(result.model, **sizes)

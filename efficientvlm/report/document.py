@@ -40,7 +40,7 @@ def page(story: Story) -> str:
         tag("title", f"{story.title} · efficientvlm"),
         Html(f"<style>{CSS}</style>"),
     )
-    count = len(story.made)
+    count = len(story.readable)
     what = f"{count} checkpoint{'s' * (count != 1)} · {story.place} · {moment(story.created)}"
     top = tag("header", tag("h1", story.title), tag("div", what, class_="soft small"), class_="top")
     links = tag("nav", [tag("a", SECTIONS[name], href=f"#{name}") for name, part in parts.items() if part is not None])

@@ -16,11 +16,11 @@ ORIGINS = {
 def licences(story: Story) -> Html:
     """Data by licence, and the checkpoints that the chain began with."""
     used: dict[tuple[str, str, str], list[str]] = {}
-    for chapter, manifest in story.made:
+    for chapter, manifest in story.readable:
         for record in manifest.data:
             used.setdefault((record.name, record.split, record.licence), []).append(chapter.label)
     rows = [(name, split, licence, ", ".join(labels)) for (name, split, licence), labels in used.items()]
-    begun = [(chapter.label, ORIGINS[manifest.origin]) for chapter, manifest in story.made if manifest.origin]
+    begun = [(chapter.label, ORIGINS[manifest.origin]) for chapter, manifest in story.readable if manifest.origin]
     lost = [(chapter.label, "not found: nothing is known of its licence") for chapter in story.chapters if chapter.manifest is None]
     how = "The weights may be used as far as the licences of the data and of the models they were made from allow."
     return tag(
@@ -36,7 +36,7 @@ def licences(story: Story) -> Html:
 def environment(story: Story) -> Html:
     """Versions, in a column for every environment that differs, and the machine that was timed."""
     kinds: list[tuple[dict[str, str], list[str]]] = []
-    for chapter, manifest in story.made:
+    for chapter, manifest in story.readable:
         versions = {"efficientvlm": _code(manifest), **manifest.environment}
         same = next((labels for other, labels in kinds if other == versions), None)
         if same is None:

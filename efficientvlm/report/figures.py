@@ -17,7 +17,7 @@ NOT_MEASURED = tag("span", "not measured", class_="none")
 
 def tiles(story: Story) -> Html | None:
     """The last model beside the first, large; whether the targets are met."""
-    if not story.summary or not story.summary["targets"] or not any(_compresses(manifest) for _, manifest in story.made):
+    if not story.summary or not story.summary["targets"] or not any(_compresses(manifest) for _, manifest in story.readable):
         return None
     drawn = []
     for target in story.summary["targets"]:
@@ -63,7 +63,7 @@ def headline(story: Story) -> Html:
     assert story.summary
     models, reference = story.summary["models"], story.summary["reference"]
     batches = sorted({size for model in models.values() for size in model["latency"]}, key=int)
-    found = {chapter.label: validation(manifest) for chapter, manifest in story.made}
+    found = {chapter.label: validation(manifest) for chapter, manifest in story.readable}
     head: list[Child] = ["", "parameters", "multiply-adds", "sparsity"]
     head += [[f"latency, batch {size}"] for size in batches] or ["latency"]
     evaluated = EVALUATED.get((story.summary["test"] or {}).get("split", "test"), "evaluated")

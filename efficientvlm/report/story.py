@@ -78,7 +78,7 @@ class Story:
         return next(chapter for chapter in self.chapters if chapter.key == key)
 
     @property
-    def made(self) -> list[tuple[Chapter, Manifest]]:
+    def readable(self) -> list[tuple[Chapter, Manifest]]:
         """The checkpoints that could be read."""
         return [(chapter, chapter.manifest) for chapter in self.chapters if chapter.manifest]
 

@@ -18,7 +18,7 @@ Counts = dict[str, tuple[list[int] | None, int, int]]
 def section(story: Story) -> Html | None:
     """A picture for every different structure; those that lost nothing are folded."""
     groups: list[tuple[list[Chapter], Counts]] = []
-    for chapter, manifest in story.made:
+    for chapter, manifest in story.readable:
         counts = counts_of(chapter, manifest)
         same = next((members for members, other in groups if other == counts), None)
         if not counts:

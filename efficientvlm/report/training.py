@@ -18,7 +18,7 @@ OTHER = {"step", "lr_factor", "samples_per_s"}
 
 def section(story: Story) -> Html | None:
     """None if nothing was trained."""
-    trained = [(chapter, manifest) for chapter, manifest in story.made if chapter.lines]
+    trained = [(chapter, manifest) for chapter, manifest in story.readable if chapter.lines]
     if not trained:
         return None
     parts: list[Html] = []

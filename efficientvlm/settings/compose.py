@@ -18,13 +18,13 @@ from efficientvlm.settings.tasks import TASKS
 class Composed(OnTask):
     """Settings of one stage on one task. A setting that is unknown there may be one of another task, and then it is said of which."""
 
-    made_for: ClassVar[tuple[str, str | None, str | None]]
+    variant: ClassVar[tuple[str, str | None, str | None]]
     """Stage, task and method of distillation."""
 
     @classmethod
     def owner(cls, path: Sequence[str]) -> str:
-        stage, task, _ = cls.made_for
-        knowing = [kind.made_for for kind in variants(stage) if issubclass(kind, Composed) and kind.has(path)]
+        stage, task, _ = cls.variant
+        knowing = [kind.variant for kind in variants(stage) if issubclass(kind, Composed) and kind.has(path)]
         methods = [f"distillation {method}" for _, known, method in knowing if known == task]
         tasks = dict.fromkeys(str(known) for _, known, _ in knowing)
         return " or ".join(methods) or ("task " + " or ".join(tasks) if tasks else "")
@@ -97,12 +97,12 @@ def asides(stage: str) -> dict[str, Aside]:
 def _composed(
     base: type[OnTask],
     parts: tuple[type[Strict], ...],
-    made_for: tuple[str, str | None, str | None],
+    variant: tuple[str, str | None, str | None],
     tasks: tuple[str, ...],
     methods: tuple[str, ...],
 ) -> type[Strict]:
     """One class of settings; where two of its parts have a group of the same name, the groups are one as well."""
-    _, task, method = made_for
+    _, task, method = variant
     fields: dict[str, Any] = {"task": _one_of(base, "task", tasks, base.model_fields["task"].default)}
     if methods:
         fields["distillation"] = _one_of(base, "distillation", methods, method)
@@ -119,7 +119,7 @@ def _composed(
             fields[name] = (group, Field(default_factory=group))
     compose: Any = create_model
     made: type[Composed] = compose(f"{base.__name__} of {task}", __base__=(Composed, base, *parts), **fields)
-    made.made_for = made_for
+    made.variant = variant
     return made
 
 

@@ -74,7 +74,7 @@ class Kind(Generic[Item, Content]):
         """The sample of the generator `shapes` at `index`."""
         raise self.not_drawn(shapes)
 
-    def told(self, shapes: Shapes[Item], index: int) -> list[Content]:
+    def contents_at(self, shapes: Shapes[Item], index: int) -> list[Content]:
         """What the generator `shapes` says at `index`, without drawing it."""
         raise self.not_drawn(shapes)
 

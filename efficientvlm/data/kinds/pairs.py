@@ -81,7 +81,7 @@ class Pairs(Kind[PairItem, Described]):
         words = shapes.words(index, "pair")
         return PairItem(key, image, phrases.captions(scene, words), phrases.regions(scene, words))
 
-    def told(self, shapes: Shapes[PairItem], index: int) -> list[Described]:
+    def contents_at(self, shapes: Shapes[PairItem], index: int) -> list[Described]:
         scene, words = shapes.scene(index)[1], shapes.words(index, "pair")
         captions = phrases.captions(scene, words)
         return [Described(captions, [{"caption": region.phrase} for region in phrases.regions(scene, words)])]

@@ -59,9 +59,9 @@ class Questions(Kind[VQAItem, Question]):
             yield from (answer for answer, _ in question.answers)
 
     def drawn(self, shapes: Shapes[VQAItem], index: int, key: str) -> VQAItem:
-        return VQAItem(key, shapes.picture(index)[1], self.told(shapes, index))
+        return VQAItem(key, shapes.picture(index)[1], self.contents_at(shapes, index))
 
-    def told(self, shapes: Shapes[VQAItem], index: int) -> list[Question]:
+    def contents_at(self, shapes: Shapes[VQAItem], index: int) -> list[Question]:
         return phrases.questions(shapes.scene(index)[1], shapes.words(index, "vqa"), shapes.settings.level, DRAWN)
 
 

@@ -68,7 +68,7 @@ class Statements(Kind[TwoImageItem, Statement]):
         left, right, statement, rng = about_two(shapes, index)
         return TwoImageItem(key, (draw(left, shapes.side, rng), draw(right, shapes.side, rng)), [statement])
 
-    def told(self, shapes: Shapes[TwoImageItem], index: int) -> list[Statement]:
+    def contents_at(self, shapes: Shapes[TwoImageItem], index: int) -> list[Statement]:
         return [about_two(shapes, index)[2]]
 
 
