@@ -1,6 +1,8 @@
 """Publish a finished quickstart: figures as CSV, table in README.md, picture in docs/. Nothing is measured or typed here.
 
-python benchmarks/quickstart.py [runs/quickstart]
+python benchmarks/quickstart.py [runs/quickstart] [OTHER ...]
+
+OTHER are runs of the same recipe with other seeds: their figures are in the CSV too, and their results in a line below the table.
 """
 
 from __future__ import annotations
@@ -8,13 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from published import ROOT, as_csv, csv_of, markers, with_block
 
-from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.files import resolve, write_atomic
 from efficientvlm.checkpoints.folder import fingerprint
+from efficientvlm.checkpoints.manifest import read
 from efficientvlm.errors import BadInput
 from efficientvlm.script import run_script
 
@@ -24,21 +28,24 @@ LAYERED, KINDS = ("vision", "text", "fusion", "decoder"), ("head", "cross_head",
 AGAIN = "run evlm run quickstart again"
 
 
-def publish(run: Path, root: Path = ROOT) -> list[Path]:
+def publish(run: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> list[Path]:
     """Write the CSV, the README block and the picture of the recipe output `run` below `root`; the files written.
+
+    `others` are outputs of the same recipe with other seeds.
 
     Raises:
         BadInput: no finished report in `run`, one of other checkpoints than lie there now, or a README without the two markers.
     """
     report = run / "report"
-    summary = read_summary(report / "summary.json")
+    summary, *more = (read_summary(folder / "report" / "summary.json") for folder in (run, *others))
     texts = [report / "summary.txt", report / "structure.png"]
     if missing := [path for path in texts if not path.is_file()]:
         raise BadInput(f"{missing[0]} is not there", "the report is not complete", AGAIN)
     table = texts[0].read_text("utf-8").rstrip("\n")
     name = csv_of("quickstart", summary["speed"]["machine"]["name"])
-    readme = with_block((root / "README.md").read_text("utf-8"), "quickstart", block(table, summary, name))
-    content = {root / name: as_csv(rows(summary)), root / PICTURE: texts[1].read_bytes(), root / "README.md": readme.encode()}
+    readme = with_block((root / "README.md").read_text("utf-8"), "quickstart", block(table, summary, more, name))
+    records = [record for each in (summary, *more) for record in rows(each)]
+    content = {root / name: as_csv(records), root / PICTURE: texts[1].read_bytes(), root / "README.md": readme.encode()}
     for path, data in content.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
@@ -65,11 +72,13 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     models, speed, provenance = summary["models"], summary["speed"], summary["provenance"]
     present = {tower for model in models.values() for tower in model["parameters"]["by_tower"]}
     towers = [tower for tower in (*LAYERED, "heads") if tower in present]
+    seed = seed_of(summary)
     records = []
     for label, model in models.items():
         parameters = model["parameters"]
         record: dict[str, Any] = {
             "model": label,
+            "seed": seed,
             "stage": model["stage"],
             "parameters": parameters["total"],
             "parameters_of_reference": parameters["of_reference"],
@@ -115,16 +124,31 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def block(table: str, summary: dict[str, Any], name: Path) -> str:
+def seed_of(summary: dict[str, Any]) -> int:
+    """The seed of the run that made the last model of a summary."""
+    last = list(summary["models"])[-1]
+    return int(read(resolve(summary["provenance"]["models"][last]["path"])).config["seed"])
+
+
+def spelled(summary: dict[str, Any]) -> str:
+    """What became of the last model, in words."""
+    last = list(summary["models"].values())[-1]
+    parts = f"{last['parameters']['of_reference']:.1%} of the parameters, {last['accuracy_of_reference']:.1%} of the accuracy"
+    return f"seed {seed_of(summary)}: {parts}, {last['latency']['8']['speedup']:.2f}×".replace("%", " %")
+
+
+def block(table: str, summary: dict[str, Any], others: Sequence[dict[str, Any]], name: Path) -> str:
     """What stands between the markers of the README."""
     machine, provenance = summary["speed"]["machine"], summary["provenance"]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     source = f"Measured on {provenance['created'][:10]}: {machine['name']}, {threads}, torch {machine['torch']}."
+    again = [f"The same recipe with other seeds: {'; '.join(map(spelled, others))}.", ""] if others else []
     return "\n".join(
         [
             *("```text", table, "```", ""),
             f"{source} The same figures as CSV: [{name.name}]({name.as_posix()}).",
             "",
+            *again,
             f"![Heads and neurons that each model keeps]({PICTURE.as_posix()})",
         ]
     )
@@ -133,8 +157,9 @@ def block(table: str, summary: dict[str, Any], name: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Publish a finished quickstart in the README and in benchmarks/results.")
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="folder of the recipe's stages")
-    run = parser.parse_args().run
-    return run_script(lambda: publish(run))
+    parser.add_argument("others", nargs="*", type=Path, help="runs of the recipe with other seeds")
+    given = parser.parse_args()
+    return run_script(lambda: publish(given.run, others=given.others))
 
 
 if __name__ == "__main__":

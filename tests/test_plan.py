@@ -308,7 +308,10 @@ def test_every_stage_has_a_dry_run(chain: Path, evlm: Any, line: str, key: str |
         code, out, err = evlm(*words, "--out", "o", "--dry-run", "--json")
         again = json.loads(out)
         assert (code, err) == (0, "") and again["config"] == shown["config"]
-        assert {**again["plan"], "disks": []} == {**shown["plan"], "disks": []}  # other programs use the disk, too
+        for found in (again["plan"], shown["plan"]):  # other programs use the disk too, and a process is never of quite the same size
+            found["disks"] = []
+            found["memory"] = {part: size for part, size in (found["memory"] or {}).items() if part not in ("process", "total")}
+        assert again["plan"] == shown["plan"]
 
 
 def test_a_recipe_is_planned_and_what_is_there_is_used(chain: Path, evlm: Any) -> None:
