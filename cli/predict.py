@@ -12,10 +12,10 @@ from efficientvlm.errors import BadInput
 
 
 def ask(name: str, options: dict[str, Any]) -> None:
-    """Answer a question; what is wrong with it is said before the model is loaded, as far as only one task asks such a one."""
+    """Answer a question; a value that no task takes is wrong usage, which is said before the model is looked for."""
     from efficientvlm.checkpoints.files import resolve
     from efficientvlm.checkpoints.folder import require_complete
-    from efficientvlm.settings.base import parse
+    from efficientvlm.settings.base import problems_with
     from efficientvlm.settings.tasks import ABOUT
 
     asked = {key: value for key, value in options.items() if key not in ("json", "quiet") and value is not None}
@@ -24,9 +24,11 @@ def ask(name: str, options: dict[str, Any]) -> None:
     for key in known[0].model_fields:
         if all(key in kind.lacking(asked) for kind in kinds or known):
             raise typer.BadParameter("it is needed and was not given", param_hint=f"--{key}")
+    for key, value in asked.items():
+        problems = [problems_with(kind, key, value) for kind in kinds]
+        if problems and all(problems):
+            raise typer.BadParameter(problems[0][0].removeprefix(f"{key}: "), param_hint=f"--{key.replace('_', '-')}")
     require_complete(asked["model"])
-    if len(kinds) == 1:
-        parse(kinds[0], asked, f"evlm {name}")
     for image in asked.get("image", ()):
         if not resolve(image).is_file():
             raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")

@@ -215,9 +215,6 @@ def test_wrong_usage_exits_2(evlm: Any, line: str) -> None:
         ("import --model nowhere --out o", "does not exist"),
         ("predict --model teacher --image nowhere.png --question what?", "nowhere.png"),
         ("predict --model teacher --image teacher --question what?", "it is not a file"),
-        ("predict --model teacher --image a --question what? --mode guess", "mode: input should be 'rank' or 'generate'"),
-        ("predict --model teacher --image a --question  --mode rank", "question: it is empty"),
-        ("predict --model teacher --image a --image b --question what?", "image: list should have at most 1 item"),
         ("run quikstart", "did you mean quickstart?"),
         ("run quickstart --set pruned.sparsty=0.3", "did you mean sparsity?"),
         ("recipes cp quickstart no/such/folder.yaml", "no folder"),
@@ -229,6 +226,21 @@ def test_bad_input_exits_3_in_three_lines(evlm: Any, chain: Path, line: str, wor
     lines = err.splitlines()
     assert lines[0].startswith("error: ") and lines[1].startswith("  why:") and "Traceback" not in err
     assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--mode guess", "--mode: input should be 'rank' or 'generate'"),
+        ("--top 0", "--top: input should be greater than or equal to 1"),
+        ("--max-tokens 2", "--max-tokens: input should be greater than or equal to 4"),
+        ("--question ", "--question: it is empty"),
+        ("--image b", "--image: list should have at most 1 item"),
+    ],
+)
+def test_a_question_with_a_wrong_value_is_wrong_usage(evlm: Any, given: str, words: str) -> None:
+    code, out, err = evlm(*"predict --model nowhere --image a --question what?".split(), *given.split(" "))
+    assert code == 2 and out == "" and words in err and "nowhere" not in err
 
 
 def test_an_unfinished_input_is_refused_before_anything_is_loaded(evlm: Any, tmp_path: Path) -> None:
