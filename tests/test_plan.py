@@ -122,6 +122,36 @@ def test_a_recut_is_planned_exactly(chain: Path, tmp_path: Path) -> None:
     assert not made.problems.found and 0.6 <= made.stages[-1].after["sparsity"] < 0.62  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("earlier", "settings"),
+    [("finetune", {}), ("prune", {"method": "random"}), ("prune", {"task": "none", "method": "random"})],
+)
+def test_a_recut_without_gates_is_refused_before_anything_is_trained(chain: Path, earlier: str, settings: dict[str, Any]) -> None:
+    known = {} if settings.get("task") else {"data": SHAPES, **TRAIN}
+    first = step("first", earlier, model=str(chain / "teacher"), **known, **settings)
+    made = plan([first, step("cut", "prune", from_gates="out/first", data=SHAPES, sparsity=0.6)])
+    assert said(made) == "cut: out/first has no gates.safetensors: it was not written by prune with --method l0"
+
+
+@pytest.mark.parametrize(("settings", "refused"), [({}, 0.3), ({"tower_sparsity": {"vision": 0.2}}, 0.1)])
+def test_what_is_not_kept_is_not_planned_to_come_back(chain: Path, settings: dict[str, Any], refused: float) -> None:
+    first = step("first", "prune", **{**PRUNE(chain), **settings}, keep_dense=False, **TRAIN)
+    more = step("more", "prune", from_gates="out/first", sparsity=0.6)
+    steps = [
+        first,
+        more,
+        step("less", "prune", from_gates="out/first", sparsity=refused),
+        step("last", "prune", from_gates="out/more", sparsity=0.5),
+    ]
+    made = plan(steps)
+    whole = plan([first._replace(config=first.config.model_copy(update={"keep_dense": True})), *steps[1:]])
+    assert not whole.problems.found, said(whole)
+    less, last = said(made).splitlines()
+    assert f"less: sparsity {refused} is below the " in less and "were not kept" in less
+    assert "last: sparsity 0.5 is below the 0.6000 of out/more" in last
+    assert made.stages[1].disk["output"] < whole.stages[1].disk["output"]  # type: ignore[index]
+
+
 def rewrite(folder: Path) -> None:
     """Make the manifest of `folder` true again, sizes and all."""
     record = manifest.read(folder)

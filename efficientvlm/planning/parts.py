@@ -10,7 +10,7 @@ import torch
 
 from efficientvlm.checkpoints import manifest
 from efficientvlm.checkpoints.folder import examine, fingerprint
-from efficientvlm.checkpoints.manifest import Manifest
+from efficientvlm.checkpoints.manifest import FileRecord, Manifest
 from efficientvlm.data.opening import BUILT_IN
 from efficientvlm.data.plan import plan_for
 from efficientvlm.errors import BadInput
@@ -20,6 +20,7 @@ from efficientvlm.planning.chain import Chain
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
 from efficientvlm.runtime import ranks
+from efficientvlm.stages.cutting import DENSE, GATES
 from efficientvlm.stages.learning import Learning, freeze
 from efficientvlm.stages.results import MACHINE, ResultFile
 from efficientvlm.stages.workspace import Job
@@ -102,7 +103,7 @@ def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, ex
         if found.structure != "exact":
             chain.assumed.add(place(out))
         chain.stale.add(place(out))
-        written = replace(result, path=Path(out), manifest=drafted(step, result, extra or {}))
+        written = replace(result, path=Path(out), manifest=drafted(step, result, extra or {}, beside(sizes)))
     chain.outputs[place(out)] = written
     found.after = chain.summary(written)
     if found.status != "up to date":
@@ -111,11 +112,16 @@ def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, ex
             chain.disks.add(out, found.disk["output"], found.disk["peak"])
 
 
-def drafted(step: Step, result: Loaded, extra: dict[str, Any]) -> Manifest:
-    """The manifest that `step` will write, as far as later stages ask for it."""
+def beside(sizes: dict[str, Any]) -> list[str]:
+    """The files that a stage of these `sizes`, see :func:`costs.disk`, writes beside its network and that later stages read."""
+    return [name for name, written in ((GATES, sizes.get("gates")), (DENSE, sizes.get("dense"))) if written]
+
+
+def drafted(step: Step, result: Loaded, extra: dict[str, Any], names: list[str]) -> Manifest:
+    """The manifest that `step` will write, as far as later stages ask for it; of the files `names` it says that they will be there."""
     config, made = step.config.model_dump(mode="json"), manifest.now()
-    more = {"new": [], **extra}
-    return Manifest(stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=made, extra=more)
+    more, files = {"new": [], **extra}, dict.fromkeys(names, FileRecord(sha256="0" * 64, bytes=0))
+    return Manifest(stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=made, files=files, extra=more)
 
 
 def schedule(config: Any, source: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.checkpoints.manifest import Manifest
+from efficientvlm.compression.accounting import count_sparsity
 from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
@@ -58,12 +59,16 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     """
     start = str(config.from_gates)
     pruned, learnt = workspace.checkpoint(start), workspace.is_made(start)
+    if GATES not in pruned.manifest.files:
+        raise lacking(pruned, GATES)
     tensors = read_tensors(pruned, GATES) if learnt else {}
     config = settled(config, pruned.manifest)
     task = learnt_by(config)
     check_task(config, pruned)
     source = workspace.data(config, task.kind, "val", pruned.preprocessing)
-    dense = not learnt or (pruned.path / DENSE).is_file()
+    dense = DENSE in pruned.manifest.files
+    if not dense:
+        check_sparsity(config, pruned, learnt=learnt)
     whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
     scope, keep = choose(config, whole, tensors, dense=dense) if learnt else (scope_of(config, whole.model), None)
     return Recut(config, task, pruned, whole, dense, scope, keep, inputs={"model": start}, data={"data": source})
@@ -133,6 +138,24 @@ def check_task(config: Prune, pruned: Loaded) -> None:
         raise BadInput(f"no data to measure the re-cut of {pruned.path} on", "the run it is cut from names none", "give --data")
 
 
+def check_sparsity(config: Prune, pruned: Loaded, *, learnt: bool) -> None:
+    """:class:`BadInput` for less than is gone of `pruned`, or where its gates are not `learnt` yet than will be gone at least."""
+    if learnt:
+        gone = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")
+    else:
+        asked, own = (pruned.manifest.config[name] for name in ("sparsity", "tower_sparsity"))
+        whole = {tower: part["initial"] for tower, part in count_sparsity(pruned.model)["by_tower"].items()}
+        gone = round(sum(size * own.get(tower, asked) for tower, size in whole.items()) / sum(whole.values()), 9)
+    if gone is None:
+        raise BadInput(f"{pruned.path} does not say how much of it was removed", "its manifest holds no sparsity", "prune again")
+    if config.sparsity < gone:
+        raise BadInput(
+            f"sparsity {config.sparsity} is below the {gone:.4f} of {pruned.path}",
+            "the weights that were removed were not kept (keep_dense=false)",
+            "ask for more, or prune again with dense weights kept",
+        )
+
+
 def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: bool) -> tuple[Scope, Tensor]:
     """The budget of `config`, and the units that stay (bool [units]) by the gates in `tensors`.
 
@@ -140,18 +163,9 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
         pruned: the run that is cut again; with `dense` its model is the one before slicing. The values of its weights do not matter.
 
     Raises:
-        BadInput, TargetMissed: as :func:`prepare`.
+        BadInput: no gates for what `config` allows to be removed.
     """
     if not dense:
-        achieved = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")
-        if achieved is None:
-            raise BadInput(f"{pruned.path} does not say how much of it was removed", "its manifest holds no sparsity", "prune again")
-        if config.sparsity < achieved:
-            raise BadInput(
-                f"sparsity {config.sparsity} is below the {achieved:.4f} of {pruned.path}",
-                "the weights that were removed were not kept (keep_dense=false)",
-                "ask for more, or prune again with dense weights kept",
-            )
         kept = pruned.model.config.kept_indices()
         gated = dense_config(pruned).kept_indices()
         for name in list(tensors):
@@ -193,11 +207,15 @@ def dense_model(pruned: Loaded) -> Any:
     return model
 
 
+def lacking(pruned: Loaded, name: str) -> BadInput:
+    return BadInput(f"{pruned.path} has no {name}", "it was not written by prune with --method l0", "give the folder of such a run")
+
+
 def read_tensors(pruned: Loaded, name: str) -> dict[str, Tensor]:
     """A safetensors file of the folder; :class:`BadInput` if it is missing, damaged or not finite."""
     path = pruned.path / name
     if not path.is_file():
-        raise BadInput(f"{pruned.path} has no {name}", "it was not written by prune with --method l0", "give the folder of such a run")
+        raise lacking(pruned, name)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
