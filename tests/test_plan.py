@@ -152,6 +152,16 @@ def test_what_is_not_kept_is_not_planned_to_come_back(chain: Path, settings: dic
     assert made.stages[1].disk["output"] < whole.stages[1].disk["output"]  # type: ignore[index]
 
 
+def test_a_planned_recut_remembers_what_was_cut_before(chain: Path) -> None:
+    small = step("small", "prune", model=str(chain / "teacher"), task="none", method="random", sparsity=0.3)
+    first = step("first", "prune", model="out/small", data=SHAPES, sparsity=0.4, **TRAIN)
+    cuts = [step(name, "prune", from_gates=f"out/{source}", sparsity=0.6) for name, source in (("cut", "first"), ("again", "cut"))]
+    made = plan([small, first, *cuts])
+    assert not made.problems.found, said(made)
+    cut, again = made.stages[2:]
+    assert cut.memory == again.memory and cut.after == again.after
+
+
 def rewrite(folder: Path) -> None:
     """Make the manifest of `folder` true again, sizes and all."""
     record = manifest.read(folder)

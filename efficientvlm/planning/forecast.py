@@ -30,7 +30,7 @@ from efficientvlm.stages.bench import Timing
 from efficientvlm.stages.evaluate import Evaluation
 from efficientvlm.stages.learning import Learning
 from efficientvlm.stages.prune import Pruning, Untrained
-from efficientvlm.stages.recut import Recut
+from efficientvlm.stages.recut import Recut, dense_kept
 from efficientvlm.stages.run import module_of
 from efficientvlm.stages.shrink import Shrinking
 from efficientvlm.stages.workspace import Beginning, Job
@@ -163,7 +163,7 @@ def _(job: Recut, chain: Chain, step: Step, found: Forecast) -> None:
     step = step._replace(config=job.config)
     folder(chain, step, found, job)
     sizes: dict[str, Any] = {"trained": job.whole.model, "gates": len(job.scope.units), "dense": job.dense, "recut": True}
-    book(chain, step, found, job, result, **sizes)
+    book(chain, step, found, job, result, extra={"dense_kept": dense_kept(job.pruned)}, **sizes)
 
 
 def cut(loaded: Loaded, keep: torch.Tensor) -> Loaded:
