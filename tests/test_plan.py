@@ -162,6 +162,11 @@ def test_a_planned_recut_remembers_what_was_cut_before(chain: Path) -> None:
     assert cut.memory == again.memory and cut.after == again.after
 
 
+def test_a_recut_of_longer_texts_than_are_read_is_refused(chain: Path) -> None:
+    made = plan([step("cut", "prune", from_gates=str(chain / "pruned"), sparsity=0.6, max_tokens=9999)])
+    assert said(made).startswith("cut: max_tokens 9999: ")
+
+
 def rewrite(folder: Path) -> None:
     """Make the manifest of `folder` true again, sizes and all."""
     record = manifest.read(folder)

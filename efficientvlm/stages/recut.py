@@ -54,7 +54,8 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     """What a re-cut is about to do; nothing is written, and networks are shapes.
 
     Raises:
-        BadInput: no gates in the folder, another task than theirs, or a lower sparsity than it has without the dense weights.
+        BadInput: no gates in the folder, another task than theirs, texts longer than it reads, or a lower sparsity than it has without the
+            dense weights.
         TargetMissed: the sparsity cannot be reached.
     """
     start = str(config.from_gates)
@@ -65,6 +66,7 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     config = settled(config, pruned.manifest)
     task = learnt_by(config)
     check_task(config, pruned)
+    keep_length(pruned, config.max_tokens)
     source = workspace.data(config, task.kind, "val", pruned.preprocessing)
     dense = DENSE in pruned.manifest.files
     if not dense:
