@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from spoiling import edit, spoil_weights
 from torch import Tensor
 
+import efficientvlm
 from efficientvlm import families
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import pad_model, slice_model
@@ -342,6 +343,34 @@ def test_whole_networks_are_written_for_transformers(name, tmp_path):
     again = families.of_folder(tmp_path).load(tmp_path)
     assert type(again) is type(model) and again.config.answers == ["yes"] and again.config.question_start_id == 9
     torch.testing.assert_close(again.run(example(again.config))["logits"], model.run(example(again.config))["logits"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["blip-qa", "blip-caption"])
+@pytest.mark.parametrize("says", [(False, False), (False, True), (True, False)], ids=str)
+def test_a_decoder_with_an_output_matrix_of_its_own(name: str, says: tuple[bool, bool], tmp_path: Path) -> None:
+    """Transformers ties it to the word embedding unless both configurations say no; a folder keeps both matrices then."""
+    config = whole(name).config
+    config.tie_word_embeddings, config.text_config.tie_word_embeddings = says
+    torch.manual_seed(0)
+    stock = getattr(transformers, config.stock)(transformers.BlipConfig.from_dict({**config.to_dict(), "model_type": "blip"})).eval()
+    head = stock.text_decoder.cls.predictions
+    with torch.no_grad():
+        for parameter in (head.decoder.weight, head.bias, head.decoder.bias):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert (head.decoder.weight is stock.text_decoder.bert.embeddings.word_embeddings.weight) == any(says)
+    ours = efficientvlm.of_stock(stock)
+    batch = example(ours.config)
+    wanted, _ = expected(stock, batch)
+    torch.testing.assert_close(ours.run(batch)["logits"], wanted, **CLOSE)
+    FAMILY.save(ours, tmp_path)
+    again = FAMILY.load(tmp_path)
+    assert same_tensors(ours, again) and again.config.ties == any(says)
+    opened = type(stock).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(expected(opened, batch)[0], wanted, **CLOSE)
+    keep = [unit for unit in ours.units() if unit.kind != "neuron" or unit.index % 2]
+    torch.testing.assert_close(
+        slice_model(ours, keep).run(batch)["logits"], pad_model(slice_model(ours, keep)).run(batch)["logits"], **CLOSE
+    )
 
 
 @each

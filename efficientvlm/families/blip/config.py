@@ -55,6 +55,11 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         return int(self.text_config.hidden_size if of_text else self.vision_config.hidden_size)
 
     @property
+    def ties(self) -> bool:
+        """Whether the output matrix is the word embedding: unless both configurations say that it is not, as transformers reads them."""
+        return bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
+
+    @property
     def is_stock(self) -> bool:
         """Whether transformers' own class builds this very network."""
         same_depth = len({self.layers()[tower] for tower in self.towers if tower != "vision"}) == 1

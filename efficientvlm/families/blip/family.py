@@ -59,4 +59,5 @@ class BLIP(Family):
 
     def _checked(self, config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         check_config(config, where)
+        config.tie_word_embeddings = config.ties
         return check_sizes(config, where)

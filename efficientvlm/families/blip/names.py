@@ -18,6 +18,6 @@ TEXT_LAYER = {
     **{"cross_attention": "crossattention", "cross_attention_norm": "crossattention.output.LayerNorm"},
     **{"fc1": "intermediate.dense", "fc2": "output.dense", "ffn_norm": "output.LayerNorm"},
 }
-HEAD = {"dense": "transform.dense", "norm": "transform.LayerNorm", "tied_weight": "decoder.weight", "tied_bias": "decoder.bias"}
+HEAD = {"dense": "transform.dense", "norm": "transform.LayerNorm", "output_weight": "decoder.weight", "output_bias": "decoder.bias"}
 LAYERS = {"vision": "vision_model.encoder.layers", "text": "text_encoder.encoder.layer", "decoder": "text_decoder.bert.encoder.layer"}
 PREDICTIONS = "text_decoder.cls.predictions"

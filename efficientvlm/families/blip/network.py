@@ -66,7 +66,7 @@ class Blip(Writing, TowerNetwork):
         if "decoder" in config.towers:
             bert, text = self._texts("decoder"), config.text_config
             shape = (text.hidden_size, text.vocab_size, text.layer_norm_eps, activation(text.hidden_act))
-            self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, tied=bert.embeddings.word))
+            self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, tied=bert.embeddings.word, own=not config.ties))
         else:
             vision, text, outputs = config.vision_config.hidden_size, config.text_config.hidden_size, config.image_text_hidden_size
             self.vision_proj, self.text_proj, self.itm_head = nn.Linear(vision, outputs), nn.Linear(text, outputs), nn.Linear(text, 2)

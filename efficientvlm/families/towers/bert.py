@@ -88,14 +88,16 @@ class Bert(Named):
 
 
 class LanguageHead(Named):
-    """BERT's prediction head; the output matrix is the word embedding it is called with.
+    """BERT's prediction head; the output matrix is the word embedding it is called with, unless it has its `own`.
 
-    Files may hold that matrix and the bias a second time, as `tied`: the same tensors under the names of a Linear.
+    Files may hold that matrix and the bias a second time, as those of `tied`: the same tensors under the names of a Linear.
     """
 
     dense = Part[nn.Linear]()
     norm = Part[nn.LayerNorm]()
     bias = Part[nn.Parameter]()
+    output_weight = Part[nn.Parameter]()
+    output_bias = Part[nn.Parameter]()
 
     def __init__(
         self,
@@ -105,13 +107,17 @@ class LanguageHead(Named):
         activation: Activation = F.gelu,
         names: Names | None = None,
         tied: nn.Embedding | None = None,
+        own: bool = False,
     ) -> None:
         super().__init__(names)
-        self.activation = activation
+        self.activation, self.own = activation, own
         self.put(dense=nn.Linear(width, width), norm=nn.LayerNorm(width, eps), bias=nn.Parameter(torch.zeros(vocab_size)))
-        if tied is not None:
-            self.put(tied_weight=cast(nn.Parameter, tied.weight), tied_bias=self.bias)
+        if own:
+            self.put(output_weight=nn.Parameter(torch.zeros(vocab_size, width)), output_bias=nn.Parameter(torch.zeros(vocab_size)))
+        elif tied is not None:
+            self.put(output_weight=cast(nn.Parameter, tied.weight), output_bias=self.bias)
 
     def forward(self, states: Tensor, embeddings: Embeddings) -> Tensor:
         """States [B, L, W] to the logits [B, L, V] of tokens."""
-        return F.linear(self.norm(self.activation(self.dense(states))), embeddings.word.weight, self.bias)
+        weight, bias = (self.output_weight, self.output_bias) if self.own else (embeddings.word.weight, self.bias)
+        return F.linear(self.norm(self.activation(self.dense(states))), weight, bias)
