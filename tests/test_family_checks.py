@@ -11,7 +11,9 @@ from spoiling import edit
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blip.family import BLIP
+from efficientvlm.families.checks import check_config
 from efficientvlm.families.loading import image_processor
+from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
 
 NAMES = ("xvlm", "clip", "siglip", "blip-qa", "blip-caption", "blip-retrieval")
@@ -139,3 +141,19 @@ def test_pointers_to_code_are_said_and_not_carried_on(tmp_path: Path, name: str,
     text = (tmp_path / "b" / "config.json").read_text()
     assert "auto_map" not in text and "evil" not in text and "trust_remote_code" not in text
     assert "points to code (auto_map, trust_remote_code)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source, of",
+    [
+        ({"vision": 5}, {"vision": 6}),
+        ({}, {"vision": 4}),
+        ({"vision": [9]}, {"vision": 4}),
+        ({"vision": [1, 0]}, {"vision": 4}),
+        ([1], None),
+        (None, 3),
+    ],
+)
+def test_layers_that_a_network_cannot_come_from(source: object, of: object) -> None:
+    with pytest.raises(BadInput, match="layer_source"):
+        check_config(XVLMConfig(layer_source=source, layer_source_of=of), "config.json")

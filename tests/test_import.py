@@ -550,6 +550,18 @@ def test_a_file_with_a_swin_tower(tmp_path, tokenizer):
         assert made.config.sizes().heads["vision"] == (1, 1, 2, 2) and made.config.sizes().widths["vision"] == (32, 32, 64, 64, 64)
         assert len(made.state_dict()) == manifest.extra["tensors"]
         made.run(made.example(2, 5))
+    for name, shape, message in (
+        ("layers.99999999.blocks.0.norm1.weight", (2,), "unknown meaning"),
+        ("layers.0.blocks.99999999.norm1.weight", (2,), "unknown meaning"),
+        ("layers.5.blocks.0.norm1.weight", (2,), "stages of"),
+        ("layers.1.blocks.1.attn.relative_position_bias_table", (0, 2), "no square window"),
+        ("layers.1.blocks.1.attn.relative_position_bias_table", (50, 2), "no square window"),
+    ):
+        spoilt = {**state, f"vision_encoder.{name}": torch.ones(shape)}
+        with pytest.raises(BadInput, match=message):
+            read_published(safe(tmp_path / "z.safetensors", spoilt))
+    with pytest.raises(BadInput, match="2 tokens on a side"):
+        read_published(path, settings={"image_size": 16})
     with pytest.raises(BadInput, match="vision_heads cannot be set"):
         read_published(path, settings={"vision_heads": 4})
     with pytest.raises(BadInput, match="image_size is 36"):

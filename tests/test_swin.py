@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,16 @@ from torch.nn import functional as F
 
 from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.errors import BadInput
+from efficientvlm.families.footprint import Footprint
+from efficientvlm.families.onnx.description import StoredSizes
+from efficientvlm.families.structure import Sizes
 from efficientvlm.families.towers.swin import ELSEWHERE, Merge, WindowAttention, grids, resize_bias_table
-from efficientvlm.families.xvlm.config import check_sizes, depths_of, keep_pairs
+from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes, depths_of, keep_pairs
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import needs
+from efficientvlm.objectives.generation import Generation
+from efficientvlm.settings.common import Train
 
 
 @pytest.mark.parametrize("grid, window, shift", [(8, 4, 0), (8, 4, 2), (9, 3, 1), (4, 4, 0)])
@@ -82,7 +88,8 @@ def test_pairs_are_taken_stage_by_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted, message", [(5, "pairs of layers"), (2, "pairs of layers"), ([0, 1], "keep none"), ([1, 2, 4, 5], "take turns")]
+    "wanted, message",
+    [(5, "pairs of layers"), (2, "pairs of layers"), ([2, 3], "keep none"), ([1, 2, 4, 5], "take turns"), ([0, 1, 4, 5], "compared")],
 )
 def test_layers_that_a_swin_cannot_be_made_of(wanted: object, message: str) -> None:
     with pytest.raises(BadInput, match=message):
@@ -102,6 +109,7 @@ def test_a_shallower_swin_keeps_its_windows_where_they_were() -> None:
     [
         ({"image_size": 36}, "windows of 4 must fill"),
         ({"vision_layers": 5}, "the stages have"),
+        ({"vision_layers": 5, "vision_depths": [3, 2]}, "make a pair"),
         ({"vision_heads": 1}, "halves from stage to stage"),
         ({"vision_intermediate": 7}, "halves"),
     ],
@@ -128,3 +136,27 @@ def test_a_teacher_has_the_windows_and_stages_of_its_student(tmp_path: Path) -> 
     assert not list(needs(student, student))
     assert [problem.why for problem in needs(student, windows)] == ["vision window 8 and 4"]
     assert ["stages of other width" in problem.why for problem in needs(student, stages)] == [True]
+
+
+def test_a_bias_table_is_a_bias_for_the_optimizer() -> None:
+    """As the published optimizer has it, whose rule goes by names: a table of biases does not decay."""
+    torch.manual_seed(0)
+    model = XVLMModel(tiny_swin())
+    options = Train(weight_decay=0.1)
+    (optimizer,) = Generation(model).optimizers(options, ())
+    decays = {id(parameter) for group in optimizer.torch.param_groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decays) == (parameter.ndim > 1 and not name.endswith("bias_table")), name
+
+
+def test_memory_is_that_of_the_first_stage_with_its_many_tokens() -> None:
+    swin = XVLMConfig(image_size=224, patch_size=4, vision_width=1024, vision_heads=32, vision_layers=24, vision_depths=[2, 2, 18, 2])
+    assert Footprint.of(swin).encoding == 4 * (56 * 56 * 128 * 20 + 9 * 224 * 224) + 4 * 20 * 8 * 8 * 128
+    assert swin.sizes().window == 7
+
+
+def test_what_is_stored_of_sizes_is_all_of_them() -> None:
+    assert set(StoredSizes.model_fields) == set(Sizes._fields)
+    for config in (tiny_swin(), XVLMConfig()):
+        stored = StoredSizes.model_validate_json(json.dumps(config.sizes()._asdict()))
+        assert stored.window == config.sizes().window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -49,6 +49,7 @@ def check_config(config: Structure, where: str) -> None:
             if not _whole(width, 1) or not _whole(number, 1) or width % number:
                 why = f"{shorten(width)} columns cannot be shared evenly by so many heads"
                 raise BadInput(f"{where}: {shorten(number)} {tower} heads", why, CORRECT)
+    _check_sources(config, where)
     counts = {"positions for tokens": sizes.max_positions, "tokens in the vocabulary": sizes.vocab_size}
     counts |= {f"units in {group}": count for group, count in config.original_counts().items()}
     counts |= {"tokens of a text (max_tokens)": config.max_tokens} if config.max_tokens is not None else {}
@@ -57,6 +58,21 @@ def check_config(config: Structure, where: str) -> None:
             raise BadInput(f"{where}: {shorten(count)} {what}", f"it must be a whole number, 1 to {MOST:,}", CORRECT)
     if (units := sum(config.original_counts().values())) > MOST_UNITS:
         raise BadInput(f"{where}: {units:,} heads and neurons", f"no network of more than {MOST_UNITS:,} is opened", CORRECT)
+
+
+def _check_sources(config: Structure, where: str) -> None:
+    """Refuse a record of the layers that a network was shrunk from which is none."""
+    of = {} if config.layer_source_of is None else config.layer_source_of
+    source = {} if config.layer_source is None else config.layer_source
+    towers = config.layers()
+    fine = isinstance(of, Mapping) and isinstance(source, Mapping) and {*of} <= {*source} <= {*towers}
+    for tower in source if fine else ():
+        layers, count = source[tower], of.get(tower, MOST_LAYERS)
+        fine = fine and _whole(count, 0, MOST_LAYERS) and isinstance(layers, list) and all(_whole(layer, 0, count - 1) for layer in layers)
+        fine = fine and layers == sorted(set(layers))
+    if not fine:
+        why = "they name the layers of the teacher that each tower has, and how many the teacher had"
+        raise BadInput(f"{where}: layer_source is {shorten(source)} of {shorten(of)}", why, CORRECT)
 
 
 def check_channels(name: str, values: Any, where: str) -> None:

@@ -41,8 +41,11 @@ class Footprint:
         text = max((width for tower, widths in sizes.widths.items() if tower != "vision" for width in widths), default=vision)
         tokens, readers = (sizes.image_size // sizes.patch_size) ** 2 + 1, sum(n for tower, n in layers.items() if tower != "vision")
         decoder = layers.get("decoder", 0)
+        widest = tokens * vision
+        if sizes.window is not None:  # a stage has four times the tokens of the next, and half of its columns
+            widest = max(tokens * (vision // width) ** 2 * width for width in sizes.widths["vision"])
         return cls(
-            encoding=FLOAT * (tokens * LAYER * vision + 9 * sizes.image_size**2),
+            encoding=FLOAT * (widest * LAYER + 9 * sizes.image_size**2),
             seen=FLOAT * tokens * (vision + 2 * text * readers),
             attended=FLOAT * tokens * 2 * text,
             question_token=FLOAT * text * (LAYER + 2 * decoder),

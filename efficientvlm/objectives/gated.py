@@ -49,7 +49,7 @@ class Gated(Objective):
     def optimizers(self, options: Any, new: Collection[str]) -> list[Optimizer]:
         """Those of `inner`; while gates learn, also those of gates and multipliers, which keep their own rates and are not clipped."""
         if self.pruner.quirks.gates_in_main_optimizer:
-            main = [adamw(self.parameters(), options, fast=self.named(new))]
+            main = [adamw(self.parameters(), options, fast=self.named(new), biases=self.biases())]
         else:
             main = self.inner.optimizers(options, new)
         if not self.pruner.steps:

@@ -51,7 +51,11 @@ class Objective(Trainable):
 
     def optimizers(self, options: Train, new: Collection[str]) -> list[Optimizer]:
         """What changes the parameters; `new` names tensors of the model that play a new part, and learn faster."""
-        return [adamw(self.parameters(), options, fast=self.named(new))]
+        return [adamw(self.parameters(), options, fast=self.named(new), biases=self.biases())]
+
+    def biases(self) -> list[nn.Parameter]:
+        """Biases of the model, tables of them included (Swin); by their names, as the published optimizer finds them."""
+        return [parameter for name, parameter in self.model.named_parameters() if "bias" in name]
 
     def named(self, names: Collection[str]) -> list[nn.Parameter]:
         """Parameters of the model by name."""

@@ -136,6 +136,7 @@ def heads_of(values: Mapping[str, Any], sizes: Sizes) -> dict[str, str]:
     for tower in (tower for tower, layers in sizes.heads.items() if layers):
         part = tower if f"{tower}_config" in values else "text"
         said = any("num_attention_heads" in (values.get(name) or {}) for name in (f"{part}_config", f"{part}_config_dict"))
+        said = said or f"{'vision' if tower == 'vision' else 'text'}_heads" in values
         columns = {heads: width // heads for width, heads in zip(sizes.widths[tower], sizes.heads[tower], strict=False)}
         source = "config.json" if said else "not in config.json, transformers' default"
         doubt = "" if {*columns.values()} == {COLUMNS} else f", where {COLUMNS} are usual: check it" if not said else ""

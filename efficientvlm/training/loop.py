@@ -75,13 +75,19 @@ def accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
 
-def adamw(parameters: Iterable[nn.Parameter], options: Train, *, fast: Iterable[nn.Parameter] = ()) -> Optimizer:
-    """AdamW (0.9, 0.98) without weight decay on biases, norms and other vectors; those in `fast` learn `new_lr_mult` times faster."""
-    new = {id(parameter) for parameter in fast}
+def adamw(
+    parameters: Iterable[nn.Parameter], options: Train, *, fast: Iterable[nn.Parameter] = (), biases: Iterable[nn.Parameter] = ()
+) -> Optimizer:
+    """AdamW (0.9, 0.98) without weight decay on norms and other vectors, nor on `biases`, which may be tables of them.
+
+    Those in `fast` learn `new_lr_mult` times faster.
+    """
+    new, spared = {id(parameter) for parameter in fast}, {id(parameter) for parameter in biases}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim > 1, id(parameter) in new), []).append(parameter)
+            decays = parameter.ndim > 1 and id(parameter) not in spared
+            groups.setdefault((decays, id(parameter) in new), []).append(parameter)
     settings = [
         {
             "params": members,

@@ -63,6 +63,7 @@ class StoredSizes(Strict):
     heads: dict[str, Annotated[list[Length], Field(max_length=MOST_LAYERS)]]
     image_mean: Colours
     image_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
+    window: Pixels | None = None
 
 
 class Description(Strict):

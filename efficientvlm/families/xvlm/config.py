@@ -133,7 +133,7 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
         """As the base says; of a Swin pairs of layers, stage by stage."""
         if tower != "vision" or not self.vision_depths:
             return super().choose(tower, count)
-        fewest, most = 2 * len(self.vision_depths), sum(depth // 2 * 2 for depth in self.vision_depths)
+        fewest, most = 2 * len(self.vision_depths), sum(self.vision_depths)
         wanted = max(fewest, most // 4 * 2) if count is None else count
         if wanted % 2 or not fewest <= wanted <= most:
             why = "a Swin keeps pairs of layers, one a stage at least"
@@ -177,7 +177,8 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("image_size", "patch_size"), Pixels),
         "heads": list[Literal["itc", "itm", "mlm", "box"]],
         "vision_pre_norm": bool,
-        "vision_depths": Annotated[list[Annotated[int, Field(ge=1, le=MOST_LAYERS)]], Field(min_length=2, max_length=8)] | None,
+        "vision_depths": Annotated[list[Annotated[Pixels, Field(strict=True)]], Field(min_length=2, max_length=8)] | None,
+        "vision_window": Annotated[Pixels, Field(strict=True)],
         "vision_drop_path": Annotated[float, Field(ge=0, lt=1)],
         "vision_activation": Literal["quick_gelu", "gelu"],
         "text_pooling": Literal["cls", "mean"],
@@ -212,6 +213,8 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
 
 def _check_swin(config: XVLMConfig) -> XVLMConfig:
     depths, parts = config.vision_depths or [], 1 << (len(config.vision_depths or []) - 1)
+    if any(depth % 2 for depth in depths):
+        raise BadInput(f"vision_depths is {depths}", "a plain layer and a shifted one make a pair", "use an even number of layers a stage")
     if config.vision_layers != sum(depths):
         raise BadInput(f"vision_layers is {config.vision_layers}", f"the stages have {depths}", f"{sum(depths)} is their sum")
     for name in ("vision_width", "vision_heads", "vision_intermediate"):
@@ -234,10 +237,14 @@ def depths_of(depths: Sequence[int], chosen: Sequence[int]) -> list[int]:
     found, first = [], 0
     for depth in depths:
         blocks = [layer - first for layer in chosen if first <= layer < first + depth]
-        if not blocks or any(block % 2 != place % 2 for place, block in enumerate(blocks)):
+        last = first + depth == sum(depths)
+        if not blocks or len(blocks) % 2 or any(block % 2 != place % 2 for place, block in enumerate(blocks)):
             layers = f"vision layers {first} to {first + depth - 1}, a stage of this Swin"
             why = "a plain layer and a shifted one take turns in it" if blocks else "every stage has some"
             raise BadInput(f"{layers}, keep {[first + block for block in blocks] or 'none'}", why, "choose its layers in pairs")
+        if blocks[-1] + 1 < depth and not last:
+            why = "what it gives to the next stage is compared with what its teacher gives to it"
+            raise BadInput(f"vision layer {first + depth - 1}, the last of a stage of this Swin, is left out", why, "keep that pair")
         found.append(len(blocks))
         first += depth
     return found

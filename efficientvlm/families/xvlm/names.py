@@ -64,9 +64,9 @@ SWIN = {
     **{f"patch_embed.norm.{kind}": f"patch_norm.{kind}" for kind in BOTH},
     **{f"norm.{kind}": f"post_norm.{kind}" for kind in BOTH},
 }
-STAGE = re.compile(r"(?:vision_encoder\.)?layers\.(\d+)\.(?:blocks\.(\d+)\.(.+)(\.weight|\.bias|_table)|downsample\.(.+))$")
-LAYER = re.compile(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)$")
-CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
+STAGE = re.compile(r"(?:vision_encoder\.)?layers\.(\d{1,3})\.(?:blocks\.(\d{1,3})\.(.+)(\.weight|\.bias|_table)|downsample\.(.+))$")
+LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.(.+)\.(weight|bias)$")
+CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d{1,3})\.crossattention\.")
 
 
 def clip_name(name: str) -> str | None:

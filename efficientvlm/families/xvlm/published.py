@@ -21,6 +21,9 @@ from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.settings.stages import LAYOUTS
 
 HEAD_WIDTH = 64
+MOST_STAGES = 8
+LEAST_WINDOW = 3
+"""Tokens on a side of the smallest windows whose bias tables can be resized: a spline needs four offsets."""
 MADE_ANEW = ("position_ids", ".relative_position_index", ".attn_mask")
 OTHER_TASKS = {"cls_head": "NLVR2", "ta_head": "NLVR2 pre-training"}
 TIED = "cls.predictions.decoder."
@@ -28,7 +31,7 @@ FIX = "give a published X-VLM or EfficientVLM file: pre-training, retrieval or V
 HEADS = {"itc": ("vision_proj.", "text_proj.", "temp"), "itm": ("itm_head.",), "mlm": ("mlm_head.",), "box": ("box_head.",)}
 FREE = (
     *("vision_heads", "text_heads", "local_attention_depth", "image_size", "image_mean", "image_std", "vision_eps", "text_eps", "dropout"),
-    *("answers", "rank_top"),
+    *("answers", "rank_top", "vision_drop_path"),
 )
 
 
@@ -123,6 +126,8 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
     if first_fusion is None:
         raise BadInput(f"{path} is no X-VLM file", "none of its text layers has cross-attention", FIX)
     depths = swin_depths(tensors)
+    if len(depths) == 1 or len(depths) > MOST_STAGES or 0 in depths:
+        raise BadInput(f"{path} cannot be imported", f"its Swin has stages of {depths} layers", FIX)
     state: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
@@ -178,7 +183,7 @@ def _config_of(
 
     vocab_size, text_width = shape("text.embeddings.word.weight")
     known: dict[str, Any] = {
-        **(_swin_of(shape, depths) if depths else _vit_of(path, shape)),
+        **(_swin_of(path, shape, depths) if depths else _vit_of(path, shape)),
         "vocab_size": vocab_size,
         "max_positions": shape("text.embeddings.position.weight")[0],
         "type_vocab_size": shape("text.embeddings.token_type.weight")[0],
@@ -191,6 +196,8 @@ def _config_of(
         known["embed_dim"] = shape("vision_proj.weight")[0]
     guesses = {"text_heads": text_width // HEAD_WIDTH}
     if not depths:
+        if "vision_drop_path" in given:
+            raise BadInput("settings.vision_drop_path cannot be set", "it is of Swin towers, and the file has another", "leave it out")
         guesses |= {"vision_heads": known["vision_width"] // HEAD_WIDTH, "local_attention_depth": max(1, known["vision_layers"] // 3)}
     elif fixed := sorted({"vision_heads", "local_attention_depth"} & set(given)):
         raise BadInput(f"settings.{fixed[0]} cannot be set", "the file has a Swin tower, whose shapes decide", "leave it out")
@@ -204,6 +211,9 @@ def _config_of(
     wanted = {name: given[name] for name in ("image_size",) if name in given}
     if wanted and depths:
         wanted["vision_window"] = max(1, wanted["image_size"] // native.stride)
+        if min(native.vision_window, wanted["vision_window"]) < LEAST_WINDOW and wanted["image_size"] != native.image_size:
+            why = f"its windows would have {wanted['vision_window']} tokens on a side instead of {native.vision_window}"
+            raise BadInput(f"image_size is {wanted['image_size']}", why, f"{LEAST_WINDOW * native.stride} pixels or more can be resized to")
     return check_sizes(native), check_sizes(native.copy(**wanted))
 
 
@@ -218,12 +228,15 @@ def _vit_of(path: Path, shape: Callable[..., torch.Size]) -> dict[str, Any]:
     return {"image_size": grid * patch_size, "patch_size": patch_size, "vision_width": width, "vision_intermediate": neurons}
 
 
-def _swin_of(shape: Callable[..., torch.Size], depths: list[int]) -> dict[str, Any]:
+def _swin_of(path: Path, shape: Callable[..., torch.Size], depths: list[int]) -> dict[str, Any]:
     """What the shapes of a Swin say; the last stage is one window, as in the published configurations."""
     width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
     last = f"vision.layers.{sum(depths) - 1}"
     offsets, heads = shape(f"{last}.attention.bias_table")
-    window, stages = (math.isqrt(offsets) + 1) // 2, len(depths)
+    side, stages = math.isqrt(offsets), len(depths)
+    if side**2 != offsets or side % 2 == 0:
+        raise BadInput(f"{path} cannot be imported", f"a bias table of {offsets} rows is of no square window", AGAIN)
+    window = (side + 1) // 2
     return {
         "image_size": window * patch_size << (stages - 1),
         "patch_size": patch_size,
