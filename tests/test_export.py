@@ -35,6 +35,9 @@ from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.onnx.description import ONNX, Description, StoredSizes
 from efficientvlm.families.onnx.sessions import open_session
 from efficientvlm.loaded import Loaded, load
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import predict
 from efficientvlm.stages.common import write
 from efficientvlm.tasks.answering import Answerer, evaluation_batches
@@ -218,6 +221,27 @@ def test_graphs_are_not_trained_or_changed(exported: Path, tmp_path: Path) -> No
         graphs.model.to(torch.device("cuda"))
     with pytest.raises(BadInput, match="nothing for distillation"):
         graphs.model.encode({}, ["vision.hidden"])
+
+
+def test_a_plan_asks_graphs_and_refuses_to_train_them(chain: Path, exported: Path, tmp_path: Path) -> None:
+    def planned(*stages: tuple[str, str, dict[str, Any]]) -> Any:
+        return plan(
+            [
+                Step(name, stage, stage_settings(stage, {"out": str(tmp_path / name), "data": SHAPES, **given}))
+                for name, stage, given in stages
+            ]
+        )
+
+    new, there = str(tmp_path / "graphs"), str(exported)
+    known = planned(("asked", "eval", {"model": there}), ("tuned", "finetune", {"model": there}))
+    ahead = planned(
+        ("graphs", "export", {"model": str(chain / "pruned"), **FAST}),
+        ("asked", "eval", {"model": new}),
+        ("tuned", "finetune", {"model": new}),
+    )
+    for made, words in ((known, "holds"), (ahead, "will hold")):
+        (problem,) = made.problems.found
+        assert problem.stage == "tuned" and f"{words} ONNX graphs" in str(problem.error)
 
 
 def test_damaged_graphs_are_refused(exported: Path, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class Chain:
     """What is known while the stages of a chain are planned in their order.
 
     `outputs` is what they write, by place: a checkpoint as shapes, or None for a result file or where planning failed. `stale` are the
-    places that would be written anew, `assumed` those whose structure is only assumed; `sources` are the data that were opened, None where
-    that failed.
+    places that would be written anew, `assumed` those whose structure is only assumed, `graphs` those of ONNX graphs; `sources` are the
+    data that were opened, None where that failed.
     """
 
     control: Control = field(default_factory=Control)
@@ -46,27 +46,31 @@ class Chain:
     outputs: dict[str, Loaded | None] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
     assumed: set[str] = field(default_factory=set)
+    graphs: set[str] = field(default_factory=set)
     sources: dict[str, Any] = field(default_factory=dict)
     _opened: dict[str, Loaded | None] = field(default_factory=dict)
     _accounts: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
-    def open(self, spec: str, stage: str) -> Loaded:
+    def open(self, spec: str, stage: str, *, exported: bool = False) -> Loaded:
         """The shapes of checkpoint `spec`: of an earlier stage's output, or read from its folder.
 
         Raises:
-            Blocked: it cannot be opened; the problem has been noted.
+            Blocked: it cannot be opened, and the problem has been noted; or it is of ONNX graphs, which are not planned (`exported`).
         """
         key = place(spec)
+        if key in self.graphs and not exported:
+            why = "they can be asked, evaluated and timed, not changed"
+            self.problems.add(stage, BadInput(f"{spec} will hold ONNX graphs", why, "give the checkpoint they are exported from"))
         known = self.outputs if key in self.outputs else self._opened
         if key not in known:
-            known[key] = None
             with self.problems.of(stage):
-                if is_exported(resolve(spec, checkpoint=True)):
+                if exported and is_exported(resolve(spec, checkpoint=True)):
                     raise Blocked("ONNX graphs are not planned")
+                known[key] = None
                 known[key] = load(spec, weights=False)
                 for problem in lineage.verify(spec) if self.verify else ():
                     self.problems.add(stage, BadInput(f"{spec} is not as it was made", problem, "restore what has changed"))
-        found = known[key]
+        found = known.get(key)
         if found is None:
             raise Blocked("it reads what cannot be planned")
         return replace(found)
@@ -93,7 +97,7 @@ class Look(Workspace):
 
     def checkpoint(self, spec: str, *, exported: bool = False) -> Loaded:
         """Its configuration is its own: what is noted there is not in what the next stage reads."""
-        loaded = self.chain.open(spec, self.stage)
+        loaded = self.chain.open(spec, self.stage, exported=exported)
         model = copy.copy(loaded.model)
         model.config = model.config.copy()
         return replace(loaded, model=model)

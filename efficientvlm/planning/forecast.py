@@ -100,6 +100,8 @@ def picture(found: Forecast) -> None:
 def weigh(job: Job, chain: Chain, step: Step, found: Forecast) -> None:
     """Note what `job` makes and costs, and what is at its output. A job that says no more writes its network in another form."""
     found.memory = costs.memory(chain.open(str(job.inputs["model"]), step.name).model)
+    if getattr(step.config, "format", "") == "onnx":
+        chain.graphs.add(place(str(found.out)))
     folder(chain, step, found, job)
 
 
