@@ -295,6 +295,7 @@ def test_what_a_run_refuses_is_refused_by_its_dry_run(chain: Path, evlm: Any) ->
         ([*export, chain / "init", "--format", "onnx", "--data", SHAPES], "not tuned for a task"),
         ([*export, chain / "init", "--format", "onnx"], "is not tuned for a task"),
         ([*export, chain / "pruned", "--format", "onnx", "--data", chain], "has no split test"),
+        (["bench", "--out", "o", "--model", chain / "teacher", "--set", "max_tokens=9999"], "max_tokens 9999"),
     ):
         for end in (["--dry-run"], []):
             code, out, err = evlm(*line, *end)

@@ -13,7 +13,7 @@ import torch
 from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import Loaded, check_precision, load
+from efficientvlm.loaded import Loaded, check_precision, load, text_length
 from efficientvlm.runtime.hardware import autocast, machine_of, pick_device, synchronise
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
@@ -40,7 +40,7 @@ def prepare(config: Bench, workspace: Workspace) -> Timing:
     """What is timed.
 
     Raises:
-        BadInput: a question longer than a model reads, a model that cannot do what the others do.
+        BadInput: a question or answer longer than a model reads, a model that cannot do what the others do.
     """
     models = [workspace.checkpoint(spec, exported=True) for spec in config.models]
     task = timed_of(models)
@@ -50,6 +50,7 @@ def prepare(config: Bench, workspace: Workspace) -> Timing:
             check_precision(loaded, config.precision)
             check_length(loaded, config.text_length)
             if task:
+                text_length(loaded, config.max_tokens)
                 task.make_able(loaded)
     return Timing(models, task, trained, inputs={f"models.{number}": spec for number, spec in enumerate(config.models)})
 
