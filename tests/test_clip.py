@@ -29,6 +29,8 @@ from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedSiglipCo
 from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.clip.network import Comparing, SlicedCLIPModel, SlicedSiglipModel
 from efficientvlm.loaded import load
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import import_folder
 
@@ -364,8 +366,11 @@ def test_image_settings_inside_a_processor_and_none_at_all(hugging_face, tmp_pat
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 0}))  # transformers reads the other file first
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"crop_size": {"height": 24, "width": 24}}}))
+    given = {"out": str(tmp_path / "out"), "model": str(folder)}
+    (problem,) = plan([Step("import", "import", stage_settings("import", given))]).problems.found
+    assert "its pictures are 24 x 24, the model reads 16 x 16" in str(problem.error)
     with pytest.raises(BadInput, match="its pictures are 24 x 24, the model reads 16 x 16"):
-        run_stage("import", out=str(tmp_path / "out"), model=str(folder))
+        run_stage("import", **given)
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     run_stage("import", out=str(tmp_path / "out"), model=str(folder))
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == settings
