@@ -30,7 +30,7 @@ def test_windows_against_attention_over_the_whole_image(grid: int, window: int, 
     """A window is a mask on attention between all tokens; a shifted one wraps around, and its parts from elsewhere are all but shut out."""
     torch.manual_seed(0)
     heads, width = 2, 6
-    layer = WindowAttention(width, heads, 3, window, {})
+    layer = WindowAttention(width, heads, 3, {}, grid=grid, window=window, shift=shift)
     torch.nn.init.normal_(layer.bias_table)
     x = torch.randn(2, grid * grid, width)
     rows, columns = torch.arange(grid * grid) // grid, torch.arange(grid * grid) % grid
@@ -43,8 +43,8 @@ def test_windows_against_attention_over_the_whole_image(grid: int, window: int, 
     q, k, v = layer.qkv(x).unflatten(-1, (3, heads, 3)).permute(2, 0, 3, 1, 4)
     wanted = layer.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
     maps: list[torch.Tensor] = []
-    torch.testing.assert_close(layer.within(x, grid, shift), wanted)
-    torch.testing.assert_close(layer.within(x, grid, shift, maps), wanted)
+    torch.testing.assert_close(layer.itself(x), wanted)
+    torch.testing.assert_close(layer.itself(x, maps=maps), wanted)
     assert maps[0].shape == (2 * (grid // window) ** 2, heads, window**2, window**2)
 
 
@@ -101,7 +101,7 @@ def test_a_shallower_swin_keeps_its_windows_where_they_were() -> None:
     model = XVLMModel(tiny_swin(decoder_layers=0, heads=["itc"])).eval()
     student = shrink_model(model, resolve_layers(model.config, {}))
     assert student.config.vision_depths == [2, 2] and student.config.layer_source["vision"] == [2, 3, 4, 5]
-    assert [(layer.grid, layer.shift) for layer in student.vision.layers] == [(8, 0), (8, 2), (4, 0), (4, 0)]
+    assert [(layer.attention.grid, layer.attention.shift) for layer in student.vision.layers] == [(8, 0), (8, 2), (4, 0), (4, 0)]
 
 
 @pytest.mark.parametrize(

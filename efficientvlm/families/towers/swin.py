@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from efficientvlm.families.anatomy import Site
-from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps, attend
+from efficientvlm.families.towers.attention import Attention, Cache, Maps, attend
 from efficientvlm.families.towers.layers import Layer, Layers, Names, Size
 from efficientvlm.families.towers.parts import NOTHING, Activation, Encoded, Named, Part
 
@@ -23,101 +23,84 @@ ELSEWHERE = -100.0
 class WindowAttention(Attention):
     """Attention within windows of `window` by `window` tokens, with a learnt bias for every offset between two tokens of a window.
 
-    The bias table is [(2 * window - 1)², heads]: a head has a column of it.
+    The image has `grid` by `grid` tokens, and the windows are shifted by `shift` tokens to the right and downwards. The bias table is
+    [(2 * window - 1)², heads]: a head has a column of it.
     """
 
     bias_table = Part[nn.Parameter]()
 
-    def __init__(self, width: int, heads: int, head_dim: int, window: int, names: Names) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, names: Names, *, grid: int, window: int, shift: int) -> None:
         super().__init__(width, width, heads, head_dim, fused=True, names=names)
-        self.window = window
+        self.grid, self.window, self.shift = grid, window, shift
         if heads:
             self.put(bias_table=nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads)))
 
-    def within(self, x: Tensor, grid: int, shift: int, maps: Maps = None) -> Tensor:
-        """`x` [B, grid², W] attends within windows, which are shifted by `shift` tokens to the right and downwards.
+    def itself(self, x: Tensor, mask: Tensor | None = None, maps: Maps = None, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """`x` [B, grid², W] attends within its windows; there is neither a mask nor a cache.
 
         Maps are [B * windows, H, window², window²], the windows of an image row by row.
         """
-        windows, tokens = (grid // self.window) ** 2, self.window**2
+        windows, tokens = (self.grid // self.window) ** 2, self.window**2
         if not self.heads:
             if maps is not None:
                 maps.append(x.new_zeros(len(x) * windows, 0, tokens, tokens))
             return cast(Tensor, self.out(x))
-        q, k, v = self.qkv(self._split_up(x, grid, shift)).unflatten(-1, (3, self.heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = self.qkv(self._split_up(x)).unflatten(-1, (3, self.heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
         index = torch.from_numpy(_offsets(self.window)).to(x.device)
         bias = self.bias_table[index].view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
-        by_window = (-1, self.heads, tokens, self.head_dim)
-        if shift:  # the mask differs from window to window, and is the same for all images
-            bias = (bias + torch.from_numpy(_strangers(grid, self.window, shift)).to(bias)).flatten(0, 1)[None]
+        if self.shift:  # the mask differs from window to window, and is the same for all images
+            bias = (bias + torch.from_numpy(_strangers(self.grid, self.window, self.shift)).to(bias)).flatten(0, 1)[None]
             q, k, v = (part.flatten(1, 2) for part in (q, k, v))
         else:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         found: Maps = None if maps is None else []
-        heads = attend(q, k, v, bias, maps=found).reshape(by_window)
+        heads = attend(q, k, v, bias, maps=found).reshape(-1, self.heads, tokens, self.head_dim)
         if maps is not None and found:
             maps.append(found[0].reshape(-1, self.heads, tokens, tokens))
-        out = self.out(heads.transpose(1, 2).flatten(2)).unflatten(0, (-1, windows))
-        return self._put_together(out, grid, shift)
+        return self._put_together(self._out(heads).unflatten(0, (-1, windows)))
 
     def sites(self, prefix: str, position: int) -> tuple[Site, ...]:
         """Where the head at `position` lies; `prefix` is the name of this module."""
         *rows, out = super().sites(prefix, position)
         return (*rows, Site(f"{prefix}.{self.name_of('bias_table')}", 1, position, position + 1), out)
 
-    def _split_up(self, x: Tensor, grid: int, shift: int) -> Tensor:
+    def _split_up(self, x: Tensor) -> Tensor:
         """[B, grid², W] to [B, windows, window², W]."""
-        x = x.unflatten(1, (grid, grid))
-        x = x.roll((-shift, -shift), (1, 2)) if shift else x
-        along = (grid // self.window, self.window)
+        x = x.unflatten(1, (self.grid, self.grid))
+        x = x.roll((-self.shift, -self.shift), (1, 2)) if self.shift else x
+        along = (self.grid // self.window, self.window)
         return x.unflatten(2, along).unflatten(1, along).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    def _put_together(self, x: Tensor, grid: int, shift: int) -> Tensor:
+    def _put_together(self, x: Tensor) -> Tensor:
         """[B, windows, window², W] to [B, grid², W]."""
-        count = grid // self.window
+        count = self.grid // self.window
         x = x.unflatten(2, (self.window, self.window)).unflatten(1, (count, count)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return (x.roll((shift, shift), (1, 2)) if shift else x).flatten(1, 2)
+        return (x.roll((self.shift, self.shift), (1, 2)) if self.shift else x).flatten(1, 2)
 
 
 class SwinBlock(Layer):
     """A layer of a Swin: norms in front of attention within windows and of neurons.
 
     Args:
-        grid: tokens of the image on a side.
-        window: those of a window.
-        shift: by how many the windows are shifted.
+        grid, window, shift: as :class:`WindowAttention` has them.
         drop: chance that a sample leaves out what attention, or what the neurons say, while it is trained (stochastic depth).
     """
-
-    attention = Part[WindowAttention]()
 
     def __init__(
         self, size: Size, eps: float, activation: Activation, names: Names, *, grid: int, window: int, shift: int, drop: float
     ) -> None:
         super().__init__(size, activation, names)
-        self.grid, self.shift, self.drop = grid, shift, drop
+        self.drop, windows = drop, {"grid": grid, "window": window, "shift": shift}
         self.put(attention_norm=nn.LayerNorm(size.width, eps))
-        self.put(attention=WindowAttention(size.width, size.heads, size.head_width, window, self._of_attention))
+        self.put(attention=WindowAttention(size.width, size.heads, size.head_width, self._of_attention, **windows))
         self.put(ffn_norm=nn.LayerNorm(size.width, eps))
         self._add_neurons()
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        context: Context | None = None,
-        layer: int = 0,
-        cache: Cache | None = None,
-        maps: tuple[Maps, Maps] = (None, None),
-    ) -> Tensor:
-        x = x + self._at_times(self.attention.within(self.attention_norm(x), self.grid, self.shift, maps[0]))
-        return x + self._at_times(self.feed(self.ffn_norm(x)))
-
-    def _at_times(self, x: Tensor) -> Tensor:
-        if not (self.training and self.drop):
-            return x
-        stays = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop)
-        return x * stays / (1 - self.drop)
+    def beside(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        added = part(norm(x))
+        if self.training and self.drop:
+            added = added * added.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop) / (1 - self.drop)
+        return x + added
 
 
 class Merge(Named):
