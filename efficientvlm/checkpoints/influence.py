@@ -1,4 +1,4 @@
-"""What is on record about the influence of a model's inputs, in words; see `stages/influence.py` for how it is measured. No torch here."""
+"""What is on record about the influence of a model's inputs, in words; see `tasks/influence.py` for how it is measured. No torch here."""
 
 from __future__ import annotations
 
