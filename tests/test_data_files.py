@@ -15,9 +15,11 @@ from PIL import Image
 from efficientvlm.data import images
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS, PairItem
-from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem, weighted_answers
+from efficientvlm.data.kinds.questions import QUESTIONS, VQAItem, question_of
 from efficientvlm.data.opening import Source, open_data, record, texts
 from efficientvlm.errors import BadInput
+
+ROLES = {role: role for role in ("question", "answer", "weight")}
 
 
 def png(seed: int, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -127,8 +129,8 @@ def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_answers_and_their_weights(value: Any, weight: Any, expected: list[tuple[str, float]]) -> None:
-    found = weighted_answers(value, weight)
-    assert found is not None and [a for a, _ in found] == [a for a, _ in expected]
+    found = question_of({"question": "what?", "answer": value, "weight": weight}, "row 1", ROLES).answers
+    assert [a for a, _ in found] == [a for a, _ in expected]
     assert [w for _, w in found] == pytest.approx([w for _, w in expected])
 
 
@@ -147,7 +149,8 @@ def test_answers_and_their_weights(value: Any, weight: Any, expected: list[tuple
     ],
 )
 def test_what_is_no_answer(value: Any, weight: Any) -> None:
-    assert weighted_answers(value, weight) is None
+    with pytest.raises(BadInput, match=r"row 1: its (answer is no answer|weight is no weight)"):
+        question_of({"question": "what?", "answer": value, "weight": weight}, "row 1", ROLES)
 
 
 def test_pairs_with_captions_and_regions(tmp_path: Path) -> None:

@@ -10,11 +10,24 @@ import torch
 from safetensors.torch import load_file
 
 from efficientvlm.compression.gates import open_probability, published_gates, sample_gates
-from efficientvlm.compression.sparsity import expected_sparsity, lagrangian, published_costs, target_at
+from efficientvlm.compression.sparsity import expected_sparsity, lagrangian, target_at
 
 FOLDER = Path(__file__).parent / "reference"
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 WIDTH, HEADS, INTERMEDIATE = 48, 4, 96
+
+
+def published_costs(width: int, heads: int, intermediate: int) -> tuple[int, int, int]:
+    """Elements of one head, one neuron and one FFN layer as the published code counts them.
+
+    The output bias of attention is shared by the heads, the bias of fc1 is taken as 4·width, a neuron is an integer division.
+    """
+    layer = 2 * width * intermediate + width + 4 * width
+    return (4 * width * width + 4 * width) // heads, layer // intermediate, layer
+
+
+def test_published_costs_are_those_of_the_base_model():
+    assert published_costs(768, 12, 3072) == (196_864, 1_537, 4_722_432)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionMode
 
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.settings.base import merge
-from efficientvlm.settings.compose import names_of, stage_settings, variants
+from efficientvlm.settings.compose import stage_settings, variants
 from efficientvlm.settings.methods import Distillation, DistillWeights, RetrievalWeights, TaskWeights
 from efficientvlm.settings.stages import STAGES, Prune
 
@@ -116,7 +116,7 @@ def test_the_four_lines_are_the_recipe() -> None:
         assert given.pop("out") == f"runs/{stages[command]['name']}"
         asked = {**recipe["defaults"], **stages[command], "task": "vqa"}
         asked = {key: f"runs/{value[1:]}" if str(value).startswith("@") else value for key, value in asked.items()}
-        known = names_of(command) - ({"task"} if command == "distill" else set())
+        known = {name for kind in variants(command) for name in kind.model_fields} - ({"task"} if command == "distill" else set())
         wanted = stage_settings(command, {"out": "x", **{key: value for key, value in asked.items() if key in known}})
         mine = stage_settings(command, {"out": "x", **merge({}, [f"{key}={value}" for key, value in given.items()])})
         for key in given:

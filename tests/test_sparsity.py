@@ -8,7 +8,7 @@ from compression_cases import build
 
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates
-from efficientvlm.compression.sparsity import Budget, Scope, expected_sparsity, lagrangian, published_costs, target_at
+from efficientvlm.compression.sparsity import Budget, Scope, expected_sparsity, lagrangian, target_at
 from efficientvlm.errors import BadInput, TargetMissed
 
 
@@ -35,10 +35,6 @@ def test_expected_sparsity_and_lagrangian_by_hand():
     slope = 0.7 + 2 * 1.3 * 0.2
     torch.testing.assert_close(p_open.grad, torch.tensor([-10.0, -20.0, -40.0]) / 100 * slope)
     torch.testing.assert_close(multipliers.grad, torch.tensor([0.2, 0.04]))
-
-
-def test_published_costs_are_those_of_the_base_model():
-    assert published_costs(768, 12, 3072) == (196_864, 1_537, 4_722_432)
 
 
 def test_costs_are_exact_for_plain_units(anatomy):

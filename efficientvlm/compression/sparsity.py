@@ -44,15 +44,6 @@ def lagrangian(
     return lambda1 * gap + lambda2 * gap**2
 
 
-def published_costs(width: int, heads: int, intermediate: int) -> tuple[int, int, int]:
-    """Elements of one head, one neuron and one FFN layer as the published code counts them; for parity only.
-
-    The output bias of attention is shared by the heads, the bias of fc1 is taken as 4·width, a neuron is an integer division.
-    """
-    layer = 2 * width * intermediate + width + 4 * width
-    return (4 * width * width + 4 * width) // heads, layer // intermediate, layer
-
-
 @dataclass(frozen=True)
 class Target:
     """One budget: part `sparsity` of the `whole` prunable elements of `towers` has to go, `gone` of them went before."""

@@ -82,11 +82,6 @@ def variants(stage: str) -> Iterator[type[Strict]]:
         yield from (of(stage, {"task": task, "distillation": method}) for method in methods_of(stage, task) or (None,))
 
 
-def names_of(stage: str) -> set[str]:
-    """All settings of `stage`, whatever its task."""
-    return {name for kind in variants(stage) for name in kind.model_fields}
-
-
 def asides(stage: str) -> dict[str, Aside]:
     """The settings of a stage that do not change what is learnt, by name."""
     fields = [item for kind in (variants(stage) if stage in STAGES else ()) for item in kind.model_fields.items()]
