@@ -29,6 +29,8 @@ from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedSiglipCo
 from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.clip.network import Comparing, SlicedCLIPModel, SlicedSiglipModel
 from efficientvlm.loaded import load
+from efficientvlm.planning.chain import Chain
+from efficientvlm.planning.forecast import forecast
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
@@ -372,8 +374,13 @@ def test_image_settings_inside_a_processor_and_none_at_all(hugging_face, tmp_pat
     with pytest.raises(BadInput, match="its pictures are 24 x 24, the model reads 16 x 16"):
         run_stage("import", **given)
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    chain, small = Chain(), str(tmp_path / "small")
+    forecast(chain, Step("out", "import", stage_settings("import", given)))
+    forecast(chain, Step("small", "shrink", stage_settings("shrink", {"model": given["out"], "out": small})))
+    planned = chain.open(small, "small")
     run_stage("import", out=str(tmp_path / "out"), model=str(folder))
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == settings
+    assert planned.preprocessing == load(given["out"]).preprocessing
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").unlink()
     run_stage("import", out=str(tmp_path / "plain"), model=str(folder))

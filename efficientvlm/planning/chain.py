@@ -31,6 +31,17 @@ class Blocked(Exception):
 
 
 @dataclass
+class Planned(Loaded):
+    """A checkpoint that a stage will write, as shapes, with the image settings that will be in its folder."""
+
+    image_settings: dict[str, Any] | None = None
+
+    @property
+    def image_processor(self) -> dict[str, Any] | None:
+        return self.image_settings
+
+
+@dataclass
 class Chain:
     """What is known while the stages of a chain are planned in their order.
 

@@ -20,7 +20,7 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
 from efficientvlm.planning import costs
-from efficientvlm.planning.chain import Blocked, Chain, Look
+from efficientvlm.planning.chain import Blocked, Chain, Look, Planned
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, book, folder, result_file, training
 from efficientvlm.recipe import FILES, Step
@@ -111,8 +111,8 @@ def _(job: Beginning, chain: Chain, step: Step, found: Forecast) -> None:
     found.memory = costs.memory(model)
     found.notes += remarks
     folder(chain, step, found, job)
-    begun = Loaded(Path(str(found.out)), family, model, tokenizer, None)  # type: ignore[arg-type]  # its manifest follows when it is booked
-    book(chain, step, found, job, begun)
+    later: Any = None  # its manifest follows when it is booked
+    book(chain, step, found, job, Planned(Path(str(found.out)), family, model, tokenizer, later, job.image_settings))
 
 
 @weigh.register

@@ -16,7 +16,7 @@ from efficientvlm.data.plan import plan_for
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning import costs
-from efficientvlm.planning.chain import Chain
+from efficientvlm.planning.chain import Chain, Planned
 from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
 from efficientvlm.runtime import ranks
@@ -103,7 +103,8 @@ def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, ex
         if found.structure != "exact":
             chain.assumed.add(place(out))
         chain.stale.add(place(out))
-        written = replace(result, path=Path(out), manifest=drafted(step, result, extra or {}, beside(sizes)))
+        made = drafted(step, result, extra or {}, beside(sizes))
+        written = Planned(Path(out), result.family, result.model, result.tokenizer, made, result.image_processor)
     chain.outputs[place(out)] = written
     found.after = chain.summary(written)
     if found.status != "up to date":

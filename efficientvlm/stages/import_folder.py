@@ -61,8 +61,8 @@ def prepare(config: ImportConfig, workspace: Workspace) -> Beginning:
     """What is imported; :class:`BadInput` as :func:`run`. Weights are not fetched."""
     path = fetch(config.model, weights=False)
     family, model, tokenizer, _ = read(config, path, weights=False)
-    settings_of(path, model, model.config.sizes())
-    return Beginning(lambda: (family, model, tokenizer, []), inputs=inputs(config, path))
+    settings = settings_of(path, model, model.config.sizes())
+    return Beginning(lambda: (family, model, tokenizer, []), settings, inputs=inputs(config, path))
 
 
 def is_folder(spec: str) -> bool:

@@ -28,9 +28,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Beginning(Job):
-    """What begins a chain. `shapes` gives its family, its network on the meta device, its tokenizer, and remarks on them."""
+    """What begins a chain. `shapes` gives its family, its network on the meta device, its tokenizer, and remarks on them.
+
+    `image_settings` are those it comes with; None: pictures are resized to a square.
+    """
 
     shapes: Callable[[], tuple[Any, Any, Any, list[str]]]
+    image_settings: dict[str, Any] | None = None
 
 
 def inputs_of(job: Job) -> dict[str, str]:
