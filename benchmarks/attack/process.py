@@ -47,7 +47,7 @@ def preload() -> None:
         package = import_module(f"efficientvlm.{name}")
         for path in sorted(Path(str(package.__path__[0])).glob("[a-z]*.py")):
             import_module(f"efficientvlm.{name}.{path.stem}")
-    for name in ("planning.plan", "checkpoint", "export.stock"):
+    for name in ("planning.plan", "checkpoints.folder", "export.stock"):
         import_module(f"efficientvlm.{name}")
     gc.collect()
     gc.freeze()
