@@ -261,7 +261,7 @@ def change(state, name):
         (lambda s: s.update({"itm_head.0.weight": torch.ones(3, WIDTH)}), "another shape.*itm_head.0.weight"),
         (lambda s: s.update({"vision_encoder.pos_embed.weight": torch.ones(6, WIDTH)}), "no square"),
         (lambda s: s.update({"text_encoder.embeddings.LayerNorm.bias": torch.ones(WIDTH)}), "with and without a prefix"),
-        (lambda s: s.update({"vision_encoder.layers.0.blocks.0.attn.qkv.weight": torch.ones(2)}), "unknown meaning"),
+        (lambda s: s.update({"vision_encoder.layers.0.blocks.0.attn.qkv.weight": torch.ones(2)}), "stages of"),
         (lambda s: s.update({"vision_encoder.patch_embed.proj.weight": torch.ones(2)}), "unknown meaning"),
         (lambda s: s.update({"cls_head.0.weight": torch.ones(2)}), "NLVR2"),
         (lambda s: [drop(s, n) for n in list(s) if "crossattention" in n], "none of its text layers has cross-attention"),

@@ -49,6 +49,7 @@ def test_published_lengths():
     assert {name: config.usual_tokens for name, config in CONFIGS.items() if name != "toy"} == {
         "cross_encoder": None,
         "xvlm": 40,
+        "xvlm-swin": 40,
         "clip": None,
         "siglip": None,
         "blip-qa": 35,
