@@ -198,6 +198,8 @@ def test_a_model_of_209_million_parameters_is_planned_in_little_memory(chain: Pa
     shutil.copytree(chain / "init", folder)
     config = XVLMConfig(image_size=384)
     config.save_pretrained(folder)
+    pictures = folder / "preprocessor_config.json"
+    pictures.write_text(pictures.read_text("utf-8").replace("64", "384"))
     header, size = {}, 0
     for name, tensor in shapes(families.get("xvlm"), config).state_dict().items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [size, size + 4 * tensor.numel()]}
