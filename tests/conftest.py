@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ def run_stage(name: str, control: Control = QUIET, **settings: Any) -> Any:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def evlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process; (exit code, stdout, stderr)."""
+    from efficientvlm.cli import main as cli
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evlm", *map(str, words)])
+        code = cli._run()
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -57,19 +57,6 @@ def plain_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def evlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process; (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evlm", *map(str, arguments)])
-        code = cli._run()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 def make(path: Path, stage: str = "finetune", **inputs: str) -> Path:
     output = Output.open(path, stage=stage, inputs=inputs, config={"task": "vqa", "data": "easy-vqa", "out": str(path)})
     (output.staging / "model.safetensors").write_text("weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from PIL import Image
 from efficientvlm import families
 from efficientvlm.checkpoints import manifest
 from efficientvlm.checkpoints.folder import MANIFEST, Output
-from efficientvlm.cli import main as cli
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
@@ -45,16 +43,6 @@ from efficientvlm.training.state import tensors_of
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def evlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evlm", *map(str, words)])
-        code = cli._run()
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def step(name: str, stage: str | None = None, **settings: Any) -> Step:

@@ -85,7 +85,7 @@ class Commands:
 
 
 @pytest.fixture
-def evlm(tmp_path: Path) -> Iterator[Commands]:
+def commands(tmp_path: Path) -> Iterator[Commands]:
     yield Commands(tmp_path)
     shutil.rmtree(tmp_path)  # five gigabytes
 
@@ -95,30 +95,30 @@ def accounting(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_base_is_shrunk_pruned_reloaded_timed_and_exported(evlm: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_is_shrunk_pruned_reloaded_timed_and_exported(commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bert = tmp_path / "bert"
     bert.mkdir()
     (bert / "vocab.txt").write_text("\n".join([*WORDS, *(f"unused{number}" for number in range(30522 - len(WORDS)))]) + "\n")
     decoder = ("--set", "settings.decoder_layers=6", "--set", "settings.heads=[]")
-    evlm("init", "--size", "base", "--image-size", "384", "--tokenizer", "bert", *decoder, "--out", "teacher")
+    commands("init", "--size", "base", "--image-size", "384", "--tokenizer", "bert", *decoder, "--out", "teacher")
     teacher = accounting(tmp_path / "teacher")["parameters"]["by_tower"]
     assert sum(teacher[tower] for tower in ("vision", "text", "fusion")) == TOWERS + POSITIONS
 
-    evlm("shrink", "--model", "teacher", "--out", "student")
-    evlm("prune", "--model", "student", "--teacher", "teacher", *TUNING, "--sparsity", "0.4", "--max-steps", "2", "--out", "pruned")
+    commands("shrink", "--model", "teacher", "--out", "student")
+    commands("prune", "--model", "student", "--teacher", "teacher", *TUNING, "--sparsity", "0.4", "--max-steps", "2", "--out", "pruned")
     shutil.rmtree(tmp_path / "student")
     pruned = accounting(tmp_path / "pruned")
     assert abs(pruned["sparsity"]["achieved"] - 0.4) < 0.005
-    masked, whole, largest = map(float, evlm.run("reload", [sys.executable, "-c", RELOADED, "pruned"]).split())
+    masked, whole, largest = map(float, commands.run("reload", [sys.executable, "-c", RELOADED, "pruned"]).split())
     assert masked < 1e-5 * max(1, largest) < 0.01 * whole
 
     timing = ("--set", "batch_sizes=[1]", "--set", "rounds=1")
-    timed = json.loads(evlm("bench", "--model", "teacher", "--model", "pruned", *timing, "--set", "warmup_rounds=0", "--json"))
+    timed = json.loads(commands("bench", "--model", "teacher", "--model", "pruned", *timing, "--set", "warmup_rounds=0", "--json"))
     assert [model["parameters_timed"] for model in timed["models"]] == [sum(teacher.values()), pruned["parameters"]["total"]]
 
-    evlm("export", "--model", "pruned", "--format", "onnx", "--int8", *timing, "--out", "int8")
+    commands("export", "--model", "pruned", "--format", "onnx", "--int8", *timing, "--out", "int8")
     exported = require_complete(tmp_path / "int8").metrics
     assert exported["onnx_int8"]["bytes"] < 0.6 * exported["onnx_fp32"]["bytes"]
     assert max(exported["difference"].values()) < 0.1
     with capsys.disabled():
-        print(evlm.table())
+        print(commands.table())
