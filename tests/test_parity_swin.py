@@ -113,18 +113,30 @@ def test_another_resolution() -> None:
         torch.testing.assert_close(resize_bias_table(numbers[name], round(len(wanted) ** 0.5)), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("layout, pixels, window", [("", 224, 7), ("retrieval_384", 384, 12), ("vqa_480", 480, 15)])
-def test_all_entries_of_full_size_files_are_accounted_for(tmp_path: Path, layout: str, pixels: int, window: int) -> None:
+FULL = {
+    "": ("pretrain", 224, ["itc", "itm", "mlm", "box"]),
+    "retrieval_384": ("retrieval", 384, ["itc", "itm"]),
+    "grounding_box_384": ("grounding", 384, ["box"]),
+    "vqa_480": ("vqa", 480, []),
+}
+
+
+@pytest.mark.parametrize("key", FULL)
+def test_all_entries_of_full_size_files_are_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     """Without their values: what is in a file is used, or is one of the tables that are made anew."""
-    whole = json.loads((NETS / ("keys_finetuned.json" if layout else "keys.json")).read_text("utf-8"))
-    entries, counts = (whole["layouts"][layout], whole["counts"][layout]) if layout else (whole["layout"], whole["counts"])
+    whole = json.loads((NETS / ("keys_finetuned.json" if key else "keys.json")).read_text("utf-8"))
+    entries, counts = (whole["layouts"][key], whole["counts"][key]) if key else (whole["layout"], whole["counts"])
     with torch.device("meta"):
         tensors = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (kind, shape) in entries.items()}
-        report = published.Report()
-        state = published._translate(tmp_path, tensors, report)
-        native, config = published._config_of(tmp_path, state, published.swin_depths(tensors), {}, report)
-        published._require_complete(tmp_path, state, native)
+    monkeypatch.setattr(published, "read_file", lambda path, *, values: {"model": tensors, "config": {}})
+    config, state, report = read_published(tmp_path, values=False)
+    with torch.device("meta"):
         model = XVLMModel(config)
-    assert len(state) + sum(map(len, report.ignored.values())) == len(tensors) == counts["state_dict_entries"]
-    assert (config.image_size, config.vision_depths, config.vision_window) == (pixels, [2, 2, 18, 2], window)
+    model.load_state_dict(state, strict=True, assign=True)
+    layout, pixels, heads = FULL[key]
+    ignored = {reason: names for reason, names in report.ignored.items() if names != ["config"]}
+    assert report.layout == layout and len(state) + sum(map(len, ignored.values())) == len(tensors) == counts["state_dict_entries"]
+    assert (config.image_size, config.vision_depths, config.vision_window) == (pixels, [2, 2, 18, 2], pixels // 32)
+    assert config.heads == heads and report.assumed == {"text_heads": 12}
     assert sum(parameter.numel() for parameter in model.parameters()) == counts["parameters"]
+    assert sum(parameter.numel() for parameter in model.vision.parameters()) == counts["vision_parameters"]

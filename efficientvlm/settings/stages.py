@@ -25,13 +25,9 @@ class InitConfig(Stage):
     settings: dict[str, Any] = Field(default_factory=dict, description="any size of the family: image_size, vision_layers, text_heads, ...")
 
 
-LAYOUTS = {"text_decoder.": "vqa", "text_encoder.cls.": "pretrain", "": "retrieval"}
-"""What tensors of a published file begin with → what its layout is called; the first that is there counts."""
-
-
 class ImportConfig(Stage):
     model: str = Field(description="published .th / .pth / .safetensors file, or folder or hub id (owner/name) of a CLIP, SigLIP or BLIP")
-    layout: Literal["auto", "pretrain", "retrieval", "vqa"] = "auto"
+    layout: Literal["auto", "pretrain", "retrieval", "vqa", "grounding"] = "auto"
     tokenizer: str | None = Field(None, description="folder of the tokenizer; by default the one in the folder `model`")
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from efficientvlm import families
@@ -11,6 +12,8 @@ from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput
+from efficientvlm.families.network import ABILITIES
+from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.published import Report, read_published
 from efficientvlm.loaded import shapes
 from efficientvlm.runtime.progress import say
@@ -23,21 +26,26 @@ from efficientvlm.stages.workspace import Beginning, Workspace, inputs_of
 def run(config: ImportConfig, control: Control) -> Manifest:
     """Read a published file, account for each of its entries, and write it with its tokenizer; or read a folder or hub id.
 
+    What names and shapes show to be wrong is refused before the output is claimed, and before any value is read.
+
     Raises:
         BadInput: a file or tokenizer that cannot be used (see :func:`read_published`), or that do not belong together; a folder as in
             :func:`import_folder.run`.
     """
     if import_folder.is_folder(config.model):
         return import_folder.run(config, control)
-    output = open_output(config, "import", control, inputs_of(prepare(config, Workspace(control.quiet))))
+    beginning = prepare(config, Workspace(control.quiet))
+    beginning.shapes()
+    output = open_output(config, "import", control, inputs_of(beginning))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
         tokenizer, values, state, report = read(config)
-        _tell(report, control)
+        able = sorted(values.abilities())
+        _tell(report, able, control)
         family = families.get("xvlm")
-        model = family.build(values)
-        model.load_state_dict(state, strict=True)
+        model = shapes(family, values)
+        model.load_state_dict(state, strict=True, assign=True)
         extra = {"layout": report.layout, "tensors": report.mapped, "ignored": report.ignored, "assumed": report.assumed}
         return write(output, family, model, tokenizer, control=control, origin="imported", extra=extra)
 
@@ -65,15 +73,18 @@ def read(config: ImportConfig, *, weights: bool = True) -> tuple[Any, Any, dict[
     """
     tokenizer = load_tokenizer(resolve(str(config.tokenizer)), bert=True)
     path = resolve(config.model)
-    values, state, report = read_published(path, config.layout, config.settings, values=weights)
-    if len(tokenizer) != values.vocab_size:
-        why = f"{path} embeds {values.vocab_size}: they are not of one vocabulary"
-        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
-    return tokenizer, values, state, report
+
+    def of_one_vocabulary(found: XVLMConfig) -> None:
+        if len(tokenizer) != found.vocab_size:
+            why = f"{path} embeds {found.vocab_size}: they are not of one vocabulary"
+            raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+
+    return tokenizer, *read_published(path, config.layout, config.settings, values=weights, check=of_one_vocabulary)
 
 
-def _tell(report: Report, control: Control) -> None:
-    say(f"import: {report.layout} layout, {report.mapped} tensors", quiet=control.quiet)
+def _tell(report: Report, able: Sequence[str], control: Control) -> None:
+    can = ", ".join(ABILITIES[name][0] for name in able)
+    say(f"import: {report.layout} layout, {report.mapped} tensors; it can {can}", quiet=control.quiet)
     for reason, names in report.ignored.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         say(f"import: ignored {shown} ({reason})", quiet=control.quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +14,15 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.towers.swin import resize_bias_table
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
-from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes, checked_settings
+from efficientvlm.families.xvlm.config import XVLMConfig, checked_settings
 from efficientvlm.families.xvlm.names import first_fusion_layer, published_name, swin_depths
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.settings.stages import LAYOUTS
+from efficientvlm.families.xvlm.shapes import FIX, config_of
+from efficientvlm.settings.layouts import LAYOUTS
 
-HEAD_WIDTH = 64
 MOST_STAGES = 8
-LEAST_WINDOW = 3
-"""Tokens on a side of the smallest windows whose bias tables can be resized: a spline needs four offsets."""
 MADE_ANEW = ("position_ids", ".relative_position_index", ".attn_mask")
-OTHER_TASKS = {"cls_head": "NLVR2", "ta_head": "NLVR2 pre-training"}
 TIED = "cls.predictions.decoder."
-FIX = "give a published X-VLM or EfficientVLM file: pre-training, retrieval or VQA"
-HEADS = {"itc": ("vision_proj.", "text_proj.", "temp"), "itm": ("itm_head.",), "mlm": ("mlm_head.",), "box": ("box_head.",)}
 FREE = (
     *("vision_heads", "text_heads", "local_attention_depth", "image_size", "image_mean", "image_std", "vision_eps", "text_eps", "dropout"),
     *("answers", "rank_top", "vision_drop_path"),
@@ -52,29 +46,42 @@ class Report:
 
 
 def read_published(
-    path: Path, layout: str = "auto", settings: Mapping[str, Any] | None = None, *, values: bool = True
+    path: Path,
+    layout: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    *,
+    values: bool = True,
+    check: Callable[[XVLMConfig], None] = lambda config: None,
 ) -> tuple[XVLMConfig, dict[str, Tensor], Report]:
     """Configuration and complete float32 state of a published X-VLM file with a CLIP ViT or a Swin, and what became of its entries.
 
     Widths, layers and vocabulary follow from the shapes. `settings` says what shapes do not: heads (64 columns each by default),
     `local_attention_depth` (a third of the vision layers), norm constants. Of a Swin, the heads follow too, and the image size
     from its windows, of which the last stage has one. Another `image_size` resizes the position embedding, or a Swin's bias tables.
+    Names and shapes are looked at before any value is read.
 
     Args:
         path: `.safetensors`, or a PyTorch file of {'model': tensors, ...} or of the bare tensors.
-        layout: pretrain, retrieval or vqa to insist on it; `auto` takes what is there.
+        layout: one of `settings.layouts` to insist on it; `auto` takes what is there.
         values: False leaves the values in the file: the state is on the meta device.
+        check: may refuse the configuration, before values are read.
 
     Raises:
         BadInput: a file that is damaged, holds objects, has an unsupported layout, an entry of unknown meaning or
             too few of them; a setting that is unknown or that the file decides.
     """
     given = checked_settings(settings or {}, FREE, "follows from the file")
+    config, state, report = _read(path, layout, given, values=False)
+    check(config)
+    return _read(path, layout, given, values=True) if values else (config, state, report)
+
+
+def _read(path: Path, layout: str, given: Mapping[str, Any], *, values: bool) -> tuple[XVLMConfig, dict[str, Tensor], Report]:
     report = Report()
     tensors = _entries(path, report, values)
     report.layout = _layout(path, tensors, layout)
     state = _translate(path, tensors, report)
-    native, config = _config_of(path, state, swin_depths(tensors), given, report)
+    native, config, report.assumed = config_of(path, state, swin_depths(tensors), given)
     _require_complete(path, state, native)
     if config.image_size != native.image_size:
         state |= _resized(state, config)
@@ -106,15 +113,11 @@ def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
 
 
 def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> str:
-    first = {name.partition(".")[0] for name in tensors}
-    for head, task in OTHER_TASKS.items():
-        if head in first:
-            raise BadInput(f"{path} cannot be imported", f"{head} belongs to the {task} layout, which is not supported for now", FIX)
-    if "text_decoder" in first and "text_encoder" not in first:
-        raise BadInput(f"{path} cannot be imported", "it has only a text decoder: captioning is not supported for now", FIX)
-    if not {"vision_encoder", "text_encoder"} <= first:
-        raise BadInput(f"{path} is no X-VLM file", f"its names begin with {', '.join(sorted(first)[:8])}", FIX)
-    found = next(called for part, called in LAYOUTS.items() if any(name.startswith(part) for name in tensors))
+    """What the layout of a file is called, by what the names of its entries begin with."""
+    first = sorted({name.partition(".")[0] for name in tensors})
+    found = next((it.name for it in LAYOUTS if all(any(name.startswith(begin) for name in tensors) for begin in it.begins)), None)
+    if found is None or "vision_encoder" not in first:
+        raise BadInput(f"{path} is no X-VLM file", f"its names begin with {', '.join(first[:8])}", FIX)
     if wanted not in ("auto", found):
         raise BadInput(f"{path} is not of the {wanted} layout", f"its names are those of {found}", "leave --layout out")
     return found
@@ -166,87 +169,6 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
             f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor", "give a model that ties them"
         )
     return "second copy of a tied tensor, found equal"
-
-
-def _config_of(
-    path: Path, state: Mapping[str, Tensor], depths: list[int], given: Mapping[str, Any], report: Report
-) -> tuple[XVLMConfig, XVLMConfig]:
-    """The configuration of the network in the file, and that of what is made of it."""
-
-    def shape(name: str, dims: int = 2) -> torch.Size:
-        if name not in state or state[name].dim() != dims:
-            raise BadInput(f"{path} is incomplete", f"no {dims}-dimensional tensor for {name}", FIX)
-        return state[name].shape
-
-    def layers(tower: str) -> int:
-        return 1 + max((int(name.split(".")[2]) for name in state if name.startswith(f"{tower}.layers.")), default=-1)
-
-    vocab_size, text_width = shape("text.embeddings.word.weight")
-    known: dict[str, Any] = {
-        **(_swin_of(path, shape, depths) if depths else _vit_of(path, shape)),
-        "vocab_size": vocab_size,
-        "max_positions": shape("text.embeddings.position.weight")[0],
-        "type_vocab_size": shape("text.embeddings.token_type.weight")[0],
-        "text_width": text_width,
-        "text_intermediate": shape("fusion.layers.0.ffn.fc1.weight")[0],
-        "heads": [head for head in PRETRAIN_HEADS if any(name.startswith(HEADS[head]) for name in state)],
-        **{f"{tower}_layers": layers(tower) for tower in ("vision", "text", "fusion", "decoder")},
-    }
-    if "itc" in known["heads"]:
-        known["embed_dim"] = shape("vision_proj.weight")[0]
-    guesses = {"text_heads": text_width // HEAD_WIDTH}
-    if not depths:
-        if "vision_drop_path" in given:
-            raise BadInput("settings.vision_drop_path cannot be set", "it is of Swin towers, and the file has another", "leave it out")
-        guesses |= {"vision_heads": known["vision_width"] // HEAD_WIDTH, "local_attention_depth": max(1, known["vision_layers"] // 3)}
-    elif fixed := sorted({"vision_heads", "local_attention_depth"} & set(given)):
-        raise BadInput(f"settings.{fixed[0]} cannot be set", "the file has a Swin tower, whose shapes decide", "leave it out")
-    report.assumed = {name: guess for name, guess in guesses.items() if name not in given}
-    for tower in ("vision", "text"):
-        width, name = known[f"{tower}_width"], f"{tower}_heads"
-        if name in report.assumed and (not width or width % HEAD_WIDTH):
-            why = f"{width} columns are no multiple of {HEAD_WIDTH}, and the file does not say how many heads share them"
-            raise BadInput(f"{path}: how many {tower} heads?", why, f"give --set settings.{name}=N")
-    native = XVLMConfig(**{**guesses, **known, **given, "image_size": known["image_size"]})
-    wanted = {name: given[name] for name in ("image_size",) if name in given}
-    if wanted and depths:
-        wanted["vision_window"] = max(1, wanted["image_size"] // native.stride)
-        if min(native.vision_window, wanted["vision_window"]) < LEAST_WINDOW and wanted["image_size"] != native.image_size:
-            why = f"its windows would have {wanted['vision_window']} tokens on a side instead of {native.vision_window}"
-            raise BadInput(f"image_size is {wanted['image_size']}", why, f"{LEAST_WINDOW * native.stride} pixels or more can be resized to")
-    return check_sizes(native), check_sizes(native.copy(**wanted))
-
-
-def _vit_of(path: Path, shape: Callable[..., torch.Size]) -> dict[str, Any]:
-    """What the shapes of a CLIP ViT say."""
-    patches = shape("vision.position_embedding")[0] - 1
-    grid = math.isqrt(max(patches, 0))
-    if not grid or grid * grid != patches:
-        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square", "give a model of square images")
-    width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
-    neurons = shape("vision.layers.0.ffn.fc1.weight")[0]
-    return {"image_size": grid * patch_size, "patch_size": patch_size, "vision_width": width, "vision_intermediate": neurons}
-
-
-def _swin_of(path: Path, shape: Callable[..., torch.Size], depths: list[int]) -> dict[str, Any]:
-    """What the shapes of a Swin say; the last stage is one window, as in the published configurations."""
-    width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
-    last = f"vision.layers.{sum(depths) - 1}"
-    offsets, heads = shape(f"{last}.attention.bias_table")
-    side, stages = math.isqrt(offsets), len(depths)
-    if side**2 != offsets or side % 2 == 0:
-        raise BadInput(f"{path} cannot be imported", f"a bias table of {offsets} rows is of no square window", AGAIN)
-    window = (side + 1) // 2
-    return {
-        "image_size": window * patch_size << (stages - 1),
-        "patch_size": patch_size,
-        "vision_width": width << (stages - 1),
-        "vision_heads": heads,
-        "vision_intermediate": shape(f"{last}.ffn.fc1.weight")[0],
-        "vision_depths": depths,
-        "vision_window": window,
-        "vision_activation": "gelu",
-    }
 
 
 def _resized(state: Mapping[str, Tensor], config: XVLMConfig) -> dict[str, Tensor]:
