@@ -40,12 +40,12 @@ def plan(
     loaded = recipes.load_recipe(recipe)
     steps = recipes.validate(loaded, assignments or [], out=out)
     control = Control(force=force, resume=resume, quiet=quiet or json, json=json)
-    made = _planned(steps, control, measure=measure, verify=verify)
+    forecast = _planned(steps, control, measure=measure, verify=verify)
     if json:
-        output.emit(_recipe_object(loaded.name, steps, made))
-        raise typer.Exit(made.problems.exit_code)
-    _tables(made, f"recipe {loaded.name}", output.console())
-    made.problems.raise_all(f"recipe {loaded.name}")
+        output.emit(_recipe_object(loaded.name, steps, forecast))
+        raise typer.Exit(forecast.problems.exit_code)
+    _tables(forecast, f"recipe {loaded.name}", output.console())
+    forecast.problems.raise_all(f"recipe {loaded.name}")
 
 
 def dry_run(name: str, steps: Sequence[Step], control: Control, *, recipe: bool) -> None:
@@ -56,20 +56,20 @@ def dry_run(name: str, steps: Sequence[Step], control: Control, *, recipe: bool)
     """
     from rich.console import Console
 
-    made = _planned(steps, control)
+    forecast = _planned(steps, control)
     if not control.json:
-        made.problems.raise_all(name)
+        forecast.problems.raise_all(name)
     if recipe:
-        output.emit(_recipe_object(name.removeprefix("recipe "), steps, made))
+        output.emit(_recipe_object(name.removeprefix("recipe "), steps, forecast))
     else:
-        (step,), (stage,) = steps, made.stages
-        rest = {key: value for key, value in made.totals().items() if key != "memory"}
+        (step,), (stage,) = steps, forecast.stages
+        rest = {key: value for key, value in forecast.totals().items() if key != "memory"}
         output.emit({"stage": step.stage, "config": step.config.model_dump(mode="json"), "plan": {**stage.as_dict(), **rest}})
     if not control.quiet:
         terminal = Console(stderr=True).is_terminal
-        _tables(made, name, Console(stderr=True, highlight=False, width=None if terminal else 200))
+        _tables(forecast, name, Console(stderr=True, highlight=False, width=None if terminal else 200))
     if control.json:
-        raise typer.Exit(made.problems.exit_code)
+        raise typer.Exit(forecast.problems.exit_code)
 
 
 def _planned(steps: Sequence[Step], control: Control, **options: Any) -> Plan:
@@ -78,21 +78,21 @@ def _planned(steps: Sequence[Step], control: Control, **options: Any) -> Plan:
     return planned(steps, control, **options)
 
 
-def _recipe_object(name: str, steps: Sequence[Step], made: Plan) -> dict[str, Any]:
+def _recipe_object(name: str, steps: Sequence[Step], forecast: Plan) -> dict[str, Any]:
     stages = [
         {"name": step.name, "stage": step.stage, "config": step.config.model_dump(mode="json"), "plan": stage.as_dict()}
-        for step, stage in zip(steps, made.stages, strict=True)
+        for step, stage in zip(steps, forecast.stages, strict=True)
     ]
-    return {"recipe": name, "stages": stages, "plan": made.totals()}
+    return {"recipe": name, "stages": stages, "plan": forecast.totals()}
 
 
-def _tables(made: Plan, title: str, console: Any) -> None:
+def _tables(forecast: Plan, title: str, console: Any) -> None:
     """Stages with their cost, then parameters and multiply-adds by tower, then what has to be said in words."""
-    _print(console, title, [_row(stage) for stage in made.stages])
+    _print(console, title, [_row(stage) for stage in forecast.stages])
     for key, heading in (("parameters", "parameters"), ("macs", "multiply-adds of one image and one question")):
-        if rows := [row for stage in made.stages if (row := _towers(stage, key))]:
+        if rows := [row for stage in forecast.stages if (row := _towers(stage, key))]:
             _print(console, f"\n{heading}", rows)
-    for line in _lines(made):
+    for line in _lines(forecast):
         console.print(printable(line), soft_wrap=True, markup=False)
 
 
@@ -132,23 +132,23 @@ def _towers(stage: Forecast, key: str) -> dict[str, str]:
     return {"stage": stage.name, **cells, "in all": change(before and before["total"], after["total"])}
 
 
-def _lines(made: Plan) -> Iterator[str]:
+def _lines(forecast: Plan) -> Iterator[str]:
     from efficientvlm.planning.costs import size
 
     yield ""
-    for stage in made.stages:
+    for stage in forecast.stages:
         remarks = [part for part in (stage.structure or "").split(": ", 1)[1:]] + stage.notes
         for remark in remarks:
             yield f"{stage.name}: {remark}"
-    measured = any(stage.time for stage in made.stages)
-    most = max((stage.memory["total"] for stage in made.stages if stage.memory), default=0)
+    measured = any(stage.time for stage in forecast.stages)
+    most = max((stage.memory["total"] for stage in forecast.stages if stage.memory), default=0)
     yield f"memory: {size(most)} at most in all, with activations as {'measured on real steps' if measured else 'estimated'}"
-    for disk in made.disks:
+    for disk in forecast.disks:
         peak, left, free = (size(disk[key]) for key in ("peak", "left", "free"))
         yield f"disk: {peak} at the fullest, {left} in the end; {free} are free in {disk['folder']}"
-    if made.seconds is not None:
-        yield f"time: {_duration(made.seconds)} of training, from measured steps; validation, eval and bench come on top"
-    elif any(stage.run for stage in made.stages):
+    if forecast.seconds is not None:
+        yield f"time: {_duration(forecast.seconds)} of training, from measured steps; validation, eval and bench come on top"
+    elif any(stage.run for stage in forecast.stages):
         yield "time: not measured; evlm plan --measure 3 runs three steps of every stage"
 
 

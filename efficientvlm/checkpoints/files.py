@@ -221,15 +221,15 @@ def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
     missing = [path]
     while not os.path.lexists(missing[-1].parent) and missing[-1].parent != missing[-1]:
         missing.append(missing[-1].parent)
-    made = []
+    created = []
     for folder in reversed(missing):
         try:
             folder.mkdir(mode if folder == path else 0o777)
-            made.append(folder)
+            created.append(folder)
         except FileExistsError:
             if not folder.is_dir():
                 raise
-    return made
+    return created
 
 
 def result_path(text: str | Path, example: str = "result.json") -> Path:

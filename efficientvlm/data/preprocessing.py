@@ -168,12 +168,12 @@ def read(settings: Mapping[str, Any], side: int, where: str, default: str | None
     resample = given["resample"]
     if type(resample) is not int or resample not in set(Image.Resampling):
         raise BadInput(f"{where}: resample is {str(resample)[:80]}", "Pillow has no such filter", "correct it there")
-    made = crop or resize
-    if isinstance(made, int):
+    target = crop or resize
+    if isinstance(target, int):
         why = "without a centre crop pictures keep their aspect, and the model reads squares"
-        raise BadInput(f"{where}: size is a shortest edge of {made}", why, "set do_center_crop, or height and width in size")
-    if made not in (None, (side, side)):
-        why = f"its pictures are {made[0]} x {made[1]}, the model reads {side} x {side}"
+        raise BadInput(f"{where}: size is a shortest edge of {target}", why, "set do_center_crop, or height and width in size")
+    if target not in (None, (side, side)):
+        why = f"its pictures are {target[0]} x {target[1]}, the model reads {side} x {side}"
         raise BadInput(f"{where} is of another model", why, f"correct {'crop_size' if crop else 'size'} there")
     return Preprocessing(side, resize, crop is not None, resample)
 

@@ -89,9 +89,9 @@ class Skips:
                 self._untold = {}
         return found
 
-    def take_over(self, told: list[dict[str, str]]) -> None:
+    def take_over(self, reported: list[dict[str, str]]) -> None:
         """Count what other processes have handed over; :class:`BadInput` as :meth:`add`."""
-        for reasons in told:
+        for reasons in reported:
             for what, why in reasons.items():
                 self.add(BadInput(what, why))
 

@@ -29,9 +29,9 @@ def padded(model: Any) -> Any:
 
 def uniform(model: Any, name: str) -> Any:
     """The same tensors under :func:`uniform_config`."""
-    made = type(model)(uniform_config(model.config, name))
-    made.load_state_dict(model.state_dict(), strict=True)
-    return made.eval()
+    copy = type(model)(uniform_config(model.config, name))
+    copy.load_state_dict(model.state_dict(), strict=True)
+    return copy.eval()
 
 
 def uniform_config(config: Any, name: str) -> Any:

@@ -90,23 +90,23 @@ def preflight(steps: Sequence[Step]) -> Problems:
     What an earlier step writes need not be there yet.
     """
     problems = Problems()
-    made: set[str] = set()
+    written: set[str] = set()
     for step in steps:
-        for error in path_problems(step, made):
+        for error in path_problems(step, written):
             problems.add(step.name, error)
         if out := getattr(step.config, "out", None):
-            made.add(place(out))
+            written.add(place(out))
     return problems
 
 
-def path_problems(step: Step, made: set[str]) -> Iterator[EvlmError]:
+def path_problems(step: Step, written: set[str]) -> Iterator[EvlmError]:
     """Every path of `step` that cannot be used; those in `made` are written by earlier steps."""
     values = step.config.model_dump()
     for key in (*CHECKPOINTS, *DATA, *PATHS, *RESULTS):
         for spec in _texts(values.get(key)):
             if key == "tokenizer" and spec == "train" and step.stage == "init":
                 continue
-            if place(spec) not in made and (error := _problem(step.stage, key, spec)):
+            if place(spec) not in written and (error := _problem(step.stage, key, spec)):
                 yield error
 
 

@@ -41,11 +41,11 @@ class Live(TorchDispatchMode):
             return torch.randint(columns, (*rows, args[1]))
         if func in INDEXED:
             args = (args[0], [each for index in args[1] for each in places(index)], *args[2:])
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
-        return made
+        return outputs
 
     def _note(self, storage: Any) -> None:
         key = storage._cdata
@@ -71,7 +71,7 @@ def valueless(loaded: Loaded, device: torch.device, fake: FakeTensorMode) -> Loa
     """The network of `loaded`, shapes alone, with fake tensors of `device`."""
     model, done = copy.deepcopy(loaded.model), dict[int, Tensor]()  # tied tensors stay one
 
-    def made(tensor: Tensor) -> Tensor:
+    def outputs(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
             with fake:
                 empty = torch.empty_like(tensor, device=device)
@@ -81,7 +81,7 @@ def valueless(loaded: Loaded, device: torch.device, fake: FakeTensorMode) -> Loa
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            tensors.update({name: made(tensor) for name, tensor in tensors.items() if tensor is not None})
+            tensors.update({name: outputs(tensor) for name, tensor in tensors.items() if tensor is not None})
     return replace(loaded, model=model)
 
 

@@ -103,8 +103,8 @@ def book(chain: Chain, step: Step, found: Forecast, job: Job, result: Loaded, ex
         if found.structure != "exact":
             chain.assumed.add(place(out))
         chain.stale.add(place(out))
-        made = drafted(step, result, extra or {}, beside(sizes))
-        written = Planned(Path(out), result.family, result.model, result.tokenizer, made, result.image_processor)
+        draft = drafted(step, result, extra or {}, beside(sizes))
+        written = Planned(Path(out), result.family, result.model, result.tokenizer, draft, result.image_processor)
     chain.outputs[place(out)] = written
     found.after = chain.summary(written)
     if found.status != "up to date":
@@ -120,9 +120,11 @@ def beside(sizes: dict[str, Any]) -> list[str]:
 
 def drafted(step: Step, result: Loaded, extra: dict[str, Any], names: list[str]) -> Manifest:
     """The manifest that `step` will write, as far as later stages ask for it; of the files `names` it says that they will be there."""
-    config, made = step.config.model_dump(mode="json"), manifest.now()
+    config, draft = step.config.model_dump(mode="json"), manifest.now()
     more, files = {"new": [], **extra}, dict.fromkeys(names, FileRecord(sha256="0" * 64, bytes=0))
-    return Manifest(stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=made, files=files, extra=more)
+    return Manifest(
+        stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=draft, files=files, extra=more
+    )
 
 
 def schedule(config: Any, source: Any) -> dict[str, Any]:

@@ -180,10 +180,10 @@ def _hovers(lines: Sequence[Line], x: Callable[[float], float], show: Callable[[
     for number, step in enumerate(steps):
         start = x(steps[number - 1]) if number else 2 * x(step) - x(steps[1] if len(steps) > 1 else step) - 4
         stop = x(steps[number + 1]) if number + 1 < len(steps) else x(step) + (x(step) - start)
-        told = [f"{line.name} {show(found[step])}" for line, found in zip(lines, values, strict=True) if step in found]
+        described = [f"{line.name} {show(found[step])}" for line, found in zip(lines, values, strict=True) if step in found]
         left, right = (start + x(step)) / 2, (x(step) + stop) / 2
         box = {"x": left, "y": TOP, "width": max(1.0, right - left), "height": HEIGHT - TOP - BOTTOM}
-        drawn.append(tag("rect", tag("title", f"step {step:,g}: " + ", ".join(told)), class_="hover", **box))
+        drawn.append(tag("rect", tag("title", f"step {step:,g}: " + ", ".join(described)), class_="hover", **box))
     return drawn
 
 
@@ -200,8 +200,8 @@ def stack(parts: Sequence[tuple[str, float, int]], longest: float, unit: str) ->
         place = {"x": f"{100 * at / longest:.2f}%", "width": f"{100 * amount / longest:.2f}%"}
         drawn.append(tag("rect", tag("title", f"{name}: {amount:,.1f} {unit}"), height="100%", class_=f"c{colour}", **place))
         at += amount
-    told = ", ".join(f"{name} {amount:,.1f} {unit}" for name, amount, _ in parts)
-    return tag("svg", drawn, width="100%", height=16, role="img", aria_label=told)
+    described = ", ".join(f"{name} {amount:,.1f} {unit}" for name, amount, _ in parts)
+    return tag("svg", drawn, width="100%", height=16, role="img", aria_label=described)
 
 
 def bullet(value: float, wish: float | None, title: str, most: float = 1.0, width: int = 220) -> Html:

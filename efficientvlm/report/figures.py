@@ -76,12 +76,12 @@ def headline(story: Story) -> Html:
         for key, name in (("parameters", "parameters"), ("macs", "multiply-adds")):
             part, (unit, counted) = model[key], units[key]
             ratio = percent(part["of_reference"])
-            told = f"{part['total']:,} {name}, {ratio} of {reference}"
+            description = f"{part['total']:,} {name}, {ratio} of {reference}"
             cells.append(
                 [
-                    tag("span", f"{counted(part['total'])} {unit}".removesuffix(" 1"), title=told),
+                    tag("span", f"{counted(part['total'])} {unit}".removesuffix(" 1"), title=description),
                     tag("small", ratio),
-                    bar(part["of_reference"], told),
+                    bar(part["of_reference"], description),
                 ]
             )
         cells.append(percent(model["sparsity"]) if model["sparsity"] else "–")
@@ -107,14 +107,16 @@ def _latency(model: dict[str, Any], size: str) -> Child:
 
 def details(summary: dict[str, Any]) -> Html:
     """The table that the recipe's report prints, as HTML."""
-    made = report.summary_table(summary)
-    columns = [[str(cell) for cell in column.cells] for column in made.columns]
+    listing = report.summary_table(summary)
+    columns = [[str(cell) for cell in column.cells] for column in listing.columns]
     lines = []
     for position, (name, *values) in enumerate(zip(*columns, strict=True)):
         deep = "deep" if name.startswith(" ") else None
         cells = [tag("th", name.strip(), class_=deep, scope="row"), *(tag("td", value, class_="number") for value in values)]
-        lines.append(tag("tr", cells, class_="end" if made.rows[position].end_section else None))
-    head = [tag("th", str(column.header), class_="number" if number else None, scope="col") for number, column in enumerate(made.columns)]
+        lines.append(tag("tr", cells, class_="end" if listing.rows[position].end_section else None))
+    head = [
+        tag("th", str(column.header), class_="number" if number else None, scope="col") for number, column in enumerate(listing.columns)
+    ]
     content = tag("table", tag("thead", tag("tr", head)), tag("tbody", lines), class_="detail")
     return tag("div", content, class_="wide", tabindex="0", role="group")
 

@@ -67,8 +67,8 @@ def graph(story: Story) -> Html:
         drawn.append(tag("path", d=_route(at[source], at[target], used), class_=style, marker_end=head))
     final = story.chapters[-1].key
     drawn += [_box(chapter, at[chapter.key], chapter.key == final) for chapter in story.chapters]
-    told = "; ".join(f"{story.chapter(target).label} from {role} {story.chapter(source).label}" for source, target, role in edges)
-    return tag("svg", drawn, viewBox=f"0 0 {width} {height}", width=width, role="img", aria_label=told or "one checkpoint")
+    description = "; ".join(f"{story.chapter(target).label} from {role} {story.chapter(source).label}" for source, target, role in edges)
+    return tag("svg", drawn, viewBox=f"0 0 {width} {height}", width=width, role="img", aria_label=description or "one checkpoint")
 
 
 def _corner(place: Place) -> tuple[float, float]:
@@ -128,9 +128,15 @@ def card(story: Story, chapter: Chapter) -> Html:
     warning = tag("p", chapter.problem, class_="bad small") if chapter.problem else None
     if manifest is None:
         return tag("article", head, tag("code", chapter.place), warning, id=chapter.anchor)
-    made: list[Child] = [[f"{role} ", _link(story.chapter(key))] for role, key in chapter.parents]
+    sources: list[Child] = [[f"{role} ", _link(story.chapter(key))] for role, key in chapter.parents]
     origin = {None: "", "bundled": "comes with the package", "random": "random weights", "imported": "imported weights"}[manifest.origin]
-    facts = [("from", _list(made)), ("origin", origin), ("made", moment(manifest.created)), ("seed", str(manifest.seed)), *costs(manifest)]
+    facts = [
+        ("from", _list(sources)),
+        ("origin", origin),
+        ("made", moment(manifest.created)),
+        ("seed", str(manifest.seed)),
+        *costs(manifest),
+    ]
     shown = join(tag("div", tag("span", f"{name} "), value) for name, value in facts if value)
     found = ", ".join(f"{name} {number(value)}" for name, value in results(manifest.metrics) if isinstance(value, int | float))
     return tag(

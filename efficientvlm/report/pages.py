@@ -45,8 +45,8 @@ def run(folder: str, out: str | None = None, *, hashes: bool = False, force: boo
     found = {kind: [problem.text for problem in story.problems if problem.kind == kind] for kind in (DAMAGE, NOTE)}
     checkpoints = [{"label": chapter.label, "path": chapter.place} for chapter in story.chapters]
     unverified = [problem.text for problem in story.problems if problem.unverified]
-    told = {"problems": found[DAMAGE], "unverified": unverified, "notes": found[NOTE], "hashed": hashes}
-    return {"path": str(target), "checkpoints": checkpoints, **told}
+    described = {"problems": found[DAMAGE], "unverified": unverified, "notes": found[NOTE], "hashed": hashes}
+    return {"path": str(target), "checkpoints": checkpoints, **described}
 
 
 def write(target: Path, story: Story) -> None:
@@ -174,19 +174,19 @@ def name_all(chapters: Sequence[Chapter], labels: Mapping[Path, str]) -> None:
         taken.add(label)
 
 
-def sound(label: str, made: Manifest) -> tuple[Manifest, list[Problem]]:
+def sound(label: str, recorded: Manifest) -> tuple[Manifest, list[Problem]]:
     """The manifest without an accounting or extras that a page could not draw."""
     problems = []
-    if not shapes.fits(made.accounting, shapes.Accounting):
-        made = made.model_copy(update={"accounting": {}})
+    if not shapes.fits(recorded.accounting, shapes.Accounting):
+        recorded = recorded.model_copy(update={"accounting": {}})
         problems.append(Problem(DAMAGE, f"{label}: its manifest does not hold the counts of a model; it is left out of the figures"))
-    if not shapes.fits(made.extra, shapes.Extra):
-        made = made.model_copy(update={"extra": {}})
+    if not shapes.fits(recorded.extra, shapes.Extra):
+        recorded = recorded.model_copy(update={"extra": {}})
         problems.append(Problem(DAMAGE, f"{label}: the budget or the layers in its manifest cannot be read"))
-    return made, problems
+    return recorded, problems
 
 
-def _read_more(chapter: Chapter, made: Manifest) -> list[Problem]:
+def _read_more(chapter: Chapter, recorded: Manifest) -> list[Problem]:
     """Structure and metrics of a checkpoint, and what a reader ought to know about it."""
     problems = []
     try:
@@ -197,11 +197,11 @@ def _read_more(chapter: Chapter, made: Manifest) -> list[Problem]:
     chapter.lines, broken = read_lines(chapter.key / METRICS)
     if broken:
         problems.append(Problem(DAMAGE, f"{chapter.label}: {broken} line{'s' * (broken > 1)} of {METRICS} cannot be read"))
-    quirks = made.config.get("quirks")
+    quirks = recorded.config.get("quirks")
     switched = [name for name, on in quirks.items() if on is True] if isinstance(quirks, dict) else []
     if switched:
         problems.append(Problem(NOTE, f"{chapter.label}: behaviours of the published release were switched on: {', '.join(switched)}"))
-    for record in made.data:
+    for record in recorded.data:
         if record.skipped:
             problems.append(
                 Problem(
@@ -286,8 +286,8 @@ def see_inputs(chapters: Sequence[Chapter], measurements: Sequence[Measurement])
         records = [chapter.manifest.extra.get("influence"), *(result.get("influence") for result in results)]
         measured: list[influence.Influence] = [r for value in records if (r := influence.read(influence.Influence, value))]
         recorded = influence.read(influence.Reach, chapter.manifest.accounting.get("reach"))
-        told: list[influence.Influence | None] = [*measured] or [None]
-        for record in told:
+        checked: list[influence.Influence | None] = [*measured] or [None]
+        for record in checked:
             problems += [Problem(DAMAGE, f"{chapter.label}: {text}") for text in influence.problems(record, recorded or chapter.reach)]
             problems += [Problem(NOTE, f"{chapter.label}: {text}") for text in influence.notes(record, recorded)]
         if not any(record.inputs for record in measured) and chapter.manifest.stage in influence.MEASURING:

@@ -103,8 +103,8 @@ def origins(story: Story, chapter: Chapter) -> dict[str, list[int]]:
     while (parent := next((key for role, key in chain[-1].parents if role != "teacher"), None)) and chain[-1].manifest:
         chain.append(story.chapter(parent))
     numbers: dict[str, list[int]] = {}
-    for made in (item.manifest for item in reversed(chain)):
-        numbers = _layers(made, numbers) if made else {}
+    for own in (item.manifest for item in reversed(chain)):
+        numbers = _layers(own, numbers) if own else {}
     return numbers
 
 

@@ -85,8 +85,8 @@ def _units(kind: str, indices: list[int] | None, kept: int, of: int) -> Html:
         cells.append(tag("rect", tag("title", f"head {number}: {state}"), rx=2, class_=style, **place))
     across, down = CELL * min(of, A_ROW), CELL * (1 + (of - 1) // A_ROW)
     gone = ", ".join(str(number) for number in range(of) if number not in present)
-    told = f"{kept} of {of} kept" + (f"; removed: {gone}" if gone else "")
-    svg = tag("svg", cells, viewBox=f"0 0 {across} {down}", width=across, height=down, role="img", aria_label=told)
+    description = f"{kept} of {of} kept" + (f"; removed: {gone}" if gone else "")
+    svg = tag("svg", cells, viewBox=f"0 0 {across} {down}", width=across, height=down, role="img", aria_label=description)
     return Html(svg + tag("span", f"{kept} of {of}", class_="count"))
 
 
@@ -119,6 +119,6 @@ def _budget_row(name: str, counted: dict[str, Any] | None, part: dict[str, Any])
     wish = part.get("target")
     asked = "–" if wish is None else percent(wish)
     sizes = [f"{counted['kept']:,}", f"{counted['initial']:,}"] if counted else ["", ""]
-    told = f"{name}: {percent(part['achieved'])} reached" + (f", {asked} asked" if wish is not None else "")
+    description = f"{name}: {percent(part['achieved'])} reached" + (f", {asked} asked" if wish is not None else "")
     gates = "–" if part.get("expected") is None else percent(part["expected"])
-    return [name, bullet(part["achieved"], wish, told), asked, gates, percent(part["achieved"]), *sizes]
+    return [name, bullet(part["achieved"], wish, description), asked, gates, percent(part["achieved"]), *sizes]

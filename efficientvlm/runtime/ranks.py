@@ -172,12 +172,12 @@ def on_main(function: Callable[[], T], read: Callable[[Any], T] = lambda value: 
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again below, once the others know
             failure = error
     plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-    told = tell({"value": plain, "error": _described(failure)})
+    answer = tell({"value": plain, "error": _described(failure)})
     if failure is not None:
         raise failure
-    if told["error"]:
-        raise _rebuilt(told["error"])
-    return value if is_main() else read(told["value"])
+    if answer["error"]:
+        raise _rebuilt(answer["error"])
+    return value if is_main() else read(answer["value"])
 
 
 def together(function: Callable[[], T]) -> T:

@@ -113,9 +113,9 @@ def _composed(
             group = create_model(name.title(), __base__=tuple(kinds))
             fields[name] = (group, Field(default_factory=group))
     compose: Any = create_model
-    made: type[Composed] = compose(f"{base.__name__} of {task}", __base__=(Composed, base, *parts), **fields)
-    made.variant = variant
-    return made
+    composed: type[Composed] = compose(f"{base.__name__} of {task}", __base__=(Composed, base, *parts), **fields)
+    composed.variant = variant
+    return composed
 
 
 def _one_of(base: type[Strict], name: str, words: tuple[str, ...], usual: Any) -> Any:

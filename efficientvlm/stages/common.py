@@ -53,9 +53,9 @@ def open_output(config: Any, stage: str, control: Control, inputs: Mapping[str, 
         return {"up_to_date": output.up_to_date, "beside": output.beside}
 
     with telling("hashing what is read", quiet=control.quiet):
-        told = ranks.on_main(claim)
+        answer = ranks.on_main(claim)
     output = claimed[0] if claimed else Output(files.expanded(config.out), stage, given, {}, settings, mine=False)
-    output.up_to_date, output.beside = told["up_to_date"], told["beside"]
+    output.up_to_date, output.beside = answer["up_to_date"], answer["beside"]
     if output.up_to_date:
         others = ["what was learnt is the same; evlm eval measures it, --force makes it anew"] if output.differing else []
         say("\n  ".join([f"{stage}: {output.path} is up to date", *output.differing, *others]), quiet=control.quiet)
@@ -208,8 +208,8 @@ def gather_skipped(sources: dict[str, Any]) -> None:
     for source in sources.values() if ranks.world() > 1 else ():
         if skips := getattr(source, "skips", None):
             ours = skips.hand_over()
-            told = [ranks.tell(ours, number) for number in range(1, ranks.world())]
-            ranks.on_main(partial(skips.take_over, told))
+            answer = [ranks.tell(ours, number) for number in range(1, ranks.world())]
+            ranks.on_main(partial(skips.take_over, answer))
 
 
 def say_notes(source: Any, title: str, quiet: bool) -> None:

@@ -57,12 +57,12 @@ def prepare(config: ImportConfig, workspace: Workspace) -> Beginning:
     if not config.tokenizer:
         raise BadInput(f"{config.model} comes without a tokenizer", "published files hold weights only", "give its folder: --tokenizer DIR")
 
-    def made() -> tuple[Any, Any, Any, list[str]]:
+    def network() -> tuple[Any, Any, Any, list[str]]:
         tokenizer, values, _, report = read(config, weights=False)
         remark = f"{report.layout} layout, {report.mapped} tensors; values are not looked at before the import"
         return families.get("xvlm"), shapes(families.get("xvlm"), values), tokenizer, [remark]
 
-    return Beginning(made, inputs={"model": config.model, "tokenizer": config.tokenizer})
+    return Beginning(network, inputs={"model": config.model, "tokenizer": config.tokenizer})
 
 
 def read(config: ImportConfig, *, weights: bool = True) -> tuple[Any, Any, dict[str, Any], Report]:

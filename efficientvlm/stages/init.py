@@ -55,15 +55,15 @@ def prepare(config: InitConfig, workspace: Workspace) -> Beginning:
     check(config)
     source = text_source(config)
 
-    def made() -> tuple[Any, Any, Any, list[str]]:
+    def network() -> tuple[Any, Any, Any, list[str]]:
         tokenizer = tokenizer_of(config, source)
         family, values = blueprint(config, tokenizer.get_vocab())
         return family, shapes(family, values), tokenizer, []
 
     towers = {"vision_from": config.vision_from, "text_from": config.text_from}
     if source is None:
-        return Beginning(made, inputs={**towers, "tokenizer": config.tokenizer})
-    return Beginning(made, inputs=towers, data={"data": source})
+        return Beginning(network, inputs={**towers, "tokenizer": config.tokenizer})
+    return Beginning(network, inputs=towers, data={"data": source})
 
 
 def text_source(config: InitConfig) -> Any:

@@ -50,11 +50,11 @@ def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:
         out = expanded(str(getattr(step.config, "out", None)))
         say("\n  ".join([f"[{number}/{len(steps)}] {step.stage} → {out}", *step.notes]), quiet=control.quiet)
         before, began = _identity(out), time.monotonic()
-        made = run_stage(step.stage, step.config, control)
+        outcome = run_stage(step.stage, step.config, control)
         seconds = round(time.monotonic() - began, 2)
         unchanged = before is not None and before == _identity(out)
         stages.append({"name": step.name, "stage": step.stage, "out": str(out), "seconds": seconds, "up_to_date": unchanged})
-        result = made.model_dump(mode="json") if isinstance(made, Manifest) else made
+        result = outcome.model_dump(mode="json") if isinstance(outcome, Manifest) else outcome
     return {"stages": stages, "result": result}
 
 

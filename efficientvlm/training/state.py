@@ -139,17 +139,17 @@ def restore(folder: Path, objective: nn.Module, optimizers: Sequence[torch.optim
         shapes = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in tensors.items()}
         return {"spent": asdict(spent), "tensors": shapes, "path": str(found)}
 
-    told = ranks.on_main(read)
-    if told is None:
+    shared = ranks.on_main(read)
+    if shared is None:
         return Spent()
-    for name, (kind, shape) in told["tensors"].items():
+    for name, (kind, shape) in shared["tensors"].items():
         tensors[name] = ranks.agreed(tensors[name] if name in tensors else torch.empty(shape, dtype=getattr(torch, kind)))
     try:
         check(tensors, objective, optimizers)
         load(tensors, objective, optimizers)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise _useless(Path(told["path"]), error) from error
-    return Spent(**told["spent"])
+        raise _useless(Path(shared["path"]), error) from error
+    return Spent(**shared["spent"])
 
 
 def _read_spent(state: Path, steps: int) -> Spent:

@@ -123,10 +123,10 @@ class ExportedModel:
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         """Every input that no graph before it gives: one image, one text of `text_length` and one token of an answer a sample."""
-        made = {name for graph in self.config.graphs.values() for name in graph.outputs}
+        computed = {name for graph in self.config.graphs.values() for name in graph.outputs}
         lengths = {"tokens": text_length, "length": 1, "past": 0}
         batch: dict[str, Tensor] = {}
-        ports = {name: port for graph in self.config.graphs.values() for name, port in graph.inputs.items() if name not in made}
+        ports = {name: port for graph in self.config.graphs.values() for name, port in graph.inputs.items() if name not in computed}
         for name, port in ports.items():
             shape = [size if isinstance(size, int) else lengths.get(size, batch_size) for size in port.shape]
             kind = torch.float32 if name.startswith("past_") else torch.uint8 if port.type == "float32" else torch.long

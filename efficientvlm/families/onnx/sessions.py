@@ -64,13 +64,13 @@ def _first_line(error: Exception) -> str:
 
 def check_ports(name: str, graph: GraphFile, session: Any, where: Path) -> None:
     """:class:`BadInput` unless inputs and outputs of the graph are those that `onnx.json` says, in name, and where it is fixed in size."""
-    for kind, told, found in (("inputs", graph.inputs, session.get_inputs()), ("outputs", graph.outputs, session.get_outputs())):
+    for kind, stated, found in (("inputs", graph.inputs, session.get_inputs()), ("outputs", graph.outputs, session.get_outputs())):
         shapes = {port.name: port.shape for port in found}
-        if list(told) != list(shapes) if kind == "outputs" else not set(shapes) <= set(told):
-            why = f"{name} has the {kind} {shorten(', '.join(shapes))}, {shorten(', '.join(told))} by {ONNX}"
+        if list(stated) != list(shapes) if kind == "outputs" else not set(shapes) <= set(stated):
+            why = f"{name} has the {kind} {shorten(', '.join(shapes))}, {shorten(', '.join(stated))} by {ONNX}"
             raise BadInput(f"{where} does not fit its {ONNX}", why, "export it again")
         for port, shape in shapes.items():
-            fixed = [(ours, theirs) for ours, theirs in zip(told[port].shape, shape, strict=False) if isinstance(theirs, int)]
-            if len(shape) != len(told[port].shape) or any(ours != theirs for ours, theirs in fixed):
-                why = f"{name} takes {port} as {shape}, {told[port].shape} by {ONNX}"
+            fixed = [(ours, theirs) for ours, theirs in zip(stated[port].shape, shape, strict=False) if isinstance(theirs, int)]
+            if len(shape) != len(stated[port].shape) or any(ours != theirs for ours, theirs in fixed):
+                why = f"{name} takes {port} as {shape}, {stated[port].shape} by {ONNX}"
                 raise BadInput(f"{where} does not fit its {ONNX}", why, "export it again")
