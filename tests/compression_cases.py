@@ -75,6 +75,7 @@ CONFIGS: dict[str, Any] = {
     "cross_encoder": CrossEncoderConfig(image_size=16, patch_size=8, width=16, neurons=6, vocab_size=20, initializer_range=0.3),
     "xvlm": tiny_xvlm(),
     "xvlm-swin": tiny_swin(),
+    "xvlm-caption": tiny_xvlm(decoder_layers=0, heads=["lm"]),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
     "blip-qa": tiny_blip(BlipAnswerConfig),

@@ -50,6 +50,7 @@ def test_published_lengths():
         "cross_encoder": None,
         "xvlm": 40,
         "xvlm-swin": 40,
+        "xvlm-caption": 40,
         "clip": None,
         "siglip": None,
         "blip-qa": 35,

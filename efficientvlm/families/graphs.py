@@ -127,6 +127,23 @@ def vqa_graphs(model: Any) -> list[Graph]:
 
 
 @torch.no_grad()
+def caption_graphs(model: Any) -> list[Graph]:
+    """`image` gives keys and values for the captions of images; `decoder` goes on with `text_ids` for the images named by `rows`."""
+    example = images_of(model)
+
+    def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        states = model.encode_image(inputs["pixels"]).states
+        return (states, *flat(model.attended(states).kv))
+
+    kv = model.look(example({"images": 2})["pixels"]).kv
+    outputs = ("image_states", *names(present(kv)))
+    return [
+        Graph("image", Part(model, image), {"pixels": {0: "images"}}, outputs, IMAGE_SIZES, example),
+        step_graph(model, "decoder", kv, {0: "images"}, "text_ids"),
+    ]
+
+
+@torch.no_grad()
 def step_graph(model: Any, name: str, kv: list[KeyValue | None], axes: dict[int, str], ids: str) -> Graph:
     """One decoding step, run by `decode`.
 

@@ -122,20 +122,32 @@ class Matches(Embeds, Protocol):
         """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
 
 
-class Generates(Askable, Protocol):
-    """`answer`: a text is written about an image and a question."""
-
-    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
-        """Images and questions of a `vqa_batch`; the context is what :meth:`decode` attends to, one row a question.
-
-        Token ids start with the tokenizer's [CLS] whatever the family; one that starts questions or answers otherwise exchanges it here.
-        """
+class Writes(Askable, Protocol):
+    """What writes a text, token by token."""
 
     def decode(self, context: Any, ids: Tensor, mask: Tensor | None, rows: Tensor | None = None, cache: Any | None = None) -> Tensor:
-        """Next-token logits [B, L, V] of answer prefixes `ids` [B, L]; `rows` [B] names the question of each, in order by default."""
+        """Next-token logits [B, L, V] of the beginnings `ids` [B, L] of texts; with a `cache`, `ids` are what follows the tokens in it.
+
+        `rows` [B] names the entry of the context that each belongs to, in order by default. Token ids start with the tokenizer's [CLS]
+        whatever the family; one that starts its texts otherwise exchanges it here.
+        """
 
     def new_cache(self) -> Any:
         """An empty key/value cache for :meth:`decode`, with `select(rows)` and `length`."""
+
+
+class Generates(Writes, Protocol):
+    """`answer`: a text is written about an image and a question."""
+
+    def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Any]:
+        """Images and questions of a `vqa_batch`; the context has one entry a question. Questions start as :meth:`decode` says of texts."""
+
+
+class Describes(Writes, Protocol):
+    """`caption`: a text is written about an image."""
+
+    def look(self, pixels: Tensor) -> Any:
+        """Images [I, 3, H, W] to the context of their captions, one entry an image."""
 
 
 def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
@@ -147,7 +159,7 @@ ABILITIES = {
     "embed": ("compare images with texts by their features", "an X-VLM, CLIP, SigLIP or BLIP"),
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
-    "caption": ("describe images", "a BLIP"),
+    "caption": ("describe images", "an X-VLM or BLIP"),
     "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
 }
 """What a network may be able to do, and which families have networks that are."""

@@ -13,13 +13,13 @@ from efficientvlm.families.graphs import (
     Axes,
     Part,
     Tensors,
+    caption_graphs,
     flat,
     images_of,
     names,
     padded,
     pairs,
     present,
-    step_graph,
     vqa_graphs,
 )
 from efficientvlm.families.network import Graph
@@ -32,25 +32,8 @@ MATCH_SIZES = ({"images": 2, "texts": 3, "tokens": 5}, {"images": 1, "texts": 1,
 def blip_graphs(model: Any) -> list[Graph]:
     """`question` and `answer`; or `image` and `decoder`; or `image`, `text` and `match`."""
     if "text" not in model.config.towers:
-        return _captioning(model)
+        return caption_graphs(model)
     return vqa_graphs(model) if "decoder" in model.config.towers else _matching(model)
-
-
-@torch.no_grad()
-def _captioning(model: Any) -> list[Graph]:
-    """`image` gives keys and values of the decoder; `decoder` goes on with `text_ids` for the images named by `rows`."""
-    example = images_of(model)
-
-    def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
-        states = model.encode_image(inputs["pixels"]).states
-        return (states, *flat(model.text_decoder.bert.context(states).kv))
-
-    kv = model.text_decoder.bert.context(model.encode_image(example({"images": 2})["pixels"]).states).kv
-    outputs = ("image_states", *names(present(kv)))
-    return [
-        Graph("image", Part(model, image), {"pixels": {0: "images"}}, outputs, IMAGE_SIZES, example),
-        step_graph(model, "decoder", kv, {0: "images"}, "text_ids"),
-    ]
 
 
 @torch.no_grad()

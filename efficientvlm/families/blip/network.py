@@ -119,6 +119,9 @@ class Blip(Writing, TowerNetwork):
         logits, out = self.text_decoder(ids, mask, context, cache, keep)
         return logits, out
 
+    def attended(self, states: Tensor, rows: Tensor | None = None) -> Context:
+        return self.text_decoder.bert.context(states, rows=rows)
+
     def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
 
@@ -186,7 +189,7 @@ class Blip(Writing, TowerNetwork):
     def _caption(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
         record = Record()
         image = self.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
-        seen = self.text_decoder.bert.context(image.states, rows=batch.get("image_index"))
+        seen = self.attended(image.states, batch.get("image_index"))
         record["logits"], out = self.follow(batch["text_ids"], batch["text_mask"], seen, keep=kinds_of(wanted, "decoder"))
         for tower, encoded in (("vision", image), ("decoder", out)):
             tap(record, tower, encoded, kinds_of(wanted, tower))

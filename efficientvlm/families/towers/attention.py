@@ -103,11 +103,18 @@ class Context:
 
 
 class Cache:
-    """Keys and values of the answer tokens decoded so far, layer by layer."""
+    """Keys and values of the tokens decoded so far, layer by layer."""
 
     def __init__(self) -> None:
         self.length = 0
         self.kv: dict[int, KeyValue] = {}
+        self.first = 0
+
+    def behind(self, layers: int) -> Cache:
+        """The same for a tower that goes on after `layers` layers of another one."""
+        view = Cache()
+        view.kv, view.length, view.first = self.kv, self.length, self.first + layers
+        return view
 
     def select(self, rows: Tensor) -> Cache:
         """A cache whose row i continues row `rows[i]` of this one."""
@@ -118,6 +125,7 @@ class Cache:
 
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         """Keys and values of all tokens, those of `new` last; they are kept."""
+        layer += self.first
         if layer in self.kv:
             old = self.kv[layer]
             new = (torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2))

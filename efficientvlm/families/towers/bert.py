@@ -77,14 +77,21 @@ class Bert(Named):
         """Token ids and mask [B, L] (1 = token) to states [B, L, W]."""
         return self(self.embeddings(ids), mask.bool()[:, None, None], context, keep=keep)
 
-    def follow(self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None, keep: frozenset[str] = NOTHING) -> Encoded:
+    def follow(
+        self, ids: Tensor, mask: Tensor | None, context: Context | None, cache: Cache | None, keep: frozenset[str] = NOTHING
+    ) -> Encoded:
         """Tokens [B, L] to states [B, L, W], each seeing those up to it; with a `cache`, `ids` are the tokens that follow those in it."""
-        offset, length = cache.length if cache else 0, ids.shape[1]
-        seen = causal(length, offset, ids.device)
-        out = self(self.embeddings(ids, offset), seen if mask is None else seen & mask.bool()[:, None, None], context, cache, keep)
+        offset = cache.length if cache else 0
+        out = self(self.embeddings(ids, offset), earlier(ids, mask, cache), context, cache, keep)
         if cache is not None:
-            cache.length += length
+            cache.length += ids.shape[1]
         return out
+
+
+def earlier(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """True where a token of `ids` [B, L] may attend to: itself and those before it, in `cache` too, as far as `mask` [B, L] has them."""
+    seen = causal(ids.shape[1], cache.length if cache else 0, ids.device)
+    return seen if mask is None else seen & mask.bool()[:, None, None]
 
 
 class LanguageHead(Named):

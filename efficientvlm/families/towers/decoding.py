@@ -14,7 +14,7 @@ from efficientvlm.families.towers.parts import NOTHING, Encoded, tap
 
 
 class Writing:
-    """What networks with a decoder have in common, which :class:`families.network.Generates` describes."""
+    """What networks that write have in common, which :class:`families.network.Writes` describes."""
 
     def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import GatePoint, Unit
 from efficientvlm.families.network import Graph, require
+from efficientvlm.families.towers.attention import Context
 from efficientvlm.families.towers.layers import Layer
 from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, normalise
 from efficientvlm.families.towers.swin import Swin
@@ -66,6 +67,13 @@ class TowerNetwork(PreTrainedModel):
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.encode_image(pixels).states
         return states, self.image_feature(states)
+
+    def attended(self, states: Tensor, rows: Tensor | None = None) -> Context:
+        """What captions attend to of images whose states are [I, T, W]; `rows` [C] names the image of each, in order by default."""
+        raise NotImplementedError
+
+    def look(self, pixels: Tensor) -> Context:
+        return self.attended(self.encode_image(pixels).states)
 
     def graphs(self) -> list[Graph]:
         """The few graphs that the network's task needs, in the order in which they run.

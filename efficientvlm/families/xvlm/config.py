@@ -19,6 +19,7 @@ from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
+CAPTION_HEAD = "lm"
 
 SIZES: dict[str, dict[str, Any]] = SMALLER | {
     "tiny": SMALLER["tiny"] | {"fusion_layers": 2, "local_attention_depth": 2},
@@ -32,7 +33,8 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     CLIP normalises what enters its first layer and has quick-GELU; other vision transformers do without the one (`vision_pre_norm`) or have
     the exact GELU (`vision_activation`). With `vision_depths`, the layers of each stage, the tower is a Swin as in the public files: width,
     heads and neurons are those of its last stage then, and a stage has half of what the next one has. Contrast, matching and boxes read the
-    first token of a text or, with `text_pooling` mean, the mean of its tokens, as sentence encoders are trained.
+    first token of a text or, with `text_pooling` mean, the mean of its tokens, as sentence encoders are trained. With the head
+    `lm`, which stands alone, text and fusion layers are one causal decoder that describes images.
     """
 
     model_type = "xvlm"
@@ -106,6 +108,8 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     def abilities(self) -> frozenset[str]:
         if self.decoder_layers:
             return frozenset({"answer"})
+        if CAPTION_HEAD in self.heads:
+            return frozenset({"caption"})
         by_head = {"itc": "embed", "itm": "match"}
         return frozenset({by_head[head] for head in self.heads if head in by_head} | ({"pretrain"} if self.heads else set()))
 
@@ -117,6 +121,9 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
         if layers["decoder"]:
             flows += [Flow("text.tokens", "fusion.tokens"), Flow("vision.patches", "fusion.tokens", crossing)]
             return [*flows, Flow("fusion.tokens", "decoder", groups_of(layers, CROSS_HEAD, "decoder")), Flow("decoder", "answer")]
+        if CAPTION_HEAD in self.heads:
+            into = [Flow("text.tokens", "fusion.tokens"), Flow("vision.patches", "fusion.tokens", crossing)]
+            return [*flows, *into, Flow("fusion.tokens", "caption")]
         pools = self.text_pooling == "cls"
         if "itc" in self.heads:
             first = None if self.vision_depths else groups_of(layers, HEAD, "vision")  # of a Swin it is the mean of the patches
@@ -175,7 +182,7 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
         **dict.fromkeys(("image_mean", "image_std"), Colours),
         **dict.fromkeys(("image_size", "patch_size"), Pixels),
-        "heads": list[Literal["itc", "itm", "mlm", "box"]],
+        "heads": list[Literal["itc", "itm", "mlm", "box", "lm"]],
         "vision_pre_norm": bool,
         "vision_depths": Annotated[list[Annotated[Pixels, Field(strict=True)]], Field(min_length=2, max_length=8)] | None,
         "vision_window": Annotated[Pixels, Field(strict=True)],
@@ -190,6 +197,10 @@ def _settings_schema() -> type[Strict]:
 
 def check_sizes(config: XVLMConfig) -> XVLMConfig:
     """`config` if its sizes fit together; :class:`BadInput` says which do not."""
+    if CAPTION_HEAD in config.heads and (len(config.heads) > 1 or config.decoder_layers or not config.fusion_layers):
+        others = [*(head for head in config.heads if head != CAPTION_HEAD), *(["a decoder"] if config.decoder_layers else [])]
+        why = "a network that describes images does nothing else" if others else "without fusion layers it does not see them"
+        raise BadInput(f"heads is {list(config.heads)}{' beside a decoder' * bool(config.decoder_layers)}", why, "use heads=[lm] alone")
     for tower in ("vision", "text"):
         width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
         if heads < 1 or width % heads:

@@ -1,4 +1,4 @@
-"""How an X-VLM gains an ability: an answer decoder, or only the heads of retrieval."""
+"""How an X-VLM gains an ability: an answer decoder, only the heads of retrieval, or the language head of captions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
+from efficientvlm.families.xvlm.config import CAPTION_HEAD
 
 RETRIEVAL = {"itc", "itm"}
 
@@ -51,6 +52,27 @@ def matching(model: Any) -> Any:
     new = type(model)(model.config.copy(heads=[head for head in heads if head in RETRIEVAL]))
     old = model.state_dict()
     new.load_state_dict({name: old[name] for name in new.state_dict()})
+    return new
+
+
+def captioning(model: Any) -> Any:
+    """`model` as a causal decoder of captions: text and fusion layers as they are, the head of masked tokens as its language head, without
+    the heads of other tasks (X-VLM, captioning); nothing is new.
+
+    Raises:
+        BadInput: it has no head of masked tokens, or no fusion layers.
+    """
+    heads = model.config.heads
+    if CAPTION_HEAD in heads:
+        return model
+    if not model.config.fusion_layers:
+        raise refusal(model.config, "caption", why="without fusion layers it does not see them", fix="shrink to at least one")
+    if "mlm" not in heads:
+        why = "it answers questions" if model.config.decoder_layers else "it has no MLM head, which says the words of captions"
+        raise refusal(model.config, "caption", why=why, fix="start from a pre-trained one, before it is tuned for another task")
+    new = type(model)(model.config.copy(heads=[CAPTION_HEAD]))
+    old = model.state_dict()
+    new.load_state_dict({name: old[f"m{name}" if name.startswith("lm_head.") else name] for name in new.state_dict()})
     return new
 
 

@@ -11,18 +11,18 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.graphs import vqa_graphs
+from efficientvlm.families.graphs import caption_graphs, vqa_graphs
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import Cache, Context
-from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
+from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead, earlier
 from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, blank_batch
 from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Activation, Encoded, activation, tap
 from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, grids
 from efficientvlm.families.towers.vit import Vit
-from efficientvlm.families.xvlm.config import TOWERS, XVLMConfig
-from efficientvlm.families.xvlm.heads import answering, matching
+from efficientvlm.families.xvlm.config import CAPTION_HEAD, TOWERS, XVLMConfig
+from efficientvlm.families.xvlm.heads import answering, captioning, matching
 
 Kept = dict[str, list[int]]
 
@@ -98,6 +98,8 @@ class XVLMModel(Writing, TowerNetwork):
             self.box_head = mlp_head(config.text_width, 4)
         if "mlm" in config.heads:
             self.mlm_head = _says(config)
+        if CAPTION_HEAD in config.heads:
+            self.lm_head = _says(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,8 +129,28 @@ class XVLMModel(Writing, TowerNetwork):
     def follow(
         self, ids: Tensor, mask: Tensor | None, context: Context, cache: Cache | None = None, keep: frozenset[str] = NOTHING
     ) -> tuple[Tensor, Encoded]:
+        if CAPTION_HEAD in self.config.heads:
+            logits, _, out = self.write(ids, mask, context, cache)
+            return logits, out
         out = self.decoder.follow(ids, mask, context, cache, keep)
         return self.decoder_head(out.states, self.decoder.embeddings), out
+
+    def attended(self, states: Tensor, rows: Tensor | None = None) -> Context:
+        return self.fusion.context(states, rows=rows)
+
+    def write(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        context: Context,
+        cache: Cache | None = None,
+        keep: tuple[frozenset[str], frozenset[str]] = (NOTHING, NOTHING),
+    ) -> tuple[Tensor, Encoded, Encoded]:
+        """Tokens [B, L] through text and fusion layers as one causal decoder: next-token logits [B, L, V], and what both kept."""
+        seen = earlier(ids, mask, cache)
+        text = self.text.follow(ids, mask, None, cache, keep[0])
+        fused = self.fusion(text.states, seen, context, cache and cache.behind(len(self.text.layers)), keep[1])
+        return self.lm_head(fused.states, self.text.embeddings), text, fused
 
     def image_feature(self, states: Tensor) -> Tensor:
         """Image states [B, T, W] to unit vectors [B, E]."""
@@ -155,8 +177,11 @@ class XVLMModel(Writing, TowerNetwork):
         """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V].
 
         A network whose only heads are those of retrieval adds the matching `logits` [Q, 2] of each question with its image, and the unit
-        vectors `image_feature` [I, E] and `text_feature` [Q, E].
+        vectors `image_feature` [I, E] and `text_feature` [Q, E]. One that describes images reads captions instead, and gives the
+        next-token `logits` [C, L, V] of these.
         """
+        if CAPTION_HEAD in self.config.heads:
+            return self._captions(batch, check_taps(self, want))
         record, context = self.encode(batch, want)
         if "answer_ids" in batch:
             self.answer(batch, context, check_taps(self, want), record)
@@ -180,6 +205,16 @@ class XVLMModel(Writing, TowerNetwork):
         answers = self.decoder.context(fused.states, batch["question_mask"]) if self.config.decoder_layers else Context([])
         return record, answers
 
+    def _captions(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        record = Record()
+        image = self.encode_image(batch["pixels"], keep=kinds_of(wanted, "vision"))
+        seen = self.attended(image.states, batch.get("image_index"))
+        keep = kinds_of(wanted, "text"), kinds_of(wanted, "fusion")
+        record["logits"], text, fused = self.write(batch["text_ids"], batch["text_mask"], seen, keep=keep)
+        for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
+            tap(record, tower, out, kinds_of(wanted, tower))
+        return record
+
     def _texts(self, batch: dict[str, Any], keep: frozenset[str]) -> Encoded:
         """The questions through the text tower, one that is asked of several images only once where no dropout sets them apart."""
         ids, mask = batch["question_ids"], batch["question_mask"]
@@ -198,18 +233,23 @@ class XVLMModel(Writing, TowerNetwork):
         return logits
 
     def gain(self, ability: str, donor: XVLMModel | None = None, decoder_init: str = "auto") -> tuple[XVLMModel, list[str]]:
-        """As the base says: to `answer`, an answer decoder is added; to `match`, the heads of other tasks are taken away."""
+        """As the base says: to `answer`, an answer decoder is added; to `match`, the heads of other tasks are taken away; so to
+        `caption`, and the head of masked tokens says the next one."""
         if ability == "answer":
             return answering(self, donor, decoder_init)
         if ability == "match":
             return matching(self), []
+        if ability == "caption":
+            return captioning(self), []
         return super().gain(ability, donor, decoder_init)
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        answers = bool(self.config.decoder_layers)
-        return blank_batch(self.config.image_size, batch_size, text_length, device, texts="question", answers=answers)
+        answers, texts = bool(self.config.decoder_layers), "text" if CAPTION_HEAD in self.config.heads else "question"
+        return blank_batch(self.config.image_size, batch_size, text_length, device, texts=texts, answers=answers)
 
     def graphs(self) -> list[Graph]:
+        if CAPTION_HEAD in self.config.heads:
+            return caption_graphs(self)
         if not self.config.decoder_layers:
             why = "it has no answer decoder, and nothing else of an X-VLM is exported"
             raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
