@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
+from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.sparsity import Scope
+from efficientvlm.families.towers.decoding import Rules, beam, continued, stepping
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.families.xvlm.published import read_published
+from efficientvlm.objectives.efficientvlm import released_rows
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "xvlm_caption_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
@@ -85,8 +89,6 @@ def gates() -> dict[str, Tensor]:
 
 def structure(model: Any, gates: dict[str, Tensor]) -> tuple[Scope, Tensor]:
     """Every unit of `model`, and its published 0/1 gate; rows of cross heads alternate self- and cross-attention."""
-    from efficientvlm.compression.anatomy import Anatomy
-
     scope = Scope.of(Anatomy.of(model), 0.0)
     rows = {}
     for layer in range(6):
@@ -101,15 +103,8 @@ def structure(model: Any, gates: dict[str, Tensor]) -> tuple[Scope, Tensor]:
     return scope, torch.stack([rows[unit.group][unit.index] for unit in scope.units])
 
 
-def test_constants_of_the_published_setting():
-    published = json.loads((FOLDER / "config.json").read_text())["published_generation"]
-    assert published["num_beams"] == 3 and published["prompt"] == "a picture of "
-
-
 @pytest.mark.parametrize("form", ["open", "corrected", "published"])
 def test_logits_under_gates(read, batch, gates, form):
-    from efficientvlm.objectives.efficientvlm import released_rows
-
     model = read("kd_student")
     scope, values = structure(model, gates)
     reads = {"open": torch.ones_like(values), "corrected": values, "published": values[released_rows(scope)]}[form]
@@ -117,3 +112,85 @@ def test_logits_under_gates(read, batch, gates, form):
     with torch.no_grad(), attach(model, scope.units) as hooks:
         hooks.set(reads)
         agree(model.run(batch)["logits"], theirs)
+
+
+def written(
+    net: Any, pixels: Tensor, beams: int, least: int, most: int, *, cached: bool = True, repetition: float = 1.0, **rule: Any
+) -> Any:
+    """Captions [B, K, L], the prompt in front, padded with 0, and their scores; `least` and `most` count the prompt. 0 beams: greedy."""
+    ids = torch.tensor(json.loads((FOLDER / "config.json").read_text())["prompt_ids"]).expand(len(pixels), -1)
+    rules = Rules(end=2, filler=0, most=most - ids.shape[1], least=max(0, least - ids.shape[1]), repetition=repetition)
+    with torch.no_grad():
+        step = stepping(net, net.look(pixels)) if cached else uncached(net, pixels)
+        if beams:
+            found = beam(step, ids, rules, beams, **rule)
+            return torch.cat([ids[:, None].expand(-1, beams, -1), found.ids], -1), found.scores
+        return torch.cat([ids, continued(step, ids, rules)], 1), None
+
+
+def uncached(net: Any, pixels: Tensor) -> Any:
+    """Steps that compute every token anew."""
+    before = torch.empty(len(pixels), 0, dtype=torch.long)
+    rows = torch.arange(len(pixels))
+
+    def step(ids: Tensor, goes_on: Tensor | None) -> Tensor:
+        nonlocal before, rows
+        if goes_on is not None:
+            before, rows = before[goes_on], rows[goes_on]
+        before = torch.cat([before, ids], 1)
+        return net.run({"pixels": pixels[rows], "text_ids": before, "text_mask": torch.ones_like(before)})["logits"]
+
+    return step
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    width = max(ours.shape[-1], theirs.shape[-1])
+    assert torch.equal(*(F.pad(ids, (0, width - ids.shape[-1])) for ids in (ours, theirs)))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("beams, least, most", [(3, 5, 20), (3, 9, 12), (5, 5, 20), (2, 5, 7)])
+def test_beam_search(net, batch, expected, beams, least, most, cached):
+    name = f"beam{beams}.min{least}.max{most}"
+    ids, scores = written(net, batch["pixels"], beams, least, most, cached=cached)
+    same(ids[:, 0], expected[name])
+    if f"{name}.sequence_score" in expected:
+        agree(scores[:, 0], expected[f"{name}.sequence_score"])
+    if f"{name}.all_beams" in expected:
+        same(ids.flatten(0, 1), expected[f"{name}.all_beams"])
+        agree(scores.flatten(), expected[f"{name}.all_beams_sequence_score"])
+    newer = f"{name}.generated_length_norm"
+    if newer in expected:
+        ids, scores = written(net, batch["pixels"], beams, least, most, cached=cached, length_rule="generated")
+        same(ids[:, 0], expected[newer])
+        agree(scores[:, 0], expected[f"{newer}.sequence_score"])
+        assert not torch.equal(expected[newer], expected[name])
+
+
+def test_beam_search_with_a_penalty_on_repetition(net, batch, expected):
+    same(written(net, batch["pixels"], 3, 5, 20, repetition=1.3)[0][:, 0], expected["beam3.min5.max20.rep1.3"])
+
+
+@pytest.mark.parametrize("least, most", [(5, 20), (9, 20)])
+def test_greedy_decoding(net, batch, expected, least, most):
+    same(written(net, batch["pixels"], 0, least, most)[0], expected[f"hf_greedy.min{least}.max{most}"])
+
+
+@pytest.mark.parametrize("most", [10, 20])
+def test_the_published_greedy_loop_ends_every_text(net, batch, expected, most):
+    """It ignores the least length, and its last slot is the end token where a text has not ended."""
+    ids = F.pad(written(net, batch["pixels"], 0, 0, most - 1)[0], (0, 1))
+    ids = F.pad(ids, (0, most - ids.shape[1]))
+    unfinished = ~(ids == 2).any(1)
+    ids[unfinished, -1] = 2
+    same(ids, expected[f"greedy.max{most}"])
+
+
+@pytest.mark.parametrize("form", ["open", "corrected", "published"])
+def test_beam_search_under_gates(read, batch, gates, form):
+    model = read("kd_student")
+    scope, values = structure(model, gates)
+    reads = {"open": torch.ones_like(values), "corrected": values, "published": values[released_rows(scope)]}[form]
+    with attach(model, scope.units) as hooks:
+        hooks.set(reads)
+        same(written(model, batch["pixels"], 3, 5, 20)[0][:, 0], gates[f"{form}.beam3.min5.max20"])

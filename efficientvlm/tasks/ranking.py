@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
 from efficientvlm.families.network import Generates
-from efficientvlm.families.towers.decoding import greedy
+from efficientvlm.families.towers.decoding import Rules, continued, stepping
 from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
 
@@ -103,9 +103,9 @@ def generate(model: Generates, batch: dict[str, Any], *, cls_id: int, sep_id: in
 
 
 def _generate(model: Generates, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
-    (_, context), cache = model.encode(batch), model.new_cache()
+    _, context = model.encode(batch)
     start = batch["question_ids"].new_full((len(batch["question_ids"]), 1), cls_id)
-    return greedy(lambda last: model.decode(context, last, None, None, cache), start, sep_id, sep_id, max_tokens)
+    return continued(stepping(model, context), start, Rules(sep_id, sep_id, max_tokens))
 
 
 def soft_accuracy(guess: str, given: Sequence[tuple[str, float]], annotators: int) -> float:

@@ -18,7 +18,7 @@ from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfi
 from efficientvlm.families.blip.names import PREDICTIONS
 from efficientvlm.families.blip.network import Blip, starting
 from efficientvlm.families.towers.attention import Context
-from efficientvlm.families.towers.decoding import greedy
+from efficientvlm.families.towers.decoding import Rules, continued, stepping
 from efficientvlm.families.towers.network import asked
 
 
@@ -55,8 +55,7 @@ class StockInterface(Blip):
 
     def _written(self, ids: Tensor, context: Context, max_length: int, max_new_tokens: int | None) -> Tensor:
         text, most = self.config.text_config, max_length - ids.shape[1] if max_new_tokens is None else max_new_tokens
-        cache = self.new_cache()
-        written = greedy(lambda last: self.text_decoder(last, None, context, cache)[0], ids, text.sep_token_id, text.pad_token_id, most)
+        written = continued(stepping(self, context), ids, Rules(text.sep_token_id, text.pad_token_id, most))
         return torch.cat([ids, written], 1)
 
 
