@@ -12,12 +12,12 @@ from efficientvlm import families
 from efficientvlm.checkpoints import files
 from efficientvlm.checkpoints import folder as checkpoint
 from efficientvlm.checkpoints.manifest import Manifest
-from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.preprocessing import FILE, Preprocessing
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families import loading
-from efficientvlm.families.image_settings import preprocessing_of
+from efficientvlm.families.image_settings import default_settings, preprocessing_of
 from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.families.onnx.family import Exported
 from efficientvlm.families.structure import Described, Sizes
@@ -59,6 +59,29 @@ class Loaded:
     def abilities(self) -> frozenset[str]:
         """What it can do as it is; see `families.network.ABILITIES`."""
         return self.config.abilities()
+
+
+@dataclass
+class Resized(Loaded):
+    """A checkpoint whose network was made for images of another size, which are squeezed to a square of it."""
+
+    @property
+    def image_processor(self) -> dict[str, Any] | None:
+        return default_settings(self.sizes)
+
+
+def resized(loaded: Loaded, image_size: int | None) -> Loaded:
+    """`loaded` for images of `image_size` pixels on a side; None: as it is.
+
+    Raises:
+        BadInput: its family does not say how, or its images are not squeezed to a square.
+    """
+    if image_size in (None, loaded.sizes.image_size):
+        return loaded
+    if loaded.preprocessing != Preprocessing.squash(loaded.sizes.image_size):
+        why = f"{FILE} in {loaded.path} resizes or crops them in a way of its own"
+        raise BadInput(f"image_size is {image_size}", why, "leave it out, or use a model whose images are squeezed to a square")
+    return Resized(loaded.path, loaded.family, loaded.model.resized(image_size), loaded.tokenizer, loaded.manifest)
 
 
 def load(spec: str, *, weights: bool = True, exported: bool = False) -> Loaded:

@@ -81,6 +81,9 @@ class Network(Askable, Protocol):
     @property
     def config(self) -> Structure: ...
 
+    def resized(self, image_size: int) -> Self:
+        """This network for images of `image_size` pixels on a side; :class:`BadInput` where that cannot be."""
+
     def units(self) -> list[Unit]:
         """Every removable unit that is present, ordered by tower, layer, kind, index."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from efficientvlm.settings.base import Aside, Count, DataName, Device, Precision, Seed, Size, Strict
+from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict
 
 
 class Train(Strict):
@@ -92,6 +92,9 @@ class Learning(OnTask, Stage, Data, Train):
     """A stage that trains."""
 
     model: str
+    image_size: Pixels | None = Field(
+        None, ge=8, description="side of the images from now on, tables of positions are resized; by default as the model reads them"
+    )
     max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
 
     @property

@@ -17,7 +17,7 @@ from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import Loaded, keep_length, load, texts_of
+from efficientvlm.loaded import Loaded, keep_length, load, resized, texts_of
 from efficientvlm.objectives.methods import METHODS, Method
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.runtime import ranks
@@ -61,7 +61,7 @@ def prepare(config: settings.Learning, workspace: Workspace) -> Learning:
         BadInput: checkpoints or data that cannot be used together.
     """
     task, spec = learnt_by(config), teacher_of(config)
-    student = workspace.checkpoint(config.model)
+    student = resized(workspace.checkpoint(config.model), config.image_size)
     teacher = workspace.checkpoint(spec) if spec else None
     workspace.check(problems(config, task, student, teacher))
     sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
@@ -94,7 +94,7 @@ class Learning(Job):
         torch.manual_seed(self.config.seed)
         spec = teacher_of(self.config)
         with telling(f"loading {self.config.model}{f' and {spec}' if spec else ''}", quiet=quiet):
-            student, teacher = load(self.config.model), load(spec) if spec else None
+            student, teacher = resized(load(self.config.model), self.config.image_size), load(spec) if spec else None
             student.model, new = self.task.adapt(self.config, student, teacher)
         keep_length(student, self.config.max_tokens)
         return replace(self, student=student, teacher=teacher, new=new)

@@ -45,6 +45,13 @@ class TowerNetwork(PreTrainedModel):
         require(self, ability)
         return self, []
 
+    def resized(self, image_size: int) -> Any:
+        """As :meth:`families.network.Network.resized`; what is published of other families says nothing of other sizes."""
+        if image_size == self.config.sizes().image_size:
+            return self
+        why = f"a network of type {self.config.model_type} keeps the size that it was made for"
+        raise BadInput(f"image_size is {image_size}", why, f"leave it out, or use {self.config.sizes().image_size}")
+
     @property
     def images(self) -> Vit | Swin:
         """The tower of images."""

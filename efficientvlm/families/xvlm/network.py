@@ -23,6 +23,7 @@ from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, 
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, TOWERS, XVLMConfig
 from efficientvlm.families.xvlm.heads import answering, captioning, matching
+from efficientvlm.families.xvlm.resize import resized
 
 Kept = dict[str, list[int]]
 
@@ -242,6 +243,10 @@ class XVLMModel(Writing, TowerNetwork):
         if ability == "caption":
             return captioning(self), []
         return super().gain(ability, donor, decoder_init)
+
+    def resized(self, image_size: int) -> XVLMModel:
+        model: XVLMModel = resized(self, image_size)
+        return model
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         answers, texts = bool(self.config.decoder_layers), "text" if CAPTION_HEAD in self.config.heads else "question"

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.towers.parts import resize_positions
-from efficientvlm.families.towers.swin import resize_bias_table
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm.config import XVLMConfig, checked_settings
 from efficientvlm.families.xvlm.names import first_fusion_layer, published_name, swin_depths
 from efficientvlm.families.xvlm.network import XVLMModel
+from efficientvlm.families.xvlm.resize import tables_at
 from efficientvlm.families.xvlm.shapes import FIX, config_of
 from efficientvlm.settings.layouts import LAYOUTS
 
@@ -84,7 +83,7 @@ def _read(path: Path, layout: str, given: Mapping[str, Any], *, values: bool) ->
     native, config, report.assumed = config_of(path, state, swin_depths(tensors), given)
     _require_complete(path, state, native)
     if config.image_size != native.image_size:
-        state |= _resized(state, config)
+        state |= tables_at(state, config)
     report.mapped = len(state)
     return config, state, report
 
@@ -169,14 +168,6 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
             f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor", "give a model that ties them"
         )
     return "second copy of a tied tensor, found equal"
-
-
-def _resized(state: Mapping[str, Tensor], config: XVLMConfig) -> dict[str, Tensor]:
-    """The tables of positions for the image size of `config`."""
-    if config.vision_depths:
-        tables = {name: table for name, table in state.items() if name.endswith(".bias_table")}
-        return {name: resize_bias_table(table, 2 * config.vision_window - 1) for name, table in tables.items()}
-    return {"vision.position_embedding": resize_positions(state["vision.position_embedding"], config.image_size // config.patch_size)}
 
 
 def _require_complete(path: Path, state: Mapping[str, Tensor], config: XVLMConfig) -> None:

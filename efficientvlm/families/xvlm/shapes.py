@@ -13,11 +13,10 @@ from torch import Tensor
 from efficientvlm.errors import BadInput
 from efficientvlm.families.weights import AGAIN
 from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes
+from efficientvlm.families.xvlm.resize import config_at
 from efficientvlm.settings.layouts import LAYOUTS
 
 HEAD_WIDTH = 64
-LEAST_WINDOW = 3
-"""Tokens on a side of the smallest windows whose bias tables can be resized: a spline needs four offsets."""
 FIX = f"give a published X-VLM or EfficientVLM file: {', '.join(sorted({layout.name for layout in LAYOUTS}))}"
 HEADS = {"itc": ("vision_proj.", "text_proj.", "temp"), "itm": ("itm_head.",), "mlm": ("mlm_head.",), "box": ("box_head.",)}
 
@@ -75,13 +74,8 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
             why = f"{width} columns are no multiple of {HEAD_WIDTH}, and the file does not say how many heads share them"
             raise BadInput(f"{path}: how many {tower} heads?", why, f"give --set settings.{name}=N")
     native = XVLMConfig(**{**guesses, **known, **given, "image_size": known["image_size"]})
-    wanted = {name: given[name] for name in ("image_size",) if name in given}
-    if wanted and depths:
-        wanted["vision_window"] = max(1, wanted["image_size"] // native.stride)
-        if min(native.vision_window, wanted["vision_window"]) < LEAST_WINDOW and wanted["image_size"] != native.image_size:
-            why = f"its windows would have {wanted['vision_window']} tokens on a side instead of {native.vision_window}"
-            raise BadInput(f"image_size is {wanted['image_size']}", why, f"{LEAST_WINDOW * native.stride} pixels or more can be resized to")
-    return Described(check_sizes(native), check_sizes(native.copy(**wanted)), assumed)
+    check_sizes(native)
+    return Described(native, config_at(native, given.get("image_size", native.image_size)), assumed)
 
 
 def _vit_of(path: Path, shape: Callable[..., torch.Size]) -> dict[str, Any]:
