@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from efficientvlm.families.xvlm.family import XVLM
 from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.families.xvlm.start import from_towers
 from efficientvlm.loaded import load
+from efficientvlm.settings import layouts
 from efficientvlm.settings.stages import ImportConfig, InitConfig
 from efficientvlm.stages import import_, init
 from efficientvlm.stages.import_folder import licence_of
@@ -120,7 +121,11 @@ def published(
         norm(f"{layer}.layer_norm2")
         linear(f"{layer}.mlp.fc1", NEURONS, WIDTH)
         linear(f"{layer}.mlp.fc2", WIDTH, NEURONS)
-    bert("text_encoder.bert" if layout == "pretrain" else "text_encoder", text + fusion, text)
+    if layout == "captioning":
+        bert("text_decoder.bert", text + fusion, text)
+        language_head("text_decoder.cls", "text_decoder.bert")
+    else:
+        bert("text_encoder.bert" if layout == "pretrain" else "text_encoder", text + fusion, text)
     if layout == "pretrain":
         language_head("text_encoder.cls", "text_encoder.bert")
     if layout in ("pretrain", "grounding"):
@@ -146,7 +151,17 @@ def safe(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layout", ["pretrain", "retrieval", "vqa", "grounding"])
+LAYOUTS = {
+    "pretrain": ["itc", "itm", "mlm", "box"],
+    "retrieval": ["itc", "itm"],
+    "vqa": [],
+    "grounding": ["box"],
+    "captioning": ["lm"],
+}
+"""Layout → heads of the network in it."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_entry_is_mapped_or_ignored_for_a_reason(tmp_path, layout):
     state = published(layout)
     config, ours, report = read_published(safe(tmp_path / "x.safetensors", state))
@@ -160,8 +175,19 @@ def test_every_entry_is_mapped_or_ignored_for_a_reason(tmp_path, layout):
     assert sorted(t.sum().item() for t in ours.values()) == sorted(t.sum().item() for n, t in state.items() if n not in ignored)
     assert report.assumed == {"vision_heads": 1, "text_heads": 1, "local_attention_depth": 1}
     assert config.layers() == {"vision": 3, "text": 2, "fusion": 1, "decoder": 1 if layout == "vqa" else 0}
-    heads = {"pretrain": ["itc", "itm", "mlm", "box"], "retrieval": ["itc", "itm"], "vqa": [], "grounding": ["box"]}[layout]
-    assert (config.heads, config.image_size, config.patch_size, config.vocab_size) == (heads, 16, 8, VOCAB)
+    assert (config.heads, config.image_size, config.patch_size, config.vocab_size) == (LAYOUTS[layout], 16, 8, VOCAB)
+
+
+def test_a_captioning_file_is_a_pretrained_one_by_other_names(tmp_path):
+    state = published("pretrain")
+    config, ours, _ = read_published(safe(tmp_path / "x.safetensors", state))
+    model = XVLM().build(config)
+    model.load_state_dict(ours)
+    tuned, _ = model.gain("caption")
+    stack = {n.replace("text_encoder.", "text_decoder."): t for n, t in state.items() if n.startswith(("vision_encoder.", "text_encoder."))}
+    config, ours, report = read_published(safe(tmp_path / "y.safetensors", stack))
+    assert report.layout == "captioning" and config.heads == tuned.config.heads and config.abilities() == {"caption"}
+    assert ours.keys() == tuned.state_dict().keys() and all(torch.equal(ours[name], t) for name, t in tuned.state_dict().items())
 
 
 def test_places_of_the_tensors(tmp_path):
@@ -277,6 +303,8 @@ def test_files_that_cannot_be_imported(tmp_path, spoil, message):
 
 
 def test_other_layouts(tmp_path):
+    names = [layout.name for layout in layouts.LAYOUTS]
+    assert {"auto", *names} == set(get_args(ImportConfig.model_fields["layout"].annotation)) and set(names) == set(LAYOUTS)
     with pytest.raises(BadInput, match="its names are those of retrieval"):
         read_published(safe(tmp_path / "r.safetensors", published("retrieval")), "vqa")
     assert read_published(tmp_path / "r.safetensors", "retrieval")[2].layout == "retrieval"

@@ -117,6 +117,7 @@ FULL = {
     "": ("pretrain", 224, ["itc", "itm", "mlm", "box"]),
     "retrieval_384": ("retrieval", 384, ["itc", "itm"]),
     "grounding_box_384": ("grounding", 384, ["box"]),
+    "captioning_384": ("captioning", 384, ["lm"]),
     "vqa_480": ("vqa", 480, []),
 }
 

@@ -1,4 +1,4 @@
-"""The layouts of published X-VLM and EfficientVLM files: how each is recognised, and what it was made for."""
+"""The layouts of published X-VLM and EfficientVLM files: how each is recognised."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """`begins`: what names of its entries begin with, each of which is there. `use`: what a network of it was trained for."""
+    """`begins`: what names of its entries begin with, each of which is there. `stack`: where it has its text and fusion layers."""
 
     name: str
     begins: tuple[str, ...]
-    use: str
+    stack: str = "text_encoder"
 
 
 LAYOUTS = (
-    Layout("vqa", ("text_encoder.", "text_decoder."), "questions about an image"),
-    Layout("pretrain", ("text_encoder.cls.",), "any task, after training for it"),
-    Layout("retrieval", ("text_encoder.", "vision_proj."), "finding images and texts that belong together"),
-    Layout("retrieval", ("text_encoder.", "itm_head."), "matching of images with texts"),
-    Layout("grounding", ("text_encoder.", "bbox_head."), "the box of what a text names"),
+    Layout("vqa", ("text_encoder.", "text_decoder.")),
+    Layout("captioning", ("text_decoder.",), "text_decoder"),
+    Layout("pretrain", ("text_encoder.cls.",)),
+    Layout("retrieval", ("text_encoder.", "vision_proj.")),
+    Layout("retrieval", ("text_encoder.", "itm_head.")),
+    Layout("grounding", ("text_encoder.", "bbox_head.")),
 )
 """The first whose beginnings are all there counts."""

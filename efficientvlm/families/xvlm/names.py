@@ -66,7 +66,7 @@ SWIN = {
 }
 STAGE = re.compile(r"(?:vision_encoder\.)?layers\.(\d{1,3})\.(?:blocks\.(\d{1,3})\.(.+)(\.weight|\.bias|_table)|downsample\.(.+))$")
 LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.(.+)\.(weight|bias)$")
-CROSS = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d{1,3})\.crossattention\.")
+CROSS = re.compile(r"(text_encoder|text_decoder)\.(?:bert\.)?encoder\.layer\.(\d{1,3})\.crossattention\.")
 
 
 def clip_name(name: str) -> str | None:
@@ -115,14 +115,15 @@ def stack_name(found: str, first_fusion: int) -> str:
     return f"mlm_head.{tail}" if part == "head" else f"text.{found}"
 
 
-def published_name(name: str, first_fusion: int, depths: Sequence[int] = ()) -> str | None:
-    """Our name of a tensor of a published X-VLM or EfficientVLM file (pre-training, retrieval, VQA); None for any other."""
+def published_name(name: str, first_fusion: int, depths: Sequence[int] = (), stack: str = "text_encoder") -> str | None:
+    """Our name of a tensor of a published X-VLM or EfficientVLM file, whose `stack` has the text and fusion layers; None for any other."""
     tower, _, rest = name.partition(".")
     if tower == "vision_encoder":
         found = swin_name(rest, depths) if depths else clip_name(rest)
         return f"vision.{found}" if found else None
-    if tower == "text_encoder":
-        return stack_name(found, first_fusion) if (found := bert_name(rest.removeprefix("bert."))) else None
+    if tower == stack:
+        ours = stack_name(found, first_fusion) if (found := bert_name(rest.removeprefix("bert."))) else None
+        return ours.replace("mlm_head.", "lm_head.") if ours and stack == "text_decoder" else ours  # it says the next token
     if tower == "text_decoder":
         found = bert_name(rest.removeprefix("bert."))
         return None if found is None else f"decoder_{found}" if found.startswith("head.") else f"decoder.{found}"
@@ -131,9 +132,9 @@ def published_name(name: str, first_fusion: int, depths: Sequence[int] = ()) -> 
     return f"box_head.{rest}" if tower == "bbox_head" else None
 
 
-def first_fusion_layer(names: Mapping[str, object]) -> int | None:
-    """Number of the first text layer with cross-attention in a published file."""
-    return min((int(found[1]) for found in map(CROSS.match, names) if found), default=None)
+def first_fusion_layer(names: Mapping[str, object], stack: str = "text_encoder") -> int | None:
+    """Number of the first layer with cross-attention in the `stack` of a published file."""
+    return min((int(found[2]) for found in map(CROSS.match, names) if found and found[1] == stack), default=None)
 
 
 def _in_layer(name: str, parts: Mapping[str, str]) -> str | None:

@@ -17,7 +17,7 @@ from efficientvlm.families.xvlm.names import first_fusion_layer, published_name,
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.families.xvlm.resize import tables_at
 from efficientvlm.families.xvlm.shapes import FIX, config_of
-from efficientvlm.settings.layouts import LAYOUTS
+from efficientvlm.settings.layouts import LAYOUTS, Layout
 
 MOST_STAGES = 8
 MADE_ANEW = ("position_ids", ".relative_position_index", ".attn_mask")
@@ -78,8 +78,9 @@ def read_published(
 def _read(path: Path, layout: str, given: Mapping[str, Any], *, values: bool) -> tuple[XVLMConfig, dict[str, Tensor], Report]:
     report = Report()
     tensors = _entries(path, report, values)
-    report.layout = _layout(path, tensors, layout)
-    state = _translate(path, tensors, report)
+    found = _layout(path, tensors, layout)
+    report.layout = found.name
+    state = _translate(path, tensors, found.stack, report)
     native, config, report.assumed = config_of(path, state, swin_depths(tensors), given)
     _require_complete(path, state, native)
     if config.image_size != native.image_size:
@@ -111,20 +112,20 @@ def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> str:
-    """What the layout of a file is called, by what the names of its entries begin with."""
+def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> Layout:
+    """The layout of a file, by what the names of its entries begin with."""
     first = sorted({name.partition(".")[0] for name in tensors})
-    found = next((it.name for it in LAYOUTS if all(any(name.startswith(begin) for name in tensors) for begin in it.begins)), None)
+    found = next((layout for layout in LAYOUTS if all(any(name.startswith(begin) for name in tensors) for begin in layout.begins)), None)
     if found is None or "vision_encoder" not in first:
         raise BadInput(f"{path} is no X-VLM file", f"its names begin with {', '.join(first[:8])}", FIX)
-    if wanted not in ("auto", found):
-        raise BadInput(f"{path} is not of the {wanted} layout", f"its names are those of {found}", "leave --layout out")
+    if wanted not in ("auto", found.name):
+        raise BadInput(f"{path} is not of the {wanted} layout", f"its names are those of {found.name}", "leave --layout out")
     return found
 
 
-def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dict[str, Tensor]:
+def _translate(path: Path, tensors: Mapping[str, Tensor], stack: str, report: Report) -> dict[str, Tensor]:
     """The state under our names; every entry is mapped, or ignored and reported."""
-    first_fusion = first_fusion_layer(tensors)
+    first_fusion = first_fusion_layer(tensors, stack)
     if first_fusion is None:
         raise BadInput(f"{path} is no X-VLM file", "none of its text layers has cross-attention", FIX)
     depths = swin_depths(tensors)
@@ -135,7 +136,7 @@ def _translate(path: Path, tensors: Mapping[str, Tensor], report: Report) -> dic
     for name, tensor in tensors.items():
         if reason := _reason(path, name, tensors):
             report.ignore(reason, name)
-        elif (ours := published_name(name, first_fusion, depths)) is None:
+        elif (ours := published_name(name, first_fusion, depths, stack)) is None:
             unknown.append(name)
         elif ours in state:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file")

@@ -12,13 +12,20 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.weights import AGAIN
-from efficientvlm.families.xvlm.config import PRETRAIN_HEADS, XVLMConfig, check_sizes
+from efficientvlm.families.xvlm.config import CAPTION_HEAD, XVLMConfig, check_sizes
 from efficientvlm.families.xvlm.resize import config_at
 from efficientvlm.settings.layouts import LAYOUTS
 
 HEAD_WIDTH = 64
 FIX = f"give a published X-VLM or EfficientVLM file: {', '.join(sorted({layout.name for layout in LAYOUTS}))}"
-HEADS = {"itc": ("vision_proj.", "text_proj.", "temp"), "itm": ("itm_head.",), "mlm": ("mlm_head.",), "box": ("box_head.",)}
+HEADS = {
+    "itc": ("vision_proj.", "text_proj.", "temp"),
+    "itm": ("itm_head.",),
+    "mlm": ("mlm_head.",),
+    "box": ("box_head.",),
+    CAPTION_HEAD: ("lm_head.",),
+}
+"""Head → what names of its tensors begin with."""
 
 
 class Described(NamedTuple):
@@ -55,7 +62,7 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
         "type_vocab_size": shape("text.embeddings.token_type.weight")[0],
         "text_width": text_width,
         "text_intermediate": shape("fusion.layers.0.ffn.fc1.weight")[0],
-        "heads": [head for head in PRETRAIN_HEADS if any(name.startswith(HEADS[head]) for name in state)],
+        "heads": [head for head, begins in HEADS.items() if any(name.startswith(begins) for name in state)],
         **{f"{tower}_layers": layers(tower) for tower in ("vision", "text", "fusion", "decoder")},
     }
     if "itc" in known["heads"]:
