@@ -44,6 +44,11 @@ def tiny_swin(**changes: Any) -> XVLMConfig:
     return tiny_xvlm(**sizes | changes)
 
 
+def tiny_pairs(**changes: Any) -> XVLMConfig:
+    """Two images at a time: fusion layers in pairs, whose keys and values are common."""
+    return tiny_xvlm(**{"fusion_images": 2, "fusion_layers": 4, "decoder_layers": 0, "heads": ["compare"]} | changes)
+
+
 VISION: dict[str, Any] = dict(
     hidden_size=16, intermediate_size=6, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8, initializer_factor=3.0
 )
@@ -76,6 +81,7 @@ CONFIGS: dict[str, Any] = {
     "xvlm": tiny_xvlm(),
     "xvlm-swin": tiny_swin(),
     "xvlm-caption": tiny_xvlm(decoder_layers=0, heads=["lm"]),
+    "xvlm-two-images": tiny_pairs(),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
     "blip-qa": tiny_blip(BlipAnswerConfig),

@@ -36,13 +36,16 @@ def batches(name):
     draw = torch.Generator().manual_seed(3)
     batch = network(config).example(2, 6)
     text = next(key for key in ("question_ids", "text_ids", "text") if key in batch)
-    image = "pixels" if "pixels" in batch else "image"
-    batch[image] = torch.randn(batch[image].shape, generator=draw)
+    pictures = {"left image": "pixels", "right image": "second_pixels"} if "second_pixels" in batch else {}
+    pictures = pictures or {"image": "pixels" if "pixels" in batch else "image"}
+    for image in pictures.values():
+        batch[image] = torch.randn(batch[image].shape, generator=draw)
     batch[text][:, :-1] = torch.randint(4, 10, batch[text][:, :-1].shape, generator=draw)
     other = torch.randint(4, 10, batch[text][:, 1:-1].shape, generator=draw)
     changed = batch[text].clone()
     changed[:, 1:-1] = other
-    return batch, {"image": {**batch, image: batch[image].flip(0)}, "text": {**batch, text: changed}}
+    others = {what: {**batch, image: batch[image].flip(0)} for what, image in pictures.items()}
+    return batch, {**others, "text": {**batch, text: changed}}
 
 
 def outputs(model, batch):
@@ -73,7 +76,7 @@ def seen(name, keep):
 def described(name, keep):
     """The same by the flows: the logits of a comparison depend on what either side sees."""
     anatomy = ANATOMIES[name]
-    alias = {"words": "text", "answer": "logits", "caption": "logits", "itm": "logits"}
+    alias = {"words": "text", "answer": "logits", "caption": "logits", "itm": "logits", "verdict": "logits"}
     pairs = {
         (alias.get(pair.input, pair.input), alias.get(pair.output, pair.output)) for pair in anatomy.reach.pairs(anatomy.standing(keep))
     }

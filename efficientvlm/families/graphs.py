@@ -1,4 +1,4 @@
-"""The graphs of decoders for export, whatever the family.
+"""Graphs for export, whatever the family: of decoders, and of networks that compare two images.
 
 A decoder goes on from keys and values of what it attends to, projected once and picked by row, and from those of its own earlier tokens, so
 that ranking many answers repeats neither. Written against :class:`attention.Context` and :class:`attention.Cache`, which every network's
@@ -24,6 +24,12 @@ QUESTION_SIZES = (
     {"images": 1, "questions": 1, "tokens": 1},
     {"images": 1, "questions": 4, "tokens": 3},
     {"images": 8, "questions": 8, "tokens": 7},
+)
+PAIR_SIZES = (
+    {"pairs": 2, "statements": 3, "tokens": 5},
+    {"pairs": 1, "statements": 1, "tokens": 1},
+    {"pairs": 1, "statements": 4, "tokens": 3},
+    {"pairs": 8, "statements": 8, "tokens": 7},
 )
 STEP_SIZES = (
     {"sequences": 7, "length": 2, "past": 4},
@@ -124,6 +130,32 @@ def vqa_graphs(model: Any) -> list[Graph]:
         Graph("question", Part(model, question), axes, outputs, QUESTION_SIZES, example),
         step_graph(model, "answer", context.kv, {0: "questions", 2: "tokens"}, "answer_ids"),
     ]
+
+
+def compare_graphs(model: Any) -> list[Graph]:
+    """`compare` of a model that reads two images and a text about them: `logits` [statements, 2] of false and true."""
+    sizes = model.config.sizes()
+
+    def example(axes: Axes) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        count, tokens, side = axes["statements"], axes["tokens"], sizes.image_size
+        return {
+            **{name: torch.randn(axes["pairs"], 3, side, side, generator=draw) for name in ("pixels", "second_pixels")},
+            "pair_index": torch.randint(axes["pairs"], (count,), generator=draw),
+            "text_ids": torch.randint(sizes.vocab_size, (count, tokens), generator=draw),
+            "text_mask": padded(count, tokens, draw),
+        }
+
+    def compare(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        return (model.run(dict(inputs))["logits"],)
+
+    axes = {
+        "pixels": {0: "pairs"},
+        "second_pixels": {0: "pairs"},
+        "pair_index": {0: "statements"},
+        **{name: {0: "statements", 1: "tokens"} for name in ("text_ids", "text_mask")},
+    }
+    return [Graph("compare", Part(model, compare), axes, ("logits",), PAIR_SIZES, example)]
 
 
 @torch.no_grad()

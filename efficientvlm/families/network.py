@@ -125,6 +125,14 @@ class Matches(Embeds, Protocol):
         """Matching logits [P, 2] (no, yes) of text states [P, L, W] with image states [I, T, W]; `rows` [P] names the image of each."""
 
 
+class Compares(Askable, Protocol):
+    """`compare`: whether a text about two images is true.
+
+    :meth:`run` takes a `data.kinds.statements.statement_batch` and records `logits` [S, 2] of false and true. `assign`, of which of two
+    images a text is, is learnt for its sake.
+    """
+
+
 class Writes(Askable, Protocol):
     """What writes a text, token by token."""
 
@@ -163,6 +171,8 @@ ABILITIES = {
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
     "caption": ("describe images", "an X-VLM or BLIP"),
+    "compare": ("compare two images with a text", "an X-VLM"),
+    "assign": ("say which of two images a text belongs to", "an X-VLM"),
     "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
 }
 """What a network may be able to do, and which families have networks that are."""

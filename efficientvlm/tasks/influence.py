@@ -22,6 +22,8 @@ from efficientvlm.training.loop import Batch
 
 SAMPLES = 32
 TEXT_LENGTH = 12
+PICTURES = {"pixels": "left image", "second_pixels": "right image"}
+"""What each is of a network that reads two; one alone is the image."""
 Influence = dict[str, Any]
 Run = Callable[[Batch], tuple[dict[str, Tensor], Sequence[str]]]
 
@@ -43,7 +45,9 @@ def of_anything(loaded: Loaded) -> Influence:
     model, sizes = loaded.model, loaded.sizes
     draw = torch.Generator().manual_seed(0)
     batch = model.example(SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
-    batch["pixels"] = torch.randint(0, 256, batch["pixels"].shape, dtype=torch.uint8, generator=draw)
+    pictures = {what: name for name, what in PICTURES.items() if name in batch}
+    for name in pictures.values():
+        batch[name] = torch.randint(0, 256, batch[name].shape, dtype=torch.uint8, generator=draw)
     ids = next(name for name in ("text_ids", "question_ids") if name in batch)
     first, last = batch[ids][:, :1], batch[ids][:, -1:]  # what a network looks for stays, and comes nowhere else
     special = {*loaded.tokenizer.all_special_ids, int(first[0]), int(last[0])}
@@ -63,7 +67,8 @@ def of_anything(loaded: Loaded) -> Influence:
             output = "logits" if "logits" in record else "states"
             return {output: record[output]}, []
 
-        found = measure(run, batch, {"image": ("pixels",), "text": text})
+        seen = {what if len(pictures) > 1 else "image": (name,) for what, name in pictures.items()}
+        found = measure(run, batch, {**seen, "text": text})
     return {"inputs_drawn_at_random": True, **found}
 
 

@@ -23,6 +23,7 @@ PORTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     },
     "embed": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
     "match": {"match": ((), ())},
+    "compare": {"compare": (("pixels", "second_pixels", "pair_index", *TEXT), ("logits",))},
 }
 """What the graphs of a model take and give at least, by what it can do."""
 MATCH = ("rows", *TEXT)
@@ -30,7 +31,7 @@ MATCH = ("rows", *TEXT)
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
 """Graphs whose layers keep keys and values as ports, and the tower those are of."""
 RANKS = {"states": 3, "logits": None, "image_features": 2, "text_features": 2}
-"""Dimensions of what the graphs give; `logits` have three from `answer` and two from `match`."""
+"""Dimensions of what the graphs give; `logits` have three from `answer`, and two from `match` and `compare`."""
 CACHED = re.compile(r"(past|present)_(key|value)_(\d{1,4})", re.ASCII)
 
 Length = Annotated[int, Field(ge=0, le=MOST)]
@@ -97,7 +98,7 @@ class Description(Strict):
             if missing:
                 raise ValueError(f"graph {name} has no {missing[0]}")
             for port in outputs:
-                wanted = RANKS[port] or 3
+                wanted = RANKS[port] or (2 if name == "compare" else 3)
                 if len(shape := graphs[name].outputs[port].shape) != wanted:
                     raise ValueError(f"graph {name} gives {port} as {shape}, where {wanted} dimensions are read")
         if "answer" in graphs:

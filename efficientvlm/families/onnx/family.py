@@ -8,7 +8,7 @@ from efficientvlm.checkpoints import manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.families.loading import read_json
 from efficientvlm.families.onnx.description import ONNX, Description
-from efficientvlm.families.onnx.network import ExportedModel
+from efficientvlm.families.onnx.network import PICTURES, ExportedModel
 from efficientvlm.families.onnx.sessions import check_ports, open_session
 from efficientvlm.settings.base import parse
 
@@ -25,10 +25,10 @@ class Exported:
         description = parse(Description, read_json(file), str(file))
         size = description.stored_sizes.image_size
         for name, graph in description.graphs.items():
-            pixels = graph.inputs.get("pixels")
-            if pixels and pixels.shape[1:] != [3, size, size]:
-                why = f"graph {name} takes pixels as {pixels.shape}, the images have {size} px"
-                raise BadInput(f"{file} cannot be used", why, "export it again")
+            for pixels in (graph.inputs[port] for port in PICTURES if port in graph.inputs):
+                if pixels.shape[1:] != [3, size, size]:
+                    why = f"graph {name} takes pixels as {pixels.shape}, the images have {size} px"
+                    raise BadInput(f"{file} cannot be used", why, "export it again")
         listed = manifest.read(path).files if (path / manifest.MANIFEST).is_file() else None
         if strangers := [graph.file for graph in description.graphs.values() if listed is not None and graph.file not in listed]:
             raise BadInput(f"{file} cannot be used", f"its {strangers[0]} is no file of this export", "export it again")

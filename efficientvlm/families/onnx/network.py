@@ -19,6 +19,7 @@ from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
 
 CPU = torch.device("cpu")
+PICTURES = ("pixels", "second_pixels")
 
 
 @dataclass
@@ -114,7 +115,7 @@ class ExportedModel:
 
     def run(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
         """All graphs once, in their order, each fed from the batch and from the graphs before it; the record holds every output."""
-        values = {**batch, "pixels": self.normalised(batch["pixels"])}
+        values = {name: self.normalised(value) if name in PICTURES else value for name, value in batch.items()}
         record = Record()
         for graph in self.config.graphs:
             record.update(outputs := self.pass_through(graph, values))

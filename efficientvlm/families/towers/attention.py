@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,18 @@ class Context:
         return Context(kv, mask, rows, Sharing.of(rows, last - first))
 
 
+class Shared(NamedTuple):
+    """Keys and values of `stored` heads that the cross-attentions of several layers have in common, as one of the layers sees them.
+
+    They lie in layer `at`, which is the layer itself if `here`; `reads` are the places of its own heads among them.
+    """
+
+    at: int
+    here: bool
+    stored: int
+    reads: tuple[int, ...]
+
+
 class Cache:
     """Keys and values of the tokens decoded so far, layer by layer."""
 
@@ -137,6 +150,7 @@ class Attention(Named):
     """Multi-head attention with any number of heads, none included.
 
     Queries, keys and values come from a Linear each (roles `q`, `k`, `v`), or with `fused` from one (`qkv`), which attends to itself only.
+    Keys and values that are `shared` with others may lie in another attention.
     """
 
     q = Part[nn.Linear]()
@@ -154,20 +168,32 @@ class Attention(Named):
         dropout: float = 0.0,
         *,
         fused: bool = False,
+        shared: Shared | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(names)
-        self.heads, self.head_dim, self.dropout, self.fused = heads, head_dim, dropout, fused
-        inner = heads * head_dim
+        self.heads, self.head_dim, self.dropout, self.fused, self.shared = heads, head_dim, dropout, fused, shared
+        inner, stored = heads * head_dim, (heads if shared is None else shared.stored * shared.here) * head_dim
         if heads and fused:
             self.put(qkv=nn.Linear(width, 3 * inner))
         elif heads:
-            self.put(q=nn.Linear(width, inner), k=nn.Linear(context_width, inner), v=nn.Linear(context_width, inner))
+            self.put(q=nn.Linear(width, inner))
+        if stored and not fused:
+            self.put(k=nn.Linear(context_width, stored), v=nn.Linear(context_width, stored))
         self.put(out=projection(inner, width))
 
-    def project(self, context: Tensor) -> KeyValue | None:
-        """Keys and values [B, H, S, D] of `context` [B, S, W]; None where no head is left."""
-        return (self._split(self.k(context)), self._split(self.v(context))) if self.heads else None
+    def project(self, context: Tensor, lender: Attention | None = None) -> KeyValue | None:
+        """Keys and values [B, H, S, D] of `context` [B, S, W], by projections that lie in `lender` or here; None where no head is left."""
+        source = lender or self
+        return (self._project(source.k, context), self._project(source.v, context)) if self.heads else None
+
+    def _project(self, stored: nn.Linear, context: Tensor) -> Tensor:
+        """`context` by the rows of `stored` that belong to the heads of this attention."""
+        if self.shared is None or len(self.shared.reads) == self.shared.stored:
+            return self._split(stored(context))
+        spans = [(place * self.head_dim, self.head_dim) for place in self.shared.reads]
+        weight, bias = (torch.cat([tensor.narrow(0, *span) for span in spans]) for tensor in (stored.weight, stored.bias))
+        return self._split(F.linear(context, weight, bias))
 
     def itself(self, x: Tensor, mask: Tensor | None = None, maps: Maps = None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """`x` [B, T, W] attends to itself, with a `cache` also to the tokens before it; `mask` is True where attention may go."""
@@ -203,15 +229,17 @@ class Attention(Named):
         k, v = kv if rows is None else (take(kv[0], rows), take(kv[1], rows))
         return self._out(attend(self._split(q), k, v, mask, dropout, maps))
 
-    def sites(self, prefix: str, position: int) -> tuple[Site, ...]:
-        """Where the head at `position` lies; `prefix` is the name of this module."""
-        start, stop = position * self.head_dim, (position + 1) * self.head_dim
+    def sites(self, prefix: str, position: int, lender: str = "") -> tuple[Site, ...]:
+        """Where the head at `position` lies; `prefix` is the name of this module, `lender` of the one that has its keys and values."""
+        start = position * self.head_dim
         if self.fused:  # the rows of all queries, then of all keys, then of all values
-            parts = [(f"{prefix}.{self.name_of('qkv')}", part * self.heads * self.head_dim) for part in range(3)]
+            parts = [(f"{prefix}.{self.name_of('qkv')}", (part * self.heads + position) * self.head_dim) for part in range(3)]
         else:
-            parts = [(f"{prefix}.{self.name_of(role)}", 0) for role in "qkv"]
-        rows = tuple(Site(f"{name}.{kind}", 0, at + start, at + stop) for name, at in parts for kind in ("weight", "bias"))
-        return (*rows, Site(f"{prefix}.{self.name_of('out')}.weight", 1, start, stop))
+            place = start if self.shared is None else self.shared.reads[position] * self.head_dim
+            parts = [(f"{prefix}.{self.name_of('q')}", start)]
+            parts += [(f"{lender or prefix}.{self.name_of(role)}", place) for role in "kv"]
+        rows = tuple(Site(f"{name}.{kind}", 0, at, at + self.head_dim) for name, at in parts for kind in ("weight", "bias"))
+        return (*rows, Site(f"{prefix}.{self.name_of('out')}.weight", 1, start, start + self.head_dim))
 
     def _share(self, q: Tensor, kv: KeyValue, mask: Tensor | None, dropout: float, maps: Maps, sharing: Sharing) -> Tensor:
         seen = None if mask is None else sharing.together(mask[:, 0].expand(-1, q.shape[1], -1), True)[:, None]

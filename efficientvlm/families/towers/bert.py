@@ -63,8 +63,11 @@ class Bert(Named):
         self.put(layers=Layers(layers))
 
     def context(self, states: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Context:
-        """Project `states` [C, S, W] for every layer; `mask` [B, S] (rows already applied), 1 = token."""
-        sharing = None if rows is None else Sharing.of(rows, states.shape[0])
+        """Project `states` [C, S, W] for every layer; `mask` [B, S] (rows already applied), 1 = token.
+
+        Where layers share keys and values, `states` are those of all first entries, then of all second ones; `rows` names pairs of them.
+        """
+        sharing = None if rows is None else Sharing.of(rows, states.shape[0] // self.layers.contexts)
         return Context(self.layers.context(states), None if mask is None else mask.bool()[:, None, None], rows, sharing)
 
     def forward(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Site
-from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps
+from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps, Shared
 from efficientvlm.families.towers.parts import (
     CROSS_ATTENTION,
     HIDDEN,
@@ -27,7 +27,8 @@ Names = Mapping[str, str]
 class Size(NamedTuple):
     """Sizes of one layer: its columns, those of a head, what is left of its heads and neurons.
 
-    `cross_heads` is None where there is no cross-attention; it attends to states of `context_width` columns.
+    `cross_heads` is None where there is no cross-attention; it attends to states of `context_width` columns, with keys and values of its
+    own or `shared` ones.
     """
 
     width: int
@@ -36,6 +37,7 @@ class Size(NamedTuple):
     neurons: int
     cross_heads: int | None = None
     context_width: int = 0
+    shared: Shared | None = None
 
     @classmethod
     def of(cls, kept: Mapping[str, list[int]], group: str, width: int, heads: int, context_width: int = 0) -> Size:
@@ -48,6 +50,17 @@ class Size(NamedTuple):
     def of_tower(cls, kept: Mapping[str, list[int]], tower: str, layers: int, width: int, heads: int, context_width: int = 0) -> list[Size]:
         """Of all `layers` of a tower in which they are alike."""
         return [cls.of(kept, f"{tower}.{layer}", width, heads, context_width) for layer in range(layers)]
+
+    @classmethod
+    def sharing(cls, kept: Mapping[str, list[int]], tower: str, sizes: Sequence[Size], together: int) -> list[Size]:
+        """`sizes` of `tower` where `together` layers in a row share keys and values: the first has those that any of them needs."""
+        found = []
+        for layer, size in enumerate(sizes):
+            at = layer - layer % together
+            own = kept[f"{tower}.{layer}.{CROSS_HEAD}"]
+            stored = sorted({head for other in range(at, at + together) for head in kept[f"{tower}.{other}.{CROSS_HEAD}"]})
+            found.append(size._replace(shared=Shared(at, layer == at, len(stored), tuple(map(stored.index, own)))))
+        return found
 
 
 class Layer(Named):
@@ -66,8 +79,8 @@ class Layer(Named):
         self.size, self.activation = size, activation
         self._of_attention = {role.partition(":")[2]: name for role, name in names.items() if ":" in role}
 
-    def _attention(self, heads: int, context_width: int, dropout: float, fused: bool = False) -> Attention:
-        return Attention(self.size.width, context_width, heads, self.size.head_width, dropout, fused=fused, names=self._of_attention)
+    def _attention(self, heads: int, context_width: int, dropout: float, **sharing: Any) -> Attention:
+        return Attention(self.size.width, context_width, heads, self.size.head_width, dropout, names=self._of_attention, **sharing)
 
     def _add_neurons(self) -> None:
         if self.size.neurons:
@@ -103,7 +116,10 @@ class Layer(Named):
         if kind != NEURON:
             role = "attention" if kind == HEAD else "cross_attention"
             attention: Attention = getattr(self, role)
-            return attention.sites(f"{prefix}.{self.name_of(role)}", position)
+            name = self.name_of(role)
+            if kind == HEAD or self.size.shared is None:
+                return attention.sites(f"{prefix}.{name}", position)
+            return attention.sites(f"{prefix}.{name}", position, f"{prefix.rpartition('.')[0]}.{self.size.shared.at}.{name}")
         fc1, fc2 = (f"{prefix}.{self.name_of(role)}" for role in ("fc1", "fc2"))
         rows = (Site(f"{fc1}.{part}", 0, position, position + 1) for part in ("weight", "bias"))
         return (*rows, Site(f"{fc2}.weight", 1, position, position + 1))
@@ -115,7 +131,7 @@ class PreNormLayer(Layer):
     def __init__(self, size: Size, eps: float, activation: Activation, names: Names, *, dropout: float = 0.0, fused: bool = False) -> None:
         super().__init__(size, activation, names)
         self.put(attention_norm=nn.LayerNorm(size.width, eps))
-        self.put(attention=self._attention(size.heads, size.width, dropout, fused))
+        self.put(attention=self._attention(size.heads, size.width, dropout, fused=fused))
         self.put(ffn_norm=nn.LayerNorm(size.width, eps))
         self._add_neurons()
 
@@ -131,7 +147,7 @@ class PostNormLayer(Layer):
         self.put(attention=self._attention(size.heads, size.width, attention_dropout))
         self.put(attention_norm=nn.LayerNorm(size.width, eps))
         if size.cross_heads is not None:
-            self.put(cross_attention=self._attention(size.cross_heads, size.context_width, attention_dropout))
+            self.put(cross_attention=self._attention(size.cross_heads, size.context_width, attention_dropout, shared=size.shared))
             self.put(cross_attention_norm=nn.LayerNorm(size.width, eps))
         self._add_neurons()
         self.put(ffn_norm=nn.LayerNorm(size.width, eps))
@@ -172,5 +188,20 @@ class Layers(nn.ModuleList):
         return out
 
     def context(self, states: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of `states` [C, S, W] for the cross-attention of every layer."""
-        return [cast(Layer, layer).cross_attention.project(states) for layer in self]
+        """Keys and values of `states` [C, S, W] for the cross-attention of every layer.
+
+        Layers that share them attend to a part of `states` each, in turn: of two, the first to the first half.
+        """
+        parts, found = states.chunk(self.contexts), []
+        for number, layer in enumerate(cast(Iterable[Layer], self)):
+            shared = layer.size.shared
+            lender = layer if shared is None else cast(Layer, self[shared.at])
+            part = parts[0 if shared is None else number - shared.at]
+            found.append(layer.cross_attention.project(part, lender.cross_attention))
+        return found
+
+    @property
+    def contexts(self) -> int:
+        """How many sets of states the layers attend to."""
+        sizes = [layer.size.shared for layer in cast(Iterable[Layer], self)]
+        return 1 + max((number - shared.at for number, shared in enumerate(sizes) if shared is not None), default=0)

@@ -130,6 +130,13 @@ def blank_batch(side: int, count: int, length: int, device: Any, *, texts: str, 
     return batch | ({"answer_ids": ones[:, :1], "answer_mask": ones[:, :1], "answer_index": rows} if answers else {})
 
 
+def blank_pairs(side: int, count: int, length: int, device: Any) -> dict[str, Any]:
+    """`count` pairs of black images of `side` pixels, and a text of `length` tokens about each."""
+    batch = blank_batch(side, count, length, device, texts="text", answers=False)
+    rows = batch.pop("image_index")
+    return {**batch, "second_pixels": batch["pixels"].clone(), "pair_index": rows}
+
+
 def asked(config: Any, attentions: bool | None, hidden: bool | None) -> frozenset[str]:
     """What a pass keeps that is called as transformers' classes are; None leaves it to the configuration."""
     wanted = {SELF_ATTENTION: config.output_attentions if attentions is None else attentions}

@@ -59,7 +59,7 @@ class WindowAttention(Attention):
             maps.append(found[0].reshape(-1, self.heads, tokens, tokens))
         return self._put_together(self._out(heads).unflatten(0, (-1, windows)))
 
-    def sites(self, prefix: str, position: int) -> tuple[Site, ...]:
+    def sites(self, prefix: str, position: int, lender: str = "") -> tuple[Site, ...]:
         """Where the head at `position` lies; `prefix` is the name of this module."""
         *rows, out = super().sites(prefix, position)
         return (*rows, Site(f"{prefix}.{self.name_of('bias_table')}", 1, position, position + 1), out)

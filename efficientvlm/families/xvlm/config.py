@@ -14,12 +14,14 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.family import SMALLER
-from efficientvlm.families.structure import Layered, Layerwise, Sizes, Structure
+from efficientvlm.families.structure import Layered, Layerwise, Sizes, Structure, odd_layers
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
 PRETRAIN_HEADS = ("itc", "itm", "mlm", "box")
 CAPTION_HEAD = "lm"
+PAIR_HEADS = ("compare", "assign")
+"""Heads of networks that read two images at a time."""
 
 SIZES: dict[str, dict[str, Any]] = SMALLER | {
     "tiny": SMALLER["tiny"] | {"fusion_layers": 2, "local_attention_depth": 2},
@@ -34,7 +36,8 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     the exact GELU (`vision_activation`). With `vision_depths`, the layers of each stage, the tower is a Swin as in the public files: width,
     heads and neurons are those of its last stage then, and a stage has half of what the next one has. Contrast, matching and boxes read the
     first token of a text or, with `text_pooling` mean, the mean of its tokens, as sentence encoders are trained. With the head
-    `lm`, which stands alone, text and fusion layers are one causal decoder that describes images.
+    `lm`, which stands alone, text and fusion layers are one causal decoder that describes images. With `fusion_images` 2, fusion layers
+    take turns to attend to one and to the other of two images, and two that follow each other have keys and values in common (NLVR2).
     """
 
     model_type = "xvlm"
@@ -60,6 +63,7 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     text_width: int = 768
     text_layers: int = 6
     fusion_layers: int = 6
+    fusion_images: int = 1
     decoder_layers: int = 0
     text_heads: int = 12
     text_intermediate: int = 3072
@@ -110,8 +114,9 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
             return frozenset({"answer"})
         if CAPTION_HEAD in self.heads:
             return frozenset({"caption"})
-        by_head = {"itc": "embed", "itm": "match"}
-        return frozenset({by_head[head] for head in self.heads if head in by_head} | ({"pretrain"} if self.heads else set()))
+        by_head = {"itc": "embed", "itm": "match", **{head: head for head in PAIR_HEADS}}
+        trained = {"pretrain"} if set(self.heads) & set(PRETRAIN_HEADS) else set()
+        return frozenset({by_head[head] for head in self.heads if head in by_head} | trained)
 
     def flows(self) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a pooled [CLS] sees other positions by self-attention alone."""
@@ -125,6 +130,8 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
             into = [Flow("text.tokens", "fusion.tokens"), Flow("vision.patches", "fusion.tokens", crossing)]
             return [*flows, *into, Flow("fusion.tokens", "caption")]
         pools = self.text_pooling == "cls"
+        if self.fusion_images > 1:
+            return self._flows_of_two(groups_of(layers, HEAD, "text", "fusion") if pools else None, crossing)
         if "itc" in self.heads:
             first = None if self.vision_depths else groups_of(layers, HEAD, "vision")  # of a Swin it is the mean of the patches
             flows += [Flow("vision.patches", "vision.cls", first), Flow("vision.cls", "itc")]
@@ -136,8 +143,17 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
                 flows += [Flow(f"fusion.{at}", head) for head in read]
         return flows
 
+    def _flows_of_two(self, mixing: tuple[str, ...] | None, crossing: tuple[str, ...]) -> list[Flow]:
+        flows = [Flow("text", "text.tokens"), Flow("text.tokens", "fusion.pooled", mixing)]
+        for number, image in enumerate(("left", "right")):
+            flows.append(Flow(f"{image} image", f"vision.{image}"))
+            flows.append(Flow(f"vision.{image}", "fusion.pooled", crossing[number :: self.fusion_images]))
+        return [*flows, *(Flow("fusion.pooled", "verdict" if head == "compare" else head) for head in self.heads)]
+
     def choose(self, tower: str, count: int | None = None) -> list[int]:
-        """As the base says; of a Swin pairs of layers, stage by stage."""
+        """As the base says; of a Swin pairs of layers, stage by stage; of fusion layers for several images one for each."""
+        if tower == "fusion" and self.fusion_images > 1:
+            return self._choose_fusion(count)
         if tower != "vision" or not self.vision_depths:
             return super().choose(tower, count)
         fewest, most = 2 * len(self.vision_depths), sum(self.vision_depths)
@@ -147,7 +163,18 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
             raise BadInput(f"{wanted} vision layers", why, f"ask for an even number, {fewest} to {most}")
         return keep_pairs(self.vision_depths, wanted)
 
+    def _choose_fusion(self, count: int | None) -> list[int]:
+        each, total = self.fusion_images, self.fusion_layers // self.fusion_images
+        wanted = each * max(total // 2, min(total, 1)) if count is None else count
+        if wanted % each:
+            raise BadInput(f"{wanted} fusion layers", f"each of {each} images has its own", f"ask for a multiple of {each}")
+        return [each * chosen + image for chosen in odd_layers(total, wanted // each) for image in range(each)]
+
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        each, chosen = self.fusion_images, layers["fusion"]
+        if chosen != [layer - layer % each + image for layer in chosen[::each] for image in range(each)]:
+            why = f"{each} layers that follow each other, one for each image, have keys and values in common"
+            raise BadInput(f"fusion layers {chosen}", why, f"choose {', '.join(map(str, range(each)))} or the like, together")
         local = self.local_attention_depth
         if self.vision_layers and not self.vision_depths:
             local = sum(old >= self.vision_layers - local for old in layers["vision"])
@@ -182,7 +209,8 @@ def _settings_schema() -> type[Strict]:
         **dict.fromkeys(("vision_layers", "text_layers", "fusion_layers", "decoder_layers", "local_attention_depth"), count),
         **dict.fromkeys(("image_mean", "image_std"), Colours),
         **dict.fromkeys(("image_size", "patch_size"), Pixels),
-        "heads": list[Literal["itc", "itm", "mlm", "box", "lm"]],
+        "heads": list[Literal["itc", "itm", "mlm", "box", "lm", "compare", "assign"]],
+        "fusion_images": Literal[1, 2],
         "vision_pre_norm": bool,
         "vision_depths": Annotated[list[Annotated[Pixels, Field(strict=True)]], Field(min_length=2, max_length=8)] | None,
         "vision_window": Annotated[Pixels, Field(strict=True)],
@@ -211,6 +239,7 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
         raise BadInput(
             f"image_size is {config.image_size}", f"it is no multiple of the patch size {config.patch_size}", "use a multiple of it"
         )
+    _check_pairs(config)
     if config.vision_depths:
         return _check_swin(config)
     if config.local_attention_depth > config.vision_layers:
@@ -220,6 +249,23 @@ def check_sizes(config: XVLMConfig) -> XVLMConfig:
             "use that many at most",
         )
     return config
+
+
+def _check_pairs(config: XVLMConfig) -> None:
+    """:class:`BadInput` unless the network reads one image at a time, or is all made for two."""
+    of_two = [head for head in config.heads if head in PAIR_HEADS]
+    if config.fusion_images == 1:
+        if of_two:
+            raise BadInput(f"heads are {', '.join(config.heads)}", f"{of_two[0]} is of two images", "use fusion_images 2, or other heads")
+        return
+    if config.fusion_layers % config.fusion_images or not config.fusion_layers:
+        why = f"each of {config.fusion_images} images has fusion layers of its own"
+        raise BadInput(f"fusion_layers is {config.fusion_layers}", why, f"use a multiple of {config.fusion_images}, one at least")
+    if config.decoder_layers or len(of_two) != 1 or len(config.heads) != 1:
+        why = f"a network of {config.fusion_images} images has one head, {' or '.join(PAIR_HEADS)}, and no decoder"
+        raise BadInput(
+            f"heads are {', '.join(config.heads) or 'none'}, decoder_layers is {config.decoder_layers}", why, "use one of these alone"
+        )
 
 
 def _check_swin(config: XVLMConfig) -> XVLMConfig:

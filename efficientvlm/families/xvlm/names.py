@@ -129,7 +129,8 @@ def published_name(name: str, first_fusion: int, depths: Sequence[int] = (), sta
         return None if found is None else f"decoder_{found}" if found.startswith("head.") else f"decoder.{found}"
     if tower in ("vision_proj", "text_proj", "temp", "itm_head"):
         return name
-    return f"box_head.{rest}" if tower == "bbox_head" else None
+    ours = {"bbox_head": "box_head", "cls_head": "compare_head", "ta_head": "assign_head"}.get(tower)
+    return f"{ours}.{rest}" if ours else None
 
 
 def first_fusion_layer(names: Mapping[str, object], stack: str = "text_encoder") -> int | None:

@@ -11,18 +11,19 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.graphs import caption_graphs, vqa_graphs
+from efficientvlm.families.graphs import caption_graphs, compare_graphs, vqa_graphs
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import Cache, Context
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead, earlier
 from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
-from efficientvlm.families.towers.network import TowerNetwork, blank_batch
+from efficientvlm.families.towers.network import TowerNetwork, blank_batch, blank_pairs
 from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Activation, Encoded, activation, tap
 from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, grids
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, TOWERS, XVLMConfig
 from efficientvlm.families.xvlm.heads import answering, captioning, matching
+from efficientvlm.families.xvlm.pairs import of_two_images
 from efficientvlm.families.xvlm.resize import resized
 
 Kept = dict[str, list[int]]
@@ -50,9 +51,11 @@ def _swin(config: XVLMConfig, sizes: Sequence[Size], act: Activation) -> Swin:
     return Swin(layers, depths, config.vision_width >> (len(depths) - 1), grid, config.patch_size, eps, {})
 
 
-def _texts(config: XVLMConfig, kept: Kept, tower: str, context_width: int = 0, *, embeddings: bool) -> Bert:
+def _texts(config: XVLMConfig, kept: Kept, tower: str, context_width: int = 0, *, embeddings: bool, contexts: int = 1) -> Bert:
     dropout = {"dropout": config.dropout, "attention_dropout": config.dropout}
     sizes = Size.of_tower(kept, tower, config.layers()[tower], config.text_width, config.text_heads, context_width)
+    if contexts > 1:
+        sizes = Size.sharing(kept, tower, sizes, contexts)
     table = None
     if embeddings:
         shape = (config.vocab_size, config.max_positions, config.text_width, config.text_eps, config.dropout)
@@ -85,7 +88,7 @@ class XVLMModel(Writing, TowerNetwork):
         kept = config.kept_indices()
         self.vision = _vision(config, kept)
         self.text = _texts(config, kept, "text", embeddings=True)
-        self.fusion = _texts(config, kept, "fusion", config.vision_width, embeddings=False)
+        self.fusion = _texts(config, kept, "fusion", config.vision_width, embeddings=False, contexts=config.fusion_images)
         if config.decoder_layers:
             self.decoder = _texts(config, kept, "decoder", config.text_width, embeddings=True)
             self.decoder_head = _says(config)
@@ -93,6 +96,11 @@ class XVLMModel(Writing, TowerNetwork):
             self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.text_proj = nn.Linear(config.text_width, config.embed_dim)
             self.temp = nn.Parameter(torch.tensor(config.temperature_init))
+        if "compare" in config.heads:
+            self.compare_head = mlp_head(config.text_width, 2)
+        if "assign" in config.heads:
+            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.assign_head = nn.Linear(config.text_width, 3)
         if "itm" in config.heads:
             self.itm_head = mlp_head(config.text_width, 2)
         if "box" in config.heads:
@@ -179,10 +187,14 @@ class XVLMModel(Writing, TowerNetwork):
 
         A network whose only heads are those of retrieval adds the matching `logits` [Q, 2] of each question with its image, and the unit
         vectors `image_feature` [I, E] and `text_feature` [Q, E]. One that describes images reads captions instead, and gives the
-        next-token `logits` [C, L, V] of these.
+        next-token `logits` [C, L, V] of these. One of two images at a time reads statements about pairs of them
+        (`data.kinds.statements.statement_batch`): `logits` [S, 2] of false and true, or of a text [S, 3] of the first, the second and
+        neither image; its states of images are those of all first, then of all second images.
         """
         if CAPTION_HEAD in self.config.heads:
             return self._captions(batch, check_taps(self, want))
+        if self.config.fusion_images > 1:
+            return self._compare(batch, check_taps(self, want))
         record, context = self.encode(batch, want)
         if "answer_ids" in batch:
             self.answer(batch, context, check_taps(self, want), record)
@@ -216,6 +228,23 @@ class XVLMModel(Writing, TowerNetwork):
             tap(record, tower, out, kinds_of(wanted, tower))
         return record
 
+    def _compare(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        record, mask = Record(), batch["text_mask"]
+        image = self.encode_image(torch.cat([batch["pixels"], batch["second_pixels"]]), keep=kinds_of(wanted, "vision"))
+        text = self.encode_text(batch["text_ids"], mask, keep=kinds_of(wanted, "text"))
+        context = self.fusion.context(image.states, rows=batch.get("pair_index"))
+        fused = self.fuse(text.states, mask, context, keep=kinds_of(wanted, "fusion"))
+        for tower, out in (("vision", image), ("text", text), ("fusion", fused)):
+            tap(record, tower, out, kinds_of(wanted, tower))
+        record["logits"] = self.verdict(fused.states, mask)
+        return record
+
+    def verdict(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Fused states [S, L, W] of texts about two images to logits: false and true, or of which image a text is."""
+        head = self.compare_head if "compare" in self.config.heads else self.assign_head
+        logits: Tensor = head(self.pooled(states, mask))
+        return logits
+
     def _texts(self, batch: dict[str, Any], keep: frozenset[str]) -> Encoded:
         """The questions through the text tower, one that is asked of several images only once where no dropout sets them apart."""
         ids, mask = batch["question_ids"], batch["question_mask"]
@@ -235,13 +264,16 @@ class XVLMModel(Writing, TowerNetwork):
 
     def gain(self, ability: str, donor: XVLMModel | None = None, decoder_init: str = "auto") -> tuple[XVLMModel, list[str]]:
         """As the base says: to `answer`, an answer decoder is added; to `match`, the heads of other tasks are taken away; so to
-        `caption`, and the head of masked tokens says the next one."""
+        `caption`, and the head of masked tokens says the next one; to `compare` or `assign`, the fusion layers are doubled, one for each of
+        two images, and a head is added."""
         if ability == "answer":
             return answering(self, donor, decoder_init)
         if ability == "match":
             return matching(self), []
         if ability == "caption":
             return captioning(self), []
+        if ability in ("compare", "assign"):
+            return of_two_images(self, ability)
         return super().gain(ability, donor, decoder_init)
 
     def resized(self, image_size: int) -> XVLMModel:
@@ -249,12 +281,16 @@ class XVLMModel(Writing, TowerNetwork):
         return model
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
+        if self.config.fusion_images > 1:
+            return blank_pairs(self.config.image_size, batch_size, text_length, device)
         answers, texts = bool(self.config.decoder_layers), "text" if CAPTION_HEAD in self.config.heads else "question"
         return blank_batch(self.config.image_size, batch_size, text_length, device, texts=texts, answers=answers)
 
     def graphs(self) -> list[Graph]:
         if CAPTION_HEAD in self.config.heads:
             return caption_graphs(self)
+        if "compare" in self.config.heads:
+            return compare_graphs(self)
         if not self.config.decoder_layers:
             why = "it has no answer decoder, and nothing else of an X-VLM is exported"
             raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
