@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import efficientvlm
 from efficientvlm.data import phrases
 from efficientvlm.data.easy_vqa import EasyVQA
 from efficientvlm.data.kinds.pairs import PAIRS
@@ -166,6 +169,94 @@ def test_statements_are_true_and_balanced() -> None:
     assert item.images[0].shape == item.images[1].shape == (64, 64, 3) and not np.array_equal(*item.images)
 
 
+EXACT = "shapes:difficulty=3,objects=2-4,exact=1"
+
+
+def fact(statement: str, left: Scene, right: Scene) -> tuple[bool, object, object]:
+    """Whether a statement is true, and what it takes of each picture to say so, read off its words."""
+    if "shapes in the" in statement or "number" in statement:
+        found: tuple[object, ...] = (len(left.things), len(right.things))
+        positive = "same number" in statement or "are as many" in statement
+    else:
+        noun = re.search(r"(?:contains?|about) an? (.+?)(?: or neither does| and the other does not|$)", statement)[1]
+        found = tuple(any(noun in (o.shape, f"{o.colour} shape", f"{o.colour} {o.shape}") for o in s.things) for s in (left, right))
+        positive = statement.startswith(("both images", "the images agree"))
+    return (found[0] == found[1]) == positive, *found
+
+
+def test_exact_statements_are_true_and_neither_text_nor_one_image_tells() -> None:
+    source = Shapes(STATEMENTS, "train", spec=EXACT)
+    labels: dict[object, list[bool]] = {}
+    for index in range(1500):
+        left, right, said, _ = about_two(source, index)
+        truth, in_left, in_right = fact(said.text, left, right)
+        assert said.label == truth, (said, left, right)
+        form = re.sub(r" an? .*", "", said.text)
+        for known in (
+            "all",
+            form,
+            ("left", form, in_left),
+            ("right", form, in_right),
+            ("left", len(left.things)),
+            ("right", len(right.things)),
+        ):
+            labels.setdefault(known, []).append(said.label)
+    for known, found in labels.items():
+        assert abs(np.mean(found) - 0.5) < 4 * 0.5 / len(found) ** 0.5, known  # four standard errors
+    assert len([known for known in labels if isinstance(known, str)]) == 9 and len(labels) > 30
+
+
+def test_exact_captions_say_one_content_that_belongs_to_one_picture() -> None:
+    source = Shapes(PAIRS, "test", spec=EXACT)
+    owners: dict[str, int] = Counter()
+    for index in range(300):
+        _, scene = source.scene(index)
+        found = source[index].captions
+        assert len(set(found)) == 5
+        for caption in found:
+            owners[caption] += 1
+            assert all(f"{one.colour} {one.shape}" in caption for one in scene.things)
+        order = [f"{one.colour} {one.shape}" for one in sorted(scene.things, key=lambda one: one.x)]
+        assert re.findall(r"an? (\w+ \w+)(?=,| and| on)", found[0]) == order
+    assert sum(count == 1 for count in owners.values()) > 0.97 * len(owners)
+
+
+def test_the_splits_share_no_scene() -> None:
+    scenes = [
+        scene for split in ("train", "val", "test") for i in range(200) for scene in about_two(Shapes(STATEMENTS, split, spec=EXACT), i)[:2]
+    ]
+    assert len(set(scenes)) == len(scenes)
+
+
+def test_shapes_that_share_a_colour() -> None:
+    source = Shapes(PAIRS, "train", spec="shapes:difficulty=4,objects=3-5,alike=3")
+    for index in range(100):
+        _, scene = source.scene(index)
+        assert max(Counter(one.colour for one in scene.things).values()) >= 3
+    for kind in (PAIRS, STATEMENTS):  # what was drawn before is drawn still
+        assert np.array_equal(
+            np.asarray(getattr(Shapes(kind, "val", spec="shapes:alike=0")[3], "image", 0)), getattr(Shapes(kind, "val")[3], "image", 0)
+        )
+
+
+def test_hidden_pictures_are_gray_and_all_else_is_as_it_was() -> None:
+    for hidden in ("left", "right", "all"):
+        seen, blind = (Shapes(STATEMENTS, "val", spec=f"{EXACT}{hide}")[5] for hide in ("", f",hide={hidden}"))
+        assert seen.statements == blind.statements
+        for name, one, other in zip(("left", "right"), seen.images, blind.images):
+            assert (other == 128).all() if hidden in (name, "all") else np.array_equal(one, other)
+    blind = Shapes(QUESTIONS, "val", spec="shapes:hide=all")[0]
+    assert (blind.image == 128).all() and blind.questions == Shapes(QUESTIONS, "val")[0].questions
+
+
+def test_fingerprints_tell_the_new_settings_apart_and_leave_older_ones_as_they_were() -> None:
+    bundled = Path(efficientvlm.__file__).parent / "bundled" / "easy-vqa-pretrained" / "evlm_manifest.json"
+    known = json.loads(bundled.read_text("utf-8"))["data"][0]
+    assert Shapes(PAIRS, "train", spec=known["name"], image_size=64).fingerprint == known["fingerprint"]
+    specs = ("shapes", "shapes:exact=1", "shapes:hide=all", "shapes:objects=2,alike=2", "shapes:objects=2")
+    assert len({Shapes(PAIRS, "train", spec=spec).fingerprint for spec in specs}) == len(specs)
+
+
 def test_size_and_limits_of_the_specification() -> None:
     source = Shapes(QUESTIONS, "train", spec="shapes:size=50,objects=2-4,difficulty=1", image_size=32)
     assert len(source) == 50 and len(Shapes(QUESTIONS, "val", spec="shapes:size=50")) == 5
@@ -186,9 +277,18 @@ def test_size_and_limits_of_the_specification() -> None:
         ("shapes:objects=4-2", "no range"),
         ("shapes:size=many", "no whole number"),
         ("shapes:objects", "no whole number"),
+        ("shapes:exact=2", "not in 0 to 1"),
+        ("shapes:hide=both", "use all, left, right"),
+        ("shapes:alike=2", "write objects=2-3"),
+        ("shapes:objects=1,alike=4", "write objects=4-4"),
     ],
 )
 def test_a_wrong_specification_is_explained(spec: str, words: str) -> None:
     with pytest.raises(BadInput) as caught:
         parse(spec)
     assert words in f"{caught.value} {caught.value.fix}"
+
+
+def test_one_picture_has_no_left_one_to_hide() -> None:
+    with pytest.raises(BadInput, match="captions have no left picture"):
+        Shapes(PAIRS, "train", spec="shapes:hide=left")

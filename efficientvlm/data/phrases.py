@@ -103,19 +103,19 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     order = [scene.things[i] for i in rng.permutation(len(scene.things))]
     listed = [f"{named(kind(thing))} at the {place_name(thing)}" for thing in order]
     plain = sorted(Counter(map(kind, scene.things)).items())
-    counted = _joined([amount(count, name) for name, count in plain])
+    counted = joined([amount(count, name) for name, count in plain])
     relations = related(scene)
-    first = f"{_joined(listed)} {ground}"
+    first = f"{joined(listed)} {ground}"
     if relations:
         chosen = [relations[i] for i in rng.permutation(len(relations))[:2]]
         second = " and ".join(f"{named(kind(a))} {name} {named(kind(b))}" for a, name, b in chosen) + f" {ground}"
     else:
-        second = f"{_joined(listed[::-1])} in the image"
+        second = f"{joined(listed[::-1])} in the image"
     return [
         first,
         second,
         f"there are {amount(len(order), 'shape')} {ground}: {counted}",
-        f"the image contains {_joined(listed)} and no {_absent(scene, rng)}",
+        f"the image contains {joined(listed)} and no {_absent(scene, rng)}",
     ]
 
 
@@ -241,7 +241,7 @@ NOUNS = ("kind", "shape", "colour")
 
 def statement(form: str, noun: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     """A statement of one of the forms in `STATEMENTS` about `noun` in two scenes, and whether it is true."""
-    in_left, in_right = _number(left, noun), _number(right, noun)
+    in_left, in_right = number(left, noun), number(right, noun)
     if form == "both":
         return f"both images contain {named(noun)}", in_left > 0 and in_right > 0
     if form == "at least one":
@@ -271,7 +271,8 @@ def noun_for(what: str, left: Scene, right: Scene, rng: np.random.Generator, lev
     return {"kind": f"{colour} {shape}", "shape": shape, "colour": f"{colour} shape"}[what]
 
 
-def _number(scene: Scene, noun: str) -> int:
+def number(scene: Scene, noun: str) -> int:
+    """How many shapes of `scene` are a `noun`: a kind, a form or a shape of a colour."""
     return sum(noun in (kind(thing), thing.shape, f"{thing.colour} shape") for thing in scene.things)
 
 
@@ -284,5 +285,5 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
     return pick(rng, [f"{colour} shape" for colour in COLOURS if all(thing.colour != colour for thing in scene.things)])
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -77,8 +77,11 @@ class Scene:
     noise: float
 
 
-def sample(rng: np.random.Generator, level: Difficulty, objects: tuple[int, int] | None = None) -> Scene:
-    """A scene of `level`; no two shapes overlap. A crowded scene gets smaller shapes rather than fewer."""
+def sample(rng: np.random.Generator, level: Difficulty, objects: tuple[int, int] | None = None, alike: int = 0) -> Scene:
+    """A scene of `level`; no two shapes overlap. A crowded scene gets smaller shapes rather than fewer.
+
+    The first `alike` shapes share a colour.
+    """
     least, most = objects or level.objects
     count = least + int(rng.random() * (most - least + 1))
     background = _background(rng, level)
@@ -90,6 +93,8 @@ def sample(rng: np.random.Generator, level: Difficulty, objects: tuple[int, int]
         largest = max(smallest, min(largest, 1.1 / count**0.5))
     while len(things) < count:
         colour, shape = _kind(rng, level, things, colours, shapes)
+        if 0 < len(things) < alike:
+            colour = things[0].colour
         rgb = _jittered(rng, COLOURS[colour], level.jitter)
         for attempt in range(100):
             shrink = 0.95 ** max(0, attempt - 11)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from efficientvlm.data import phrases
+from efficientvlm.data import exact, phrases
 from efficientvlm.data.draw import generator
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.kinds.kind import Kind
@@ -23,6 +23,8 @@ DEFAULT_SIZE = 64
 MOST_OBJECTS = 9
 SAMPLED_TEXTS = 5000
 QUESTIONS = 10
+HIDDEN = ("all", "left", "right")
+GRAY = 128
 
 T = TypeVar("T")
 
@@ -37,16 +39,27 @@ class Settings:
             the pictures of easy-VQA.
         size: images of the training split; the other splits have a tenth of it.
         objects: least and most shapes; by default what the difficulty says.
+        alike: so many shapes of a scene share a colour, so that it alone does not tell which one is meant.
+        exact: captions are five wordings of one content, statements are such that it takes both pictures to judge them: see `exact.py`.
+        hide: pictures that are painted gray, to measure what a model does without them: all, or the left or the right of two.
     """
 
     seed: int = 0
     difficulty: int = 3
     size: int = 20_000
     objects: tuple[int, int] | None = None
+    alike: int = field(default=0, repr=False)  # fingerprints are older than what follows
+    exact: bool = field(default=False, repr=False)
+    hide: str = field(default="", repr=False)
 
     @property
     def level(self) -> Difficulty:
         return LEVELS[self.difficulty]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Least and most shapes of a scene."""
+        return self.objects or self.level.objects
 
 
 def parse(spec: str) -> Settings:
@@ -57,7 +70,7 @@ def parse(spec: str) -> Settings:
     """
     _, _, rest = spec.partition(":")
     settings = Settings()
-    known = ("seed", "difficulty", "size", "objects")
+    known = ("seed", "difficulty", "size", "objects", "alike", "exact", "hide")
     for part in filter(None, (text.strip() for text in rest.split(","))):
         key, _, text = part.partition("=")
         if key not in known:
@@ -71,10 +84,21 @@ def parse(spec: str) -> Settings:
             settings = replace(settings, objects=(least, most))
         elif key == "difficulty":
             settings = replace(settings, difficulty=_number(spec, key, text, min(LEVELS), max(LEVELS)))
+        elif key == "hide":
+            if text not in HIDDEN:
+                raise BadInput(f"data {spec}", f"hide={text} names no pictures", f"use {', '.join(HIDDEN)}")
+            settings = replace(settings, hide=text)
+        elif key == "exact":
+            settings = replace(settings, exact=bool(_number(spec, key, text, 0, 1)))
+        elif key == "alike":
+            settings = replace(settings, alike=_number(spec, key, text, 0, MOST_OBJECTS))
         elif key == "size":
             settings = replace(settings, size=_number(spec, key, text, 1, 10**9))
         else:
             settings = replace(settings, seed=_number(spec, key, text, 0, 2**63 - 1))
+    if settings.alike > settings.counts[0]:
+        why = f"alike={settings.alike} of a scene's shapes share a colour, but it may have {settings.counts[0]} only"
+        raise BadInput(f"data {spec}", why, f"write objects={settings.alike}-{max(settings.alike, settings.counts[1])}")
     return settings
 
 
@@ -99,11 +123,17 @@ class Shapes(Generic[T]):
             raise BadInput(f"shapes has no split {split}", "", "use train, val or test")
         self.kind, self.split, self.name = kind, split, spec
         self.settings = settings or parse(spec)
+        if self.settings.hide in ("left", "right") and len(kind.pictures) < 2:
+            raise BadInput(f"data {spec}", f"{kind.holds} have no {self.settings.hide} picture", "write hide=all")
         self.side = side_of(image_size) or DEFAULT_SIZE
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"shapes {VERSION} {self.settings!r} {self.side}".encode()).hexdigest()
+        text = f"shapes {VERSION} {self.settings!r} {self.side}"
+        for name in ("alike", "exact", "hide"):
+            value = getattr(self.settings, name)
+            text += f" {name}={value}" if value else ""
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.settings.size if self.split == "train" else max(1, self.settings.size // 10)
@@ -116,10 +146,12 @@ class Shapes(Generic[T]):
 
     def texts(self) -> Iterator[str]:
         """Captions, phrases, questions and answers of up to 5,000 scenes, whatever the kind: the vocabulary serves all of them."""
+        if self.settings.exact:
+            yield from exact.FORMS
         for index in range(min(len(self), SAMPLED_TEXTS)):
             _, scene = self.scene(index)
             words = self.words(index, "pair")
-            yield from phrases.captions(scene, words)
+            yield from self.captions(scene, words)
             yield from (region.phrase for region in phrases.regions(scene, words))
             for question in phrases.questions(scene, self.words(index, "vqa"), self.settings.level, QUESTIONS):
                 yield question.text
@@ -133,12 +165,27 @@ class Shapes(Generic[T]):
     def picture(self, index: int) -> tuple[Scene, Pixels]:
         """The scene at `index`, drawn."""
         rng, scene = self.scene(index)
-        return scene, draw(scene, self.side, rng)
+        return scene, self.drawn(scene, rng)
+
+    def drawn(self, scene: Scene, rng: np.random.Generator, which: str = "") -> Pixels:
+        """The pixels of a scene, or gray if it is to be hidden; `which` of two it is."""
+        pixels = draw(scene, self.side, rng)
+        if self.settings.hide and self.settings.hide in ("all", which):
+            pixels[:] = GRAY
+        return pixels
+
+    def captions(self, scene: Scene, words: np.random.Generator) -> list[str]:
+        """What is said of a scene."""
+        return exact.captions(scene) if self.settings.exact else phrases.captions(scene, words)
 
     def scene(self, index: int, part: str = "scene") -> tuple[np.random.Generator, Scene]:
         """A scene at `index`, and the generator that goes on to draw it."""
         rng = generator(self.settings.seed, "shapes", self.split, index, part)
-        return rng, sample(rng, self.settings.level, self.settings.objects)
+        return rng, self.sampled(rng)
+
+    def sampled(self, rng: np.random.Generator, objects: tuple[int, int] | None = None) -> Scene:
+        """A scene as the settings say, or of so many shapes."""
+        return sample(rng, self.settings.level, objects or self.settings.objects, self.settings.alike)
 
     def words(self, index: int, purpose: str) -> np.random.Generator:
         """What chooses the words about the scene at `index`."""

@@ -79,11 +79,11 @@ class Pairs(Kind[PairItem, Described]):
     def drawn(self, shapes: Shapes[PairItem], index: int, key: str) -> PairItem:
         scene, image = shapes.picture(index)
         words = shapes.words(index, "pair")
-        return PairItem(key, image, phrases.captions(scene, words), phrases.regions(scene, words))
+        return PairItem(key, image, shapes.captions(scene, words), phrases.regions(scene, words))
 
     def contents_at(self, shapes: Shapes[PairItem], index: int) -> list[Described]:
         scene, words = shapes.scene(index)[1], shapes.words(index, "pair")
-        captions = phrases.captions(scene, words)
+        captions = shapes.captions(scene, words)
         return [Described(captions, [{"caption": region.phrase} for region in phrases.regions(scene, words)])]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from efficientvlm.data import phrases
+from efficientvlm.data import exact, phrases
 from efficientvlm.data.cells import check_size, shown
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.kinds.kind import IMAGE_ID, IMAGE_NAMES, Kind, Picture, Row
-from efficientvlm.data.scenes import Scene, draw, sample
+from efficientvlm.data.scenes import Scene
 from efficientvlm.data.shapes import Shapes
 from efficientvlm.errors import BadInput
 
@@ -66,7 +66,7 @@ class Statements(Kind[TwoImageItem, Statement]):
 
     def drawn(self, shapes: Shapes[TwoImageItem], index: int, key: str) -> TwoImageItem:
         left, right, statement, rng = about_two(shapes, index)
-        return TwoImageItem(key, (draw(left, shapes.side, rng), draw(right, shapes.side, rng)), [statement])
+        return TwoImageItem(key, (shapes.drawn(left, rng, "left"), shapes.drawn(right, rng, "right")), [statement])
 
     def contents_at(self, shapes: Shapes[TwoImageItem], index: int) -> list[Statement]:
         return [about_two(shapes, index)[2]]
@@ -77,11 +77,15 @@ STATEMENTS = Statements()
 
 def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, Statement, np.random.Generator]:
     """Two scenes and a statement. Its form and its truth are drawn first, so that neither tells the other; the scenes follow."""
-    level, objects = shapes.settings.level, shapes.settings.objects
+    level = shapes.settings.level
+    if shapes.settings.exact:
+        rng = shapes.words(index, "statement")
+        left, right, text, truth = exact.about_two(rng, level, shapes.settings.counts, lambda objects: shapes.sampled(rng, objects))
+        return left, right, Statement(text, truth), rng
     rng, left = shapes.scene(index, "left")
     label = bool(rng.random() < 0.5)
     form, what = phrases.pick(rng, phrases.STATEMENTS), phrases.pick(rng, phrases.NOUNS)
-    right = sample(rng, level, objects)
+    right = shapes.sampled(rng)
     attempt = 0
     while True:
         statement, truth = phrases.statement(form, phrases.noun_for(what, left, right, rng, level), left, right, rng)
@@ -89,4 +93,4 @@ def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, Statement,
             return left, right, Statement(statement, label), rng
         attempt += 1
         if attempt % 4 == 0:
-            left, right = right, sample(rng, level, objects)
+            left, right = right, shapes.sampled(rng)
