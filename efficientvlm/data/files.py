@@ -52,13 +52,13 @@ class Files(Generic[T]):
             raise BadInput(f"data {spec}", f"its split {split} has no rows", "check the file, or use another split")
         self.skips.settle(rows)
         if len(self.table):
-            self.columns = find_columns(self.table.columns, kind.roles, kind.required, columns or {}, spec)
+            self.columns = find_columns(self.table.columns, kind, columns or {}, spec)
         groups = self._groups() if len(self.table) else {}
         keys = [key for key in groups if not hold_out or (seed_of(SPLIT_SEED, key) < val_fraction * 2**63) == (split == "val")]
         if limit is not None and limit < len(keys):
             self.skips.note(f"{limit:,} of {len(keys):,} images, drawn at random (seed {seed})")
             keys = [keys[index] for index in some_of(len(keys), limit, seed)]
-        said = [role for role in self.columns if role not in (*kind.pictures, "image_id")] if groups else []
+        said = [role for role in self.columns if role not in (*kind.pictures, kind.listed, "image_id")] if groups else []
         self._said = {role: self.table.column(self.columns[role]) for role in said}
         self._keys: list[str] = []
         self._rows: list[list[int]] = []
@@ -152,7 +152,10 @@ class Files(Generic[T]):
 
     def _images(self, row: int) -> list[bytes | Path]:
         """The encoded pictures of a row, or where their files are."""
-        return [self.table.image(row, self.columns[role]) for role in self.kind.pictures]
+        kind, where = self.kind, self.table.where(row)
+        if kind.listed in self.columns:
+            return several(kind, self.table.images(row, self.columns[kind.listed]), where)
+        return several(kind, [self.table.image(row, self.columns[role]) for role in kind.pictures], where)
 
     def _path_key(self, row: int) -> str:
         """By the pictures; where there are none, every row is a sample of its own."""
@@ -194,14 +197,25 @@ class Files(Generic[T]):
         return self.kind.content(values, self.table.where(row), self.columns)
 
 
-def find_columns(
-    have: Sequence[str], roles: Mapping[str, tuple[str, ...]], required: Sequence[str], columns: Mapping[str, str], spec: str
-) -> dict[str, str]:
+def several(kind: Kind[Any, Any], images: list[bytes | Path], where: str) -> list[bytes | Path]:
+    """`images` of a row; :class:`BadInput` if they are not as many as a sample of `kind` has, or one of them is there twice."""
+    if len(images) != len(kind.pictures):
+        raise BadInput(where, f"it has {len(images)} pictures, {len(kind.pictures)} are needed", "mend or remove the row")
+    if any(image in images[:at] for at, image in enumerate(images)):
+        name = next((shorten(str(image)) for image in images if isinstance(image, Path)), "the same bytes")
+        raise BadInput(where, f"one picture is there twice ({name})", "name the picture that is meant, or remove the row")
+    return images
+
+
+def find_columns(have: Sequence[str], kind: Kind[Any, Any], columns: Mapping[str, str], spec: str) -> dict[str, str]:
     """role → column, by `columns` or by the usual names; a role that `columns` gives no name, or `none`, is left out.
+
+    A column that lists the pictures is found where not each of them has one of its own, or where `columns` names it.
 
     Raises:
         BadInput: an unknown role, a column that is not there, or a required role without one; lists the columns found.
     """
+    roles, required = kind.roles, kind.required
     listed = f"columns found: {shorten(', '.join(have)) or 'none'}"
     unknown = [role for role in columns if role not in roles]
     if unknown:
@@ -218,6 +232,11 @@ def find_columns(
             found[role] = name
         elif usual := next((usual for usual in names if usual in have), None):
             found[role] = usual
+    if kind.listed in found:
+        together = kind.listed in columns or any(role not in found for role in kind.pictures)
+        for role in kind.pictures if together else (kind.listed,):
+            found.pop(role, None)
+        required = tuple(role for role in required if not together or role not in kind.pictures)
     missing = [role for role in required if role not in found]
     if missing:
         raise BadInput(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from efficientvlm.data import coco, hub
+from efficientvlm.data import coco, hub, nlvr2
 from efficientvlm.data.folders import image_folder
 from efficientvlm.data.kinds.kind import IMAGE_NAMES
 from efficientvlm.data.skips import Skips
@@ -160,6 +160,8 @@ def open_files(paths: list[Path], skips: Skips) -> Table:
         if "captions" in paths[0].stem.lower() and first_mark(paths[0]) == b"{":
             home = paths[0].parent
             return coco.captions(home.parent if home.name == "annotations" else home, paths[0], skips)
+        if nlvr2.is_statements(paths[0]):
+            return nlvr2.statements(paths[0], skips)
         return json_list(paths[0], skips)
     if len(paths) == 1 and re.search(r"\.(tar\.\w+|tgz)$", paths[0].name, re.IGNORECASE):
         raise BadInput(f"data {paths[0]}", "samples of a compressed tar are not found at once", f"unpack it, or train on stream:{paths[0]}")

@@ -11,7 +11,7 @@ from efficientvlm.errors import BadInput, shorten
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "test-dev", "test-std", "test-challenge"),
+    "test": ("test", "testing", "test1", "test-dev", "test-std", "test-challenge"),
 }
 """Split → the words that mean it, as a whole part of a name and with a year or not; a hyphen may be `_` or nothing."""
 

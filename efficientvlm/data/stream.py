@@ -16,14 +16,14 @@ from typing import Any, Generic, TypeVar
 from efficientvlm.data import hub
 from efficientvlm.data.cells import LEFT_OUT, text_of
 from efficientvlm.data.draw import generator
-from efficientvlm.data.files import find_columns
+from efficientvlm.data.files import find_columns, several
 from efficientvlm.data.forms import braces, paths_of
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.kinds.kind import Kind, Picture, Row
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
-from efficientvlm.data.tables import encoded, one_line, read_as, readers
+from efficientvlm.data.tables import encoded, encoded_list, inner_of, one_line, read_as, readers
 from efficientvlm.errors import BadInput, without_secrets
 
 PREFIX = "stream:"
@@ -70,7 +70,7 @@ class Stream(Generic[T]):
         if broken and not have:
             raise broken
         named = {name: None for role, name in (columns or {}).items() if role not in kind.required and name not in LEFT_OUT}
-        self.columns = find_columns(list(have | named), kind.roles, kind.required, columns or {}, spec)
+        self.columns = find_columns(list(have | named), kind, columns or {}, spec)
         free = [role for role in kind.roles if role not in self.columns and role not in (columns or {})]
         self._late = {name for role in free for name in kind.roles[role]}  # would have been taken, had they come earlier
         self._lock = threading.Lock()
@@ -160,6 +160,8 @@ class Stream(Generic[T]):
         for name, feature in (data.features or {}).items():
             if isinstance(feature, Image):
                 data = data.cast_column(name, Image(decode=False))
+            elif isinstance(inner_of(feature), Image):
+                data = data.cast_column(name, [Image(decode=False)])
         rows, means = iter(data), readers(data.features or {})
         for number in itertools.count():
             where = f"{self._what} row {number}"
@@ -189,7 +191,11 @@ class Stream(Generic[T]):
         """
         values, where = self._values(raw), raw.where
         said = Row(self.kind.content(values, where, self.columns), where)
-        images = [encoded(values[role], raw.base, where) for role in self.kind.pictures]
+        kind = self.kind
+        if kind.listed in values:
+            images = several(kind, encoded_list(values[kind.listed], raw.base, where), where)
+        else:
+            images = several(kind, [encoded(values[role], raw.base, where) for role in kind.pictures], where)
         pictures = [Picture(*open_sized(image, self.size, where), self.size) for image in images]
         key = text_of(values.get("image_id"))
         if key is None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from efficientvlm.checkpoints.files import open_plain, sha256
+from efficientvlm.data.cells import listed
 from efficientvlm.errors import BadInput, shorten
 
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
@@ -36,6 +37,9 @@ class Table(Protocol):
 
     def image(self, row: int, name: str) -> bytes | Path:
         """The encoded image in a row, or where its file is."""
+
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        """The same of a column that lists several."""
 
     def where(self, row: int) -> str:
         """How to find a row, for messages."""
@@ -64,6 +68,9 @@ class MemoryTable:
         value = self._values[name][row]
         return value if isinstance(value, Path) else encoded(value, self.base, self.where(row))
 
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        return encoded_list(self._values[name][row], self.base, self.where(row))
+
     def where(self, row: int) -> str:
         return self._where(row)
 
@@ -84,6 +91,9 @@ class Selection:
 
     def image(self, row: int, name: str) -> bytes | Path:
         return self._table.image(self._rows[row], name)
+
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        return self._table.images(self._rows[row], name)
 
     def where(self, row: int) -> str:
         return self._table.where(self._rows[row])
@@ -109,6 +119,8 @@ class SavedTable:
         for name, feature in data.features.items():
             if isinstance(feature, Image):
                 data = data.cast_column(name, Image(decode=False))
+            elif isinstance(inner_of(feature), Image):
+                data = data.cast_column(name, [Image(decode=False)])
         self._data, self._readers = data, readers(data.features)
         self._alone: dict[str, Any] = {}
 
@@ -123,13 +135,18 @@ class SavedTable:
         return list(map(self._readers[name], values)) if name in self._readers else values
 
     def image(self, row: int, name: str) -> bytes | Path:
+        return encoded(self._cell(row, name), self.base, self.where(row))
+
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        return encoded_list(self._cell(row, name), self.base, self.where(row))
+
+    def _cell(self, row: int, name: str) -> Any:
         if name not in self._alone:  # a whole row would be decoded, with columns that nobody asked for
             self._alone[name] = self._data.select_columns([name])
         try:
-            value = self._alone[name][row][name]
+            return self._alone[name][row][name]
         except UnicodeDecodeError:
             raise BadInput(self.where(row), f"its {name} is not UTF-8 text", "mend or remove the row") from None
-        return encoded(value, self.base, self.where(row))
 
     def where(self, row: int) -> str:
         return f"{self.path} row {row}"
@@ -202,10 +219,28 @@ def _reader(feature: Any) -> Callable[[Any], Any] | None:
         return None if kind is None else lambda value: None if value is None else float(str(kind(value)))  # 0.1, not 0.10000000149
     if isinstance(feature, dict) and (parts := readers(feature)):
         return lambda value: value and read_as(value, parts)
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    inner = inner_of(feature)
     if inner is None or (read := _reader(inner)) is None:
         return None
     return lambda value: value and [read(part) for part in value]
+
+
+def inner_of(feature: Any) -> Any:
+    """What a feature of `datasets` is a list of; None if it is of no list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def encoded_list(value: Any, base: Path, where: str) -> list[bytes | Path]:
+    """As :func:`encoded`, of a cell that lists several pictures, also as text.
+
+    Raises:
+        BadInput: it is no list; names `where`.
+    """
+    found = listed(value, where, "list of images")
+    if not isinstance(found, list):
+        what = "it has no images" if found is None else f"its images are no list ({shorten(repr(found), 80)})"
+        raise BadInput(where, what, 'list their paths, as ["left.png", "right.png"]')
+    return [encoded(entry, base, where) for entry in found]
 
 
 def encoded(value: Any, base: Path, where: str) -> bytes | Path:

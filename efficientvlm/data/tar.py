@@ -91,6 +91,10 @@ class TarTable:
         with opened(path) as file:
             return _read(file, pictures[name])
 
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        fix = "call the pictures of a sample left.png and right.png, behind its name"
+        raise BadInput(self.where(row), f"its {name} are no files of the shard", fix)
+
     def where(self, row: int) -> str:
         path, key, _ = self._places[row]
         return f"{path} sample {key}"

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO
 from efficientvlm.checkpoints.files import open_plain, sha256
 from efficientvlm.data.images import PICTURES
 from efficientvlm.data.skips import Skips
-from efficientvlm.data.tables import LONG, MemoryTable, encoded
+from efficientvlm.data.tables import LONG, MemoryTable, encoded, encoded_list
 from efficientvlm.errors import BadInput, shorten
 
 INLINE = object()
@@ -61,7 +61,7 @@ class TextTable:
     def _add(self, row: Row, offset: int, number: int) -> None:
         position = len(self._offsets)
         for name, value in row.items():
-            if (isinstance(value, str) and len(value) > LONG) or isinstance(value, dict):
+            if is_long(value) or (isinstance(value, list) and any(map(is_long, value))):
                 value = INLINE
             values = self._values.setdefault(name, [])
             values.extend([None] * (position - len(values)))
@@ -79,11 +79,20 @@ class TextTable:
         value = self._values[name][row]
         return encoded(self._reread(row)[name] if value is INLINE else value, self.base, self.where(row))
 
+    def images(self, row: int, name: str) -> list[bytes | Path]:
+        value = self._values[name][row]
+        return encoded_list(self._reread(row)[name] if value is INLINE else value, self.base, self.where(row))
+
     def where(self, row: int) -> str:
         return f"{self.path} line {self._lines[row]}"
 
     def _reread(self, row: int) -> Row:
         raise TypeError("a subclass says how")
+
+
+def is_long(value: Any) -> bool:
+    """Whether a value is not kept in memory: a picture, most likely."""
+    return (isinstance(value, str) and len(value) > LONG) or isinstance(value, dict)
 
 
 class JsonlTable(TextTable):

@@ -45,6 +45,8 @@ class Kind(Generic[Item, Content]):
     required: ClassVar[tuple[str, ...]]
     pictures: ClassVar[tuple[str, ...]] = ("image",)
     """Roles of the pictures of a row: none, one or several."""
+    listed: ClassVar[str] = ""
+    """Role of a column that lists all of them, in the place of a column for each; empty where there is none."""
 
     def content(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Content:
         """What a row says beside its pictures, checked before training starts; `values` by role, `columns` role → column.
