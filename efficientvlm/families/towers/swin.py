@@ -49,15 +49,18 @@ class WindowAttention(Attention):
         index = torch.from_numpy(_offsets(self.window)).to(x.device)
         bias = self.bias_table[index].view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
         if self.shift:  # the mask differs from window to window, and is the same for all images
-            bias = (bias + torch.from_numpy(_strangers(self.grid, self.window, self.shift)).to(bias)).flatten(0, 1)[None]
+            bias = bias + torch.from_numpy(_strangers(self.grid, self.window, self.shift)).to(bias)
+        if self.shift and len(x) > 1:  # only then are queries, keys and values copied
             q, k, v = (part.flatten(1, 2) for part in (q, k, v))
+            bias, together = bias.flatten(0, 1)[None], (1, (windows, self.heads))
         else:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+            together = (0, (-1, windows))
         found: Maps = None if maps is None else []
-        heads = attend(q, k, v, bias, maps=found).reshape(-1, self.heads, tokens, self.head_dim)
+        heads = attend(q, k, v, bias, maps=found).unflatten(*together)  # [B, windows, H, window², D]
         if maps is not None and found:
             maps.append(found[0].reshape(-1, self.heads, tokens, tokens))
-        return self._put_together(self._out(heads).unflatten(0, (-1, windows)))
+        return cast(Tensor, self.out(self._put_together(heads.transpose(2, 3)).flatten(2)))
 
     def sites(self, prefix: str, position: int, lender: str = "") -> tuple[Site, ...]:
         """Where the head at `position` lies; `prefix` is the name of this module."""
@@ -72,7 +75,7 @@ class WindowAttention(Attention):
         return x.unflatten(2, along).unflatten(1, along).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def _put_together(self, x: Tensor) -> Tensor:
-        """[B, windows, window², W] to [B, grid², W]."""
+        """[B, windows, window², ...] to [B, grid², ...]."""
         count = self.grid // self.window
         x = x.unflatten(2, (self.window, self.window)).unflatten(1, (count, count)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return (x.roll((self.shift, self.shift), (1, 2)) if self.shift else x).flatten(1, 2)
