@@ -86,7 +86,7 @@ OPTIONS: dict[str, Option] = {
     "init.tokenizer": option(str, "--tokenizer", "Folder of a tokenizer, or train.", "DIR|train"),
     "vocab_size": option(int, "--vocab-size", "Size of a tokenizer that is trained."),
     "image_size": option(int, "--image-size", "Side of the square images in pixels."),
-    "layout": option(str, "--layout", "auto, pretrain, retrieval, vqa, captioning or grounding."),
+    "layout": option(str, "--layout", "auto, pretrain, retrieval, vqa, nlvr2, text_assignment, captioning or grounding."),
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
     "mode": option(str, "--mode", MODE),
     "image": option(list[str], "--image", "Image file. Repeatable, for a task that asks about several.", "FILE"),

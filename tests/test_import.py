@@ -125,7 +125,12 @@ def published(
         bert("text_decoder.bert", text + fusion, text)
         language_head("text_decoder.cls", "text_decoder.bert")
     else:
-        bert("text_encoder.bert" if layout == "pretrain" else "text_encoder", text + fusion, text)
+        two = layout in ("nlvr2", "text_assignment")
+        bert("text_encoder.bert" if layout == "pretrain" else "text_encoder", text + (1 + two) * fusion, text)
+        for number in range(text + 1, text + 1 + two * fusion, 2):
+            for part in ("key.weight", "key.bias", "value.weight", "value.bias"):
+                name = "text_encoder.encoder.layer.{}.crossattention.self." + part
+                state[name.format(number)] = state[name.format(number - 1)].clone()
     if layout == "pretrain":
         language_head("text_encoder.cls", "text_encoder.bert")
     if layout in ("pretrain", "grounding"):
@@ -133,8 +138,13 @@ def published(
     if layout == "vqa":
         bert("text_decoder.bert", decoder, 0)
         language_head("text_decoder.cls", "text_decoder.bert")
-    if layout in ("pretrain", "retrieval"):
+    if layout == "nlvr2":
+        mlp("cls_head", 2)
+    if layout == "text_assignment":
+        linear("ta_head", 3, WIDTH)
+    if layout in ("pretrain", "retrieval", "text_assignment"):
         linear("vision_proj", 16, WIDTH)
+    if layout in ("pretrain", "retrieval"):
         linear("text_proj", 16, WIDTH)
         state["temp"] = torch.tensor(0.05)
         mlp("itm_head", 2)
@@ -157,6 +167,8 @@ LAYOUTS = {
     "vqa": [],
     "grounding": ["box"],
     "captioning": ["lm"],
+    "nlvr2": ["compare"],
+    "text_assignment": ["assign"],
 }
 """Layout → heads of the network in it."""
 
@@ -170,11 +182,13 @@ def test_every_entry_is_mapped_or_ignored_for_a_reason(tmp_path, layout):
     assert report.layout == layout
     ignored = [name for names in report.ignored.values() for name in names]
     assert len(ours) + len(ignored) == len(state) and set(ignored) <= set(state)
-    assert all(name.endswith("position_ids") or ".predictions.decoder." in name for name in ignored)
+    copies = [name for name in ignored if ".crossattention." in name]
+    assert len(copies) == (4 if config.fusion_images == 2 else 0)
+    assert all(name.endswith("position_ids") or ".predictions.decoder." in name or name in copies for name in ignored)
     # nothing lost or used twice: the values themselves
     assert sorted(t.sum().item() for t in ours.values()) == sorted(t.sum().item() for n, t in state.items() if n not in ignored)
     assert report.assumed == {"vision_heads": 1, "text_heads": 1, "local_attention_depth": 1}
-    assert config.layers() == {"vision": 3, "text": 2, "fusion": 1, "decoder": 1 if layout == "vqa" else 0}
+    assert config.layers() == {"vision": 3, "text": 2, "fusion": config.fusion_images, "decoder": layout == "vqa"}
     assert (config.heads, config.image_size, config.patch_size, config.vocab_size) == (LAYOUTS[layout], 16, 8, VOCAB)
 
 
@@ -559,6 +573,34 @@ def test_a_foreign_tokenizer_is_refused_and_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(BadInput, match="not of one vocabulary"):
         import_.run(ImportConfig(out=str(tmp_path / "out"), model=str(path), tokenizer=str(tmp_path / "tokens")), QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "layout, spoil, message",
+    [
+        ("nlvr2", lambda s: change(s, "text_encoder.encoder.layer.3.crossattention.self.key.weight"), "differs from .*layer.2.cross"),
+        ("nlvr2", lambda s: drop(s, "text_encoder.encoder.layer.2.crossattention.self.value.bias"), "is there, but not its twin"),
+        ("nlvr2", lambda s: drop(s, "text_encoder.encoder.layer.3.crossattention.self.query.bias"), "lacks 1 tensors"),
+        ("nlvr2", lambda s: drop(s, "cls_head.3.bias"), "lacks 1 tensors.*compare_head.3.bias"),
+        ("nlvr2", lambda s: s.update({"ta_head.weight": torch.ones(3, WIDTH)}), "has one head"),
+        ("nlvr2", lambda s: [drop(s, n) for n in list(s) if ".layer.3." in n], "fusion_layers is 1"),
+        ("text_assignment", lambda s: drop(s, "vision_proj.bias"), "lacks 1 tensors.*vision_proj.bias"),
+        ("captioning", lambda s: drop(s, "text_decoder.cls.predictions.bias"), "is there, but not its twin"),
+        ("captioning", lambda s: change(s, "text_decoder.cls.predictions.decoder.weight"), "differs from"),
+        ("captioning", lambda s: s.update({"itm_head.0.weight": torch.ones(2 * WIDTH, WIDTH)}), "does nothing else"),
+        ("grounding", lambda s: s.update({"bbox_head.3.weight": torch.ones(5, WIDTH)}), "another shape.*box_head.3.weight"),
+        ("grounding", lambda s: s.update({"bbox_head.0.bias": torch.full((2 * WIDTH,), float("nan"))}), "damaged.*bbox_head.0.bias"),
+        ("retrieval", lambda s: s.update({"temp": torch.tensor(float("inf"))}), "damaged.*temp"),
+    ],
+)
+def test_a_file_that_will_not_do_leaves_nothing(tmp_path, tokenizer, layout, spoil, message):
+    save_tokenizer(tokenizer, tmp_path / "tokens")
+    state = published(layout, vocab=len(tokenizer))
+    spoil(state)
+    config = ImportConfig(out=str(tmp_path / "out"), model=str(pickled(tmp_path / "x.th", state)), tokenizer=str(tmp_path / "tokens"))
+    with pytest.raises(BadInput, match=message) as error:
+        import_.run(config, QUIET)
+    assert error.value.exit_code == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["tokens", "x.th"]
 
 
 def test_values_are_read_only_of_a_file_whose_names_and_shapes_will_do(tmp_path, tokenizer, monkeypatch):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.names import published_name
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.pairs import second_copies
+from efficientvlm.families.xvlm.pairs import first_copy, second_copies
 
 NETS = FOLDER / "xvlm_nlvr_tiny"
 pytestmark = pytest.mark.skipif(not NETS.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
@@ -37,10 +37,8 @@ def read(name: str, file: str) -> Any:
     model = XVLMModel(config_of(name)).eval()
     theirs = {published_name(key, LAYERS[name][1]): value for key, value in load_file(NETS / file).items() if "position_ids" not in key}
     assert None not in theirs
-    for copy in (second := second_copies(theirs)):
-        place, _, rest = copy.partition("fusion.layers.")
-        number, _, tail = rest.partition(".")
-        assert torch.equal(theirs[copy], theirs[f"{place}fusion.layers.{int(number) - 1}.{tail}"])
+    second = second_copies(theirs)
+    assert second and all(torch.equal(theirs[copy], theirs[first_copy(copy)]) for copy in second)
     model.load_state_dict({key: value for key, value in theirs.items() if key not in second}, strict=True)
     return model
 

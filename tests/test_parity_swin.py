@@ -117,6 +117,8 @@ FULL = {
     "": ("pretrain", 224, ["itc", "itm", "mlm", "box"]),
     "retrieval_384": ("retrieval", 384, ["itc", "itm"]),
     "grounding_box_384": ("grounding", 384, ["box"]),
+    "nlvr2_384": ("nlvr2", 384, ["compare"]),
+    "nlvr2_text_assignment_224": ("text_assignment", 224, ["assign"]),
     "captioning_384": ("captioning", 384, ["lm"]),
     "vqa_480": ("vqa", 480, []),
 }

@@ -6,14 +6,20 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """`begins`: what names of its entries begin with, each of which is there. `stack`: where it has its text and fusion layers."""
+    """`begins`: what names of its entries begin with, each of which is there. `stack`: where it has its text and fusion layers.
+
+    `images` are read at a time, and each of them has fusion layers of its own.
+    """
 
     name: str
     begins: tuple[str, ...]
     stack: str = "text_encoder"
+    images: int = 1
 
 
 LAYOUTS = (
+    Layout("nlvr2", ("text_encoder.", "cls_head."), images=2),
+    Layout("text_assignment", ("text_encoder.", "ta_head."), images=2),
     Layout("vqa", ("text_encoder.", "text_decoder.")),
     Layout("captioning", ("text_decoder.",), "text_decoder"),
     Layout("pretrain", ("text_encoder.cls.",)),

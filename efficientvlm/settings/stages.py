@@ -27,7 +27,7 @@ class InitConfig(Stage):
 
 class ImportConfig(Stage):
     model: str = Field(description="published .th / .pth / .safetensors file, or folder or hub id (owner/name) of a CLIP, SigLIP or BLIP")
-    layout: Literal["auto", "pretrain", "retrieval", "vqa", "captioning", "grounding"] = "auto"
+    layout: Literal["auto", "pretrain", "retrieval", "vqa", "nlvr2", "text_assignment", "captioning", "grounding"] = "auto"
     tokenizer: str | None = Field(None, description="folder of the tokenizer; by default the one in the folder `model`")
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
 

@@ -62,12 +62,14 @@ def _source(name: str, times: int) -> str:
     return f"fusion.layers.{int(number) // times}.{tail}" if layered and not place else name
 
 
-def second_copies(state: Mapping[str, Any]) -> set[str]:
+def second_copies(state: Mapping[str, Any]) -> list[str]:
     """Names of a `state` with keys and values in every fusion layer that are the second copy of those of the layer before."""
-    found = set()
-    for name in state:
-        place, layered, rest = name.partition("fusion.layers.")
-        number, _, tail = rest.partition(".")
-        if layered and not place and int(number) % IMAGES and tail.startswith(("cross_attention.k.", "cross_attention.v.")):
-            found.add(name)
-    return found
+    return [name for name in state if first_copy(name) != name]
+
+
+def first_copy(name: str) -> str:
+    """Where the keys and values lie that the tensor `name` of a fusion layer is a copy of: in the first layer of its pair."""
+    place, layered, rest = name.partition("fusion.layers.")
+    number, _, tail = rest.partition(".")
+    shared = layered and not place and tail.startswith(("cross_attention.k.", "cross_attention.v."))
+    return f"{layered}{int(number) // IMAGES * IMAGES}.{tail}" if shared else name

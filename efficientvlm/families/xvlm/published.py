@@ -15,6 +15,7 @@ from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.families.xvlm.config import XVLMConfig, checked_settings
 from efficientvlm.families.xvlm.names import first_fusion_layer, published_name, swin_depths
 from efficientvlm.families.xvlm.network import XVLMModel
+from efficientvlm.families.xvlm.pairs import first_copy, second_copies
 from efficientvlm.families.xvlm.resize import tables_at
 from efficientvlm.families.xvlm.shapes import FIX, config_of
 from efficientvlm.settings.layouts import LAYOUTS, Layout
@@ -80,8 +81,8 @@ def _read(path: Path, layout: str, given: Mapping[str, Any], *, values: bool) ->
     tensors = _entries(path, report, values)
     found = _layout(path, tensors, layout)
     report.layout = found.name
-    state = _translate(path, tensors, found.stack, report)
-    native, config, report.assumed = config_of(path, state, swin_depths(tensors), given)
+    state = _translate(path, tensors, found, report)
+    native, config, report.assumed = config_of(path, state, swin_depths(tensors), given, found.images)
     _require_complete(path, state, native)
     if config.image_size != native.image_size:
         state |= tables_at(state, config)
@@ -123,30 +124,44 @@ def _layout(path: Path, tensors: Mapping[str, Any], wanted: str) -> Layout:
     return found
 
 
-def _translate(path: Path, tensors: Mapping[str, Tensor], stack: str, report: Report) -> dict[str, Tensor]:
+def _translate(path: Path, tensors: Mapping[str, Tensor], layout: Layout, report: Report) -> dict[str, Tensor]:
     """The state under our names; every entry is mapped, or ignored and reported."""
-    first_fusion = first_fusion_layer(tensors, stack)
+    first_fusion = first_fusion_layer(tensors, layout.stack)
     if first_fusion is None:
         raise BadInput(f"{path} is no X-VLM file", "none of its text layers has cross-attention", FIX)
     depths = swin_depths(tensors)
     if len(depths) == 1 or len(depths) > MOST_STAGES or 0 in depths:
         raise BadInput(f"{path} cannot be imported", f"its Swin has stages of {depths} layers", FIX)
     state: dict[str, Tensor] = {}
+    called: dict[str, str] = {}
     unknown = []
     for name, tensor in tensors.items():
         if reason := _reason(path, name, tensors):
             report.ignore(reason, name)
-        elif (ours := published_name(name, first_fusion, depths, stack)) is None:
+        elif (ours := published_name(name, first_fusion, depths, layout.stack)) is None:
             unknown.append(name)
         elif ours in state:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file")
         elif not (tensor.is_floating_point() and finite(tensor)):
             raise BadInput(f"{path} is damaged", f"{name} is not all finite floats", AGAIN)
         else:
-            state[ours] = tensor.detach().to(torch.float32).contiguous()
+            state[ours], called[ours] = tensor.detach().to(torch.float32).contiguous(), name
     if unknown:
         raise BadInput(f"{path} has {len(unknown)} entries of unknown meaning", _listed(unknown), FIX)
+    for copy in second_copies(state) if layout.images > 1 else ():
+        _require_equal(path, tensors, called[copy], called.get(first_copy(copy), ""), "a model whose pairs of layers share them")
+        report.ignore("second copy of keys or values that two layers have in common, found equal", called[copy])
+        del state[copy]
     return state
+
+
+def _require_equal(path: Path, tensors: Mapping[str, Tensor], name: str, twin: str, fix: str) -> None:
+    """:class:`BadInput` unless `name` and `twin`, which are one tensor here, are there and equal, as far as their values are known."""
+    if twin not in tensors:
+        raise BadInput(f"{path} is incomplete", f"{name} is there, but not its twin{twin and f' {twin}'}", AGAIN)
+    ours, theirs = tensors[name], tensors[twin]
+    if ours.shape != theirs.shape or not (ours.is_meta or torch.equal(ours, theirs)):
+        raise BadInput(f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor", f"give {fix}")
 
 
 def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
@@ -162,12 +177,7 @@ def _reason(path: Path, name: str, tensors: Mapping[str, Tensor]) -> str | None:
         return None
     twins = [f"{tower}bert.embeddings.word_embeddings.weight", f"{tower}embeddings.word_embeddings.weight"]
     twin = f"{tower}cls.predictions.bias" if kind == "bias" else next((twin for twin in twins if twin in tensors), twins[0])
-    if twin not in tensors:
-        raise BadInput(f"{path} is incomplete", f"{name} is there, but not {twin}", AGAIN)
-    if not tensors[name].is_meta and not torch.equal(tensors[name], tensors[twin]):
-        raise BadInput(
-            f"{path} cannot be imported", f"{name} differs from {twin}, and here the two are one tensor", "give a model that ties them"
-        )
+    _require_equal(path, tensors, name, twin, "a model that ties them")
     return "second copy of a tied tensor, found equal"
 
 

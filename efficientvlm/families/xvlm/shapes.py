@@ -25,7 +25,8 @@ HEADS = {
     "box": ("box_head.",),
     CAPTION_HEAD: ("lm_head.",),
 }
-"""Head → what names of its tensors begin with."""
+HEADS_OF_TWO = {"compare": ("compare_head.",), "assign": ("assign_head.",)}
+"""Head → what names of its tensors begin with. The second are of networks that read two images at a time."""
 
 
 class Described(NamedTuple):
@@ -36,11 +37,12 @@ class Described(NamedTuple):
     assumed: dict[str, int]
 
 
-def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given: Mapping[str, Any]) -> Described:
+def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given: Mapping[str, Any], images: int = 1) -> Described:
     """The network that the `state` of a file, under our names, is of; a Swin's stages have `depths` layers.
 
     Args:
         given: settings that the file does not decide.
+        images: how many the network reads at a time.
 
     Raises:
         BadInput: shapes of no network, or a setting that they decide.
@@ -54,6 +56,7 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
     def layers(tower: str) -> int:
         return 1 + max((int(name.split(".")[2]) for name in state if name.startswith(f"{tower}.layers.")), default=-1)
 
+    heads = HEADS if images == 1 else HEADS_OF_TWO
     vocab_size, text_width = shape("text.embeddings.word.weight")
     known: dict[str, Any] = {
         **(_swin_of(path, shape, depths) if depths else _vit_of(path, shape)),
@@ -62,10 +65,11 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
         "type_vocab_size": shape("text.embeddings.token_type.weight")[0],
         "text_width": text_width,
         "text_intermediate": shape("fusion.layers.0.ffn.fc1.weight")[0],
-        "heads": [head for head, begins in HEADS.items() if any(name.startswith(begins) for name in state)],
+        "heads": [head for head, begins in heads.items() if any(name.startswith(begins) for name in state)],
+        "fusion_images": images,
         **{f"{tower}_layers": layers(tower) for tower in ("vision", "text", "fusion", "decoder")},
     }
-    if "itc" in known["heads"]:
+    if "vision_proj.weight" in state:
         known["embed_dim"] = shape("vision_proj.weight")[0]
     guesses = {"text_heads": text_width // HEAD_WIDTH}
     if not depths:
