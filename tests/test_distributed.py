@@ -48,6 +48,7 @@ def settings_of(stage: str, root: Path) -> dict[str, Any]:
         "distill": {"model": student, "teacher": init, "weights": {"fusion_cross_attention": 1.0, "itc_logits": 1.0}},
         "prune": {"model": student, "teacher": teacher, "sparsity": 0.4},
         "finetune": {"model": student, "teacher": teacher},
+        "prune of retrieval": {"model": student, "teacher": init, "sparsity": 0.4, "task": "retrieval", "weights": {"itc_logits": 1.0}},
     }[stage]
 
 
@@ -55,10 +56,11 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "distill", "prune", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "distill", "prune", "finetune", "prune of retrieval"])
 def test_two_processes_compute_what_one_does(stage: str, calm: Path, tmp_path: Path) -> None:
     """Contrast and hard negatives over the global batch, means over all tokens, boxes, questions, one vector of gates."""
     settings = {**settings_of(stage, calm), **SHORT}
+    stage, _, task = stage.partition(" of ")
     run_stage(stage, out=str(tmp_path / "one"), **settings)
     nursery.whole(stage, processes=2, out=str(tmp_path / "two"), **settings)
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
@@ -72,7 +74,10 @@ def test_two_processes_compute_what_one_does(stage: str, calm: Path, tmp_path: P
     assert {name: value.shape for name, value in first.items()} == {name: value.shape for name, value in second.items()}
     assert max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel()) < 1e-5
     assert verify(tmp_path / "two") == [] and list(tmp_path.glob(".*")) == []
-    assert require_complete(tmp_path / "two").cost.samples == require_complete(tmp_path / "one").cost.samples
+    of_one, of_two = (require_complete(tmp_path / name) for name in ("one", "two"))
+    assert of_two.cost.samples == of_one.cost.samples
+    if task:
+        assert of_two.metrics["val"] == of_one.metrics["val"] and of_one.metrics["val"]["mean_recall"] > 0
 
 
 def test_uneven_texts_labels_and_regions_are_weighted_by_their_global_counts(calm: Path, tmp_path: Path) -> None:

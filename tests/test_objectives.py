@@ -18,7 +18,16 @@ from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.generation import Generation
-from efficientvlm.objectives.losses import box_losses, draw_negatives, giou, itc_loss, negative_weights, positives
+from efficientvlm.objectives.losses import (
+    are_negatives,
+    box_losses,
+    draw_negatives,
+    giou,
+    itc_loss,
+    matching_loss,
+    negative_weights,
+    positives,
+)
 from efficientvlm.objectives.teachers import LiveTeacher
 from efficientvlm.objectives.terms import attention_mse, compared, hidden_mse, logit_kl, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
@@ -249,6 +258,19 @@ def test_negatives_are_drawn_again_alike_and_are_never_positives(seed, size):
         for row, other in enumerate(drawn.tolist()):
             assert other != row
             assert not same[row, other] or bool(same[row].all())
+
+
+def test_a_pair_without_a_negative_is_left_out_of_matching():
+    """Pairs 0 and 1 are of one image, of which 2 has another: all negatives are there; of pairs of one image alone there is none."""
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    assert all(part.all() for part in are_negatives((torch.tensor([2, 2, 0]), torch.tensor([2, 2, 1])), same))
+    image_for_text, text_for_image = are_negatives((torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])), same)
+    assert image_for_text.tolist() == [False, True, True] and text_for_image.tolist() == [True, False, True]
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    whole = matching_loss(logits, torch.tensor([True, False, True]))
+    some = matching_loss(logits, torch.tensor([True, False, True]), torch.tensor([True, True, False]))
+    each = [math.log(1 + math.exp(-gap)) for gap in (1.0, 2.0, 3.0)]
+    assert float(whole) == pytest.approx(sum(each) / 3) and float(some) == pytest.approx(sum(each[:2]) / 2)
 
 
 def test_hard_negatives_are_drawn_as_often_as_their_weights_say():

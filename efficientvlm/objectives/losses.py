@@ -59,7 +59,11 @@ def negative_weights(image: Tensor, text: Tensor, temperature: Tensor, same: Ten
 
 @torch.no_grad()
 def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor, generator: torch.Generator) -> Negatives:
-    """One image for each text and one text for each image, [B] each; a row whose partners are all positives takes any other row."""
+    """One image for each text and one text for each image, [B] each.
+
+    A row whose partners are all positives has no negative and is given one of those: :func:`are_negatives` tells it, and its pair is
+    no part of the matching loss. The published code cannot draw there at all.
+    """
     drawn = []
     for weights in negative_weights(image, text, temperature, same):
         weights = weights.float().cpu()
@@ -67,6 +71,12 @@ def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tenso
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, others)
         drawn.append(torch.multinomial(weights, 1, generator=generator)[:, 0].to(image.device))
     return drawn[0], drawn[1]
+
+
+def are_negatives(negatives: Negatives, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the drawn image of each text, and the drawn text of each image, is a wrong one, [B] each; `same` as :func:`positives`."""
+    rows = torch.arange(len(same), device=same.device)
+    return ~same[negatives[0], rows], ~same[rows, negatives[1]]
 
 
 def visible_patches(mask: Tensor, count: int) -> Tensor:
@@ -99,9 +109,15 @@ def masked_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / ranks.share_of((labels != -100).sum())
 
 
-def matching_loss(logits: Tensor, matched: Tensor) -> Tensor:
-    """Mean cross-entropy of matching `logits` [P, 2] (no, yes); `matched` [P] is True for pairs that belong together."""
-    return F.cross_entropy(logits.float(), matched.long(), reduction="sum") / ranks.share_of(len(logits))
+def matching_loss(logits: Tensor, matched: Tensor, known: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of matching `logits` [P, 2] (no, yes); `matched` [P] is True for pairs that belong together.
+
+    Pairs that are False in `known` [P] are left out.
+    """
+    if known is None:
+        return F.cross_entropy(logits.float(), matched.long(), reduction="sum") / ranks.share_of(len(logits))
+    each = F.cross_entropy(logits.float(), matched.long(), reduction="none")
+    return (each * known).sum() / ranks.share_of(known.sum())
 
 
 def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:

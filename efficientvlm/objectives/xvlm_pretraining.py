@@ -13,6 +13,7 @@ from efficientvlm.families.network import Record, check_taps, kinds_of
 from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
     Negatives,
+    are_negatives,
     box_losses,
     draw_negatives,
     even_texts,
@@ -27,6 +28,7 @@ from efficientvlm.objectives.teachers import CachedFeatures
 from efficientvlm.objectives.terms import Term, attention, contrast, hidden, logits
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.exchange import Rows
+from efficientvlm.runtime.progress import say
 
 RUNS = {"itm_positive": "itm", "itm_negative": "itm", "mlm": "mlm"}
 """Passes through fusion that a teacher can be compared on, and the loss that makes them."""
@@ -53,7 +55,9 @@ class XvlmPretraining(Objective):
     text_mask [B, L]; image_ids [B]; for `mlm` masked_ids [B, L], masked_positions and masked_labels [B, M]; of regions image_index [B],
     image_mask [B, 1 + patches], boxes [B, 4] and is_whole_image [B]. The step seeds the negatives. Returns the scalar losses `itc`,
     `itm`, `mlm`, `box`, `giou` that apply, and their sum `loss`. Over several processes contrast and negatives span the pairs of all, and
-    each loss is such that its mean over the processes is that of one process with the whole batch.
+    each loss is such that its mean over the processes is that of one process with the whole batch. Pairs of one image, and equal captions,
+    are no negatives of one another; a pair for which the batch has none is left out of that part of matching. The temperature is kept
+    within 0.001 and 0.5, which the published code does in pre-training alone.
 
     Source: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
 
@@ -77,6 +81,7 @@ class XvlmPretraining(Objective):
         super().__init__()
         self.model, self.losses, self.seed = model, frozenset(losses), seed
         self.hard_negatives = hard_negatives
+        self.told = False
         self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)
 
     def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -118,14 +123,15 @@ class XvlmPretraining(Objective):
 
         losses: dict[str, Tensor] = {}
         itm = "itm" in runs and everyone.total > 1  # a single pair has no negatives
-        if "itc" in runs or (itm and negatives is None):
+        draws = itm and negatives is None
+        same = positives(batch, everyone) if own or "itc" in runs or draws else None
+        if same is not None and ("itc" in runs or draws):
             image_feature = everyone.gather(model.image_feature(image.states[:count]))
             text_feature = everyone.gather(model.text_feature(text.states[:count], mask))
-            same = positives(batch, everyone)
             if "itc" in runs:
                 record["itc_logits"] = image_feature @ text_feature.T / model.temp
                 losses["itc"] = itc_loss(record["itc_logits"], same)
-            if itm and negatives is None:
+            if draws:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, "negatives" if own else "teacher negatives"))
                 temp = model.temp if self.hard_negatives else torch.full_like(model.temp, torch.inf)  # every other pair is as likely
                 chosen = draw_negatives(image_feature, text_feature, temp, same, generator)
@@ -170,8 +176,19 @@ class XvlmPretraining(Objective):
             start = part.stop
         if itm:
             record["itm_logits"] = model.itm_head(first[: 3 * count])
-            losses["itm"] = matching_loss(record["itm_logits"], torch.arange(3 * count, device=ids.device) < count)
+            if own and same is not None and negatives is not None:
+                found = are_negatives(negatives, same)
+                self._tell(torch.cat(found), step)
+                known = torch.cat([rows >= 0, *(part[everyone.start : everyone.start + count] for part in found)])
+                losses["itm"] = matching_loss(record["itm_logits"], torch.arange(3 * count, device=ids.device) < count, known)
         return Pass(losses, record, negatives)
+
+    def _tell(self, known: Tensor, step: int) -> None:
+        """Say once if pairs have no negative, the first time that it happens."""
+        if not self.told and (lacking := int((~known).sum())):
+            self.told = True
+            why = "all others of their batch have their picture or their caption"
+            say(f"matching: step {step} lacks {lacking} of {len(known)} negatives, and so may later ones: {why}; larger batches have more")
 
 
 def _tap(record: Record, tower: str, out: Encoded, part: slice = slice(None), run: str = "") -> None:

@@ -179,9 +179,10 @@ def evaluate(
 
     `image_to_text_r5` is the part of the images with one of their captions among the 5 of highest cosine, out of the captions of all;
     `text_to_image_r5` the part of the captions whose image is among the 5 images of highest cosine; `mean_recall` the mean of the six.
-    Equal scores rank in the order of the data. With `rerank` the same follow again as `reranked_...`, where the matching logit orders the
-    best `rerank` candidates of every query and the others stay behind them (ALBEF, X-VLM). `itm_accuracy` as :func:`matching_accuracy`.
-    `standard_errors` are those of each recall as a mean over its queries. Pairs are matched in blocks of at most `most` bytes.
+    Equal scores rank in the order of the data (in the published code the later one is first). With `rerank` the same follow again as
+    `reranked_...`, where the matching logit alone orders the best `rerank` candidates of every query (ALBEF, X-VLM). A recall at more than
+    `rerank` is the same as before, and left out; so is the mean then. `itm_accuracy` as :func:`matching_accuracy`. `standard_errors` are
+    those of each recall as a mean over its queries. Pairs are matched in blocks of at most `most` bytes.
     """
     matched = partial(match, model, gallery, batch_size=batch_size, most=most, title=title, quiet=quiet)
     result: dict[str, Any] = {"images": len(gallery.image), "captions": len(gallery.said)}
@@ -201,10 +202,18 @@ def evaluate(
         for_image, for_text = (
             reordered(order, logits[torch.searchsorted(keys, part)]) for order, part in zip((for_image, for_text), wanted, strict=True)
         )
-        result |= {f"reranked_{name}": value for name, value in recalls(gallery, for_image, for_text).items()}
+        again, beyond = recalls(gallery, for_image, for_text), unmoved(gallery, rerank)
+        result |= {f"reranked_{name}": value for name, value in again.items() if name not in beyond}
     if gallery.image_states is not None:
         result |= matching_accuracy(gallery, matched, seed)
     return result
+
+
+def unmoved(gallery: Gallery, rerank: int) -> set[str]:
+    """The recalls that ranking the best `rerank` candidates of a query anew cannot change, and the mean if there are any."""
+    candidates = dict(zip(DIRECTIONS, (len(gallery.said), len(gallery.image)), strict=True))
+    found = {f"{direction}_r{top}" for direction in DIRECTIONS for top in TOP if rerank < min(top, candidates[direction])}
+    return found | ({"mean_recall"} if found else set())
 
 
 def best_captions(gallery: Gallery, keep: int) -> Tensor:

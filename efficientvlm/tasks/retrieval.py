@@ -24,7 +24,7 @@ from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import RetrievalEval, RetrievalSettings
 from efficientvlm.tasks.influence import Influence, of_pairs
-from efficientvlm.tasks.recall import encode, evaluate
+from efficientvlm.tasks.recall import encode, evaluate, unmoved
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt, held_out
 from efficientvlm.training.loop import Batch
@@ -32,7 +32,7 @@ from efficientvlm.training.loop import Batch
 EVAL_BATCH = 64
 SAMPLE = 1000  # texts that say how long texts are
 CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of images by captions, among all of them, by cosine; their mean"
-RERANKED = f"{CONTRAST}; reranked_mean_recall: the same with the best candidates of every query in the order of their matching logits"
+RERANKED = f"{CONTRAST}; reranked_...: those of them that change with the best candidates of a query in the order of their matching logits"
 
 
 class Retrieval(Learnt):
@@ -132,6 +132,10 @@ def evaluate_pairs(
         batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
         gallery = encode(model, batches, tokens, batch_size, count, again=pictures, **shown)
     result = evaluate(model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
+    if rerank and (same := sorted(unmoved(gallery, rerank) - {"mean_recall"})):
+        say(f"{title}: rerank {rerank} cannot change {', '.join(same)}, which are left out with their mean", quiet=quiet)
+    if rerank > (most := max(len(gallery.image), len(gallery.said))):
+        say(f"{title}: rerank {rerank} is more than all {most:,} candidates, which are ranked", quiet=quiet)
     for remark in of_read(texts):
         say(f"{title}: {remark}", quiet=quiet)
     return {**result, "reading": counts_of(texts)}
