@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,29 @@ def test_recalls_are_those_of_the_definition(seed: int, rerank: int, monkeypatch
     assert rerank < 10 or again["mean_recall"] != result["mean_recall"]
     unchanged = METRICS - there - {"mean_recall"} if rerank else set()
     assert {name: result[name] for name in unchanged} == pytest.approx({name: by_hand(found, rerank)[name] for name in unchanged})
+
+
+PEAK = """
+import resource, sys, torch
+from efficientvlm.tasks.recall import Gallery, best_captions, best_images
+images, texts = map(int, sys.argv[1:])
+image, text = torch.randn(images, 4), torch.randn(texts, 4)
+owners = torch.arange(texts) % images
+found = Gallery([], image, text, [], torch.arange(texts), owners, None, None, torch.ones(texts, 1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+best_captions(found, 16), best_images(found, 16)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_images_times_texts() -> None:
+    """Sixteen times the pairs, whose scores alone would take 160 MB, and the order that they are put into twice as much."""
+    small, large = (
+        int(subprocess.run([sys.executable, "-c", PEAK, *sizes], capture_output=True, text=True, check=True).stdout)
+        for sizes in (("500", "5000"), ("2000", "20000"))
+    )
+    assert large - small < 30_000, (small, large)
 
 
 def test_scores_are_float32_in_bf16_too() -> None:

@@ -19,7 +19,7 @@ from efficientvlm.runtime.progress import Bar, counted
 
 TOP = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
-SCORES_AT_ONCE = 4_000_000  # elements of a block of the score matrix; sorting it takes five times as many bytes as it has
+SCORES_AT_ONCE = 1_000_000  # elements of a block of the score matrix; sorting it takes five times as many bytes as it has
 
 
 @dataclass
@@ -227,13 +227,14 @@ def best_images(gallery: Gallery, keep: int) -> Tensor:
 
 
 def _sorted(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
-    parts = []
+    """A block of the scores after another; of each only what is kept is left, in memory that is there from the start."""
+    best = Collected(len(queries))
     for part in queries.split(max(1, SCORES_AT_ONCE // max(1, len(candidates if columns is None else columns)))):
         with torch.autocast(part.device.type, enabled=False):  # in bfloat16 close candidates would be equal
             scores = part @ candidates.T
         scores = scores if columns is None else scores[:, columns]  # equal captions have the same score to the last bit
-        parts.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep])
-    return torch.cat(parts)
+        best.add(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep])
+    return best.tensor
 
 
 def recalls(gallery: Gallery, for_image: Tensor, for_text: Tensor) -> dict[str, float]:
@@ -281,14 +282,14 @@ def match(
     seen_by, one = (gallery.size.seen, gallery.size.question(gallery.text_mask.shape[1])) if gallery.size else (0, 0)
     runs = spans(images.tolist(), seen_by, one, most or room(images.device))
     blocks = [(start, min(stop, start + batch_size)) for first, stop in runs for start in range(first, stop, batch_size)]
-    logits = []
+    logits = Collected(len(images))
     with Bar(f"{title} matching", len(images), quiet=quiet) as bar:
         for start, stop in blocks:
             seen, rows = images[start:stop].unique(return_inverse=True)
             said = captions[start:stop]
-            logits.append(model.match(gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
+            logits.add(model.match(gallery.image_states[seen], rows, gallery.text_states[said], gallery.text_mask[said]).float())
             bar.update(stop)
-    return torch.cat(logits)
+    return logits.tensor
 
 
 def standard_error(part: float, count: int) -> float:
