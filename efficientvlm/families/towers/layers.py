@@ -192,7 +192,7 @@ class Layers(nn.ModuleList):
 
         Layers that share them attend to a part of `states` each, in turn: of two, the first to the first half.
         """
-        parts, found = states.chunk(self.contexts), []
+        parts, found = states.unflatten(0, (self.contexts, -1)), []  # `chunk` would fix the number of images of an exported graph
         for number, layer in enumerate(cast(Iterable[Layer], self)):
             shared = layer.size.shared
             lender = layer if shared is None else cast(Layer, self[shared.at])
