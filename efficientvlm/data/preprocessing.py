@@ -110,6 +110,13 @@ class Preprocessing:
         (left, right), (top, bottom) = spans
         return ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top) if right > left and bottom > top else None
 
+    def unplaced(self, point: tuple[float, float], width: int, height: int) -> list[float]:
+        """A point of what the model sees (fractions) as fractions of a picture of that size; the other way round than :meth:`placed`."""
+        if not self.crop:
+            return list(point)
+        size = self._resized(width, height)
+        return [(part * self.side + start) / whole for part, start, whole in zip(point, self._corner(size), size, strict=True)]
+
 
 def prepared(image: Image.Image, how: Preprocessing | int | None, where: str) -> Pixels:
     """Pixels of `image` (RGB): as `how` says, squeezed to a square of that side, or as they are."""

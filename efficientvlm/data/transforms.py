@@ -45,9 +45,16 @@ def names_a_side(text: str) -> bool:
 
 
 def augment(
-    kind: Augment, image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, *, flip_ok: bool = True, task: bool = True
+    kind: Augment,
+    image: Pixels,
+    rng: np.random.Generator,
+    boxes: Boxes | None = None,
+    *,
+    flip_ok: bool = True,
+    task: bool = True,
+    whole: bool = False,
 ) -> Augmented:
-    """`image` augmented as `kind` says; `task` selects the milder crop of `paper`.
+    """`image` augmented as `kind` says; `task` selects the milder crop of `paper`. With `whole`, every box stays inside, all of it.
 
     Raises:
         BadInput: an unknown `kind`.
@@ -55,18 +62,24 @@ def augment(
     if kind == "none":
         return _moved(image, _as_boxes(boxes))
     if kind == "light":
-        return light(image, rng, boxes, flip_ok)
+        return light(image, rng, boxes, flip_ok, whole=whole)
     if kind == "paper":
-        return paper(image, rng, boxes, flip_ok, scale=TASK_SCALE if task else PRETRAIN_SCALE)
+        return paper(image, rng, boxes, flip_ok, scale=TASK_SCALE if task else PRETRAIN_SCALE, whole=whole)
     raise BadInput(f"augmentation {kind}", "", "use none, light or paper")
 
 
-def light(image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, flip_ok: bool = True) -> Augmented:
+def light(image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, flip_ok: bool = True, *, whole: bool = False) -> Augmented:
     """A mirror image half of the time and a shift of up to 10 % by whole pixels, borders repeated (ours)."""
     height, width = image.shape[:2]
     flip = bool(rng.random() < 0.5) and flip_ok
-    reach_x, reach_y = int(MAX_SHIFT * width), int(MAX_SHIFT * height)
-    right, down = int(rng.integers(-reach_x, reach_x + 1)), int(rng.integers(-reach_y, reach_y + 1))
+    reach = np.array([int(MAX_SHIFT * width), int(MAX_SHIFT * height)])
+    back, on = reach, reach
+    if whole:
+        left, top, *ends = _around(_as_boxes(boxes))
+        before, behind = np.array([left, top]) * (width, height), (1 - np.array(ends)) * (width, height)
+        back = np.where(behind < 1, 0, np.minimum(reach, before.astype(int)))  # a border that repeats would make a box on it longer
+        on = np.where(before < 1, 0, np.minimum(reach, behind.astype(int)))
+    right, down = (int(rng.integers(-low, high + 1)) for low, high in zip(back, on, strict=True))
     rows = (np.arange(height) - down).clip(0, height - 1)
     columns = (np.arange(width) - right).clip(0, width - 1)
     if flip:
@@ -80,17 +93,24 @@ def light(image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, f
 
 
 def paper(
-    image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, flip_ok: bool = True, *, scale: tuple[float, float] = (0.2, 1.0)
+    image: Pixels,
+    rng: np.random.Generator,
+    boxes: Boxes | None = None,
+    flip_ok: bool = True,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    whole: bool = False,
 ) -> Augmented:
     """Crop, resize to the size it had, mirror, RandAugment (X-VLM).
 
-    Without boxes a random crop of `scale` of the area; with boxes (region batches) a random crop that contains one of them, and no
-    geometric operation in RandAugment, so that the boxes stay true.
+    Without boxes a random crop of `scale` of the area; with boxes (region batches) a random crop that contains one of them, or with
+    `whole` all of them, and no geometric operation in RandAugment, so that the boxes stay true.
     """
     height, width = image.shape[:2]
     placed = _as_boxes(boxes)
     if len(placed):
-        left, top, right, bottom = _crop_around(rng, placed[int(rng.integers(len(placed)))])
+        kept = placed if whole else placed[int(rng.integers(len(placed)))][None]
+        left, top, right, bottom = _crop_around(rng, _around(kept))
     else:
         left, top, right, bottom = _crop(rng, scale, width / height)
     picture = Image.fromarray(image).resize(
@@ -149,10 +169,18 @@ def _crop(rng: np.random.Generator, scale: tuple[float, float], aspect: float) -
     return 0.0, 0.0, 1.0, 1.0
 
 
-def _crop_around(rng: np.random.Generator, box: NDArray[np.float32]) -> tuple[float, float, float, float]:
-    low, high = (box[:2] - box[2:] / 2).clip(0, 1), (box[:2] + box[2:] / 2).clip(0, 1)
+def _crop_around(rng: np.random.Generator, inner: NDArray[np.float32]) -> tuple[float, float, float, float]:
+    low, high = inner[:2], inner[2:]
     (left, top), (right, bottom) = rng.random(2) * low, high + rng.random(2) * (1 - high)
     return float(left), float(top), float(right), float(bottom)
+
+
+def _around(boxes: Boxes) -> NDArray[np.float32]:
+    """Left, top, right, bottom of all boxes together, inside the image; its middle where there are none."""
+    if not len(boxes):
+        return np.full(4, 0.5, np.float32)
+    low, high = (boxes[:, :2] - boxes[:, 2:] / 2).clip(0, 1), (boxes[:, :2] + boxes[:, 2:] / 2).clip(0, 1)
+    return np.concatenate([low.min(0), high.max(0)])
 
 
 def _as_boxes(boxes: Boxes | None) -> Boxes:
