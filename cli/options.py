@@ -47,6 +47,7 @@ def layers(texts: list[str]) -> dict[str, int | list[int]]:
 
 DATA = "easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one."
 MODE = "rank: choose from the answer list; generate: write freely."
+EVAL_MODE = f"{MODE[:-1]}. Grounding: box, or gradcam: where a network that matches looks."
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print settings and plan as JSON, and all that is wrong; do nothing.", rich_help_panel=RUN)
 ]
@@ -63,6 +64,7 @@ OPTIONS: dict[str, Option] = {
     "out": option(str, "--out", "Folder to write.", "DIR"),
     "eval.out": RESULT,
     "bench.out": RESULT,
+    "predict.out": option(str, "--out", "Grounding: PNG file for the picture with the box drawn into it.", "FILE"),
     "data": option(str, "--data", DATA, "DATA"),
     "columns": option(
         list[str],
@@ -89,8 +91,9 @@ OPTIONS: dict[str, Option] = {
     "layout": option(str, "--layout", "auto, pretrain, retrieval, vqa, nlvr2, text_assignment, captioning or grounding."),
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
     "mode": option(str, "--mode", MODE),
+    "eval.mode": option(str, "--mode", EVAL_MODE),
     "image": option(list[str], "--image", "Image file. Repeatable, for a task that asks about several.", "FILE"),
-    "question": option(str, "--question", "The question.", "TEXT"),
+    "question": option(str, "--question", "The question, or the phrase that is looked for.", "TEXT"),
     "top": option(int, "--top", "How many answers to show; 5 by default."),
     "max_tokens": option(int, "--max-tokens", "Longest question; by default as tuned."),
     "rerank": option(int, "--rerank", "Retrieval: so many candidates of a query are ranked anew by matching.", "K"),

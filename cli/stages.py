@@ -59,7 +59,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "Ask a model about an image file.",
-        ("model", "image", "question", "mode", "top", "max_tokens", "device", "json", "quiet"),
+        ("model", "image", "question", "mode", "top", "out", "max_tokens", "device", "json", "quiet"),
     ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",

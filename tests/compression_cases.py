@@ -82,6 +82,7 @@ CONFIGS: dict[str, Any] = {
     "xvlm-swin": tiny_swin(),
     "xvlm-caption": tiny_xvlm(decoder_layers=0, heads=["lm"]),
     "xvlm-two-images": tiny_pairs(),
+    "xvlm-grounding": tiny_xvlm(decoder_layers=0, heads=["box"]),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
     "blip-qa": tiny_blip(BlipAnswerConfig),

@@ -31,6 +31,11 @@ PAIR_SIZES = (
     {"pairs": 1, "statements": 4, "tokens": 3},
     {"pairs": 8, "statements": 8, "tokens": 7},
 )
+QUESTION_AXES = {
+    "pixels": {0: "images"},
+    **{name: {0: "questions", 1: "tokens"} for name in ("question_ids", "question_mask")},
+    "image_index": {0: "questions"},
+}
 STEP_SIZES = (
     {"sequences": 7, "length": 2, "past": 4},
     {"sequences": 1, "length": 1, "past": 0},
@@ -45,6 +50,23 @@ def images_of(model: Any) -> Callable[[Axes], dict[str, Tensor]]:
 
     def example(axes: Axes) -> dict[str, Tensor]:
         return {"pixels": torch.randn(axes["images"], 3, size, size, generator=torch.Generator().manual_seed(0))}
+
+    return example
+
+
+def questions_of(model: Any) -> Callable[[Axes], dict[str, Tensor]]:
+    """Example inputs of a network that reads questions, several about some images and none about others."""
+    sizes = model.config.sizes()
+
+    def example(axes: Axes) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        count, tokens = axes["questions"], axes["tokens"]
+        return {
+            "pixels": torch.randn(axes["images"], 3, sizes.image_size, sizes.image_size, generator=draw),
+            "question_ids": torch.randint(sizes.vocab_size, (count, tokens), generator=draw),
+            "question_mask": padded(count, tokens, draw),
+            "image_index": torch.randint(axes["images"], (count,), generator=draw),
+        }
 
     return example
 
@@ -102,32 +124,16 @@ def vqa_graphs(model: Any) -> list[Graph]:
 
     `question` gives the text `states` and the keys and values of every decoder layer that has cross-attention heads.
     """
-    sizes = model.config.sizes()
-
-    def example(axes: Axes) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(0)
-        count, tokens = axes["questions"], axes["tokens"]
-        return {
-            "pixels": torch.randn(axes["images"], 3, sizes.image_size, sizes.image_size, generator=draw),
-            "question_ids": torch.randint(sizes.vocab_size, (count, tokens), generator=draw),
-            "question_mask": padded(count, tokens, draw),
-            "image_index": torch.randint(axes["images"], (count,), generator=draw),
-        }
 
     def question(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
         record, context = model.encode(dict(inputs))
         return (record["states"], *flat(context.kv))
 
+    example = questions_of(model)
     _, context = model.encode(example(QUESTION_SIZES[0]))
-    by_question = {"questions": 0, "tokens": 1}
-    axes = {
-        "pixels": {0: "images"},
-        **{name: {at: axis for axis, at in by_question.items()} for name in ("question_ids", "question_mask")},
-        "image_index": {0: "questions"},
-    }
     outputs = ("states", *names(present(context.kv)))
     return [
-        Graph("question", Part(model, question), axes, outputs, QUESTION_SIZES, example),
+        Graph("question", Part(model, question), QUESTION_AXES, outputs, QUESTION_SIZES, example),
         step_graph(model, "answer", context.kv, {0: "questions", 2: "tokens"}, "answer_ids"),
     ]
 
@@ -156,6 +162,15 @@ def compare_graphs(model: Any) -> list[Graph]:
         **{name: {0: "statements", 1: "tokens"} for name in ("text_ids", "text_mask")},
     }
     return [Graph("compare", Part(model, compare), axes, ("logits",), PAIR_SIZES, example)]
+
+
+def ground_graphs(model: Any) -> list[Graph]:
+    """`ground` of a model that finds what a phrase means: `boxes` [questions, 4], as fractions of the image."""
+
+    def ground(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        return (model.ground(dict(inputs))["boxes"],)
+
+    return [Graph("ground", Part(model, ground), QUESTION_AXES, ("boxes",), QUESTION_SIZES, questions_of(model))]
 
 
 @torch.no_grad()

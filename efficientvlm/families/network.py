@@ -161,6 +161,16 @@ class Describes(Writes, Protocol):
         """Images [I, 3, H, W] to the context of their captions, one entry an image."""
 
 
+class Grounds(Askable, Protocol):
+    """`ground`: where in an image lies what a phrase means."""
+
+    def ground(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        """`boxes` [Q, 4] (centre, width, height as fractions of the image) and every tap in `want`.
+
+        `batch` has pixels [I, 3, H, W], question_ids and question_mask [Q, L], and as image_index [Q] the image of each phrase.
+        """
+
+
 def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
     """What `wanted` asks of `tower`, in any pass: hidden, self_attention, cross_attention, or one layer's as `self_attention.3`."""
     return frozenset(tap.partition("@")[0].partition(".")[2] for tap in wanted if tap.startswith(tower + "."))
@@ -173,6 +183,7 @@ ABILITIES = {
     "caption": ("describe images", "an X-VLM or BLIP"),
     "compare": ("compare two images with a text", "an X-VLM"),
     "assign": ("say which of two images a text belongs to", "an X-VLM"),
+    "ground": ("find what a phrase means", "an X-VLM"),
     "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
 }
 """What a network may be able to do, and which families have networks that are."""

@@ -99,6 +99,24 @@ class CachedFeatures(CachedTeacher):
         return Record(itc_logits=everyone.gather(image) @ everyone.gather(text).T / self.model.temp.clamp(0.001, 0.5))
 
 
+class CachedBoxes(CachedTeacher):
+    """`boxes` by picture and phrase: 16 bytes each."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.kept: Kept = {}
+
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
+        """For a `data.kinds.expressions.expression_batch`: `boxes` [Q, 4]."""
+        keys = list(zip(batch["item_ids"], batch["phrases"], strict=True))
+
+        def compute(rows: list[int]) -> Sequence[Tensor]:
+            asked = {name: batch[name][rows] for name in ("image_index", "question_ids", "question_mask")}
+            return list(self.model.ground({"pixels": batch["pixels"], **asked})["boxes"])
+
+        return Record(boxes=torch.stack(look_up(self.kept, keys, compute)).to(batch["pixels"].device))
+
+
 def look_up(kept: Kept, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:
     """What is kept for `keys`; `compute` gives what is missing, for the positions of the first of equal keys."""
     first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in kept}

@@ -97,6 +97,19 @@ class RetrievalWeights(Strict):
     fusion_cross_attention: float = Field(0.165, ge=0)
 
 
+class GroundingWeights(Strict):
+    """Weights inside L_KD of the grounding stage, for which nothing was published: those of the VQA stage, and boxes."""
+
+    boxes: float = Field(1.0, ge=0, description="L1 and GIoU of the student's boxes and the teacher's")
+    text_hidden: float = Field(1.0, ge=0)
+    text_self_attention: float = Field(1.0, ge=0)
+    vision_hidden: float = Field(0.2, ge=0)
+    vision_self_attention: float = Field(1.0, ge=0)
+    fusion_hidden: float = Field(0.5, ge=0)
+    fusion_self_attention: float = Field(0.5, ge=0)
+    fusion_cross_attention: float = Field(0.5, ge=0)
+
+
 class Distillation(Taught):
     """EfficientVLM's distillation, whatever the task: a mixture of the task's losses with the terms of L_KD."""
 
@@ -109,7 +122,7 @@ class Distillation(Taught):
     scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
     quirks: DistillationQuirks = Field(default_factory=DistillationQuirks)
     cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
-        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA) or itc_logits alone"
+        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA), itc_logits or boxes alone"
     )
 
     @property
@@ -178,8 +191,18 @@ class RetrievalDistillation(Distillation):
     weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
 
 
+class GroundingDistillation(Distillation):
+    kept = "boxes"
+    weights: GroundingWeights = Field(default_factory=GroundingWeights)
+
+
 METHODS: dict[str, dict[str, type[Taught]]] = {
-    "efficientvlm": {"pretraining": PretrainingDistillation, "vqa": VQADistillation, "retrieval": RetrievalDistillation},
+    "efficientvlm": {
+        "pretraining": PretrainingDistillation,
+        "vqa": VQADistillation,
+        "retrieval": RetrievalDistillation,
+        "grounding": GroundingDistillation,
+    },
 }
 """Method of distillation → task → what only the method knows, on that task."""
 

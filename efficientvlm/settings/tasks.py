@@ -83,6 +83,38 @@ class RetrievalEval(Measuring):
     rerank: Count = Field(0, ge=0, description="so many candidates of every query are ranked anew by matching; 0: none")
 
 
+class GroundingSettings(Learning):
+    """Grounding: a phrase as a box."""
+
+    phrases_per_image: Size = Field(4, ge=1, description="phrases that share one view of their image; 1, as published, crops around each")
+
+
+class GroundingEval(Measuring):
+    mode: Literal["box", "gradcam"] = Field("box", description="gradcam: where a network that matches looks, without a box head")
+    layer: Count | None = Field(None, ge=0, description="gradcam: layer with cross-attention, counted from 0; by default the middle one")
+    as_published: bool = Field(False, description="boxes are not cut to their picture, and those that share one row of pixels do not meet")
+
+    @field_validator("layer")
+    @classmethod
+    def _of_gradcam(cls, layer: int | None, info: ValidationInfo) -> int | None:
+        if layer is not None and info.data.get("mode") != "gradcam":
+            raise ValueError("it goes with mode gradcam")
+        return layer
+
+
+class GroundingQuestion(Asking):
+    image: Pictures = Field(min_length=1, max_length=1, examples=["picture.png"])
+    question: str = Field(examples=["the red circle on the left"], description="what is looked for")
+    out: str | None = Field(None, description="PNG file for the picture with the box drawn into it")
+
+    @field_validator("question")
+    @classmethod
+    def _means_something(cls, question: str) -> str:
+        if not question.strip():
+            raise ValueError('it is empty; say what is looked for, e.g. --question "the red circle on the left"')
+        return question
+
+
 class Untrained(Learning):
     """No task: cut by the weights alone, without training."""
 
@@ -91,6 +123,7 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
     "pretraining": {"pretrain": PretrainingSettings, "distill": PretrainingSettings, "prune": PretrainingSettings},
     "vqa": {"finetune": VQASettings, "prune": VQAPruning, "eval": VQAEval},
     "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
+    "grounding": {"finetune": GroundingSettings, "prune": GroundingSettings, "eval": GroundingEval},
     "none": {"prune": Untrained},
 }
 """Task → stage that learns or measures it → what only the task knows there."""
@@ -108,5 +141,6 @@ class About(NamedTuple):
 ABOUT = {
     "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
     "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
+    "grounding": About({"box_accuracy": "box accuracy"}, asked=GroundingQuestion),
     "pretraining": About({}),
 }

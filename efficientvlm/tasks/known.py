@@ -7,6 +7,7 @@ from collections.abc import Collection
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
 from efficientvlm.settings.common import Learning
+from efficientvlm.tasks.grounding import Grounding
 from efficientvlm.tasks.pretraining import Pretraining
 from efficientvlm.tasks.retrieval import Retrieval
 from efficientvlm.tasks.task import Asked, Learnt, Task
@@ -15,6 +16,7 @@ from efficientvlm.tasks.vqa import VQA
 TASKS: dict[str, Task] = {
     "vqa": VQA(),
     "retrieval": Retrieval(),
+    "grounding": Grounding(),
     "pretraining": Pretraining(),
 }
 """In the order in which they stand for a network that does several."""

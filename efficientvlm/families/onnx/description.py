@@ -21,6 +21,7 @@ PORTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "question": (("pixels", "question_ids", "question_mask", "image_index"), ("states",)),
         "answer": (("rows", "answer_ids"), ("logits",)),
     },
+    "ground": {"ground": (("pixels", "question_ids", "question_mask", "image_index"), ("boxes",))},
     "embed": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
     "match": {"match": ((), ())},
     "compare": {"compare": (("pixels", "second_pixels", "pair_index", *TEXT), ("logits",))},
@@ -30,7 +31,7 @@ MATCH = ("rows", *TEXT)
 """What the graph `match` takes besides outputs of `image`."""
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
 """Graphs whose layers keep keys and values as ports, and the tower those are of."""
-RANKS = {"states": 3, "logits": None, "image_features": 2, "text_features": 2}
+RANKS = {"states": 3, "logits": None, "boxes": 2, "image_features": 2, "text_features": 2}
 """Dimensions of what the graphs give; `logits` have three from `answer`, and two from `match` and `compare`."""
 CACHED = re.compile(r"(past|present)_(key|value)_(\d{1,4})", re.ASCII)
 

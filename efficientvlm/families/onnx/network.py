@@ -63,6 +63,12 @@ class ExportedModel:
         )
         return Record(states=outputs.pop("states")), {**outputs, "question_mask": mask}
 
+    def ground(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        check_taps(self, want)
+        rows = batch["image_index"] if "image_index" in batch else torch.arange(len(batch["question_mask"]))
+        asked = {name: batch[name] for name in ("question_ids", "question_mask")}
+        return Record(self.pass_through("ground", {"pixels": self.normalised(batch["pixels"]), **asked, "image_index": rows}))
+
     def decode(
         self,
         context: dict[str, Tensor],

@@ -114,6 +114,8 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
             return frozenset({"answer"})
         if CAPTION_HEAD in self.heads:
             return frozenset({"caption"})
+        if {*self.heads} == {"box"}:
+            return frozenset({"ground"})
         by_head = {"itc": "embed", "itm": "match", **{head: head for head in PAIR_HEADS}}
         trained = {"pretrain"} if set(self.heads) & set(PRETRAIN_HEADS) else set()
         return frozenset({by_head[head] for head in self.heads if head in by_head} | trained)

@@ -1,4 +1,4 @@
-"""How an X-VLM gains an ability: an answer decoder, only the heads of retrieval, or the language head of captions."""
+"""How an X-VLM gains an ability: an answer decoder, only the heads of retrieval or of boxes, or the language head of captions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
-from efficientvlm.families.xvlm.config import CAPTION_HEAD
+from efficientvlm.families.xvlm.config import CAPTION_HEAD, PRETRAIN_HEADS
 
 RETRIEVAL = {"itc", "itm"}
+GROUNDING = {"box"}
 
 
 def answering(model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, list[str]]:
@@ -49,10 +50,28 @@ def matching(model: Any) -> Any:
         raise refusal(model.config, "match", why=why, fix="start from a pre-trained one, before it is tuned for another task")
     if set(heads) == RETRIEVAL:
         return model
-    new = type(model)(model.config.copy(heads=[head for head in heads if head in RETRIEVAL]))
-    old = model.state_dict()
-    new.load_state_dict({name: old[name] for name in new.state_dict()})
-    return new
+    return _with_heads(model, [head for head in heads if head in RETRIEVAL])[0]
+
+
+def grounding(model: Any) -> tuple[Any, list[str]]:
+    """`model` with no other head than that of boxes, and the names of its tensors that are new: those of that head if it had none.
+
+    Raises:
+        BadInput: it is tuned for another task, or texts do not see images in it.
+    """
+    if model.config.decoder_layers or set(model.config.heads) - set(PRETRAIN_HEADS):
+        raise refusal(model.config, "ground", fix="start from a pre-trained one, before it is tuned for another task")
+    if not model.config.fusion_layers:
+        raise refusal(model.config, "ground", why="without fusion layers it reads phrases blind", fix="shrink to at least one")
+    return (model, []) if set(model.config.heads) == GROUNDING else _with_heads(model, sorted(GROUNDING))
+
+
+def _with_heads(model: Any, heads: list[str]) -> tuple[Any, list[str]]:
+    """`model` with other heads, and the names of the tensors that it did not have."""
+    new = type(model)(model.config.copy(heads=heads))
+    old, state = model.state_dict(), new.state_dict()
+    new.load_state_dict({name: old.get(name, tensor) for name, tensor in state.items()})
+    return new, sorted(state.keys() - old.keys())
 
 
 def captioning(model: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.graphs import caption_graphs, compare_graphs, vqa_graphs
+from efficientvlm.families.graphs import caption_graphs, compare_graphs, ground_graphs, vqa_graphs
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import Cache, Context
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead, earlier
@@ -22,7 +22,7 @@ from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING,
 from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, grids
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, TOWERS, XVLMConfig
-from efficientvlm.families.xvlm.heads import answering, captioning, matching
+from efficientvlm.families.xvlm.heads import GROUNDING, answering, captioning, grounding, matching
 from efficientvlm.families.xvlm.pairs import of_two_images
 from efficientvlm.families.xvlm.resize import resized
 
@@ -186,10 +186,10 @@ class XVLMModel(Writing, TowerNetwork):
         """A question-answering batch: question states, and with `answer_ids` the decoder's `logits` [A, L, V].
 
         A network whose only heads are those of retrieval adds the matching `logits` [Q, 2] of each question with its image, and the unit
-        vectors `image_feature` [I, E] and `text_feature` [Q, E]. One that describes images reads captions instead, and gives the
-        next-token `logits` [C, L, V] of these. One of two images at a time reads statements about pairs of them
-        (`data.kinds.statements.statement_batch`): `logits` [S, 2] of false and true, or of a text [S, 3] of the first, the second and
-        neither image; its states of images are those of all first, then of all second images.
+        vectors `image_feature` [I, E] and `text_feature` [Q, E]; one whose only head is that of boxes the `logits` [Q, 4] of the box. One
+        that describes images reads captions instead, and gives the next-token `logits` [C, L, V] of these. One of two images at a time
+        reads statements about pairs of them (`data.kinds.statements.statement_batch`): `logits` [S, 2] of false and true, or of a text
+        [S, 3] of the first, the second and neither image; its states of images are those of all first, then of all second images.
         """
         if CAPTION_HEAD in self.config.heads:
             return self._captions(batch, check_taps(self, want))
@@ -198,6 +198,13 @@ class XVLMModel(Writing, TowerNetwork):
         record, context = self.encode(batch, want)
         if "answer_ids" in batch:
             self.answer(batch, context, check_taps(self, want), record)
+        if {*self.config.heads} == GROUNDING:
+            record["logits"] = self.box_head(self.pooled(record["states"], batch["question_mask"]))
+        return record
+
+    def ground(self, batch: dict[str, Any], want: Iterable[str] = ()) -> Record:
+        record, _ = self.encode(batch, want)
+        record["boxes"] = self.box_head(self.pooled(record["states"], batch["question_mask"])).sigmoid()
         return record
 
     def encode(self, batch: dict[str, Any], want: Iterable[str] = ()) -> tuple[Record, Context]:
@@ -264,10 +271,12 @@ class XVLMModel(Writing, TowerNetwork):
 
     def gain(self, ability: str, donor: XVLMModel | None = None, decoder_init: str = "auto") -> tuple[XVLMModel, list[str]]:
         """As the base says: to `answer`, an answer decoder is added; to `match`, the heads of other tasks are taken away; so to
-        `caption`, and the head of masked tokens says the next one; to `compare` or `assign`, the fusion layers are doubled, one for each of
-        two images, and a head is added."""
+        `caption`, and the head of masked tokens says the next one, and to `ground`, with a head of boxes where there was none; to `compare`
+        or `assign`, the fusion layers are doubled, one for each of two images, and a head is added."""
         if ability == "answer":
             return answering(self, donor, decoder_init)
+        if ability == "ground":
+            return grounding(self)
         if ability == "match":
             return matching(self), []
         if ability == "caption":
@@ -291,6 +300,8 @@ class XVLMModel(Writing, TowerNetwork):
             return caption_graphs(self)
         if "compare" in self.config.heads:
             return compare_graphs(self)
+        if {*self.config.heads} == GROUNDING:
+            return ground_graphs(self)
         if not self.config.decoder_layers:
             why = "it has no answer decoder, and nothing else of an X-VLM is exported"
             raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
