@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 RUN, TRAINING, KNOWLEDGE, UNITS = "How it runs", "Training", "Distillation", "What is removed"
+CAPTIONS = "How captions are written"
 
 
 class Option(NamedTuple):
@@ -64,7 +65,7 @@ OPTIONS: dict[str, Option] = {
     "out": option(str, "--out", "Folder to write.", "DIR"),
     "eval.out": RESULT,
     "bench.out": RESULT,
-    "predict.out": option(str, "--out", "Grounding: PNG file for the picture with the box drawn into it.", "FILE"),
+    "predict.out": option(str, "--out", "Grounding: PNG file for the picture with its box. Captioning: JSONL file.", "FILE"),
     "data": option(str, "--data", DATA, "DATA"),
     "columns": option(
         list[str],
@@ -92,8 +93,21 @@ OPTIONS: dict[str, Option] = {
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
     "mode": option(str, "--mode", MODE),
     "eval.mode": option(str, "--mode", EVAL_MODE),
-    "image": option(list[str], "--image", "Image file. Repeatable, for a task that asks about several.", "FILE"),
     "question": option(str, "--question", "The question, or the phrase that is looked for.", "TEXT"),
+    "image": option(list[str], "--image", "Image file; to describe it, also a folder. Repeatable.", "FILE|DIR"),
+    "captions": option(str, "--captions", "Captioning: JSONL file for what is said of each image.", "FILE"),
+    "decoding": option(str, "--decoding", "beam, greedy or sample.", panel=CAPTIONS),
+    "beams": option(int, "--beams", "Captions that the search keeps of an image; 3 by default.", panel=CAPTIONS),
+    "prompt": option(str, "--prompt", "What captions begin with; by default as tuned.", "TEXT", CAPTIONS),
+    "min_length": option(int, "--min-length", "Fewest tokens, first one and prompt included; by default as tuned.", panel=CAPTIONS),
+    "max_length": option(int, "--max-length", "Most tokens, counted likewise; by default as tuned.", panel=CAPTIONS),
+    "length_rule": option(str, "--length-rule", "published, or generated as newer transformers have it.", panel=CAPTIONS),
+    "length_penalty": option(float, "--length-penalty", "Power of the number of tokens that a score is divided by.", panel=CAPTIONS),
+    "repetition_penalty": option(float, "--repetition-penalty", "Above 1: what was said is less likely.", panel=CAPTIONS),
+    "top_k": option(int, "--top-k", "Sampling: draw from so many of the likeliest tokens.", panel=CAPTIONS),
+    "top_p": option(float, "--top-p", "Sampling: draw from the likeliest tokens of this probability.", panel=CAPTIONS),
+    "predict.temperature": option(float, "--temperature", "Sampling: divides the logits.", panel=CAPTIONS),
+    "predict.seed": option(int, "--seed", "Sampling: what is drawn follows from it.", panel=CAPTIONS),
     "top": option(int, "--top", "How many answers to show; 5 by default."),
     "max_tokens": option(int, "--max-tokens", "Longest question; by default as tuned."),
     "rerank": option(int, "--rerank", "Retrieval: so many candidates of a query are ranked anew by matching.", "K"),

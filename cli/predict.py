@@ -30,11 +30,14 @@ def ask(name: str, options: dict[str, Any]) -> None:
             raise typer.BadParameter(problems[0][0].removeprefix(f"{key}: "), param_hint=f"--{key.replace('_', '-')}")
     require_complete(asked["model"])
     for image in asked.get("image", ()):
-        if not resolve(image).is_file():
+        path = resolve(image)
+        if path.is_dir() and any(kind.folders for kind in kinds or known):
+            continue
+        if not path.is_file():
             raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "answers", "out"))
+    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "answers", "caption", "captions", "out"))
 
 
 predict = command("predict", ask)

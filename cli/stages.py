@@ -14,6 +14,10 @@ RUN = ("seed", "device", "precision", *HOW)
 SAMPLES = ("columns", "val", "limit")
 TRAINING = ("epochs", "max_steps", "batch_size", "lr")
 KNOWLEDGE = ("kd", "temperature", "cache_teacher")
+CAPTIONS = (
+    *("decoding", "prompt", "min_length", "max_length", "repetition_penalty", "beams", "length_rule", "length_penalty"),
+    *("top_k", "top_p", "temperature", "seed"),
+)
 UNITS = ("sparsity", "method", "from_gates", "min_heads", "min_neurons", "round_to", "allow_blind", "keep_dense")
 
 
@@ -51,15 +55,15 @@ COMMANDS = {
     ),
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",
-        ("model", "data", "out", "task", "split", "columns", "limit", "answers", "mode", "rerank", "batch_size", *RUN),
+        ("model", "data", "out", "task", "split", "columns", "limit", "answers", "captions", "mode", "rerank", "batch_size", *RUN),
     ),
     "bench": Command(
         "Measure latency and size of one or more models side by side.",
         ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
     ),
     "predict": Command(
-        "Ask a model about an image file.",
-        ("model", "image", "question", "mode", "top", "out", "max_tokens", "device", "json", "quiet"),
+        "Ask a model about an image file, or have it describe one or a folder of them.",
+        ("model", "image", "question", "mode", "top", "out", *CAPTIONS, "max_tokens", "device", "json", "quiet"),
     ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",

@@ -14,7 +14,7 @@ from efficientvlm.checkpoints import folder as checkpoint
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data.preprocessing import FILE, Preprocessing
 from efficientvlm.data.texts import Texts
-from efficientvlm.data.tokenizer import load_tokenizer, require_ids
+from efficientvlm.data.tokenizer import guarded, load_tokenizer, require_ids
 from efficientvlm.errors import BadInput
 from efficientvlm.families import loading
 from efficientvlm.families.image_settings import default_settings, preprocessing_of
@@ -131,6 +131,13 @@ def text_length(loaded: Loaded, asked: int | None = None) -> int:
         raise BadInput(f"max_tokens {asked}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
     tuned = config.max_tokens or manifest.noted("max_tokens", int | None, None)
     return max(SHORTEST, min(asked or tuned or getattr(config, "usual_tokens", None) or positions, positions))
+
+
+def decoded(loaded: Loaded, texts: Texts, ids: list[int]) -> str:
+    """Generated tokens as text; an unknown one is shown, so that what is left is not taken for what was said."""
+    left_out = texts.special - {texts.unknown}
+    with guarded(f"the tokenizer in {loaded.path}", "check it with `evlm verify`"):
+        return str(loaded.tokenizer.decode([token for token in ids if token not in left_out])).strip()
 
 
 def keep_length(loaded: Loaded, asked: int | None) -> None:

@@ -171,7 +171,7 @@ def test_predict_has_the_options_that_tasks_ask_for() -> None:
         "distill --model m --data d --out o",
         "bench",
         "eval --model m",
-        "predict --model m --image i",
+        "predict --model m",
         "shrink --model m --out o --layers vision",
         "shrink --model m --out o --layers vision=a",
         "eval --model m --data d --column question",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,15 @@ from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.families.towers.decoding import Rules, beam, continued, stepping
+from efficientvlm.families.xvlm.names import published_name
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.families.xvlm.published import read_published
-from efficientvlm.objectives.efficientvlm import released_rows
+from efficientvlm.objectives.captioning import Captions
+from efficientvlm.objectives.efficientvlm import distilled, released, released_rows
+from efficientvlm.objectives.losses import caption_loss
+from efficientvlm.objectives.self_critical import SelfCritical
+from efficientvlm.objectives.terms import compared, tower_maps
+from efficientvlm.settings.methods import CaptioningDistillation, CaptioningWeights, DistillationQuirks
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "xvlm_caption_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
@@ -194,3 +201,112 @@ def test_beam_search_under_gates(read, batch, gates, form):
     with attach(model, scope.units) as hooks:
         hooks.set(reads)
         same(written(model, batch["pixels"], 3, 5, 20)[0][:, 0], gates[f"{form}.beam3.min5.max20"])
+
+
+def of_captions(batch: dict[str, Tensor], prompt: int = 4) -> dict[str, Tensor]:
+    """The batch of a training step, a caption an image, whose first `prompt` tokens are not said."""
+    target = batch["text_mask"].clone()
+    target[:, :prompt] = 0
+    return {**batch, "target_mask": target, "image_index": torch.arange(len(target))}
+
+
+def test_what_is_to_be_said_and_its_loss(net, batch, expected):
+    captions = of_captions(batch)
+    assert torch.equal(captions["target_mask"].bool(), expected["labels"] != -100)
+    logits, ids, target = expected["logits"], batch["text_ids"], captions["target_mask"]
+    agree(caption_loss(logits, ids, target, 0.1, published=True), expected["loss_smooth_0.1"])
+    agree(caption_loss(logits, ids, target, 0.1), expected["loss_torch_label_smoothing_0.1"])
+    for published in (True, False):
+        agree(caption_loss(logits, ids, target, published=published), expected["loss_smooth_0"])
+    agree(caption_loss(logits, ids, of_captions(batch, 1)["target_mask"]), expected["loss_no_prompt_mask_smooth_0"])
+    for row in range(len(ids)):
+        one = slice(row, row + 1)
+        for smoothing in (0, 0.1):
+            mean = caption_loss(logits[one], ids[one], target[one], smoothing, published=True)
+            agree(mean * target[row, 1:].sum(), expected[f"per_caption_loss_sum_smooth_{smoothing}"][row])
+
+
+def test_gradients(read, batch, expected):
+    net = read("model")
+    losses = Captions(net, 0.1, published=True)(of_captions(batch), 0)
+    losses["loss"].backward()
+    agree(losses["caption"].detach(), expected["loss_smooth_0.1"])
+    found = {name: parameter.grad for name, parameter in net.named_parameters()}
+    count = 0
+    for name, gradient in expected.items():
+        if name.startswith("grad."):
+            ours = published_name(name.removeprefix("grad.").replace("text_decoder.", "text_encoder."), 3)
+            if ours is not None:
+                agree(found[ours.replace("mlm_head.", "lm_head.")], gradient)
+                count += 1
+    assert count == 3
+
+
+def test_distillation(read, batch):
+    student, teacher = read("kd_student"), read("kd_teacher")
+    expected = load_file(FOLDER / "kd_expected.safetensors")
+    captions, hard = of_captions(batch), Captions(student, 0.1, published=True)
+    quirks = DistillationQuirks(unmasked_padding=True, skip_last_hidden=True)
+    taps = {term.tap for term in Captions.terms if not term.tap.startswith("decoder")}
+    with torch.no_grad():
+        ours, theirs = (hard.passes(model, captions, 0, taps).record for model in (student, teacher))
+    maps = tower_maps(student.config, teacher.config)
+    rows = {term.tap: term for term in released(hard.terms, quirks)}
+    assert rows.keys() == taps
+    names = {
+        "image_hidden": ["vision.hidden"],
+        "image_attn": ["vision.self_attention"],
+        "decoder_hidden": ["text.hidden", "fusion.hidden"],
+        "decoder_attn": ["text.self_attention", "fusion.self_attention"],
+        "decoder_cross_attn": ["fusion.cross_attention"],
+    }
+    for name, parts in names.items():
+        agree(sum(compared(rows[tap], ours, theirs, maps) for tap in parts), expected[name])
+    for temperature in (1.0, 2.0):
+        agree(compared(rows["logits"], ours, theirs, maps, temperature=temperature), expected[f"logits_T{temperature:.0f}"])
+    whole = [term._replace(mask="") for term in hard.terms if term.tap in ("text.hidden", "fusion.hidden")]
+    agree(sum(compared(term, ours, theirs, maps) for term in whole), expected["decoder_hidden_with_last"])
+
+    settings = SimpleNamespace(kd=0.3, weights=CaptioningWeights(), quirks=quirks, temperature=1.0, scale_by_temperature=False)
+    settings.cache_teacher = False
+    assert CaptioningDistillation.model_fields["kd"].default == 0.3
+    losses = distilled(hard, teacher, settings)(captions, 0)
+    agree(losses["kd"].detach(), expected["kd_total"])
+    agree(losses["caption"].detach(), expected["student_loss"])
+    agree(losses["loss"].detach(), expected["total"])
+
+
+def test_self_critical_loss():
+    """By the published rewards of 4 images with 5 samples each, under both baselines."""
+    published = json.loads((FOLDER.parent / "caption_metrics" / "scst.json").read_text())
+    references = published["ground_truth"]
+    scores = dict(
+        zip([*published["samples"], *published["greedy"]], [*published["sample_cider_d"], *published["greedy_cider_d"]], strict=True)
+    )
+    chances = torch.tensor(published["sample_mean_logprob"])
+
+    class Told(SelfCritical):
+        """What is said, and how probable it was, is told instead of computed."""
+
+        def sampled(self, *_: Any) -> Tensor:
+            return torch.arange(20)[:, None]
+
+        def likeliest(self, *_: Any) -> Tensor:
+            return torch.arange(20, 24)[:, None]
+
+        def log_probability(self, *_: Any) -> Tensor:
+            return chances
+
+    texts = [*published["samples"], *published["greedy"]]
+    for baseline, name in (("greedy", "greedy"), ("samples", "sample")):
+        objective = Told(
+            None,
+            lambda said, known: [scores[text] for text in said],
+            lambda ids: texts[ids[0]],
+            [1],
+            Rules(2, 2, 8),
+            baseline=baseline,  # type: ignore[arg-type]
+        )
+        found = objective({"references": references, "pixels": torch.zeros(4)}, 0)
+        agree(found["loss"], torch.tensor(published[f"loss_{name}_baseline"]))
+        agree(found["reward"], torch.tensor(published[f"mean_sample_score_{name}"]))

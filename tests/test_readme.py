@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionMode
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.settings.base import merge
 from efficientvlm.settings.compose import stage_settings, variants
-from efficientvlm.settings.methods import Distillation, DistillWeights, RetrievalWeights, TaskWeights
+from efficientvlm.settings.methods import CaptioningWeights, Distillation, DistillWeights, RetrievalWeights, TaskWeights
 from efficientvlm.settings.stages import STAGES, Prune
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -187,6 +187,7 @@ def test_tables_are_those_of_the_code() -> None:
     assert weights_under("Before the task") == DistillWeights().model_dump()
     assert weights_under("With the task") == TaskWeights().model_dump()
     assert weights_under("Retrieval") == RetrievalWeights().model_dump()
+    assert weights_under("Captioning") == CaptioningWeights().model_dump()
     pruning = (ROOT / "docs" / "pruning.md").read_text("utf-8")
     quirks = re.findall(r"^\| `(\w+)` \| (true|false) \|", pruning, re.MULTILINE)
     known = stage_settings("prune", {"model": "m", "data": "d", "out": "o"}).quirks.model_dump()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientvlm.data.draw import seed_of
+from efficientvlm.data.draw import Key, generator, seed_of
 from efficientvlm.data.items import Pixels
 
 Batch = dict[str, Any]
@@ -23,6 +23,11 @@ def stack(images: Sequence[Pixels]) -> Tensor:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` with its tensors on `device`."""
     return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def uniform(names: Sequence[str], count: int, seed: int, *purpose: Key) -> Tensor:
+    """Numbers in [0, 1), float64 `[len(names), count]`: those of a row follow from `seed`, its name and the purpose alone."""
+    return torch.from_numpy(np.stack([generator(seed, name, *purpose).random(count) for name in names]))
 
 
 def keys(names: Sequence[str]) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +109,29 @@ def walk(folder: Path, skips: Skips) -> Found:
         waiting += sorted(folders, reverse=True)  # links last: what they lead to may be here itself
     found.pictures.sort()
     return found
+
+
+def pictures_of(names: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
+    """The pictures that are named, and those in folders that are, each with whether it was named itself; what was passed over, in words.
+
+    Raises:
+        BadInput: a folder without pictures.
+    """
+    files: list[tuple[Path, bool]] = []
+    remarks = []
+    for name in names:
+        if not name.is_dir():
+            files.append((name, True))
+            continue
+        skips = Skips(str(name))
+        found = walk(name, skips)
+        _note(found, skips)
+        if not found.pictures:
+            endings = ", ".join(PICTURES)
+            raise BadInput(f"{name} holds no picture", f"looked for are files that end in {endings}", "give another folder, or pictures")
+        files += [(path, False) for path in found.pictures]
+        remarks += [*skips.notes, *(f"left out {what}: {why}" for what, why in skips.reasons.items())]
+    return files, remarks
 
 
 def _note(found: Found, skips: Skips) -> None:

@@ -58,14 +58,14 @@ def counts_of(texts: Texts) -> dict[str, int]:
     return {"tokens": texts.read, "unknown_tokens": texts.unread, "max_tokens": texts.max_tokens, "cut_texts": len(texts.cut)}
 
 
-def of_texts(texts: Texts, source: Any) -> Reading:
+def of_texts(texts: Texts, source: Any, prompt: int = 0) -> Reading:
     """Unknown tokens and texts to be cut among the first of `source`, questions or captions with all that belongs to them.
 
-    No image is decoded.
+    No image is decoded. `prompt` tokens stand in front of each.
     """
     some = list(islice(source.texts(), SAMPLE + 1))
     whole, own = len(some) <= SAMPLE, Texts(texts.tokenizer)
-    lengths, room = [len(ids) for ids in own.ids(some[:SAMPLE])], texts.room()
+    lengths, room = [len(ids) for ids in own.ids(some[:SAMPLE])], texts.room() - prompt
     cut = sum(length > room for length in lengths)
     counts = {"texts": len(lengths), "tokens": own.read, "unknown_tokens": own.unread, "cut_texts": cut}
     where = f"in the {len(some):,} texts" if whole else f"in the first {SAMPLE:,} texts"

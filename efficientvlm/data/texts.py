@@ -75,17 +75,19 @@ class Texts:
         """Tokens of a text that fit between its ends."""
         return (max_tokens or self.max_tokens) - len(self._head) - 1 - double_sep
 
-    def batch(self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, texts: Sequence[str], max_tokens: int | None = None, *, double_sep: bool = False, prompt: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing token always kept.
 
-        `double_sep` closes every text with two separators (a quirk of the published release).
+        `double_sep` closes every text with two separators (a quirk of the published release); `prompt` are tokens in front of every text.
         """
         tail = [self.sep] * (1 + double_sep)
-        room = self.room(max_tokens, double_sep=double_sep)
+        room = self.room(max_tokens, double_sep=double_sep) - len(prompt)
         known = self.ids(texts)
         if max_tokens is None:
             self._note_cut(texts, known, room)
-        rows = [[*self._head, *ids[:room], *tail] for ids in known]
+        rows = [[*self._head, *prompt, *ids[:room], *tail] for ids in known]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = int(lengths.max(initial=0))
         mask = np.arange(width) < lengths[:, None]

@@ -16,6 +16,7 @@ HUGE = 1e30  # less than the largest float32; a comparison takes any integer, an
 MOST = 10_000_000  # of anything: tokens, positions, columns
 MOST_LAYERS = 1000
 MOST_PIXELS = 16_384  # a side
+LONGEST_PROMPT = 1000
 MOST_UNITS = 4_000_000  # heads and neurons of a network
 
 Many = Annotated[int, Field(ge=1, le=MOST)]
@@ -34,6 +35,8 @@ def check_config(config: Structure, where: str) -> None:
     answers = config.answers
     if answers is not None and not (isinstance(answers, list) and answers and all(isinstance(text, str) and text for text in answers)):
         raise BadInput(f"{where}: answers are {shorten(answers)}", "they are a list of texts", CORRECT)
+    if not isinstance(config.prompt, str | None) or len(config.prompt or "") > LONGEST_PROMPT:
+        raise BadInput(f"{where}: prompt is {shorten(config.prompt)}", f"it is a text of {LONGEST_PROMPT} letters at most", CORRECT)
     for tower, count in config.layers().items():
         if not _whole(count, 0, MOST_LAYERS):
             raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)

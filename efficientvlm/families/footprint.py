@@ -23,7 +23,8 @@ def room(device: torch.device) -> int:
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one image on its way to its states, of its states with what other towers keep of them (`seen`), of that which each row that
-    attends to it copies, of one question token, and of one answer token; `vocabulary` are the logits of a token."""
+    attends to it copies, of one question token, and of one answer token; `vocabulary` are the logits of a token, `kept_token` are keys and
+    values of one in a cache."""
 
     encoding: int
     seen: int
@@ -31,6 +32,7 @@ class Footprint:
     question_token: int
     vocabulary: int
     answer_token: int
+    kept_token: int
 
     @classmethod
     def of(cls, config: Described) -> Footprint:
@@ -51,6 +53,7 @@ class Footprint:
             question_token=FLOAT * text * (LAYER + 2 * decoder),
             vocabulary=FLOAT * 2 * sizes.vocab_size,
             answer_token=FLOAT * (2 * sizes.vocab_size + text * (LAYER + 2 * decoder)),
+            kept_token=FLOAT * 2 * text * readers,
         )
 
     @property
@@ -61,6 +64,10 @@ class Footprint:
     def question(self, tokens: int) -> int:
         """Of a question of `tokens` and the first token of its answer."""
         return tokens * self.question_token + self.attended + self.vocabulary
+
+    def writing(self, tokens: int) -> int:
+        """Of a text of `tokens` that is written token by token, with two sets of keys and values while it is copied."""
+        return 2 * self.vocabulary + (LAYER + 2 * tokens) * self.kept_token
 
     def answer(self, tokens: int, question_tokens: int) -> int:
         """Of one candidate of `tokens` that attends to a question."""

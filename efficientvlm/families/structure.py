@@ -44,6 +44,7 @@ class Described(Protocol):
     answers: list[str] | None
     rank_top: int
     max_tokens: int | None
+    prompt: str | None
 
     @property
     def model_type(self) -> str: ...
@@ -59,7 +60,8 @@ class Structure:
     `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
     `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
     `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text. `max_tokens` is the length of texts
-    that it was tuned with, by default that of the published method (`usual_tokens`), or all positions.
+    that it was tuned with, by default that of the published method (`usual_tokens`), or all positions. `prompt` is what captions begin
+    with, by default that of the published method.
     """
 
     image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
@@ -70,6 +72,7 @@ class Structure:
     answers: list[str] | None = None
     rank_top: int = 128
     max_tokens: int | None = None
+    prompt: str | None = None
     processor: ClassVar[str] = "CLIPImageProcessor"
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
 

@@ -102,12 +102,12 @@ def stage_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
 
 def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, ...]:
     """`terms` with what the published release does instead, where `quirks` ask for it: it compares padding too, and leaves out the last
-    hidden state of vision."""
+    hidden state of vision, and of what writes captions."""
     rows = []
     for term in terms:
         if quirks.unmasked_padding:
             term = term._replace(mask="")
-        if quirks.skip_last_hidden and term.tower == "vision" and term.distance is hidden:
+        if quirks.skip_last_hidden and (term.tower == "vision" or term.skips_last) and term.distance is hidden:
             term = term._replace(last=-1)
         rows.append(term)
     return tuple(rows)

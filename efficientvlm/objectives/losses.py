@@ -128,6 +128,20 @@ def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, ques
     return (sequence_nll(logits, ids, mask) * weights).sum() / questions
 
 
+def caption_loss(logits: Tensor, ids: Tensor, target: Tensor, smoothing: float = 0.0, *, published: bool = False) -> Tensor:
+    """Mean cross-entropy of the tokens of `ids` [C, L] that `target` [C, L] marks, each predicted by the `logits` [C, L, V] before it.
+
+    With `smoothing` e, of K tokens each has e / K of the target, and the true one 1 - e besides (PyTorch's); `published` (X-VLM): it has
+    1 - e alone, so that a target sums to 1 - e / K. The mean is one over the tokens of all captions.
+    """
+    wanted = target[:, 1:].bool()
+    scores, true = logits[:, :-1][wanted].float(), ids[:, 1:][wanted]
+    whole = scores.logsumexp(-1)
+    wrong = whole - scores.gather(-1, true[:, None])[:, 0]
+    own = 1 - smoothing - smoothing / scores.shape[-1] * published
+    return (own * wrong + smoothing * (whole - scores.mean(-1))).sum() / ranks.share_of(len(true))
+
+
 def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V]."""
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)

@@ -75,6 +75,33 @@ class CachedAnswers(CachedTeacher):
         return Record(logits=logits)
 
 
+class CachedCaptions(CachedTeacher):
+    """`logits` at the tokens of captions, by picture and caption.
+
+    4 bytes for each entry of the vocabulary and each token, the first and last and those of the prompt included.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.kept: Kept = {}
+
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
+        """For a `data.kinds.pairs.caption_batch`: `logits` [C, L, V], 0 where a caption is padded."""
+        index, mask = batch["image_index"], batch["text_mask"].bool()
+        keys = [(batch["item_ids"][image], caption) for image, caption in zip(index.tolist(), batch["captions"], strict=True)]
+
+        def compute(rows: list[int]) -> Sequence[Tensor]:
+            images, image_index = index[rows].unique(return_inverse=True)
+            some = {name: batch[name][rows] for name in ("text_ids", "text_mask")}
+            logits = self.model.run({"pixels": batch["pixels"][images], "image_index": image_index, **some})["logits"]
+            return [values[seen] for values, seen in zip(logits, mask[rows], strict=True)]
+
+        found = torch.cat(look_up(self.kept, keys, compute)).to(mask.device)
+        logits = found.new_zeros(*mask.shape, found.shape[-1])
+        logits[mask] = found
+        return Record(logits=logits)
+
+
 class CachedFeatures(CachedTeacher):
     """`itc_logits`, from the features by picture and by caption: 4 bytes for each entry of a feature."""
 

@@ -29,7 +29,7 @@ class Term(NamedTuple):
     `weight` is the setting that it is multiplied by; several rows may share one. `tap` is looked up in the records of student and teacher,
     `mask` (tokens or rows that count) in the student's. Of hidden states those before `first` and from `last` on are left out. With
     `regions` one side may hold rows of regions that the other does not have; the rows of whole images come last in both. `loss` is the
-    loss without which nothing is recorded there; empty where it always is.
+    loss without which nothing is recorded there; empty where it always is. `skips_last`: the published release leaves out the last state.
     """
 
     weight: str
@@ -40,6 +40,7 @@ class Term(NamedTuple):
     last: int | None = None
     regions: bool = False
     loss: str = ""
+    skips_last: bool = False
 
     @property
     def tower(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -127,6 +127,9 @@ class Measuring(OnTask, Machine, Samples):
 
 class Asking(Strict):
     """A question that is put to a model: beside these settings, what its task asks about."""
+
+    folders: ClassVar[bool] = False
+    """Whether a folder may stand for the pictures in it."""
 
     model: str
     device: Device = "auto"

@@ -24,7 +24,9 @@ class DistillationQuirks(Strict):
 
     independent_negatives: bool = Field(False, description="teacher and student draw their own ITM negatives")
     unmasked_padding: bool = Field(False, description="KD terms include padding")
-    skip_last_hidden: bool = Field(False, description="the last vision hidden state is not distilled")
+    skip_last_hidden: bool = Field(
+        False, description="the last hidden state of vision is not distilled, nor in captioning that of the layers that write"
+    )
 
 
 class VQAQuirks(Strict):
@@ -34,10 +36,14 @@ class VQAQuirks(Strict):
     first_token_twice: bool = Field(False, description="closed-list ranking counts the first token twice")
 
 
-class VQAPruningQuirks(VQAQuirks):
-    """And how their gates lie."""
+class MaskQuirks(Strict):
+    """How gates lie."""
 
     mask_offsets: bool = Field(False, description="fusion gates read rows from 0 instead of their own in full-stack tasks")
+
+
+class VQAPruningQuirks(VQAQuirks, MaskQuirks):
+    """How answers are learnt and ranked, and how gates lie."""
 
 
 PASSES = {
@@ -110,6 +116,22 @@ class GroundingWeights(Strict):
     fusion_cross_attention: float = Field(0.5, ge=0)
 
 
+class CaptioningWeights(Strict):
+    """Weights inside L_KD of the captioning stage; of an X-VLM the layers that write are those of text and fusion."""
+
+    logits: float = Field(1.0, ge=0)
+    vision_hidden: float = Field(0.1, ge=0)
+    vision_self_attention: float = Field(1.0, ge=0)
+    text_hidden: float = Field(1.0, ge=0)
+    text_self_attention: float = Field(1.0, ge=0)
+    fusion_hidden: float = Field(1.0, ge=0)
+    fusion_self_attention: float = Field(1.0, ge=0)
+    fusion_cross_attention: float = Field(1.0, ge=0)
+    decoder_hidden: float = Field(1.0, ge=0)
+    decoder_self_attention: float = Field(1.0, ge=0)
+    decoder_cross_attention: float = Field(1.0, ge=0)
+
+
 class Distillation(Taught):
     """EfficientVLM's distillation, whatever the task: a mixture of the task's losses with the terms of L_KD."""
 
@@ -122,7 +144,8 @@ class Distillation(Taught):
     scale_by_temperature: bool = Field(False, description="multiply logit terms by T²")
     quirks: DistillationQuirks = Field(default_factory=DistillationQuirks)
     cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
-        False, description="run the teacher once a sample and keep what it says in memory; for logits (VQA), itc_logits or boxes alone"
+        False,
+        description="run the teacher once a sample and keep what it says in memory; for logits (of texts), itc_logits or boxes alone",
     )
 
     @property
@@ -196,12 +219,25 @@ class GroundingDistillation(Distillation):
     weights: GroundingWeights = Field(default_factory=GroundingWeights)
 
 
+class CaptioningDistillation(Distillation):
+    kept = "logits"
+    kd: float = Field(0.3, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    weights: CaptioningWeights = Field(default_factory=CaptioningWeights)
+
+    @classmethod
+    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
+        yield from super()._new_every_time(given)
+        if "quirks" in given and given["quirks"].unmasked_padding:
+            yield "quirks.unmasked_padding=false"
+
+
 METHODS: dict[str, dict[str, type[Taught]]] = {
     "efficientvlm": {
         "pretraining": PretrainingDistillation,
         "vqa": VQADistillation,
         "retrieval": RetrievalDistillation,
         "grounding": GroundingDistillation,
+        "captioning": CaptioningDistillation,
     },
 }
 """Method of distillation → task → what only the method knows, on that task."""

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Aside, Count, Size
+from efficientvlm.settings.base import Aside, Count, Seed, Size, Strict
 from efficientvlm.settings.common import Asking, Learning, Measuring, OnTask
-from efficientvlm.settings.methods import VQAPruningQuirks, VQAQuirks
+from efficientvlm.settings.methods import MaskQuirks, VQAPruningQuirks, VQAQuirks
 
 Pictures = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 """Files of pictures; of one its name will do."""
@@ -115,6 +115,112 @@ class GroundingQuestion(Asking):
         return question
 
 
+PROMPT = "a picture of "
+SHORTEST, LONGEST = 5, 20
+"""Tokens of a caption in the published setting, its first token and its prompt included."""
+OF_DECODING = {"beam": ("beams", "length_rule", "length_penalty"), "sample": ("top_k", "top_p", "temperature")}
+"""Kind of decoding → what only it knows."""
+
+
+class CaptioningSettings(Learning):
+    """Captioning."""
+
+    prompt: str = Field(PROMPT, max_length=1000, description="what every caption begins with, and the loss leaves out; empty: nothing")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="e, the part of a target that all K tokens share")
+    smoothing: Literal["pytorch", "published"] = Field(
+        "pytorch",
+        description="what the true token keeps of its target: 1 - e + e / K; published: 1 - e, so that a target sums to 1 - e / K",
+    )
+    captions_per_image: Size = Field(5, ge=1, description="captions that share one vision pass")
+    self_critical: bool = Field(False, description="learn from the CIDEr-D of sampled captions, of a network that was tuned on captions")
+    samples: Size = Field(5, ge=1, description="self_critical: captions that are drawn of an image")
+    baseline: Literal["greedy", "samples"] = Field(
+        "greedy", description="self_critical: what a sample is compared with: the greedy caption, or the mean of the other samples"
+    )
+    beams: Annotated[Count, Aside()] = Field(
+        3, ge=1, le=100, description="validation: captions that the search keeps of an image; 1: greedy"
+    )
+    min_length: Annotated[Count, Aside()] = Field(
+        SHORTEST, ge=0, description="validation, and later captions: fewest tokens, first one and prompt included, the end not"
+    )
+    max_length: Annotated[Count, Aside()] = Field(LONGEST, ge=2, description="most tokens, counted likewise; one goes to the end")
+
+    def fullest(self) -> dict[str, Any]:
+        """With samples as long as they may be."""
+        return {**super().fullest(), **({"min_length": self.max_length} if self.self_critical else {})}
+
+    @field_validator("baseline")
+    @classmethod
+    def _of_several(cls, baseline: str, info: ValidationInfo) -> str:
+        if baseline == "samples" and info.data.get("samples") == 1:
+            raise ValueError("it needs two samples or more")
+        return baseline
+
+    @field_validator("max_length")
+    @classmethod
+    def _longer_than_the_shortest(cls, most: int, info: ValidationInfo) -> int:
+        return _not_below_the_least(most, info)
+
+
+class CaptioningPruning(CaptioningSettings):
+    quirks: MaskQuirks = Field(default_factory=MaskQuirks)
+
+
+class Written(Strict):
+    """How captions are written."""
+
+    prompt: str | None = Field(None, max_length=1000, description="what captions begin with; by default as tuned, else as published")
+    beams: Count = Field(3, ge=1, le=100, description="beam: captions that the search keeps of an image")
+    min_length: Count | None = Field(
+        None, ge=0, description=f"fewest tokens, first one and prompt included, the end not; by default as tuned, else {SHORTEST}"
+    )
+    max_length: Count | None = Field(None, ge=2, description=f"most tokens, counted likewise; by default as tuned, else {LONGEST}")
+    length_rule: Literal["published", "generated"] = Field(
+        "published",
+        description="beam: by which tokens scores are averaged: all, the end not counted; generated: those behind the prompt, with it",
+    )
+    length_penalty: float = Field(1.0, ge=-10, le=10, description="beam: power of that number of tokens")
+    repetition_penalty: float = Field(1.0, ge=1, le=100, description="above 1: tokens that were said are less likely")
+    top_k: Count = Field(0, ge=0, description="sample: only so many of the likeliest tokens are drawn; 0: any")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample: only the likeliest tokens that have this probability together")
+    temperature: float = Field(1.0, gt=0, le=100, description="sample: divides the logits")
+    decoding: Literal["beam", "greedy", "sample"] = Field("beam", description="a search, always the likeliest token, or draws")
+
+    @field_validator("max_length")
+    @classmethod
+    def _longer_than_the_shortest(cls, most: int | None, info: ValidationInfo) -> int | None:
+        return most if most is None else _not_below_the_least(most, info)
+
+    @field_validator("decoding")
+    @classmethod
+    def _what_goes_with_it(cls, decoding: str, info: ValidationInfo) -> str:
+        for name in (name for kind, names in OF_DECODING.items() if kind != decoding for name in names):
+            if name in info.data and info.data[name] != cls.model_fields[name].default:
+                raise ValueError(f"{name} does not go with {decoding}")
+        return decoding
+
+
+def _not_below_the_least(most: int, info: ValidationInfo) -> int:
+    if most < (least := info.data.get("min_length") or 0):
+        raise ValueError(f"it is less than min_length, {least}")
+    return most
+
+
+class CaptionEval(Measuring, Written):
+    tokenization: Literal["ptb", "lower", "plain"] = Field(
+        "ptb", description="what is a word: as published; lower-cased and split at spaces; as written and split at spaces"
+    )
+    captions: str | None = Field(None, description="JSONL file for the captions, one line an image")
+
+
+class CaptionQuestion(Asking, Written):
+    folders = True
+
+    image: Pictures = Field(min_length=1, examples=["picture.png"], description="files of pictures, or folders of them")
+    out: str | None = Field(None, description="JSONL file for the captions, one line an image")
+    seed: Seed = 0
+
+
 class Untrained(Learning):
     """No task: cut by the weights alone, without training."""
 
@@ -124,6 +230,7 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
     "vqa": {"finetune": VQASettings, "prune": VQAPruning, "eval": VQAEval},
     "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
     "grounding": {"finetune": GroundingSettings, "prune": GroundingSettings, "eval": GroundingEval},
+    "captioning": {"finetune": CaptioningSettings, "prune": CaptioningPruning, "eval": CaptionEval},
     "none": {"prune": Untrained},
 }
 """Task → stage that learns or measures it → what only the task knows there."""
@@ -142,5 +249,6 @@ ABOUT = {
     "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
     "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
     "grounding": About({"box_accuracy": "box accuracy"}, asked=GroundingQuestion),
+    "captioning": About({"cider_d": "CIDEr-D"}, "image-to-text", CaptionQuestion),
     "pretraining": About({}),
 }

@@ -123,7 +123,7 @@ class Learning(Job):
                 loaded.model.to(self.hardware.device)
         freeze(self.student, self.config.freeze)
         self.task.configure(self.config, self.student, self.sources["train"])
-        hard = self.task.objective(self.config, self.student)
+        hard = self.task.objective_on(self.config, self.student, self.sources["train"])
         if teacher is None:
             return hard
         return method_of(self.config).distilled(hard, teacher.model, self.config)

@@ -17,10 +17,9 @@ from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.kinds.questions import vqa_batch
 from efficientvlm.data.opening import usable
 from efficientvlm.data.texts import Texts
-from efficientvlm.data.tokenizer import guarded
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
-from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.loaded import Loaded, decoded, texts_of
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import VQAEval, VQASettings
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
@@ -115,10 +114,7 @@ class Answerer:
         return [self.decoded(row) for row in ids.tolist()]
 
     def decoded(self, ids: list[int]) -> str:
-        """Generated tokens as text; an unknown one is shown, so that what is left is not taken for an answer."""
-        left_out = self.texts.special - {self.texts.unknown}
-        with guarded(f"the tokenizer in {self.loaded.path}", "check it with `evlm verify`"):
-            return str(self.loaded.tokenizer.decode([token for token in ids if token not in left_out])).strip()
+        return decoded(self.loaded, self.texts, ids)
 
     def as_read(self, answer: str) -> str | None:
         """An annotated answer as this model could say it, through its tokens and back; None where its tokenizer cannot read it."""

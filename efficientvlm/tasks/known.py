@@ -7,6 +7,7 @@ from collections.abc import Collection
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
 from efficientvlm.settings.common import Learning
+from efficientvlm.tasks.captioning import Captioning
 from efficientvlm.tasks.grounding import Grounding
 from efficientvlm.tasks.pretraining import Pretraining
 from efficientvlm.tasks.retrieval import Retrieval
@@ -17,6 +18,7 @@ TASKS: dict[str, Task] = {
     "vqa": VQA(),
     "retrieval": Retrieval(),
     "grounding": Grounding(),
+    "captioning": Captioning(),
     "pretraining": Pretraining(),
 }
 """In the order in which they stand for a network that does several."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from efficientvlm.data.kinds.questions import answers as said
 from efficientvlm.data.kinds.questions import asked
 from efficientvlm.data.shapes import SAMPLED_TEXTS, Shapes
 from efficientvlm.loaded import Loaded, texts_of
-from efficientvlm.settings.tasks import VQASettings
+from efficientvlm.settings.tasks import CaptioningSettings, VQASettings
 
 FLOAT = 4
 
@@ -27,6 +28,16 @@ def bytes_of_answers(config: VQASettings, teacher: Loaded, source: Any, images_s
     lengths = dict(zip(distinct, mask.sum(1).tolist(), strict=True))
     tokens = sum(lengths[answer] for answer in answers)
     return round(tokens * min(len(source), images_seen) / max(1, listed_images(source))) * teacher.sizes.vocab_size * FLOAT
+
+
+def bytes_of_captions(config: CaptioningSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
+    """Of logits at every token of every caption, over a run that reads `images_seen` images, some again."""
+    texts, captions = texts_of(teacher, config.max_tokens), list(islice(source.texts(), SAMPLED_TEXTS))
+    given = texts.ids([config.prompt])[0] if config.prompt else []
+    _, mask = texts.batch(captions, prompt=given)
+    each = len(captions) / max(1, min(listed_images(source), SAMPLED_TEXTS))
+    tokens = int(mask.sum()) / max(1, len(captions)) * each
+    return round(tokens * min(len(source), images_seen)) * teacher.sizes.vocab_size * FLOAT
 
 
 def bytes_of_features(teacher: Loaded, source: Any, images_seen: int) -> int:

@@ -96,6 +96,10 @@ class Task:
         """Bytes that :meth:`evaluate` holds beside weights."""
         return 0
 
+    def also_writes(self, config: Any) -> list[str]:
+        """Files that :meth:`evaluate` writes beside its result."""
+        return []
+
     def exported(self, loaded: Loaded) -> dict[str, Any]:
         """What the description of exported graphs says of how they are asked."""
         return {}
@@ -137,6 +141,10 @@ class Learnt(Task):
     def objective(self, config: Any, student: Loaded) -> Objective:
         """The task's own losses."""
         raise NotImplementedError
+
+    def objective_on(self, config: Any, student: Loaded, source: Any) -> Objective:
+        """The same where it depends on the training data `source` beyond the batches."""
+        return self.objective(config, student)
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         """Training batches of one step; each is one update, and says how many samples it holds."""

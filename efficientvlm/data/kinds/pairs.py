@@ -188,6 +188,56 @@ def pair_batch(
     return batch | _masked_texts(captions, texts, max_tokens, draws, mask_probability, max_masks)
 
 
+def caption_batch(
+    items: Sequence[PairItem],
+    texts: Texts,
+    *,
+    seed: int,
+    step: int,
+    prompt: str = "",
+    augment_kind: Augment = "none",
+    mirror: bool = True,
+    captions_per_image: int | None = None,
+    max_tokens: int | None = None,
+) -> Batch:
+    """Captions that share the vision pass of their image, behind a `prompt`.
+
+    `captions_per_image` are drawn of each image without replacement (all if there are fewer); by default all are taken, in order.
+
+    Returns:
+        samples, the number of images;
+        pixels uint8 `[I, 3, H, W]`; image_index `[C]` (caption → image); text_ids, text_mask `[C, L]`; target_mask `[C, L]`, 1 where a
+        token is to be said: behind the prompt, the closing token included; captions, the strings; references (by image, all of its
+        captions) and item_ids (by image), plain lists.
+    """
+    images: list[Pixels] = []
+    captions: list[str] = []
+    image_index: list[int] = []
+    for row, item in enumerate(items):
+        rng, chosen = generator(seed, step, item.id, "captions"), item.captions
+        if captions_per_image and len(chosen) > captions_per_image:
+            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:captions_per_image].tolist())]
+        sided = any(map(names_a_side, chosen))
+        images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not sided, task=True).image)
+        captions += chosen
+        image_index += [row] * len(chosen)
+    given = texts.ids([prompt])[0] if prompt else []
+    ids, mask = texts.batch(captions, max_tokens, prompt=given)
+    target = mask.clone()
+    target[:, : len(given) + (texts.cls is not None)] = 0
+    return {
+        "samples": len(items),
+        "pixels": stack(images),
+        "image_index": torch.tensor(image_index, dtype=torch.int64),
+        "text_ids": ids,
+        "text_mask": mask,
+        "target_mask": target,
+        "captions": captions,
+        "references": [item.captions for item in items],
+        "item_ids": [item.id for item in items],
+    }
+
+
 def region_batch(
     items: Sequence[PairItem],
     texts: Texts,

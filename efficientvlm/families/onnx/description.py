@@ -22,6 +22,7 @@ PORTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "answer": (("rows", "answer_ids"), ("logits",)),
     },
     "ground": {"ground": (("pixels", "question_ids", "question_mask", "image_index"), ("boxes",))},
+    "caption": {"image": (("pixels",), ("image_states",)), "decoder": (("rows", "text_ids"), ("logits",))},
     "embed": {"image": (("pixels",), ("image_features",)), "text": (TEXT, ("text_features",))},
     "match": {"match": ((), ())},
     "compare": {"compare": (("pixels", "second_pixels", "pair_index", *TEXT), ("logits",))},
@@ -29,10 +30,12 @@ PORTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 """What the graphs of a model take and give at least, by what it can do."""
 MATCH = ("rows", *TEXT)
 """What the graph `match` takes besides outputs of `image`."""
+WRITERS = {"answer": "answer_ids", "decoder": "text_ids"}
+"""Graphs that write a text token by token, and the input of its tokens."""
 READERS = {"answer": "decoder", "decoder": "decoder", "match": "text"}
 """Graphs whose layers keep keys and values as ports, and the tower those are of."""
-RANKS = {"states": 3, "logits": None, "boxes": 2, "image_features": 2, "text_features": 2}
-"""Dimensions of what the graphs give; `logits` have three from `answer`, and two from `match` and `compare`."""
+RANKS = {"states": 3, "image_states": 3, "boxes": 2, "logits": None, "image_features": 2, "text_features": 2}
+"""Dimensions of what the graphs give; `logits` have three of what writes, and two from `match` and `compare`."""
 CACHED = re.compile(r"(past|present)_(key|value)_(\d{1,4})", re.ASCII)
 
 Length = Annotated[int, Field(ge=0, le=MOST)]
@@ -84,8 +87,11 @@ class Description(Strict):
     first_token_twice: bool = False
     max_tokens: int | None = Field(None, ge=3, le=MOST, description="longest question or text, with its first and last token")
     max_answer_tokens: int = Field(10, ge=1, le=MOST)
-    start_token: Length | None = Field(None, description="id that answers begin with")
-    end_token: Length | None = Field(None, description="id that answers end with")
+    start_token: Length | None = Field(None, description="id that answers and captions begin with")
+    end_token: Length | None = Field(None, description="id that answers and captions end with")
+    prompt: str | None = Field(None, max_length=1000, description="what captions begin with, behind the start token")
+    min_length: Length | None = Field(None, description="fewest tokens of a caption, start token and prompt included, the end not")
+    max_length: Many | None = Field(None, description="most tokens of a caption, counted likewise")
     measured: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("graphs")
@@ -102,8 +108,11 @@ class Description(Strict):
                 wanted = RANKS[port] or (2 if name == "compare" else 3)
                 if len(shape := graphs[name].outputs[port].shape) != wanted:
                     raise ValueError(f"graph {name} gives {port} as {shape}, where {wanted} dimensions are read")
-        if "answer" in graphs:
-            check_cache(graphs["answer"])
+        for name in WRITERS:
+            if name in graphs:
+                check_cache(name, graphs[name])
+        if "caption" in info.data.get("able", ()):
+            check_context(graphs["image"], graphs["decoder"])
         if "match" in graphs and "image" in graphs:
             taken, given = graphs["match"].inputs, graphs["image"].outputs
             if strange := sorted({*MATCH} - taken.keys()) + sorted(taken.keys() - {*MATCH} - given.keys()):
@@ -138,21 +147,30 @@ class Description(Strict):
         return f"{self.family}, ONNX graphs"
 
 
-def check_cache(graph: GraphFile) -> None:
+def check_context(image: GraphFile, decoder: GraphFile) -> None:
+    """ValueError unless the graph `image` gives the keys and values that the graph `decoder` takes, in sizes that are fixed."""
+    for name, port in decoder.inputs.items():
+        if name.startswith(("key_", "value_")):
+            ours, theirs = (image.outputs[name].shape[1:] if name in image.outputs else None), port.shape[1:]
+            if ours != theirs or any(isinstance(size, str) for size in theirs):
+                raise ValueError(f"graph image gives {shorten(name)} as {ours}, graph decoder takes {theirs}")
+
+
+def check_cache(called: str, graph: GraphFile) -> None:
     """ValueError unless keys and values of earlier tokens come in pairs, as [rows, heads, tokens, size], and go on as they came."""
     found: dict[str, dict[str, list[Any]]] = {"past": {}, "present": {}}
     for side, ports in (("past", graph.inputs), ("present", graph.outputs)):
         for name, port in ports.items():
             if name.startswith(f"{side}_"):
                 if not (match := CACHED.fullmatch(name)) or len(port.shape) != 4:
-                    raise ValueError(f"graph answer has a port {shorten(name)} of shape {port.shape}, which is no cache")
+                    raise ValueError(f"graph {called} has a port {shorten(name)} of shape {port.shape}, which is no cache")
                 found[side][f"{match[2]}_{match[3]}"] = [port.shape[1], port.shape[3]]
     layers = {name.partition("_")[2] for name in found["past"]}
     whole = {f"{part}_{layer}" for layer in layers for part in ("key", "value")}
     if found["past"] != found["present"] or whole != found["past"].keys():
-        raise ValueError("graph answer gives other keys and values than it takes")
+        raise ValueError(f"graph {called} gives other keys and values than it takes")
     if strange := [sizes for sizes in found["past"].values() if not all(isinstance(size, int) and size for size in sizes)]:
-        raise ValueError(f"graph answer leaves heads and sizes of its keys open: {strange[0]}")
+        raise ValueError(f"graph {called} leaves heads and sizes of its keys open: {strange[0]}")
 
 
 def is_exported(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Graphs in the place of a network: to answer with a key/value cache, to compare, to match."""
+"""Graphs in the place of a network: to answer or describe with a key/value cache, to compare, to match."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from efficientvlm.errors import BadInput
 from efficientvlm.families.graphs import names
 from efficientvlm.families.network import Record, check_taps, require
-from efficientvlm.families.onnx.description import MATCH, Description
+from efficientvlm.families.onnx.description import MATCH, WRITERS, Description
 from efficientvlm.families.onnx.sessions import run_session
 from efficientvlm.families.towers.attention import Cache
 from efficientvlm.families.towers.parts import normalise
@@ -69,6 +69,10 @@ class ExportedModel:
         asked = {name: batch[name] for name in ("question_ids", "question_mask")}
         return Record(self.pass_through("ground", {"pixels": self.normalised(batch["pixels"]), **asked, "image_index": rows}))
 
+    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The context is what the graph `image` gives."""
+        return self.pass_through("image", {"pixels": self.normalised(pixels)})
+
     def decode(
         self,
         context: dict[str, Tensor],
@@ -80,17 +84,18 @@ class ExportedModel:
         """As a network's; padding may only follow the tokens, where it changes nothing before it, so that `mask` has no use."""
         rows = torch.arange(len(ids)) if rows is None else rows
         cache = Cache() if cache is None else cache
-        inputs = {**context, "rows": rows, "answer_ids": ids, "past": torch.arange(cache.length), **self._past(cache, len(ids))}
-        outputs = self.pass_through("answer", inputs)
+        graph = next(name for name in WRITERS if name in self.config.graphs)
+        before = self._past(graph, cache, len(ids))
+        outputs = self.pass_through(graph, {**context, "rows": rows, WRITERS[graph]: ids, "past": torch.arange(cache.length), **before})
         for layer in (int(name.removeprefix("present_key_")) for name in outputs if name.startswith("present_key_")):
             cache.kv[layer] = outputs[f"present_key_{layer}"], outputs[f"present_value_{layer}"]
         cache.length += ids.shape[1]
         return outputs["logits"]
 
-    def _past(self, cache: Cache, rows: int) -> dict[str, Tensor]:
+    def _past(self, graph: str, cache: Cache, rows: int) -> dict[str, Tensor]:
         if cache.length:
             return {name: tensor for layer, kv in cache.kv.items() for name, tensor in zip(names([layer], "past_"), kv, strict=True)}
-        ports = self.config.graphs["answer"].inputs
+        ports = self.config.graphs[graph].inputs
         sizes = {name: (rows, int(port.shape[1]), 0, int(port.shape[3])) for name, port in ports.items() if name.startswith("past_")}
         return {name: torch.zeros(size) for name, size in sizes.items()}
 

@@ -71,9 +71,9 @@ class Rules(NamedTuple):
         return scores
 
 
-def stepping(model: Writes, context: Any) -> Step:
-    """Steps of `model`, with a key/value cache, on texts of which each belongs to an entry of `context`, in order at first."""
-    cache, rows = model.new_cache(), None
+def stepping(model: Writes, context: Any, rows: Tensor | None = None) -> Step:
+    """Steps of `model`, with a key/value cache, on texts that belong to the entries `rows` of `context` at first, by default in order."""
+    cache = model.new_cache()
 
     def step(ids: Tensor, goes_on: Tensor | None) -> Tensor:
         nonlocal cache, rows
@@ -124,7 +124,7 @@ def continued(step: Step, ids: Tensor, rules: Rules, choose: Choose = likeliest)
         last = choose(scores, number).masked_fill(done, rules.filler)[:, None]
         said = torch.cat([said, last], 1)
         done |= last[:, 0] == rules.end
-        if bool(done.all()):
+        if number >= rules.least and bool(done.all()):
             break
     return said[:, ids.shape[1] :]
 
