@@ -55,12 +55,18 @@ def ls(json: o.Json = False) -> None:
     """List the recipes of this package."""
     from efficientvlm import recipe as recipes
 
-    found = [recipes.load_recipe(name) for name in recipes.names()]
+    found = {name: " ".join(recipes.load_recipe(name).description.split()) for name in sorted(recipes.names(), key=_by_folder)}
     if json:
-        output.emit({"recipes": [{"name": item.name, "description": item.description} for item in found]})
+        output.emit({"recipes": [{"name": name, "description": description} for name, description in found.items()]})
         return
-    for item in found:
-        output.show(f"{item.name:<20} {' '.join(item.description.split())}")
+    for name, description in found.items():
+        output.show(f"{name:<{max(map(len, found))}}  {description}")
+
+
+def _by_folder(name: str) -> tuple[str, str]:
+    """Those in no folder first."""
+    folder, _, last = name.rpartition("/")
+    return folder, last
 
 
 @app.command("cat")

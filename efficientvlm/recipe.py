@@ -75,11 +75,12 @@ def _leaves(path: str) -> bool:
 def _packaged() -> dict[str, Path]:
     from importlib.resources import files
 
-    return {path.stem: path for path in sorted(Path(str(files("efficientvlm.recipes"))).glob("*.yaml"))}
+    root = Path(str(files("efficientvlm.recipes")))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
 def names() -> list[str]:
-    """Names of the recipes of this package."""
+    """Names of the recipes of this package; one in a folder goes by both: `efficientvlm/vqa`."""
     return list(_packaged())
 
 

@@ -73,7 +73,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if "__pycache__" not in name}
     assert {name.split("/")[0] for name in names} == {"efficientvlm", INSTALLED}
     wanted = {"efficientvlm/py.typed", "efficientvlm/cli/main.py"}
-    wanted |= {f"efficientvlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    wanted |= {f"efficientvlm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "efficientvlm" / "bundled").rglob("*") if path.is_file()}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "efficientvlm").rglob("*.py")}
     assert wanted <= names

@@ -1,0 +1,89 @@
+"""The recipes with the paper's settings, planned on a file without its values and on made data in the place of the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_in import write_stand_in, write_tokenizer
+
+from efficientvlm.control import Control
+from efficientvlm.planning import activations
+from efficientvlm.planning.plan import Plan, plan
+from efficientvlm.recipe import Step, load_recipe, names, validate
+
+FOLDER = "efficientvlm"
+RECIPES = [name for name in names() if name.startswith(f"{FOLDER}/")]
+GENERAL = ("pretrained", "student", "distilled")
+NARROW = {"vision_width": 64, "vision_heads": 1, "vision_intermediate": 128, "text_width": 64, "text_heads": 1, "text_intermediate": 128}
+MADE = "shapes:difficulty=2,size=64"
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "general": {"distilled": {"kd": 0.4, "lr": 1e-4, "batch_size": 1024, "max_steps": 204795, "clip": 1.0, "weight_decay": 0.01}},
+    "vqa": {
+        "vqa-teacher": {"epochs": 10, "lr": 5e-5, "image_size": 480, "clip": None},
+        "vqa-pruned": {"epochs": 20, "lr": 5e-5, "image_size": 480, "sparsity": 0.35, "kd": 0.4, "freeze_at": 0.5, "rank_top": 128},
+    },
+    "retrieval": {
+        "retrieval-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
+        "retrieval-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 192, "image_size": 384, "sparsity": 0.25, "kd": 0.5},
+    },
+}
+"""Recipe → stage → what the published configuration says."""
+MILLIONS = {
+    "pretrained": 212.27,
+    "student": 120.12,
+    "distilled": 120.12,
+    "vqa-teacher": 290.59,
+    "retrieval-teacher": 210.75,
+}
+"""Parameters of the published networks, by arithmetic."""
+
+
+def steps(name: str) -> list[Step]:
+    """The recipe `name` on made data."""
+    recipe = load_recipe(name)
+    own = [f"{stage['name']}.data={MADE}" for stage in recipe.stages if stage.get("data")]
+    return validate(recipe, [*own, *([f"data={MADE}"] if "data" in recipe.defaults else [])])
+
+
+def planned(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> Plan:
+    write_stand_in(folder / "x-vlm.th", **sizes)
+    write_tokenizer(folder / "bert-base-uncased")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(activations, "training", lambda run, images: 0)  # a step of each stage, which takes some seconds
+    made = plan(steps(name), Control(quiet=True))
+    assert not made.problems.found, made.problems.found
+    assert not Path("runs").exists()
+    for stage in made.stages:
+        if stage.stage == "prune":
+            wanted = PUBLISHED[name.removeprefix(f"{FOLDER}/")][stage.name]["sparsity"]
+            assert stage.after and wanted <= stage.after["sparsity"] < wanted + 0.01
+    return made
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_planned_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow network of the same layers."""
+    planned(name, tmp_path, monkeypatch, **NARROW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_networks_at_full_size_are_as_large_as_the_published_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in planned(name, tmp_path, monkeypatch).stages:
+        if stage.name in MILLIONS:
+            assert stage.after and stage.after["parameters"]["total"] / 1e6 == pytest.approx(MILLIONS[stage.name], abs=0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_settings_are_the_published_ones(name: str) -> None:
+    known = {step.name: step.config.model_dump() for step in steps(name)}
+    for stage, wanted in PUBLISHED[name.removeprefix(f"{FOLDER}/")].items():
+        assert {key: known[stage][key] for key in wanted} == wanted, stage
+
+
+def test_general_distillation_is_the_same_in_all() -> None:
+    """So that what one of them has made is passed over by the others."""
+    first, *others = [{step.name: step.config for step in steps(name) if step.name in GENERAL} for name in RECIPES]
+    assert set(first) == set(GENERAL) and all(other == first for other in others)
