@@ -28,6 +28,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "retrieval-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
         "retrieval-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 192, "image_size": 384, "sparsity": 0.25, "kd": 0.5},
     },
+    "grounding": {
+        "grounding-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
+        "grounding-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "sparsity": 0.25},
+    },
 }
 """Recipe → stage → what the published configuration says."""
 MILLIONS = {
