@@ -1,0 +1,227 @@
+"""Does the method keep what the teacher can do, on every task of X-VLM? On made scenes whose pictures have to be looked at.
+
+python benchmarks/scenes.py [--task retrieval|captions|statements|boxes] [--seed 0] [--out runs/scenes] [--list]
+
+Every row is a model of one task and seed: the teacher and the pruned model of the recipe `scenes-TASK`, a student without a teacher (the
+same layers, cut to the same sparsity by magnitude, as many steps), and models to which pictures are hidden. A row is appended to the CSV as
+soon as it is measured; rows that are there are passed over, and a training that was interrupted resumes. `publish_scenes.py` makes a table
+and a plot of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from published import ROOT, append, code, csv_of, rows_of
+
+from efficientvlm import recipe as recipes
+from efficientvlm.checkpoints import folder as checkpoint
+from efficientvlm.checkpoints import manifest
+from efficientvlm.control import Control
+from efficientvlm.runtime.hardware import processor
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.stages.run import run_stage
+
+RECIPES = ROOT / "recipes" / "efficientvlm"
+SEEDS = (0, 1, 2)
+TIMED: dict[str, Any] = {"batch_sizes": [8], "rounds": 40, "text_length": 16}
+TEACHER, METHOD, PLAIN = "teacher", "method", "no-kd"
+WHAT = {
+    TEACHER: "as the recipe trains it",
+    METHOD: "shrink, distill, prune with learnt gates and KD, finetune with KD",
+    PLAIN: "the shrunk teacher cut by magnitude to the same sparsity, then as many steps without a teacher",
+}
+BLIND = "trained and measured while pictures are painted gray"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`metric` is what models are compared by, `beside` is written down too; `hidden`: model → pictures that it does not see."""
+
+    name: str
+    metric: str
+    beside: tuple[str, ...] = ()
+    hidden: dict[str, str] = field(default_factory=lambda: {"text only": "all"})
+    learnt: bool = True
+    """Whether a model without pictures learns anything; else the teacher is measured without them."""
+    other: dict[str, str] = field(default_factory=dict)
+    """Model → stage of the recipe that measures it, beyond the usual ones."""
+
+    @property
+    def models(self) -> list[str]:
+        return [TEACHER, METHOD, PLAIN, *self.hidden, *self.other]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("retrieval", "mean_recall", ("image_to_text_r1", "text_to_image_r1"), learnt=False),
+        Task("captions", "cider_d", ("bleu_4", "rouge_l")),
+        Task("statements", "accuracy", hidden={"text only": "all", "left image only": "right", "right image only": "left"}),
+        Task("boxes", "box_accuracy", ("mean_iou", "centre_accuracy"), other={"Grad-CAM": "boxes-gradcam-test"}),
+    )
+}
+BESIDE = [name for task in TASKS.values() for name in task.beside]
+
+
+@dataclass(frozen=True)
+class Run:
+    task: Task
+    seed: int
+    model: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.task.name, str(self.seed), self.model
+
+
+def runs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+    """Every row, one seed after the other."""
+    for seed in seeds:
+        for task in map(TASKS.__getitem__, tasks):
+            yield from (Run(task, seed, model) for model in task.models)
+
+
+class Chain:
+    """The stages of a recipe with one seed, and others like them. What recipes of one seed share is made once."""
+
+    def __init__(self, task: Task, seed: int, root: Path) -> None:
+        self.task, self.seed, self.root = task, seed, root / str(seed)
+        loaded = recipes.load_recipe(str(RECIPES / f"scenes-{task.name}.yaml"))
+        self.steps = {step.name: step for step in recipes.validate(loaded, [f"seed={seed}"], out=str(self.root))}
+
+    def settings(self, name: str) -> Any:
+        """Those of a stage of the recipe."""
+        return self.steps[name].config
+
+    def run(self, stage: str, out: str, **settings: Any) -> Any:
+        """Run a stage that writes `out`; a setting of None is left out."""
+        given = {key: value for key, value in {"out": str(self.root / out), **settings}.items() if value is not None}
+        return run_stage(stage, stage_settings(stage, given), Control())
+
+    def like(self, name: str, out: str, **changes: Any) -> Any:
+        """Run the stage `name` of the recipe with other settings, into another place."""
+        return self.run(self.steps[name].stage, out, **{**self.settings(name).model_dump(exclude_unset=True, exclude={"out"}), **changes})
+
+    def made(self, name: str) -> str:
+        """The output of a stage of the recipe, after all that it reads."""
+        config = self.settings(name)
+        for other, step in self.steps.items():
+            if other != name and str(getattr(step.config, "out", "")) in (getattr(config, "model", ""), getattr(config, "teacher", "")):
+                self.made(other)
+        run_stage(self.steps[name].stage, config, Control())
+        return str(config.out)
+
+    @property
+    def lengths(self) -> int:
+        """Training steps of the method."""
+        own = [name for name in self.steps if name == "distilled" or name.startswith(f"{self.task.name}-")]
+        return sum(self.settings(name).max_steps for name in own if getattr(self.settings(name), "teacher", None))
+
+    def model(self, name: str) -> str:
+        """The checkpoint of a row."""
+        own = self.task.name
+        if name in self.task.other:
+            self.made(self.task.other[name])
+            return str(self.settings(self.task.other[name]).model)
+        if name == METHOD:
+            return self.made(f"{own}-final")
+        teacher = self.made(f"{own}-teacher")
+        if name == PLAIN:
+            pruned = self.settings(f"{own}-pruned")
+            cut = {"method": "magnitude", "sparsity": pruned.sparsity, "round_to": pruned.round_to, "keep_dense": False}
+            self.run("prune", "cut", task="none", model=self.made("student"), seed=self.seed, **cut)
+            without = {"model": str(self.root / "cut"), "teacher": None, "weights": None, "max_steps": self.lengths}
+            self.like(f"{own}-final", f"{own}-{PLAIN}", **without)
+            return str(self.root / f"{own}-{PLAIN}")
+        if name == TEACHER or not self.task.learnt:
+            return teacher
+        out = f"{own}-{name.replace(' ', '-')}"
+        self.like(f"{own}-teacher", out, data=self.data(f"{own}-teacher", name))
+        return str(self.root / out)
+
+    def data(self, stage: str, name: str) -> str:
+        """The data of a stage of the recipe, as the model of a row sees them."""
+        hidden = self.task.hidden.get(name)
+        return self.settings(stage).data + (f",hide={hidden}" if hidden else "")
+
+    def tested(self, name: str) -> dict[str, Any]:
+        """The metrics of a row's model on the test split, measured once."""
+        if name in self.task.other:
+            return dict(run_stage("eval", self.settings(self.task.other[name]), Control())["metrics"])
+        test, out = f"{self.task.name}-teacher-test", f"{self.task.name}-{name.replace(' ', '-')}-test.json"
+        return dict(self.like(test, out, model=self.model(name), data=self.data(test, name))["metrics"])
+
+    def speed(self, name: str) -> dict[str, Any]:
+        """Latency of a model that sees its pictures, and its speed-up over the teacher, both timed in turns; the load before that."""
+        models = {name: self.model(name) for name in WHAT}
+        out, load = self.root / f"{self.task.name}-speed.json", round(os.getloadavg()[0], 1)
+        note = out.with_suffix(".load")
+        if not out.exists() or not note.exists():
+            note.write_text(str(load), "utf-8")
+        result = self.run("bench", out.name, models=list(models.values()), **TIMED)
+        found = next(row for row in result["latency"] if row["model"] == models[name])
+        return {**found, "threads": result["machine"]["threads"], "load": note.read_text("utf-8")}
+
+
+def row(run: Run, root: Path) -> dict[str, Any]:
+    """Train, measure on the test split, and say what came out."""
+    chain, began = Chain(run.task, run.seed, root), time.process_time()
+    model, teacher = (checkpoint.require_complete(chain.model(name)).accounting for name in (run.model, TEACHER))
+    seconds = time.process_time() - began
+    metrics, best, metric = chain.tested(run.model), chain.tested(TEACHER), run.task.metric
+    timed = chain.speed(run.model) if run.model in WHAT else {}
+    return {
+        "task": run.task.name,
+        "seed": run.seed,
+        "model": run.model,
+        "metric": metric,
+        "value": metrics[metric],
+        "standard_error": metrics.get("standard_error", metrics.get("standard_errors", {}).get(metric)),
+        "of_teacher": metrics[metric] / best[metric],
+        **{name: metrics[name] if name in run.task.beside else None for name in BESIDE},
+        "parameters": model["parameters"]["total"],
+        "parameters_of_teacher": model["parameters"]["total"] / teacher["parameters"]["total"],
+        "macs": model["macs"]["total"],
+        "macs_of_teacher": model["macs"]["total"] / teacher["macs"]["total"],
+        "sparsity": model["sparsity"]["achieved"],
+        **{f"batch_8_{name}": timed.get(name) for name in ("median_ms", "speedup", "speedup_q1", "speedup_q3")},
+        "threads": timed.get("threads"),
+        "load": timed.get("load"),
+        "cpu_seconds": round(seconds, 1),
+        "data": chain.data(f"{run.task.name}-teacher-test", run.model),
+        "images": chain.settings(f"{run.task.name}-teacher-test").limit,
+        "what": WHAT.get(run.model, BLIND if run.model in run.task.hidden else f"{run.task.other.get(run.model)} of the recipe"),
+        "commit": code(),
+        "torch": manifest.environment()["torch"],
+        "date": manifest.now()[:10],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, action="append", help="all by default")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="all by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
+    parser.add_argument("--list", action="store_true", help="say what is still to be run")
+    options = parser.parse_args(arguments)
+    path = ROOT / csv_of("scenes", processor())
+    for run in runs(options.task or list(TASKS), options.seed or SEEDS):
+        if run.key in {(line["task"], line["seed"], line["model"]) for line in rows_of(path)}:
+            continue
+        print(" ".join(run.key), file=sys.stderr, flush=True)
+        if not options.list:
+            append(path, row(run, options.out))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
