@@ -42,6 +42,13 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 def written(folder: Path, rows: list[dict[str, Any]], name: str = "refs.json") -> str:
     Image.new("RGB", (200, 100), (250, 0, 0)).save(folder / "a.png")
     Image.new("RGB", (64, 32), (0, 0, 250)).save(folder / "b.png")
@@ -113,6 +120,30 @@ def test_what_a_centre_crop_cuts_away_is_no_target(tmp_path: Path) -> None:
     assert seen is not None and in_pixels(seen, item.size, how) == pytest.approx((50, 10, 70, 50))  # its left end is cut away
     with pytest.raises(BadInput, match="outside of what the model sees"):
         list(open_data(EXPRESSIONS, written(tmp_path, [rows[0]]), "test", image_size=how))
+
+
+def test_other_forms_of_rows_are_read(tmp_path: Path) -> None:
+    written(tmp_path, ROWS)
+    entries = [
+        {"id": 1, "file_name": "a.png", "caption": "the red one", "width": 200, "height": 100},
+        {"id": 2, "file_name": "a.png", "caption": "all of it", "width": 200, "height": 100},
+    ]
+    boxes = [{"id": 7, "image_id": 1, "bbox": [10, 20, 30, 40]}, {"id": 8, "image_id": 2, "bbox": [0, 0, 200, 100]}]
+    (tmp_path / "finetune_refcoco_train.json").write_text(json.dumps({"images": entries, "annotations": boxes}))
+    source = open_data(EXPRESSIONS, str(tmp_path / "finetune_refcoco_train.json"), "test", image_size=16)
+    assert len(source) == 1 and [(one.phrase, one.box) for one in source[0].expressions] == [
+        ("the red one", (10, 20, 30, 40)),
+        ("all of it", (0, 0, 200, 100)),
+    ]
+    (tmp_path / "rows.csv").write_text('image,text,bbox\na.png,"left, of it","[1, 2, 3, 4]"\nb.png,it,"(5.5, 5, 10, 10)"\n')
+    source = open_data(EXPRESSIONS, str(tmp_path / "rows.csv"), "test", image_size=16)
+    assert [item.expressions[0].box for item in (source[0], source[1])] == [(1, 2, 3, 4), (5.5, 5, 10, 10)]
+    import datasets
+
+    rows = {"image": ["a.png", "b.png"], "text": [["it"], ["that", "this"]], "bbox": [[1, 2, 3.5, 4], [5, 5, 10, 10]]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    source = open_data(EXPRESSIONS, str(tmp_path / "rows.parquet"), "test", image_size=16)
+    assert [len(item.expressions) for item in (source[0], source[1])] == [1, 2] and source[0].expressions[0].box == (1, 2, 3.5, 4)
 
 
 # scenes

@@ -1,4 +1,4 @@
-"""The layouts of COCO: captions, and VQAv2's questions with their ten answers, in JSON beside the pictures."""
+"""The layouts of COCO: captions, phrases with boxes, and VQAv2's questions with their ten answers, in JSON beside the pictures."""
 
 from __future__ import annotations
 
@@ -33,18 +33,25 @@ def is_captions(parsed: Any) -> bool:
     return isinstance(parsed, dict) and isinstance(parsed.get("images"), list) and isinstance(parsed.get("annotations"), list)
 
 
-def captions(folder: Path, path: Path, skips: Skips) -> MemoryTable:
+def captions(folder: Path, path: Path, skips: Skips, parsed: Any = None) -> MemoryTable:
     """The captions of a file, a row each, with the pictures that lie below `folder`.
+
+    An annotation that has a box has its row there. Where its caption is that of its image entry, as in the lists of MDETR, every phrase has
+    an entry of its own, and its number is none of the picture.
+
+    Args:
+        parsed: what the file holds, if it was read already.
 
     Raises:
         BadInput: the file has no lists of images and annotations.
     """
-    parsed = read_json(path)
+    parsed = read_json(path) if parsed is None else parsed
     if not is_captions(parsed):
         raise BadInput(
             f"data {path}", "it has no lists called images and annotations", "give captions in COCO's form, or a list of objects"
         )
     names: dict[Any, str] = {}
+    said: dict[Any, Any] = {}
     for number, entry in enumerate(parsed["images"], 1):
         identity, name = (entry.get("id"), entry.get("file_name")) if isinstance(entry, dict) else (None, None)
         if not isinstance(identity, int | str) or not isinstance(name, str):
@@ -53,9 +60,12 @@ def captions(folder: Path, path: Path, skips: Skips) -> MemoryTable:
             skips.add(
                 BadInput(f"{path} image {number}", f"id {identity} is another picture before it", "give every picture an id of its own")
             )
+        elif "caption" in entry:
+            said[identity] = entry["caption"]
     find = _finder(folder, path)
     found: dict[Any, str] = {}
-    columns: dict[str, list[Any]] = {"image": [], "image_id": [], "caption": []}
+    columns: dict[str, list[Any]] = {"image": [], "image_id": [], "caption": [], "bbox": []}
+    described: set[Any] = set()
     places: list[str] = []
     for number, entry in enumerate(parsed["annotations"], 1):
         where = f"{path} annotation {number}"
@@ -65,10 +75,15 @@ def captions(folder: Path, path: Path, skips: Skips) -> MemoryTable:
             continue
         picture = found.setdefault(identity, "") or find([names[identity]])
         found[identity] = picture
-        for column, value in zip(columns.values(), (picture, identity, entry.get("caption")), strict=True):
+        own = "caption" in entry or identity not in said
+        values = (picture, identity if own else None, entry.get("caption") if own else said[identity], entry.get("bbox"))
+        for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
+        described.add(identity)
         places.append(where)
-    if without := len(names) - len(set(columns["image_id"])):
+    if all(box is None for box in columns["bbox"]):
+        del columns["bbox"]
+    if without := len(names) - len(described):
         skips.note(f"{without} pictures of {path.name} have no caption and were passed over")
     return MemoryTable(columns, folder, places.__getitem__, sha256(path))
 

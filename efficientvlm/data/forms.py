@@ -17,7 +17,7 @@ from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import SPLIT_NAMES, by_split, only, split_of
 from efficientvlm.data.tables import ParquetTable, SavedTable, Selection, Table
 from efficientvlm.data.tar import TarTable
-from efficientvlm.data.text_tables import CsvTable, JsonlTable, first_mark, json_list
+from efficientvlm.data.text_tables import CsvTable, JsonlTable, first_mark, json_list, read_json
 from efficientvlm.errors import BadInput, shorten
 
 SINGLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -157,11 +157,12 @@ def open_files(paths: list[Path], skips: Skips) -> Table:
     if len(paths) == 1 and kinds <= {".csv", ".tsv"}:
         return CsvTable(paths[0], skips)
     if len(paths) == 1 and kinds == {".json"}:
-        if "captions" in paths[0].stem.lower() and first_mark(paths[0]) == b"{":
-            home = paths[0].parent
-            return coco.captions(home.parent if home.name == "annotations" else home, paths[0], skips)
         if nlvr2.is_statements(paths[0]):
             return nlvr2.statements(paths[0], skips)
+        if first_mark(paths[0]) == b"{":
+            home, parsed = paths[0].parent, read_json(paths[0])
+            if "captions" in paths[0].stem.lower() or coco.is_captions(parsed):
+                return coco.captions(home.parent if home.name == "annotations" else home, paths[0], skips, parsed)
         return json_list(paths[0], skips)
     if len(paths) == 1 and re.search(r"\.(tar\.\w+|tgz)$", paths[0].name, re.IGNORECASE):
         raise BadInput(f"data {paths[0]}", "samples of a compressed tar are not found at once", f"unpack it, or train on stream:{paths[0]}")

@@ -25,10 +25,10 @@ class Found(NamedTuple):
 def scores(found: Sequence[Found], *, inclusive: bool = False) -> dict[str, Any]:
     """Metrics of boxes, JSON-ready.
 
-    `box_accuracy` is the part of the phrases whose box overlaps the one that is meant by one half (intersection over union) or more,
-    `mean_iou` the mean overlap. `centre_accuracy` is what a box in the middle of each picture would reach that has the median width and
-    height, as fractions, of the boxes that are meant: what can be had without looking. `box_accuracy_of` has the parts of the data, where
-    it names some.
+    `box_accuracy` is the part of the phrases whose box overlaps the one that is meant by one half (intersection over union) or more, with
+    its `standard_error`, `mean_iou` the mean overlap. `centre_accuracy` is what a box in the middle of each picture would reach that has
+    the median width and height, as fractions, of the boxes that are meant: what can be had without looking. `box_accuracy_of` has the parts
+    of the data, where it names some.
     """
     if not found:
         return {"phrases": 0}
@@ -44,7 +44,7 @@ def scores(found: Sequence[Found], *, inclusive: bool = False) -> dict[str, Any]
         "box_accuracy": accuracy,
         "mean_iou": float(overlap.mean()),
         "centre_accuracy": float(middle.mean()),
-        "standard_errors": {"box_accuracy": standard_error(accuracy, len(found))},
+        "standard_error": standard_error(accuracy, len(found)),
     }
     parts = np.array([one.part for one in found])
     if names := sorted({*parts.tolist()} - {""}):

@@ -82,7 +82,7 @@ class Expressions(Kind[ExpressionItem, Meant]):
     required = ("image", "text", "box")
 
     def content(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Meant:
-        box = box_of(listed(values.get("box"), where, columns["box"]), where, columns["box"])
+        box = box_of(listed(_bracketed(values.get("box")), where, columns["box"]), where, columns["box"])
         size = stated_size(values, where, columns)
         candidates = candidates_of(values, where, columns)
         if size:
@@ -129,6 +129,12 @@ EXPRESSIONS = Expressions()
 def _pixels(box: Box, side: int) -> PixelBox:
     x, y, width, height = (part * side for part in box)
     return (x - width / 2, y - height / 2, width, height)
+
+
+def _bracketed(value: Any) -> Any:
+    """A text that is a tuple of Python as one that is a list."""
+    text = value.strip() if isinstance(value, str) else ""
+    return f"[{text[1:-1]}]" if text[:1] == "(" and text[-1:] == ")" else value
 
 
 def phrases_of(values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> list[str]:
