@@ -28,6 +28,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "retrieval-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
         "retrieval-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 192, "image_size": 384, "sparsity": 0.25, "kd": 0.5},
     },
+    "captioning": {
+        "words": {"lr": 3e-5, "batch_size": 1024, "max_steps": 9990, "prompt": "", "label_smoothing": 0, "image_size": None},
+        "captioning-teacher": {"epochs": 5, "lr": 1e-5, "image_size": 384, "clip": None, "label_smoothing": 0.1},
+        "captioning-pruned": {"epochs": 10, "lr": 1e-5, "image_size": 384, "sparsity": 0.25, "kd": 0.3, "beams": 3},
+    },
     "grounding": {
         "grounding-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
         "grounding-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "sparsity": 0.25},
@@ -40,6 +45,7 @@ MILLIONS = {
     "distilled": 120.12,
     "vqa-teacher": 290.59,
     "retrieval-teacher": 210.75,
+    "captioning-teacher": 209.79,
 }
 """Parameters of the published networks, by arithmetic."""
 
