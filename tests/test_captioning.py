@@ -169,7 +169,7 @@ def pruning(chain: Path, root: Path) -> dict[str, Any]:
 def test_a_captioner_is_trained_pruned_and_cut_again(captioners):
     for name in ("teacher", "pruned", "cut"):
         manifest, loaded = require_complete(str(captioners / name)), load(str(captioners / name))
-        assert loaded.abilities == {"caption"} and loaded.config.prompt == "a picture of "
+        assert loaded.abilities == {"caption"} and (loaded.config.prompt, loaded.config.caption_tokens) == ("a picture of ", [5, 24])
         val = manifest.metrics["val"]
         assert val["images"] == 4 and val["loss"] > 0 and {"cider_d", "bleu_4", "rouge_l"} <= val.keys()
     pruned = require_complete(str(captioners / "pruned"))
@@ -394,3 +394,19 @@ def test_a_prompt_without_words_is_said():
     texts = SimpleNamespace(unknown=1, ids=lambda given: [[1, 7]])
     assert "unknown to the tokenizer" in of_prompt(texts, "ein Bild").remarks[0]  # type: ignore[arg-type]
     assert not of_prompt(texts, "").remarks  # type: ignore[arg-type]
+
+
+def test_a_report_shows_cider_as_a_number(captioners, tmp_path):
+    models = {"teacher": str(captioners / "teacher"), "cut": str(captioners / "cut")}
+    asked = {"data": SHAPES, "task": "captioning", "split": "val"}
+    evals = {label: str(tmp_path / f"{label}.json") for label in models}
+    for label, model in models.items():
+        run_stage("eval", model=model, out=evals[label], **asked)
+    bench = str(tmp_path / "bench.json")
+    run_stage("bench", models=list(models.values()), rounds=1, warmup_rounds=0, batch_sizes=[1], out=bench)
+    text = run_stage("report", out=str(tmp_path / "report"), models=models, evals=evals, bench=bench)["text"]
+    row = next(line for line in text.splitlines() if line.strip().startswith("CIDEr-D"))
+    assert "%" not in row and "image to a caption by beam search, median" in text
+    run_stage("eval", model=models["cut"], out=str(tmp_path / "other.json"), decoding="greedy", **asked)
+    with pytest.raises(BadInput):  # captions that were written in another manner are of another test
+        run_stage("report", out=str(tmp_path / "other"), models=models, evals={**evals, "cut": str(tmp_path / "other.json")}, bench=bench)

@@ -37,6 +37,9 @@ def check_config(config: Structure, where: str) -> None:
         raise BadInput(f"{where}: answers are {shorten(answers)}", "they are a list of texts", CORRECT)
     if not isinstance(config.prompt, str | None) or len(config.prompt or "") > LONGEST_PROMPT:
         raise BadInput(f"{where}: prompt is {shorten(config.prompt)}", f"it is a text of {LONGEST_PROMPT} letters at most", CORRECT)
+    lengths = config.caption_tokens
+    if lengths is not None and not (isinstance(lengths, list) and len(lengths) == 2 and all(_whole(length, 0) for length in lengths)):
+        raise BadInput(f"{where}: caption_tokens is {shorten(lengths)}", "they are two whole numbers, the fewest and the most", CORRECT)
     for tower, count in config.layers().items():
         if not _whole(count, 0, MOST_LAYERS):
             raise BadInput(f"{where}: {shorten(count)} {tower} layers", f"there can be 0 to {MOST_LAYERS}", CORRECT)

@@ -45,6 +45,7 @@ class Described(Protocol):
     rank_top: int
     max_tokens: int | None
     prompt: str | None
+    caption_tokens: list[int] | None
 
     @property
     def model_type(self) -> str: ...
@@ -61,7 +62,7 @@ class Structure:
     `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
     `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text. `max_tokens` is the length of texts
     that it was tuned with, by default that of the published method (`usual_tokens`), or all positions. `prompt` is what captions begin
-    with, by default that of the published method.
+    with, `caption_tokens` are the fewest and the most tokens of those that it writes, by default as in the published method.
     """
 
     image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
@@ -73,6 +74,7 @@ class Structure:
     rank_top: int = 128
     max_tokens: int | None = None
     prompt: str | None = None
+    caption_tokens: list[int] | None = None
     processor: ClassVar[str] = "CLIPImageProcessor"
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
 

@@ -9,7 +9,8 @@ from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.report import summary as report
 from efficientvlm.report.charts import bar, percent
 from efficientvlm.report.markup import Child, Html, table, tag
-from efficientvlm.report.story import Story, validation
+from efficientvlm.report.metrics import main_metric
+from efficientvlm.report.story import Story
 
 EVALUATED = {"test": "test", "val": "validation data, evaluated", "train": "training data, evaluated"}
 NOT_MEASURED = tag("span", "not measured", class_="none")
@@ -63,12 +64,13 @@ def headline(story: Story) -> Html:
     assert story.summary
     models, reference = story.summary["models"], story.summary["reference"]
     batches = sorted({size for model in models.values() for size in model["latency"]}, key=int)
-    found = {chapter.label: validation(manifest) for chapter, manifest in story.readable}
+    found = {chapter.label: main_metric(manifest.metrics.get("val")) for chapter, manifest in story.readable}
     head: list[Child] = ["", "parameters", "multiply-adds", "sparsity"]
     head += [[f"latency, batch {size}"] for size in batches] or ["latency"]
     evaluated = EVALUATED.get((story.summary["test"] or {}).get("split", "test"), "evaluated")
     head += [f"{report.metric_title(story.summary)}, {measured}" for measured in (evaluated, "validation")]
     units = {name: report.scale([model[name]["total"] for model in models.values()]) for name in ("parameters", "macs")}
+    shown = report.metric_shown((story.summary["test"] or {}).get("metric"))
     rows = []
     for label, model in models.items():
         first = label == reference
@@ -88,9 +90,9 @@ def headline(story: Story) -> Html:
         cells += [_latency(model, size) for size in batches] or [NOT_MEASURED]
         beside = model["accuracy_of_reference"]
         ratio_of = tag("small", f"{percent(beside)} of reference") if beside is not None and not first else None
-        cells.append(NOT_MEASURED if model["accuracy"] is None else [percent(model["accuracy"]), ratio_of])
-        value = found.get(label)
-        cells.append(NOT_MEASURED if value is None else percent(value))
+        cells.append(NOT_MEASURED if model["accuracy"] is None else [shown(model["accuracy"]), ratio_of])
+        name, value = found.get(label) or ("", None)
+        cells.append(NOT_MEASURED if value is None else report.metric_shown(name)(value))
         rows.append(cells)
     return table(head, rows, range(1, len(head)), class_="headline")
 

@@ -7,10 +7,23 @@ from typing import Any
 
 from efficientvlm.settings.tasks import ABOUT
 
+TIMED = "image and question of {tokens} tokens to the ranked answer"
+
 
 def titles() -> dict[str, str]:
     """Main metrics of all tasks, the first one that was measured counting, and what to call them."""
     return {name: title for about in ABOUT.values() for name, title in about.metrics.items()}
+
+
+def unbounded() -> frozenset[str]:
+    """Main metrics that are no parts of 1."""
+    return frozenset(name for about in ABOUT.values() if not about.parts for name in about.metrics)
+
+
+def spoken_time(task: str | None, tokens: int) -> str:
+    """What is timed of a task, or of one that is not known (results of earlier versions are of questions), in a few words."""
+    about = ABOUT.get(task or "")
+    return (about.timed if about and about.timed else TIMED).format(tokens=tokens)
 
 
 def main_metric(metrics: Any) -> tuple[str, float] | None:

@@ -102,11 +102,16 @@ class Found(Shape):
     captions: Count
 
 
+class Described(Shape):
+    cider_d: Number
+    images: Count
+
+
 class Ranked(Eval):
-    """One that has an accuracy or a mean recall, which the table can show."""
+    """One that has an accuracy, a mean recall or a CIDEr-D, which the table can show."""
 
     mode: str
-    metrics: Answered | Found  # type: ignore[assignment]  # narrower
+    metrics: Answered | Found | Described  # type: ignore[assignment]  # narrower
 
 
 class Timed(Shape):

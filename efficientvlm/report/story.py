@@ -10,7 +10,6 @@ from typing import Any
 
 from efficientvlm.checkpoints.influence import Reach
 from efficientvlm.checkpoints.manifest import Manifest
-from efficientvlm.report.metrics import main_metric
 from efficientvlm.report.picture import Structure
 
 DAMAGE, NOTE = "problem", "note"
@@ -81,12 +80,6 @@ class Story:
     def readable(self) -> list[tuple[Chapter, Manifest]]:
         """The checkpoints that could be read."""
         return [(chapter, chapter.manifest) for chapter in self.chapters if chapter.manifest]
-
-
-def validation(manifest: Manifest) -> float | None:
-    """Accuracy, or another task's main metric, on validation data at the end of a stage, if it has one."""
-    found = main_metric(manifest.metrics.get("val"))
-    return found[1] if found else None
 
 
 def moment(created: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.report.metrics import main_metric, titles
+from efficientvlm.report.metrics import main_metric, spoken_time, titles, unbounded
 from efficientvlm.settings.stages import Targets
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 NONE = "–"
+SIZES = ("statements", "pairs", "images", "captions", "phrases")
 OTHER = "heads"  # what an accounting calls parameters that belong to no tower
 
 
@@ -67,7 +68,7 @@ def summarise(
     if bench:
         base = bench["models"][0]
         name = next((label for label, (_, digest) in models.items() if digest == base["sha256"]), base["model"])
-        speed = {"compared_with": name, "machine": bench["machine"], "precision": bench["precision"], "text_length": bench["text_length"]}
+        speed = {"compared_with": name, **{key: bench[key] for key in ("machine", "precision", "text_length")}, "task": bench.get("task")}
     summary = {"reference": labels[0], "models": figures, "test": next(iter(tests.values()), None), "speed": speed}
     return {**summary, "targets": targets(summary, limits or Targets())}
 
@@ -79,9 +80,8 @@ def test_of(result: dict[str, Any]) -> str:
 
 def _test(result: dict[str, Any]) -> dict[str, Any]:
     data, metrics = result["data"], result["metrics"]
-    sizes, how = (
-        (("questions",), ("answers", "first_token_twice")) if "questions" in metrics else (("images", "captions"), ("rerank", "seed"))
-    )
+    how = ("answers", "first_token_twice") if "questions" in metrics else ("rerank", "manner", "seed")
+    sizes = ("questions",) if "questions" in metrics else [size for size in SIZES if size in metrics]
     metric, _ = main_metric(metrics) or ("", 0.0)
     return {
         "data": data["name"],
@@ -89,18 +89,24 @@ def _test(result: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": data["fingerprint"],
         "metric": metric,
         **{size: metrics[size] for size in sizes},
-        **{key: result.get(key) for key in ("mode", *how)},
+        **{key: result.get(key) for key in ("mode", *how) if key != "manner" or key in result},
     }
 
 
 def _named(test: dict[str, Any]) -> str:
-    counted = " and ".join(f"{test[size]:,} {size}" for size in ("questions", "images", "captions") if size in test)
-    return f"{test['data']} {test['split']}, {counted}, {test['mode']}"
+    counted = " and ".join(f"{test[size]:,} {size}" for size in ("questions", *SIZES) if size in test)
+    manner = "".join(f", {name} {value!r}" for name, value in test.get("manner", {}).items() if name != "decoding")
+    return f"{test['data']} {test['split']}, {counted}, {test['mode']}{manner}"
 
 
 def metric_title(summary: dict[str, Any]) -> str:
     """What the figure called `accuracy` in a summary is: that of question answering, or the main metric of another task."""
     return titles().get((summary["test"] or {}).get("metric", ""), "accuracy")
+
+
+def metric_shown(metric: str | None) -> Callable[[float | None], str]:
+    """How a main metric is written: in percent, if it is a part of 1."""
+    return (lambda value: NONE if value is None else f"{value:.3f}") if metric in unbounded() else _percent
 
 
 def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, Any] | None, timed: dict[str, Any] | None) -> dict[str, Any]:
@@ -205,7 +211,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         add(f"latency (ms), batch {size}", every(lambda m, s=size: _latency(m, s)))
         name = f"  speed-up over {summary['speed']['compared_with']}"
         add(name, every(lambda m, s=size: _times(m["latency"].get(s, {}).get("speedup"))), last=size == sizes[-1])
-    add(metric_title(summary), every(lambda m: _percent(m["accuracy"])))
+    shown = metric_shown((summary["test"] or {}).get("metric"))
+    add(metric_title(summary), every(lambda m: shown(m["accuracy"])))
     add("  standard error", every(lambda m: _percent(m["standard_error"], 2)))
     add("  of the most frequent answer alone", every(lambda m: _percent(m["majority_accuracy"])))
     add("  questions that cannot be answered", every(lambda m: _percent(m["unanswerable"])))
@@ -278,9 +285,9 @@ def notes(summary: dict[str, Any]) -> list[str]:
     if speed := summary["speed"]:
         machine = speed["machine"]
         found.append(
-            f"latency: image and question of {speed['text_length']} tokens to the ranked answer, median; {speed['precision']}, "
+            f"latency: {spoken_time(speed['task'], speed['text_length'])}, median; {speed['precision']}, "
             f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['name']}"
         )
     if any(model["timed_with_untrained_decoder"] for model in summary["models"].values()):
-        found.append("* not trained for the task: timed with an answer decoder that was added for the timing alone")
+        found.append("* not trained for the task: timed with what it lacks, added for the timing alone")
     return found

@@ -243,12 +243,16 @@ class About(NamedTuple):
     tag: str | None = None
     asked: type[Asking] | None = None
     """What `evlm predict` is given, where the task can be put in one question; its `examples` stand in model cards."""
+    parts: bool = True
+    """Whether its main metrics are parts of 1."""
+    timed: str = ""
+    """What is timed of it in a few words, with `tokens` as the length of its texts."""
 
 
 ABOUT = {
     "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
     "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
     "grounding": About({"box_accuracy": "box accuracy"}, asked=GroundingQuestion),
-    "captioning": About({"cider_d": "CIDEr-D"}, "image-to-text", CaptionQuestion),
+    "captioning": About({"cider_d": "CIDEr-D"}, "image-to-text", CaptionQuestion, False, "image to a caption by beam search"),
     "pretraining": About({}),
 }

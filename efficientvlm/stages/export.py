@@ -96,8 +96,8 @@ def check(config: Export) -> None:
 def check_model(config: Export, loaded: Loaded) -> None:
     """:class:`BadInput` for a network that the format cannot express, or whose accuracy cannot be measured; looks at no weights."""
     if config.data and measured_of(loaded) is None:
-        why = "what is measured is the accuracy of answers, and the recall of images and texts that are compared by features"
-        raise BadInput(f"{config.model} answers no questions and does no retrieval", why, "leave --data out")
+        why = "none of the tasks that are measured is one that it does"
+        raise BadInput(f"nothing is known to measure {config.model} by", why, "leave --data out")
     unfinished = not loaded.abilities or any(task.able(loaded) for task in TASKS.values() if not task.final)
     if config.format == "onnx" and unfinished:
         tuned = TASKS.get(loaded.manifest.config.get("task", ""))
@@ -219,7 +219,7 @@ def _bytes(folder: Path, *endings: str) -> int:
 
 def _carried(loaded: Loaded) -> dict[str, Any]:
     """How the model was tuned, which decides how it is asked; the settings of the export do not say it."""
-    names = ("task", "quirks", "max_answer_tokens", "min_length", "max_length")
+    names = ("task", "quirks", "max_answer_tokens")
     return {name: value for name in names if (value := loaded.manifest.noted(name, Any, None)) is not None}
 
 

@@ -37,7 +37,7 @@ def run(config: Report, control: Control) -> dict[str, Any]:
         raise BadInput(f"{config.models[bare]} has no figures for the table", "its manifest lacks some counts of a model", "make it again")
     evals = {label: read_result(expanded(path), "eval") for label, path in config.evals.items()}
     if bare := next((label for label, result in evals.items() if not shapes.fits(result, shapes.Ranked)), None):
-        why = "it has neither an accuracy nor a mean recall with its number of samples"
+        why = "it has no accuracy, mean recall or CIDEr-D with its number of samples"
         raise BadInput(f"{config.evals[bare]} has no figure for the table", why, "evaluate again, or leave it out of evals")
     bench = read_result(expanded(config.bench), "bench") if config.bench else None
     summary = report.summarise(models, evals, bench, config.targets)

@@ -100,7 +100,7 @@ class Captioning(Learnt, Asked):
         return f"heads of other tasks are left behind: {added:+,} parameters"
 
     def configure(self, config: CaptioningSettings, student: Loaded, source: Any) -> None:
-        student.config.prompt = config.prompt
+        student.config.prompt, student.config.caption_tokens = config.prompt, [config.min_length, config.max_length]
 
     def reading(self, config: CaptioningSettings, student: Loaded, sources: dict[str, Any]) -> Reading:
         texts = texts_of(student, config.max_tokens)
@@ -164,6 +164,7 @@ class Captioning(Learnt, Asked):
             say(f"{title}: {remark}", quiet=quiet)
         return {
             "metric": METRIC.format(WORDS[config.tokenization]),
+            "mode": config.decoding,
             "manner": describer.manner.said,
             "influence": of_captions(describer, source, config.batch_size),
             "metrics": {**measured, "reading": counts_of(describer.texts)},

@@ -58,12 +58,9 @@ class Manner:
     @classmethod
     def of(cls, loaded: Loaded, config: Any = None) -> Self:
         """As `config` says, what it leaves open as the network was tuned."""
-        noted = loaded.manifest.noted
-        usual = {
-            "prompt": PROMPT if loaded.config.prompt is None else loaded.config.prompt,
-            "min_length": noted("min_length", int, SHORTEST),
-            "max_length": noted("max_length", int, LONGEST),
-        }
+        shortest, longest = loaded.config.caption_tokens or (SHORTEST, LONGEST)
+        prompt = PROMPT if loaded.config.prompt is None else loaded.config.prompt
+        usual = {"prompt": prompt, "min_length": shortest, "max_length": longest}
         asked = {name: getattr(config, name, None) for name in cls.__dataclass_fields__}
         return cls(**{**usual, **{name: value for name, value in asked.items() if value is not None}})
 

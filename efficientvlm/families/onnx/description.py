@@ -125,6 +125,10 @@ class Description(Strict):
                 raise ValueError("graph match has no logits of two dimensions")
         return graphs
 
+    @property
+    def caption_tokens(self) -> list[int] | None:
+        return None if self.min_length is None or self.max_length is None else [self.min_length, self.max_length]
+
     def sizes(self) -> Sizes:
         values = self.stored_sizes.model_dump()
         by_layer = {name: {tower: tuple(layers) for tower, layers in values[name].items()} for name in ("widths", "heads")}
