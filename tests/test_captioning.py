@@ -230,7 +230,7 @@ def test_graphs_describe_as_the_network_does(captioners, tmp_path):
     made = run_stage("export", model=str(captioners / "pruned"), format="onnx", data=SHAPES, split="val", rounds=0, out=str(onnx))
     assert made.metrics["onnx_fp32"]["cider_d"] == pytest.approx(made.metrics["torch_fp32"]["cider_d"])
     description = json.loads((onnx / "onnx.json").read_text())
-    assert description["prompt"] == "a picture of " and description["max_length"] == 24
+    assert description["prompt"] == "a picture of " and description["caption_tokens"] == [5, 24]
     Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "red.png")
     said = [predict.run(model=str(path), image=str(tmp_path / "red.png"), device="cpu") for path in (onnx, captioners / "pruned")]
     assert said[0] == said[1]

@@ -184,7 +184,7 @@ class Captioning(Learnt, Asked):
     def exported(self, loaded: Loaded) -> dict[str, Any]:
         manner = Manner.of(loaded)
         ends = {"start_token": loaded.tokenizer.cls_token_id, "end_token": loaded.tokenizer.sep_token_id}
-        return {"prompt": manner.prompt, "min_length": manner.min_length, "max_length": manner.max_length, **ends}
+        return {"prompt": manner.prompt, "caption_tokens": [manner.min_length, manner.max_length], **ends}
 
     # asking
 

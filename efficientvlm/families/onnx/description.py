@@ -90,8 +90,9 @@ class Description(Strict):
     start_token: Length | None = Field(None, description="id that answers and captions begin with")
     end_token: Length | None = Field(None, description="id that answers and captions end with")
     prompt: str | None = Field(None, max_length=1000, description="what captions begin with, behind the start token")
-    min_length: Length | None = Field(None, description="fewest tokens of a caption, start token and prompt included, the end not")
-    max_length: Many | None = Field(None, description="most tokens of a caption, counted likewise")
+    caption_tokens: Annotated[list[Length], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="fewest and most tokens of a caption, start token and prompt included, the end not"
+    )
     measured: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("graphs")
@@ -124,10 +125,6 @@ class Description(Strict):
             if "logits" not in graphs["match"].outputs or len(graphs["match"].outputs["logits"].shape) != 2:
                 raise ValueError("graph match has no logits of two dimensions")
         return graphs
-
-    @property
-    def caption_tokens(self) -> list[int] | None:
-        return None if self.min_length is None or self.max_length is None else [self.min_length, self.max_length]
 
     def sizes(self) -> Sizes:
         values = self.stored_sizes.model_dump()
