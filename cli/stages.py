@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "Ask a model about an image file, or have it describe one or a folder of them.",
-        ("model", "image", "question", "mode", "top", "out", *CAPTIONS, "max_tokens", "device", "json", "quiet"),
+        ("model", "image", "question", "statement", "mode", "top", "out", *CAPTIONS, "max_tokens", "device", "json", "quiet"),
     ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",

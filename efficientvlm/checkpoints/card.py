@@ -77,8 +77,9 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
 
 def examples(kind: type[Strict]) -> str:
     """The options of a command with the examples of their settings."""
-    given = {name: str(field.examples[0]) for name, field in kind.model_fields.items() if field.examples}
-    return " ".join(f"--{name} {json.dumps(text, ensure_ascii=False) if ' ' in text else text}" for name, text in given.items())
+    given = {name: field.examples[0] for name, field in kind.model_fields.items() if field.examples}
+    each = [(name, str(text)) for name, value in given.items() for text in (value if isinstance(value, list) else [value])]
+    return " ".join(f"--{name} {json.dumps(text, ensure_ascii=False) if ' ' in text else text}" for name, text in each)
 
 
 def said_of_inputs(manifest: Manifest) -> list[str]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON
-from efficientvlm.families.structure import Sizes
+from efficientvlm.families.structure import Sizes, odd_layers
 from efficientvlm.loaded import Loaded
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import LiveTeacher
-from efficientvlm.objectives.terms import Term, hidden, tower_maps
+from efficientvlm.objectives.terms import Term, TowerMap, hidden, tower_maps
 from efficientvlm.settings.methods import Distillation, DistillationQuirks
 
 
@@ -42,11 +42,21 @@ def distilled(hard: Any, teacher: Any, settings: Distillation) -> Objective:
         released(hard.terms, settings.quirks),
         kd=settings.kd,
         weights=dict(settings.weights),
-        maps=tower_maps(hard.model.config, teacher.config),
+        maps=layer_maps(hard.model.config, teacher.config, settings.quirks),
         alike=not settings.quirks.independent_negatives,
         temperature=settings.temperature,
         scale=settings.scale_by_temperature,
     )
+
+
+def layer_maps(student: Any, teacher: Any, quirks: DistillationQuirks) -> dict[str, TowerMap]:
+    """Tower → which layers and heads meet. Of two images, layers follow those of the same image in the teacher; the published release
+    follows those of the second one alone, where `quirks` ask for it."""
+    if not getattr(quirks, "second_image", False):
+        return tower_maps(student, teacher)
+    count, total = student.layers()["fusion"], teacher.layers()["fusion"]
+    chosen = student.copy(layer_source={"fusion": odd_layers(total, count)}, layer_source_of={"fusion": total})
+    return {**tower_maps(student, teacher), "fusion": tower_maps(chosen, teacher)["fusion"]}
 
 
 def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:

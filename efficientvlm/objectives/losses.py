@@ -120,6 +120,12 @@ def matching_loss(logits: Tensor, matched: Tensor, known: Tensor | None = None) 
     return (each * known).sum() / ranks.share_of(known.sum())
 
 
+def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` [N, C] and `labels` [N], over all processes; those with a label below 0 are left out."""
+    total = F.cross_entropy(logits.float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return total / ranks.share_of((labels >= 0).sum())
+
+
 def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:
     """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
 

@@ -102,6 +102,28 @@ class CachedCaptions(CachedTeacher):
         return Record(logits=logits)
 
 
+class CachedVerdicts(CachedTeacher):
+    """`logits` of statements, by their two pictures and text: 4 bytes for each of two."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.kept: Kept = {}
+
+    def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
+        """For a `data.kinds.statements.statement_batch`: `logits` [S, 2]."""
+        rows_of = batch["pair_index"]
+        keys = [(batch["item_ids"][pair], text) for pair, text in zip(rows_of.tolist(), batch["statements"], strict=True)]
+
+        def compute(rows: list[int]) -> Sequence[Tensor]:
+            chosen = torch.tensor(rows, device=rows_of.device)
+            pairs, index = rows_of[chosen].unique(return_inverse=True)
+            some = {name: batch[name][pairs] for name in ("pixels", "second_pixels")}
+            texts = {name: batch[name][chosen] for name in ("text_ids", "text_mask")}
+            return list(self.model.run({**some, **texts, "pair_index": index})["logits"])
+
+        return Record(logits=torch.stack(look_up(self.kept, keys, compute)).to(rows_of.device))
+
+
 class CachedFeatures(CachedTeacher):
     """`itc_logits`, from the features by picture and by caption: 4 bytes for each entry of a feature."""
 

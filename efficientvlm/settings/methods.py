@@ -46,6 +46,12 @@ class VQAPruningQuirks(VQAQuirks, MaskQuirks):
     """How answers are learnt and ranked, and how gates lie."""
 
 
+class NLVR2Quirks(DistillationQuirks):
+    """And which layers follow which, of two images."""
+
+    second_image: bool = Field(False, description="fusion layers of both images follow the teacher's layers of the second one")
+
+
 PASSES = {
     "itc_logits": ("itc",),
     "itm_logits": ("itm",),
@@ -130,6 +136,19 @@ class CaptioningWeights(Strict):
     decoder_hidden: float = Field(1.0, ge=0)
     decoder_self_attention: float = Field(1.0, ge=0)
     decoder_cross_attention: float = Field(1.0, ge=0)
+
+
+class NLVR2Weights(Strict):
+    """Weights inside L_KD of the stage on statements about two images."""
+
+    logits: float = Field(1.0, ge=0)
+    text_hidden: float = Field(1.0, ge=0)
+    text_self_attention: float = Field(1.0, ge=0)
+    vision_hidden: float = Field(0.033, ge=0)
+    vision_self_attention: float = Field(0.33, ge=0)
+    fusion_hidden: float = Field(0.165, ge=0)
+    fusion_self_attention: float = Field(0.165, ge=0)
+    fusion_cross_attention: float = Field(0.165, ge=0)
 
 
 class Distillation(Taught):
@@ -231,10 +250,18 @@ class CaptioningDistillation(Distillation):
             yield "quirks.unmasked_padding=false"
 
 
+class NLVR2Distillation(Distillation):
+    kept = "logits"
+    kd: float = Field(0.2, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
+    weights: NLVR2Weights = Field(default_factory=NLVR2Weights)
+    quirks: NLVR2Quirks = Field(default_factory=NLVR2Quirks)
+
+
 METHODS: dict[str, dict[str, type[Taught]]] = {
     "efficientvlm": {
         "pretraining": PretrainingDistillation,
         "vqa": VQADistillation,
+        "nlvr2": NLVR2Distillation,
         "retrieval": RetrievalDistillation,
         "grounding": GroundingDistillation,
         "captioning": CaptioningDistillation,

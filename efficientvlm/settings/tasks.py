@@ -73,6 +73,32 @@ class VQAEval(Measuring):
     first_token_twice: bool | None = None
 
 
+class NLVR2Settings(Learning):
+    """Statements about two images, true or false."""
+
+    statements_per_pair: Size = Field(4, ge=1, description="statements that share the vision pass of their two images")
+
+
+class NLVR2Pruning(NLVR2Settings):
+    quirks: MaskQuirks = Field(default_factory=MaskQuirks)
+
+
+class NLVR2Question(Asking):
+    image: Pictures = Field(min_length=2, max_length=2, examples=[["left.png", "right.png"]])
+    statement: str = Field(examples=["Both pictures show a dog."])
+
+    @field_validator("statement")
+    @classmethod
+    def _says_something(cls, statement: str) -> str:
+        if not statement.strip():
+            raise ValueError('it is empty; state something, e.g. --statement "Both pictures show a dog."')
+        return statement
+
+
+class AssignmentSettings(Learning):
+    """Which of two images a text belongs to: pre-training for statements about two images."""
+
+
 class RetrievalSettings(Learning):
     """Image-text retrieval."""
 
@@ -228,6 +254,8 @@ class Untrained(Learning):
 TASKS: dict[str, dict[str, type[OnTask]]] = {
     "pretraining": {"pretrain": PretrainingSettings, "distill": PretrainingSettings, "prune": PretrainingSettings},
     "vqa": {"finetune": VQASettings, "prune": VQAPruning, "eval": VQAEval},
+    "nlvr2": {"finetune": NLVR2Settings, "prune": NLVR2Pruning, "eval": Measuring},
+    "assignment": {"pretrain": AssignmentSettings},
     "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
     "grounding": {"finetune": GroundingSettings, "prune": GroundingSettings, "eval": GroundingEval},
     "captioning": {"finetune": CaptioningSettings, "prune": CaptioningPruning, "eval": CaptionEval},
@@ -251,6 +279,8 @@ class About(NamedTuple):
 
 ABOUT = {
     "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
+    "nlvr2": About({"statement_accuracy": "accuracy on statements"}, asked=NLVR2Question),
+    "assignment": About({}),
     "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
     "grounding": About({"box_accuracy": "box accuracy"}, asked=GroundingQuestion),
     "captioning": About({"cider_d": "CIDEr-D"}, "image-to-text", CaptionQuestion, False, "image to a caption by beam search"),

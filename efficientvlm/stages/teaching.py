@@ -37,6 +37,9 @@ def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
     if name == "accuracy" and (majority := majority_answer(val)) and accuracy <= majority[1]:
         answer, part = majority
         found.append(f"the teacher's validation accuracy, {accuracy:.4f}, is not above {part:.4f}, that of always answering {answer!r}")
+    most = teacher.metrics["val"].get("majority_accuracy")
+    if name != "accuracy" and isinstance(most, int | float) and accuracy <= most:
+        found.append(f"the teacher's validation {titles()[name]}, {accuracy:.4f}, is not above {most:.4f}, that of one answer to all")
     return found
 
 

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
 from efficientvlm.settings.common import Learning
+from efficientvlm.tasks.assignment import Assignment
 from efficientvlm.tasks.captioning import Captioning
 from efficientvlm.tasks.grounding import Grounding
+from efficientvlm.tasks.nlvr2 import NLVR2
 from efficientvlm.tasks.pretraining import Pretraining
 from efficientvlm.tasks.retrieval import Retrieval
 from efficientvlm.tasks.task import Asked, Learnt, Task
@@ -16,6 +18,8 @@ from efficientvlm.tasks.vqa import VQA
 
 TASKS: dict[str, Task] = {
     "vqa": VQA(),
+    "nlvr2": NLVR2(),
+    "assignment": Assignment(),
     "retrieval": Retrieval(),
     "grounding": Grounding(),
     "captioning": Captioning(),

@@ -40,6 +40,12 @@ def bytes_of_captions(config: CaptioningSettings, teacher: Loaded, source: Any, 
     return round(tokens * min(len(source), images_seen)) * teacher.sizes.vocab_size * FLOAT
 
 
+def bytes_of_verdicts(source: Any, images_seen: int) -> int:
+    """Of the logits of every statement about the pairs of images that a run reads."""
+    each = sum(1 for _ in source.texts()) / max(1, listed_images(source))
+    return round(min(len(source), images_seen) * max(1.0, each)) * 2 * FLOAT
+
+
 def bytes_of_features(teacher: Loaded, source: Any, images_seen: int) -> int:
     """Of a feature for each picture and each distinct caption."""
     images = min(len(source), images_seen)
