@@ -120,10 +120,15 @@ class Chain:
         return str(config.out)
 
     @property
-    def lengths(self) -> int:
-        """Training steps of the method."""
-        own = [name for name in self.steps if name == "distilled" or name.startswith(f"{self.task.name}-")]
-        return sum(self.settings(name).max_steps for name in own if getattr(self.settings(name), "teacher", None))
+    def lengths(self) -> dict[str, int]:
+        """Training steps of the method's stages, by the data of the task that they are on; those of the general stage count as the last."""
+        found: dict[str, int] = {}
+        for name in self.steps:
+            config = self.settings(name)
+            if name.startswith(f"{self.task.name}-") and getattr(config, "teacher", None):
+                found[config.data] = found.get(config.data, 0) + config.max_steps
+        found[list(found)[-1]] += self.settings("distilled").max_steps
+        return found
 
     def model(self, name: str) -> str:
         """The checkpoint of a row."""
@@ -138,9 +143,13 @@ class Chain:
             pruned = self.settings(f"{own}-pruned")
             cut = {"method": "magnitude", "sparsity": pruned.sparsity, "round_to": pruned.round_to, "keep_dense": False}
             self.run("prune", "cut", task="none", model=self.made("student"), seed=self.seed, **cut)
-            without = {"model": str(self.root / "cut"), "teacher": None, "weights": None, "max_steps": self.lengths}
-            self.like(f"{own}-final", f"{own}-{PLAIN}", **without)
-            return str(self.root / f"{own}-{PLAIN}")
+            model = self.root / "cut"
+            for number, (data, steps) in enumerate(self.lengths.items(), 1):
+                out = f"{own}-{PLAIN}-{number}"
+                without = {"model": str(model), "data": data, "teacher": None, "weights": None, "kd": None, "max_steps": steps}
+                self.like(f"{own}-final", out, **without)
+                model = self.root / out
+            return str(model)
         if name == TEACHER or not self.task.learnt:
             return teacher
         out = f"{own}-{name.replace(' ', '-')}"
