@@ -94,7 +94,7 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             "accuracy_of_reference": model["accuracy_of_reference"],
             "standard_error": model["standard_error"],
             "majority_accuracy": model["majority_accuracy"],
-            "questions": summary["test"]["questions"] if model["accuracy"] is not None else None,
+            "questions": summary["test"]["counted"]["questions"] if model["accuracy"] is not None else None,
         }
         for tower in (tower for tower in towers if tower in LAYERED):
             record[f"{tower}_layers"] = model["layers"].get(tower, 0)

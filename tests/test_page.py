@@ -126,7 +126,14 @@ def result(root: Path, name: str, accuracy: float, file: str | None = None, **ch
 
     data = {"name": "easy-vqa", "split": "test", "count": 100, "fingerprint": "f" * 64, "licence": "MIT"}
     provenance = {"inputs": {"model": sha256(root / name / MANIFEST)}, "config": {}, "created": "2024-01-01T00:00:00+00:00"}
-    values = {"stage": "eval", "mode": "rank", "answers": 13, "data": data, "metrics": {"accuracy": accuracy, "questions": 9673}}
+    values = {
+        "stage": "eval",
+        "task": "vqa",
+        "mode": "rank",
+        "answers": 13,
+        "data": data,
+        "metrics": {"accuracy": accuracy, "questions": 9673},
+    }
     (root / (file or f"{name}-test.json")).write_text(json.dumps({**values, "provenance": provenance, **changes}))
 
 
@@ -139,7 +146,13 @@ def timings(root: Path, **milliseconds: float) -> None:
         {"model": f"runs/{name}", "batch": 8, "median_ms": value, "p10_ms": value, "p90_ms": value, "speedup": first / value}
         for name, value in milliseconds.items()
     ]
-    values = {"stage": "bench", "precision": "fp32", "text_length": 12, "machine": {"name": "Fast CPU", "threads": 2}}
+    values = {
+        "stage": "bench",
+        "timed": "images to answers",
+        "precision": "fp32",
+        "text_length": 12,
+        "machine": {"name": "Fast CPU", "threads": 2},
+    }
     provenance = {"inputs": {}, "config": {}, "created": "2024-01-02T00:00:00+00:00"}
     (root / "speed.json").write_text(json.dumps({**values, "models": models, "latency": rows, "provenance": provenance}))
 
@@ -184,7 +197,7 @@ def test_inputs_without_influence_are_a_problem_and_unmeasured_ones_no_clean_bil
     assert "final: the image has no influence on the answer: with that of another sample all is equal to the last bit" in notes(DAMAGE)
     again(inputs={**SEES["inputs"], "image": {"outputs": {"answer": 1.0}, "said": 0.0}})
     assert not any("influence" in text for text in notes(DAMAGE))
-    assert "final: the image changes none of 32 answers, though the scores behind them" in notes(NOTE)
+    assert "final: the image changes none of 32 answers, though it changes the scores behind them" in notes(NOTE)
     again(inputs={}, not_measured="no images are held out")
     unmeasured = "whether its inputs have any influence was not measured of final: evlm eval does that"
     assert unmeasured in notes(NOTE) and "final: the influence of the inputs was not measured: no images are held out" in notes(NOTE)

@@ -58,6 +58,7 @@ def evaluation(sha: str, accuracy: float, **changes: Any) -> dict[str, Any]:
     metrics = {"accuracy": accuracy, "questions": 9673}
     return {
         "stage": "eval",
+        "task": "vqa",
         "data": data,
         **ranked,
         "metrics": metrics,
@@ -81,6 +82,7 @@ def bench(models: dict[str, tuple[Manifest, str]]) -> dict[str, Any]:
     ]
     return {
         "stage": "bench",
+        "timed": "image tensors to an answer; random pixels",
         "machine": {"device": "cpu", "name": "Fast CPU", "threads": 2},
         "precision": "fp32",
         "text_length": 12,
@@ -111,6 +113,28 @@ def test_the_table_has_measures_as_rows_and_fits_a_terminal(models: Any, evals: 
     assert cells(blocks["cross-attention heads kept"], "fusion") == ["8/8", "4/4", "2/4", "2/4"]
     assert cells(blocks["neurons kept"], "decoder") == ["1,024/1,024", "–", "300/512", "300/512"]
     assert "* not trained for the task" in text and "9,673 questions" in text and "2 threads of Fast CPU" in text
+    assert "latency: image tensors to an answer; texts of 12 tokens, median; fp32" in text
+
+
+def test_every_metric_that_stands_for_a_task_is_shown_by_its_name(models: Any) -> None:
+    found = {
+        "task": "grounding",
+        "mode": "gradcam",
+        "layer": 2,
+        "metrics": {"box_accuracy": 0.5, "phrases": 40, "images": 9, "mean_iou": 0.3},
+    }
+    evals = {label: evaluation(models[label][1], 0.0, **found) for label in ("teacher", "final")}
+    text = report.text(report.summarise(models, evals, None))
+    table, _, how = text.partition("box accuracy: ")
+    assert how.startswith("easy-vqa test, 40 phrases and 9 images, gradcam") and cells(table, "box accuracy") == [
+        "50.0 %",
+        "–",
+        "–",
+        "50.0 %",
+    ]
+    evals["final"]["layer"] = 3
+    with pytest.raises(BadInput, match="cannot be compared"):
+        report.summarise(models, evals, None)
 
 
 def test_targets_are_stated_as_facts(models: Any, evals: Any, bench: Any) -> None:

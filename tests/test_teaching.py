@@ -28,18 +28,18 @@ def questions(*answers: tuple[str, float], fingerprint: str = "f") -> Any:
 def test_a_teacher_that_is_no_better_is_doubted() -> None:
     val = questions(("yes", 1.0), ("no", 0.5), ("yes", 0.5), ("red", 2.0))
     assert majority_answer(val) == ("red", 0.5) and majority_answer(questions()) is None
-    assert doubts(made(accuracy=0.9), made(accuracy=0.8), val) == []
-    (student,) = doubts(made(accuracy=0.7), made(accuracy=0.8), val)
+    assert doubts(made(accuracy=0.9), made(accuracy=0.8), val, asked=True) == []
+    (student,) = doubts(made(accuracy=0.7), made(accuracy=0.8), val, asked=True)
     assert student == "the teacher's validation accuracy, 0.7000, is not above the student's own, 0.8000"
-    (majority,) = doubts(made(accuracy=0.5), made(), val)
+    (majority,) = doubts(made(accuracy=0.5), made(), val, asked=True)
     assert majority.endswith("is not above 0.5000, that of always answering 'red'")
-    assert len(doubts(made(accuracy=0.3), made(accuracy=0.4), val)) == 2
+    assert len(doubts(made(accuracy=0.3), made(accuracy=0.4), val, asked=True)) == 2
 
 
 def test_only_the_same_data_are_compared() -> None:
     val = questions(("yes", 1.0), fingerprint="g")
-    assert doubts(made(accuracy=0.1), made(accuracy=0.8), val) == []
-    assert doubts(made(accuracy=0.1, fingerprint="g"), made(accuracy=0.8), val)[0].endswith("that of always answering 'yes'")
+    assert doubts(made(accuracy=0.1), made(accuracy=0.8), val, asked=True) == []
+    assert doubts(made(accuracy=0.1, fingerprint="g"), made(accuracy=0.8), val, asked=True)[0].endswith("that of always answering 'yes'")
 
 
 def test_the_stages_say_so(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,10 @@ def notes(influence: Influence | None, reach: Reach | None) -> list[str]:
     """What a reader ought to know besides: what changes no answer, what was not measured, what is carried along for nothing."""
     found = []
     if influence:
-        found += [f"the {name} changes none of {influence.samples} answers, though the scores behind them" for name in influence.unheard()]
+        found += [
+            f"the {name} changes none of {influence.samples} answers, though it changes the scores behind them"
+            for name in influence.unheard()
+        ]
         found += [f"the influence of the {name} was not measured: {why}" for name, why in influence.gaps().items()]
     if reach and reach.dead_towers and reach.wasted:
         found.append(waste(reach.dead_towers, reach.wasted))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficientvlm.errors import BadInput
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import Teacher
-from efficientvlm.objectives.terms import Term, TowerMap, compared, of_teacher
+from efficientvlm.objectives.terms import Term, TowerMap, compared, has_layers, of_teacher
 from efficientvlm.runtime.stopwatch import TEACHER
 
 
@@ -31,6 +32,9 @@ class Distilled(Objective):
         projections: tap → what the student's tensors go through where the teacher's have another width; they learn, lie in the training
             state, and are not deployed.
         temperature, scale: of logits; `scale` multiplies their terms by its square.
+
+    Raises:
+        BadInput: no row is left to compare.
 
     Inputs of `forward`: those of `hard`. Returns the losses of `hard`, `kd`, and the mixture as `loss`, all scalars.
 
@@ -61,7 +65,11 @@ class Distilled(Objective):
         super().__init__()
         self.hard, self.teacher, self.kd, self.maps, self.alike = hard, teacher, kd, dict(maps), alike
         self.softened: dict[str, Any] = {"temperature": temperature, "scale": scale}
-        self.terms = tuple(term for term in terms if weights[term.weight] and (not term.tower or term.tower in self.maps))
+        weighed = [term for term in terms if weights[term.weight]]
+        self.terms = tuple(term for term in weighed if has_layers(term, self.maps))
+        if weighed and not self.terms:
+            why = f"one of the networks has nothing to compare as {', '.join(dict.fromkeys(term.tap for term in weighed))}"
+            raise BadInput("the student has nothing to learn from its teacher", why, "give a weight to another term, or use kd 0")
         self.weights = {term.weight: weights[term.weight] for term in self.terms}
         self.places = {tap: str(number) for number, tap in enumerate(projections or {})}  # names of modules have no dots
         self.projections = nn.ModuleDict({self.places[tap]: module for tap, module in (projections or {}).items()})

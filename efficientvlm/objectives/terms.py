@@ -197,7 +197,7 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
     kept, teacher_kept = student_config.kept_indices(), teacher_config.kept_indices()
     maps = {}
     for tower in ours:
-        if not ours[tower] or not theirs[tower]:
+        if not ours[tower] or not theirs.get(tower):
             continue
         if source_of.get(tower) == theirs[tower] and len(source[tower]) == ours[tower]:
             layers = list(source[tower])
@@ -205,7 +205,7 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
             layers = [max(0, layer) for layer in _spread(teacher_config, tower, ours[tower])]
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
-            if f"{tower}.0.{kind}" in kept:
+            if f"{tower}.0.{kind}" in kept and f"{tower}.0.{kind}" in teacher_kept:
                 heads[kind] = [
                     _shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)
                 ]
@@ -222,6 +222,13 @@ def _spread(teacher_config: Any, tower: str, count: int) -> list[int]:
             chosen: list[int] = teacher_config.choose(tower, count)
             return chosen
     return odd_layers(total, count)
+
+
+def has_layers(term: Term, maps: Mapping[str, TowerMap]) -> bool:
+    """Whether what `term` compares is there in both networks: outputs always are."""
+    if not term.tower:
+        return True
+    return term.tower in maps and (".cross_attention" not in term.tap or CROSS_HEAD in maps[term.tower].heads)
 
 
 def of_teacher(terms: Iterable[Term], maps: Mapping[str, TowerMap]) -> frozenset[str]:

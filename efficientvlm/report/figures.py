@@ -102,7 +102,7 @@ def _latency(model: dict[str, Any], size: str) -> Child:
     if not record:
         return NOT_MEASURED
     spread = f"{record['p10_ms']:.2f} to {record['p90_ms']:.2f} ms in 8 of 10 rounds" if {"p10_ms", "p90_ms"} <= set(record) else None
-    mark = "*" if model["timed_with_untrained_decoder"] else ""
+    mark = "*" if model["timed_untrained"] else ""
     speedup = tag("small", f"{record['speedup']:.2f}× as fast") if record.get("speedup") else None
     return [tag("span", f"{mark}{record['median_ms']:.2f} ms", title=spread), speedup]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from efficientvlm.settings.tasks import ABOUT
-
-TIMED = "image and question of {tokens} tokens to the ranked answer"
 
 
 def titles() -> dict[str, str]:
@@ -20,15 +19,9 @@ def unbounded() -> frozenset[str]:
     return frozenset(name for about in ABOUT.values() if not about.parts for name in about.metrics)
 
 
-def spoken_time(task: str | None, tokens: int) -> str:
-    """What is timed of a task, or of one that is not known (results of earlier versions are of questions), in a few words."""
-    about = ABOUT.get(task or "")
-    return (about.timed if about and about.timed else TIMED).format(tokens=tokens)
-
-
 def main_metric(metrics: Any) -> tuple[str, float] | None:
     """Name and value of the metric that stands for `metrics`; None if it has none."""
     for name in titles() if isinstance(metrics, Mapping) else ():
-        if isinstance(value := metrics.get(name), int | float):
+        if isinstance(value := metrics.get(name), int | float) and isfinite(value):
             return name, float(value)
     return None

@@ -19,6 +19,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.report import shapes
 from efficientvlm.report import summary as report
 from efficientvlm.report.document import is_ours, page
+from efficientvlm.report.metrics import main_metric
 from efficientvlm.report.picture import Structure
 from efficientvlm.report.story import DAMAGE, NOTE, Chapter, Measurement, Problem, Story, unique
 
@@ -325,7 +326,7 @@ def _choose(
         known = [label_of[digest] for digest in digests if digest in label_of]
         if not known:
             problems.append(Problem(NOTE, f"{measurement.name} measures checkpoints that are not among these, or were made anew since"))
-        elif shapes.fits(result, shapes.Ranked):
+        elif result["stage"] == "eval" and main_metric(result["metrics"]):
             tests.setdefault(report.test_of(result), {})[known[0]] = result
         elif result["stage"] == "bench":
             benches.append((len(known), result))

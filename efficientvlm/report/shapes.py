@@ -86,32 +86,10 @@ class Eval(Shape):
     """A result of the eval stage, of any task."""
 
     stage: Literal["eval"]
+    task: str
     data: Data
     metrics: dict[str, Any]
     provenance: Provenance
-
-
-class Answered(Shape):
-    accuracy: Number
-    questions: Count
-
-
-class Found(Shape):
-    mean_recall: Number
-    images: Count
-    captions: Count
-
-
-class Described(Shape):
-    cider_d: Number
-    images: Count
-
-
-class Ranked(Eval):
-    """One that has an accuracy, a mean recall or a CIDEr-D, which the table can show."""
-
-    mode: str
-    metrics: Answered | Found | Described  # type: ignore[assignment]  # narrower
 
 
 class Timed(Shape):
@@ -138,6 +116,7 @@ class Bench(Shape):
     """A result of the bench stage."""
 
     stage: Literal["bench"]
+    timed: str
     precision: str
     text_length: int
     machine: Machine

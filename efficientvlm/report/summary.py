@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.errors import BadInput
-from efficientvlm.report.metrics import main_metric, spoken_time, titles, unbounded
+from efficientvlm.report.metrics import main_metric, titles, unbounded
 from efficientvlm.settings.stages import Targets
+from efficientvlm.settings.tasks import ABOUT
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
 NONE = "–"
-SIZES = ("statements", "pairs", "images", "captions", "phrases")
+EVERY_RESULT = frozenset(
+    ("stage", "task", "model", "data", "metric", "influence", "device", "precision", "seconds", "metrics", "provenance", "top")
+)
+"""What a result says besides how it was measured. Answers that are kept after the first token may be more or fewer."""
 OTHER = "heads"  # what an accounting calls parameters that belong to no tower
 
 
@@ -68,7 +72,7 @@ def summarise(
     if bench:
         base = bench["models"][0]
         name = next((label for label, (_, digest) in models.items() if digest == base["sha256"]), base["model"])
-        speed = {"compared_with": name, **{key: bench[key] for key in ("machine", "precision", "text_length")}, "task": bench.get("task")}
+        speed = {"compared_with": name, "timed": bench["timed"], **{key: bench[key] for key in ("machine", "precision", "text_length")}}
     summary = {"reference": labels[0], "models": figures, "test": next(iter(tests.values()), None), "speed": speed}
     return {**summary, "targets": targets(summary, limits or Targets())}
 
@@ -80,23 +84,22 @@ def test_of(result: dict[str, Any]) -> str:
 
 def _test(result: dict[str, Any]) -> dict[str, Any]:
     data, metrics = result["data"], result["metrics"]
-    how = ("answers", "first_token_twice") if "questions" in metrics else ("rerank", "manner", "seed")
-    sizes = ("questions",) if "questions" in metrics else [size for size in SIZES if size in metrics]
+    counts = ABOUT[result["task"]].counts if result["task"] in ABOUT else ()
     metric, _ = main_metric(metrics) or ("", 0.0)
     return {
         "data": data["name"],
         "split": data["split"],
         "fingerprint": data["fingerprint"],
         "metric": metric,
-        **{size: metrics[size] for size in sizes},
-        **{key: result.get(key) for key in ("mode", *how) if key != "manner" or key in result},
+        "counted": {count: metrics[count] for count in counts if isinstance(metrics.get(count), int)},
+        "how": {key: value for key, value in sorted(result.items()) if key not in EVERY_RESULT},
     }
 
 
 def _named(test: dict[str, Any]) -> str:
-    counted = " and ".join(f"{test[size]:,} {size}" for size in ("questions", *SIZES) if size in test)
-    manner = "".join(f", {name} {value!r}" for name, value in test.get("manner", {}).items() if name != "decoding")
-    return f"{test['data']} {test['split']}, {counted}, {test['mode']}{manner}"
+    counted = " and ".join(f"{count:,} {name}" for name, count in test["counted"].items())
+    manner = [f"{name} {value!r}" for name, value in test["how"].get("manner", {}).items() if name != "decoding"]
+    return ", ".join(filter(None, (f"{test['data']} {test['split']}", counted, str(test["how"].get("mode", "")), *manner)))
 
 
 def metric_title(summary: dict[str, Any]) -> str:
@@ -128,7 +131,7 @@ def _figures(manifest: Manifest, test: dict[str, Any] | None, bench: dict[str, A
         "layers": layers,
         "kept": units,
         "latency": {str(record["batch"]): {key: record[key] for key in record if key not in ("model", "batch")} for record in rows},
-        "timed_with_untrained_decoder": bool(timed) and not (timed or {})["trained"],
+        "timed_untrained": bool(timed) and not (timed or {})["trained"],
         "accuracy": (main_metric(test["metrics"]) or ("", None))[1] if test else None,
         **{key: test["metrics"].get(key) if test else None for key in ("standard_error", "majority_accuracy")},
         "unanswerable": _unanswerable(test["metrics"]) if test else None,
@@ -238,7 +241,7 @@ def captions(summary: dict[str, Any]) -> dict[str, str]:
 
 def _latency(model: dict[str, Any], size: str) -> str:
     record = model["latency"].get(size)
-    mark = "*" if model["timed_with_untrained_decoder"] else ""
+    mark = "*" if model["timed_untrained"] else ""
     return f"{mark}{record['median_ms']:.2f}" if record else NONE
 
 
@@ -279,15 +282,15 @@ def text(summary: dict[str, Any]) -> str:
 def notes(summary: dict[str, Any]) -> list[str]:
     """How the figures of a summary were measured, a line each."""
     macs = summary["models"][summary["reference"]]["macs"]
-    found = [f"multiply-adds: one image of {macs['image_size']} px, a question of {macs['text_length']} tokens"]
+    found = [f"multiply-adds: one image of {macs['image_size']} px, a text of {macs['text_length']} tokens"]
     if test := summary["test"]:
         found.append(f"{metric_title(summary)}: {_named(test)}")
     if speed := summary["speed"]:
         machine = speed["machine"]
         found.append(
-            f"latency: {spoken_time(speed['task'], speed['text_length'])}, median; {speed['precision']}, "
+            f"latency: {speed['timed'].partition(';')[0]}; texts of {speed['text_length']} tokens, median; {speed['precision']}, "
             f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['name']}"
         )
-    if any(model["timed_with_untrained_decoder"] for model in summary["models"].values()):
-        found.append("* not trained for the task: timed with what it lacks, added for the timing alone")
+    if any(model["timed_untrained"] for model in summary["models"].values()):
+        found.append("* not trained for the task: timed with what was added for the timing alone")
     return found

@@ -265,24 +265,24 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
 
 
 class About(NamedTuple):
-    """`metrics`: the main ones, the first that was measured counting, and what to call each. `tag` is that of the Hub's pipelines."""
+    """`metrics`: the main ones, the first that was measured counting, and what to call each. `counts` are those that say on how much was
+    measured. `tag` is that of the Hub's pipelines."""
 
     metrics: dict[str, str]
+    counts: tuple[str, ...] = ("images",)
     tag: str | None = None
     asked: type[Asking] | None = None
     """What `evlm predict` is given, where the task can be put in one question; its `examples` stand in model cards."""
     parts: bool = True
     """Whether its main metrics are parts of 1."""
-    timed: str = ""
-    """What is timed of it in a few words, with `tokens` as the length of its texts."""
 
 
 ABOUT = {
-    "vqa": About({"accuracy": "accuracy"}, "visual-question-answering", VQAQuestion),
-    "nlvr2": About({"statement_accuracy": "accuracy on statements"}, asked=NLVR2Question),
+    "vqa": About({"accuracy": "accuracy"}, ("questions",), "visual-question-answering", VQAQuestion),
+    "nlvr2": About({"statement_accuracy": "accuracy on statements"}, ("statements", "pairs"), asked=NLVR2Question),
     "assignment": About({}),
-    "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}),
-    "grounding": About({"box_accuracy": "box accuracy"}, asked=GroundingQuestion),
-    "captioning": About({"cider_d": "CIDEr-D"}, "image-to-text", CaptionQuestion, False, "image to a caption by beam search"),
+    "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}, ("images", "captions")),
+    "grounding": About({"box_accuracy": "box accuracy"}, ("phrases", "images"), asked=GroundingQuestion),
+    "captioning": About({"cider_d": "CIDEr-D"}, ("images",), "image-to-text", CaptionQuestion, parts=False),
     "pretraining": About({}),
 }

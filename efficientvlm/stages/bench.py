@@ -105,7 +105,6 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
     ]
     result: dict[str, Any] = {
         "timed": job.task.timed_as if job.task else FORWARD,
-        "task": job.task.name if job.task else None,
         "machine": machine,
         "precision": config.precision,
         "text_length": config.text_length,

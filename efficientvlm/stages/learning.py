@@ -13,6 +13,7 @@ from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.influence import MEASURING
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
+from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
 from efficientvlm.data.texts import Texts
@@ -151,7 +152,14 @@ class Learning(Job):
     def train(self, objective: Objective, output: Output, control: Control) -> Spent:
         """The training loop on this run's batches."""
         if self.teacher:
-            doubt(output.stage, self.teacher.manifest, self.student.manifest, self.sources["val"], control.quiet)
+            doubt(
+                output.stage,
+                self.teacher.manifest,
+                self.student.manifest,
+                self.sources["val"],
+                control.quiet,
+                asked=self.task.kind is QUESTIONS,
+            )
         keep_skipped(output, self.sources, control.quiet)
         if ranks.is_main():
             for remark in titled(output.stage, self.reading):

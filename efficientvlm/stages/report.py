@@ -15,6 +15,7 @@ from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.report import pages, shapes
 from efficientvlm.report import summary as report
+from efficientvlm.report.metrics import main_metric, titles
 from efficientvlm.report.picture import structure_figure
 from efficientvlm.report.story import Measurement, Story, unique
 from efficientvlm.runtime.progress import say
@@ -36,8 +37,8 @@ def run(config: Report, control: Control) -> dict[str, Any]:
     if bare := next((label for label, (made, _) in models.items() if not shapes.fits(made.accounting, shapes.Accounting)), None):
         raise BadInput(f"{config.models[bare]} has no figures for the table", "its manifest lacks some counts of a model", "make it again")
     evals = {label: read_result(expanded(path), "eval") for label, path in config.evals.items()}
-    if bare := next((label for label, result in evals.items() if not shapes.fits(result, shapes.Ranked)), None):
-        why = "it has no accuracy, mean recall or CIDEr-D with its number of samples"
+    if bare := next((label for label, result in evals.items() if not main_metric(result["metrics"])), None):
+        why = f"it has none of the metrics that stand for a task: {', '.join(titles())}"
         raise BadInput(f"{config.evals[bare]} has no figure for the table", why, "evaluate again, or leave it out of evals")
     bench = read_result(expanded(config.bench), "bench") if config.bench else None
     summary = report.summarise(models, evals, bench, config.targets)

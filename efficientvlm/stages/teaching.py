@@ -12,17 +12,18 @@ from efficientvlm.runtime.progress import say
 ADVICE = "compare with a run without --teacher (docs/distillation.md, When a teacher helps)"
 
 
-def doubt(stage: str, teacher: Manifest, student: Manifest, val: Any, quiet: bool) -> None:
+def doubt(stage: str, teacher: Manifest, student: Manifest, val: Any, quiet: bool, *, asked: bool) -> None:
     """Say every one of :func:`doubts`."""
-    for line in doubts(teacher, student, val):
+    for line in doubts(teacher, student, val, asked=asked):
         say(f"{stage}: {line}; {ADVICE}", quiet=quiet)
 
 
-def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
+def doubts(teacher: Manifest, student: Manifest, val: Any = None, *, asked: bool) -> list[str]:
     """Why the student may learn nothing from the teacher.
 
     Args:
         val: the held-out data of this run; accuracies count only where they were measured on the same.
+        asked: whether `val` holds questions, of which one answer may be right more often than the teacher.
     """
     if teacher.stage == "init" and teacher.origin == "random":
         return ["the teacher was never trained: its weights are random"]
@@ -34,7 +35,7 @@ def doubts(teacher: Manifest, student: Manifest, val: Any = None) -> list[str]:
     own = _measured(student, val)
     if own and own[0] == name and accuracy <= own[1]:
         found.append(f"the teacher's validation {titles()[name]}, {accuracy:.4f}, is not above the student's own, {own[1]:.4f}")
-    if name == "accuracy" and (majority := majority_answer(val)) and accuracy <= majority[1]:
+    if asked and (majority := majority_answer(val)) and accuracy <= majority[1]:
         answer, part = majority
         found.append(f"the teacher's validation accuracy, {accuracy:.4f}, is not above {part:.4f}, that of always answering {answer!r}")
     most = teacher.metrics["val"].get("majority_accuracy")
