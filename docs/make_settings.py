@@ -51,17 +51,17 @@ def page() -> str:
     for name, stage in STAGES.items():
         parts += section(f"Stage {name}", [], stage)
     for task, stages in TASKS.items():
-        for kind in dict.fromkeys(stages.values()):
+        for kind in dict.fromkeys(kind for kind in stages.values() if kind not in SHARED):
             users = [name for name, other in stages.items() if issubclass(other, kind)]
             parts += section(f"Task {task}: {', '.join(users)}", [], kind)
     for method, tasks in METHODS.items():
         common = [base for kind in tasks.values() for base in kind.__mro__[1:] if issubclass(base, Taught) and base is not Taught]
         for base in dict.fromkeys(common):
             parts += section(f"Distillation {method}", [name for name, stage in STAGES.items() if issubclass(stage, Taught)], base)
-        for task, kind in tasks.items():
-            parts += section(
-                f"Distillation {method}, task {task}", [name for name in TASKS[task] if issubclass(STAGES[name], Taught)], kind
-            )
+        for kind in dict.fromkeys(tasks.values()):
+            own = [task for task, other in tasks.items() if other is kind]
+            users = dict.fromkeys(name for task in own for name in TASKS[task] if issubclass(STAGES[name], Taught))
+            parts += section(f"Distillation {method}, task{'s' * (len(own) > 1)} {', '.join(own)}", [*users], kind)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

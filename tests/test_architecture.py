@@ -1,4 +1,4 @@
-"""Imports point downwards, in the order of the table of folders in CONTRIBUTING.md."""
+"""Imports point downwards, in the order of the table of folders in CONTRIBUTING.md; the tables of tasks and methods agree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from efficientvlm.objectives import methods
+from efficientvlm.settings import methods as method_settings
+from efficientvlm.settings import tasks as task_settings
+from efficientvlm.tasks.known import TASKS
+from efficientvlm.tasks.task import Asked
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = re.compile(r"^\| `(?:efficientvlm/)?([a-z]+)(?:/|\.py)` \|", re.M)
@@ -49,3 +55,13 @@ def test_what_is_imported_everywhere_imports_nothing() -> None:
 def test_every_folder_is_in_the_table() -> None:
     folders = {path.parent.name for path in (ROOT / "efficientvlm").glob("*/__init__.py")} - {"examples"}
     assert folders <= set(order())
+
+
+def test_every_task_and_method_stands_in_each_of_its_tables() -> None:
+    """`settings/` has what is known where nothing is loaded, `tasks/known.py` and `objectives/methods.py` the code."""
+    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in task_settings.ABOUT}
+    assert set(TASKS) == set(task_settings.TASKS) - {"none"}
+    for name, task in TASKS.items():
+        assert isinstance(task, Asked) == (task_settings.ABOUT[name].asked is not None), name
+    assert set(methods.METHODS) == set(method_settings.METHODS)
+    assert all(set(tasks) <= set(TASKS) for tasks in method_settings.METHODS.values())

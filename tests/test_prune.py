@@ -45,6 +45,18 @@ def recut(source: Path, out: Path, sparsity: float, **settings: Any) -> Any:
     return require_complete(out)
 
 
+def test_a_recut_measures_by_the_settings_of_its_task(chain: Path, tmp_path: Path) -> None:
+    pruned = chain / "pruned"
+    tuned = tmp_path / "tuned"
+    shutil.copytree(pruned, tuned)
+    manifest = json.loads((tuned / "evlm_manifest.json").read_text())
+    manifest["config"] |= {"max_answer_tokens": 5, "quirks": {**manifest["config"]["quirks"], "first_token_twice": True}}
+    (tuned / "evlm_manifest.json").write_text(json.dumps(manifest))
+    config = recut(tuned, tmp_path / "again", 0.6).config
+    assert config["max_answer_tokens"] == 5 and config["quirks"]["first_token_twice"] and not config["quirks"]["double_sep"]
+    assert recut(tuned, tmp_path / "other", 0.6, task="vqa", max_answer_tokens=4).config["max_answer_tokens"] == 4
+
+
 def test_the_output_is_really_small_and_states_its_budget(chain: Path) -> None:
     manifest, student = require_complete(chain / "pruned"), require_complete(chain / "distilled")
     budget, sparsity = manifest.extra["budget"]["all"], manifest.accounting["sparsity"]

@@ -88,14 +88,14 @@ def valueless(loaded: Loaded, device: torch.device, fake: FakeTensorMode) -> Loa
 def fullest(objective: nn.Module, batches: Sequence[dict[str, Any]], fake: FakeTensorMode, *, device: torch.device, precision: str) -> int:
     """Most bytes of activations and gradients together that a step of `objective` on one of `batches` holds, beside its weights.
 
-    The networks of `objective` are :func:`valueless` under `fake`; the batches are those of a real step.
+    The networks of `objective` are :func:`valueless` under `fake`; the batches are those of a real step, with their pictures as shapes.
     """
     objective.train()
     most = 0
     for batch in batches:
-        pixels = fake.from_tensor(batch["pixels"])
+        pictures = {name: fake.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 4}
         with torch.random.fork_rng(devices=[]), Live() as live:
-            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in (batch | {"pixels": pixels}).items()}
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in (batch | pictures).items()}
             with autocast(device, precision):
                 losses = objective(moved, 0)
             losses["loss"].backward()

@@ -21,7 +21,7 @@ from efficientvlm.settings.stages import Bench
 from efficientvlm.stages import latency
 from efficientvlm.stages.results import MACHINE, ResultFile, digests_of
 from efficientvlm.stages.workspace import Job, Workspace
-from efficientvlm.tasks.known import TASKS
+from efficientvlm.tasks.known import preferred
 from efficientvlm.tasks.task import Asked
 
 FORWARD = "one image and one text a sample, as tensors, to the outputs of the forward pass; random pixels and tokens"
@@ -118,7 +118,7 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
 
 def timed_of(models: Sequence[Loaded]) -> Asked | None:
     """The task that `models` are asked while they are timed; None where it is the forward pass."""
-    asked = (task for task in TASKS.values() if isinstance(task, Asked))
+    asked = (task for loaded in models for task in preferred(loaded) if isinstance(task, Asked))
     return next((task for task in asked if task.can_be_timed(models)), None)
 
 

@@ -24,7 +24,7 @@ from efficientvlm.families.structure import kept_indices
 from efficientvlm.families.weights import require_finite
 from efficientvlm.loaded import Loaded, keep_length, load, shapes
 from efficientvlm.settings.base import Strict
-from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.compose import stage_settings, tasks_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
@@ -117,6 +117,8 @@ def run(config: Prune, control: Control) -> Manifest:
 def settled(config: Prune, earlier: Manifest) -> Prune:
     """`config` with what it leaves out of model, task and data taken from the run that is cut again, whose manifest is `earlier`.
 
+    So are the settings that only the task has: it may measure by them.
+
     Raises:
         BadInput: it names another model, or its settings do not belong to that task.
     """
@@ -127,6 +129,9 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     given = {name: value.model_dump(exclude_unset=True) if isinstance(value, Strict) else value for name, value in given.items()}
     inherited = ("task",) if config.data else ("task", "data", "columns", "val", "val_fraction", "limit")
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
+    if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
+        names = {"quirks", *own.model_fields} - (Prune.model_fields.keys() - {"quirks"})
+        known |= {name: earlier.config[name] for name in names if name in earlier.config and name not in given}
     whole: Prune = stage_settings("prune", {**given, **known, "model": start}, f"the re-cut of {start}")
     return whole
 

@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {
     "captioning": Captioning(),
     "pretraining": Pretraining(),
 }
-"""In the order in which they stand for a network that does several."""
+"""In the order in which they stand for a network that does several and was trained for none of them."""
 
 
 def learnt_by(config: Learning) -> Learnt:
@@ -40,18 +40,24 @@ def learnt_by(config: Learning) -> Learnt:
     return task
 
 
+def preferred(loaded: Loaded) -> list[Task]:
+    """All tasks, that which a network was last trained for first."""
+    return sorted(TASKS.values(), key=lambda task: task.name != loaded.manifest.config.get("task"))
+
+
 def measured_of(loaded: Loaded) -> Task | None:
     """The task that a network is measured by; None where it does none that has a main metric."""
-    return next((task for task in TASKS.values() if task.metrics and task.able(loaded)), None)
+    return next((task for task in preferred(loaded) if task.metrics and task.able(loaded)), None)
 
 
 def asked_of(loaded: Loaded, given: Collection[str]) -> Asked:
-    """The task that is put to a network in one question; where it does several, the first that asks what is `given`.
+    """The task that is put to a network in one question; where it does several, the one it was trained for or else the
+    first, which asks what is `given`.
 
     Raises:
         BadInput: it cannot be asked anything.
     """
-    asked = [task for task in TASKS.values() if isinstance(task, Asked)]
+    asked = [task for task in preferred(loaded) if isinstance(task, Asked)]
     able = [task for task in asked if task.able(loaded)]
     if not able:
         raise asked[0].refusal(loaded)
