@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 NONE = "–"
-EVERY_RESULT = frozenset(
-    ("stage", "task", "model", "data", "influence", "device", "precision", "seconds", "metrics", "provenance", "top")
-)
+EVERY_RESULT = frozenset(("stage", "task", "model", "data", "influence", "device", "precision", "seconds", "metrics", "provenance", "top"))
 """What a result says besides how it was measured. Answers that are kept after the first token may be more or fewer."""
 OTHER = "heads"  # what an accounting calls parameters that belong to no tower
 
