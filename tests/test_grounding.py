@@ -94,6 +94,8 @@ def test_a_stated_size_scales_the_box(tmp_path: Path) -> None:
         ({"width": 100, "height": 200, "bbox": [1, 1, 5, 5]}, "the picture is 200 x 100"),
         ({"width": 200, "height": None}, "no size of a picture"),
         ({"width": "wide"}, "no size of a picture"),
+        ({"width": 2 * 10**9, "height": 10**9}, "no size of a picture"),
+        ({"bbox": [0.1, 0.2, 0.5, 1.0]}, "not larger than a pixel"),
         ({"detections": [[1, 2]]}, "its detections is no box"),
         ({"detections": "many"}, "no list of at most"),
         ({"split": "x" * 61}, "no name of a part"),
@@ -360,6 +362,7 @@ def test_measuring_in_both_modes(grounds: Path, tmp_path: Path) -> None:
     assert shown[0]["mean_iou"] == pytest.approx(said["metrics"]["mean_iou"], abs=1e-5) == pytest.approx(shown[1]["mean_iou"], abs=1e-5)
     looked = run_stage("eval", model=str(grounds / "matching"), mode="gradcam", **asked)
     assert looked["layer"] == 1 and looked["metrics"]["phrases_with_detections"] == looked["metrics"]["phrases"] > 0
+    assert looked["metrics"]["reading"]["tokens"] > 0
     other = run_stage("eval", model=str(grounds / "matching"), mode="gradcam", layer=0, **asked)
     assert other["layer"] == 0
     with pytest.raises(BadInput, match="layer 2"):

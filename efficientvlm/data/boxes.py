@@ -33,7 +33,7 @@ def box_of(value: Any, where: str, column: str) -> PixelBox:
     """The box in a cell, of a picture whose size is not known yet.
 
     Raises:
-        BadInput: it is none, has no area, or begins outside; names `where` and `column`.
+        BadInput: it is none, has no area or not more than a pixel, or begins outside; names `where` and `column`.
     """
     box = four_numbers(value)
     if box is None:
@@ -41,6 +41,8 @@ def box_of(value: Any, where: str, column: str) -> PixelBox:
     left, top, width, height = box
     if width <= 0 or height <= 0:
         raise BadInput(where, f"its {column} {shown(list(box))} has no area: width and height are more than 0", FORM)
+    if max(width, height) <= 1:
+        raise BadInput(where, f"its {column} {shown(list(box))} is not larger than a pixel, like fractions of a picture", FORM)
     if left < -SLACK or top < -SLACK:
         raise BadInput(where, f"its {column} {shown(list(box))} begins outside the picture", FORM)
     return box

@@ -105,8 +105,9 @@ class Grounding(Learnt, Asked):
             return {**told, "influence": of_expressions(loaded, source, config.batch_size), "metrics": measured_on(loaded, source, **shown)}
         layers = gradcam.crossing(loaded.model)[1]
         layer = layers // 2 if config.layer is None else config.layer
-        looked = Looked(loaded, layer)
-        measured = measured_on(loaded, source, locate=looked, **shown)
+        texts = texts_of(loaded)
+        looked = Looked(loaded, texts, layer)
+        measured = measured_on(loaded, source, texts=texts, locate=looked, **shown)
         influence = not_measured("where a network looks is measured, not what it says")
         return {**told, "layer": layer, "influence": influence, "metrics": {**measured, "phrases_with_detections": looked.chosen}}
 
@@ -195,12 +196,12 @@ def said_by(loaded: Loaded, texts: Texts, *, cut: bool = True) -> Locate:
 class Looked:
     """The boxes that a network which matches looks at; `chosen` counts the phrases whose data give boxes to choose from."""
 
-    def __init__(self, loaded: Loaded, layer: int) -> None:
+    def __init__(self, loaded: Loaded, texts: Texts, layer: int) -> None:
         self.model, _ = loaded.model.gain("match")
         for name, parameter in self.model.eval().named_parameters():
             parameter.requires_grad_(self.model.tower_of(name) != "vision")  # so that no pass through images is kept
         self.at_once = max(1, min(EVAL_BATCH, room(self.model.device) // Footprint.of(loaded.config).encoding))
-        self.texts, self.layer, self.chosen = texts_of(loaded), layer, 0
+        self.texts, self.layer, self.chosen = texts, layer, 0
 
     def __call__(self, items: Sequence[ExpressionItem]) -> list[PixelBox]:
         batch = on_device(asking_batch(items, self.texts), self.model.device)
@@ -220,11 +221,12 @@ def measured_on(
     batch_size: int,
     title: str,
     quiet: bool,
+    texts: Texts | None = None,
     locate: Locate | None = None,
     published: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of :func:`tasks.boxes.scores` over all phrases of `source`."""
-    texts = texts_of(loaded)
+    """Metrics of :func:`tasks.boxes.scores` over all phrases of `source`, whose boxes `locate` finds; it reads them by `texts`."""
+    texts = texts or texts_of(loaded)
     locate = locate or said_by(loaded, texts, cut=not published)
     found: list[Found] = []
     images = 0

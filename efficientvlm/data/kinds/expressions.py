@@ -16,7 +16,7 @@ from efficientvlm.data.cells import MOST_LISTED, check_size, is_missing, listed,
 from efficientvlm.data.draw import generator
 from efficientvlm.data.items import Box, Pixels
 from efficientvlm.data.kinds.kind import IMAGE_ID, IMAGE_NAMES, Kind, Picture, Row
-from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.preprocessing import MAX_PIXELS, Preprocessing
 from efficientvlm.data.shapes import Shapes
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.transforms import Augment, augment, names_a_side
@@ -153,7 +153,7 @@ def stated_size(values: Mapping[str, Any], where: str, columns: Mapping[str, str
     if all(map(is_missing, given)):
         return None
     width, height = map(number, given)
-    if width is None or height is None or width < 1 or height < 1 or width % 1 or height % 1:
+    if width is None or height is None or width < 1 or height < 1 or width % 1 or height % 1 or width * height > MAX_PIXELS:
         names = " and ".join(columns.get(role, role) for role in ("width", "height"))
         why = f"its {names} are no size of a picture ({shown(given[0])}, {shown(given[1])})"
         raise BadInput(where, why, "give both in pixels, or leave them out with --column width=none --column height=none")
