@@ -337,6 +337,18 @@ def test_training_pruning_and_cutting_again(grounds: Path, chain: Path, tmp_path
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+def test_boxes_alone_are_learnt_before_the_task(chain: Path, tmp_path: Path) -> None:
+    boxes: dict[str, Any] = {"losses": ["box"], **TRAIN, "max_steps": 3, "model": str(chain / "init")}
+    run_stage("pretrain", out=str(tmp_path / "boxes"), data=LARGE, region_probability=0.0, **boxes)
+    learnt = require_complete(tmp_path / "boxes").metrics["train"]
+    assert learnt.keys() == {"loss", "box", "giou"} and learnt["giou"] > 0
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text('{"image": "a.png", "caption": "red"}\n')
+    written(tmp_path, ROWS)
+    with pytest.raises(BadInput, match="describes no regions"):
+        run_stage("pretrain", out=str(tmp_path / "none"), data=str(captions), **{**boxes, "limit": None}, val_fraction=0)
+
+
 def test_a_network_without_a_head_of_boxes_gets_one(grounds: Path, chain: Path, tmp_path: Path) -> None:
     run_stage("finetune", out=str(tmp_path / "out"), model=str(grounds / "matching"), **{**GROUND, "max_steps": 2})
     assert load(str(tmp_path / "out")).model.config.heads == ["box"]

@@ -18,7 +18,7 @@ class PretrainingSettings(Learning):
     """Image-text pre-training."""
 
     losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
-    region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step")
+    region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step; for boxes alone: always")
     regions_per_image: Size = Field(5, ge=1)
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: Size = Field(8, ge=1, description="at most so many of them")

@@ -50,17 +50,25 @@ class Pretraining(Learnt):
         """Nothing is added; what is new since the network was made from others, its manifest says."""
         return student.model, student.manifest.extra.get("new", [])
 
+    def configure(self, config: PretrainingSettings, student: Loaded, source: Any) -> None:
+        """Nothing is noted; :class:`BadInput` if boxes alone are to be learnt of data that describe no regions."""
+        if boxes_alone(config) and not getattr(source, "endless", False):
+            if not any(content.places for contents in source.contents() for content in contents):
+                raise BadInput(f"{config.data} describes no regions", "its boxes alone are to be learnt", "give losses=[itc,itm,mlm]")
+
     def objective(self, config: PretrainingSettings, student: Loaded) -> XvlmPretraining:
         settings = settings_of(config, "losses", "seed", "hard_negatives")
         return XvlmPretraining(student.model, **settings)
 
     def batches(self, config: PretrainingSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
-        """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions."""
+        """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions; where there
+        are boxes alone to learn, always a region step and no pairs."""
         settings = {"seed": config.seed, "step": step, **augmentation(config), **settings_of(config, "mask_probability", "max_masks")}
-        batches = [pair_batch(items, texts, **settings)]
+        alone = boxes_alone(config)
+        batches = [] if alone else [pair_batch(items, texts, **settings)]
         regions = config.region_probability if "box" in config.losses else 0.0
         described = [item for item in items if item.regions]
-        if ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions:
+        if alone or (ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions):
             some = described or items[:1]  # a process without regions takes part with a whole image
             grid = student.sizes.image_size // student.sizes.patch_size
             batches.insert(0, region_batch(some, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
@@ -100,6 +108,11 @@ class Pretraining(Learnt):
             for name, value in measured(objective, on_device(batch, device), start).items():
                 found.setdefault(name, []).append(value)
         return {"images": images, **{name: sum(values) / len(values) for name, values in found.items()}}
+
+
+def boxes_alone(config: PretrainingSettings) -> bool:
+    """Whether nothing but boxes is learnt, as X-VLM does before grounding."""
+    return set(config.losses) == {"box"}
 
 
 def measured(objective: XvlmPretraining, batch: Batch, step: int) -> dict[str, float]:
