@@ -64,7 +64,7 @@ TASKS = {
     for task in (
         Task("retrieval", "mean_recall", ("image_to_text_r1", "text_to_image_r1"), learnt=False),
         Task("captions", "cider_d", ("bleu_4", "rouge_l")),
-        Task("statements", "accuracy", hidden={"text only": "all", "left image only": "right", "right image only": "left"}),
+        Task("statements", "accuracy", hidden={"text only": "all", "one image only": "right"}),
         Task("boxes", "box_accuracy", ("mean_iou", "centre_accuracy"), other={"Grad-CAM": "boxes-gradcam-test"}),
     )
 }
@@ -194,7 +194,7 @@ def row(run: Run, root: Path) -> dict[str, Any]:
         "metric": metric,
         "value": metrics[metric],
         "standard_error": metrics.get("standard_error", metrics.get("standard_errors", {}).get(metric)),
-        "of_teacher": metrics[metric] / best[metric],
+        "of_teacher": metrics[metric] / best[metric] if best[metric] else None,
         **{name: metrics[name] if name in run.task.beside else None for name in BESIDE},
         "parameters": model["parameters"]["total"],
         "parameters_of_teacher": model["parameters"]["total"] / teacher["parameters"]["total"],

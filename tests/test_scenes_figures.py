@@ -25,7 +25,7 @@ def publishing() -> Any:
 
 
 def line(model: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
-    hidden = model in ("text only", "left image only")
+    hidden = model in ("text only", "one image only")
     share = 1.0 if model == "teacher" or hidden else 0.36
     about = {"metric": "accuracy", "of_teacher": value / 0.95, "parameters": int(share * 2e6), "parameters_of_teacher": share}
     timed = {"batch_8_speedup": "" if hidden else (1.0 if model == "teacher" else 2.4), "threads": 2, "load": 0.5}
@@ -85,7 +85,7 @@ def test_one_seed_is_weak_and_two_torches_are_refused(publishing: Any, tmp_path:
 def test_rows_have_baselines_that_do_not_see_the_pictures(scenes: Any) -> None:
     found = [run.key for run in scenes.runs(list(scenes.TASKS), scenes.SEEDS)]
     assert len(set(found)) == len(found) and {seed for _, seed, _ in found} == {"0", "1", "2"}
-    assert {model for task, _, model in found if task == "statements"} >= {"left image only", "right image only", "text only"}
+    assert {model for task, _, model in found if task == "statements"} >= {"one image only", "text only"}
     assert all({"teacher", "method", "no-kd", "text only"} <= set(task.models) for task in scenes.TASKS.values())
 
 
@@ -104,12 +104,12 @@ def test_recipes_share_what_is_general_and_need_their_pictures(path: Path, scene
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["retrieval", "captions", "boxes"])
+@pytest.mark.parametrize("task", ["retrieval", "captions", "statements", "boxes"])
 def test_every_row_of_a_task_comes_out_of_a_chain(task: str, scenes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import re
 
     text = (ROOT / "recipes" / "efficientvlm" / f"scenes-{task}.yaml").read_text("utf-8")
-    text = re.sub(r"max_steps: \d+", "max_steps: 2", text.replace("batch_size: 64", "batch_size: 4"))
+    text = re.sub(r"(?<=batch_size: )\d+", "4", re.sub(r"(?<=max_steps: )\d+", "2", text))
     text = re.sub(r"limit: \d+", "limit: 12", text)
     (tmp_path / f"scenes-{task}.yaml").write_text(text)
     monkeypatch.setattr(scenes, "RECIPES", tmp_path)
@@ -119,7 +119,7 @@ def test_every_row_of_a_task_comes_out_of_a_chain(task: str, scenes: Any, tmp_pa
     (table,) = (tmp_path / "benchmarks" / "results").glob("scenes_*.csv")
     found = {record["model"]: record for record in script("benchmarks/published.py").rows_of(table)}
     assert list(found) == scenes.TASKS[task].models
-    assert float(found["teacher"]["of_teacher"]) == 1 and all(0 <= float(record["value"]) <= 10 for record in found.values())
+    assert found["teacher"]["of_teacher"] in ("1", "") and all(0 <= float(record["value"]) <= 10 for record in found.values())
     assert float(found["method"]["parameters_of_teacher"]) < 0.443 and float(found["method"]["sparsity"]) == pytest.approx(0.4, abs=0.02)
     assert found["text only"]["data"].endswith("hide=all") and float(found["method"]["batch_8_speedup"]) > 0
     before = table.read_text("utf-8")
