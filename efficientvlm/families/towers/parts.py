@@ -54,7 +54,8 @@ class Named(nn.Module):
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self.paths = {role: tuple(name.split(".")) for role, name in (names or {}).items()}
+        self.called = dict(names or {})
+        self.paths = {role: tuple(name.split(".")) for role, name in self.called.items()}
 
     def put(self, **parts: nn.Module | nn.Parameter) -> None:
         """Add `parts`, by role."""
@@ -70,7 +71,7 @@ class Named(nn.Module):
             setattr(place, last, part)
 
     def name_of(self, role: str) -> str:
-        return ".".join(self.paths.get(role, (role,)))
+        return self.called.get(role, role)
 
 
 @dataclass

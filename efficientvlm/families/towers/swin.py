@@ -50,7 +50,7 @@ class WindowAttention(Attention):
         bias = self.bias_table[index].view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
         if self.shift:  # the mask differs from window to window, and is the same for all images
             bias = bias + torch.from_numpy(_strangers(self.grid, self.window, self.shift)).to(bias)
-        if self.shift and len(x) > 1:  # only then are queries, keys and values copied
+        if self.shift and x.shape[0] > 1:  # only then are queries, keys and values copied
             q, k, v = (part.flatten(1, 2) for part in (q, k, v))
             bias, together = bias.flatten(0, 1)[None], (1, (windows, self.heads))
         else:
