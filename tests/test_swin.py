@@ -48,6 +48,21 @@ def test_windows_against_attention_over_the_whole_image(grid: int, window: int, 
     assert maps[0].shape == (2 * (grid // window) ** 2, heads, window**2, window**2)
 
 
+@pytest.mark.parametrize("shift", [0, 2])
+def test_a_graph_of_windows_takes_any_number_of_images(shift: int) -> None:
+    class Itself(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = WindowAttention(6, 2, 3, {}, grid=8, window=4, shift=shift)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer.itself(x)
+
+    program = torch.export.export(Itself().eval(), (torch.randn(2, 64, 6),), dynamic_shapes=({0: torch.export.Dim("images")},))
+    whole, x = program.module(), torch.randn(3, 64, 6)
+    torch.testing.assert_close(whole(x)[:1], program.module()(x[[0, 0]])[:1])
+
+
 def test_merging_takes_the_corners_column_by_column() -> None:
     merge = Merge(1, 1e-5, {})
     merge.norm, merge.reduction = torch.nn.Identity(), torch.nn.Identity()
