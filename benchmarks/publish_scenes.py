@@ -25,7 +25,7 @@ GOOD, FOUND = 0.9, 0.5
 """What makes a teacher worth following: its accuracy, or of retrieval its recall at 1."""
 WORSE = 0.2
 """By which models without pictures have to be worse, so that pictures are what is measured."""
-NAMES = {"mean_recall": "mean recall", "cider_d": "CIDEr-D", "accuracy": "accuracy", "box_accuracy": "box accuracy"}
+NAMES = {"mean_recall": "mean recall", "cider_d": "CIDEr-D", "statement_accuracy": "accuracy", "box_accuracy": "box accuracy"}
 COLOURS = {TEACHER: "#1f2733", METHOD: "#2a6fbb", PLAIN: "#d9822b"}
 OTHERS = "#aeb6c1"
 

@@ -64,7 +64,7 @@ TASKS = {
     for task in (
         Task("retrieval", "mean_recall", ("image_to_text_r1", "text_to_image_r1"), learnt=False),
         Task("captions", "cider_d", ("bleu_4", "rouge_l")),
-        Task("statements", "accuracy", hidden={"text only": "all", "one image only": "right"}),
+        Task("statements", "statement_accuracy", ("consistency",), hidden={"text only": "all", "one image only": "right"}),
         Task("boxes", "box_accuracy", ("mean_iou", "centre_accuracy"), other={"Grad-CAM": "boxes-gradcam-test"}),
     )
 }

@@ -27,7 +27,7 @@ def publishing() -> Any:
 def line(model: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
     hidden = model in ("text only", "one image only")
     share = 1.0 if model == "teacher" or hidden else 0.36
-    about = {"metric": "accuracy", "of_teacher": value / 0.95, "parameters": int(share * 2e6), "parameters_of_teacher": share}
+    about = {"metric": "statement_accuracy", "of_teacher": value / 0.95, "parameters": int(share * 2e6), "parameters_of_teacher": share}
     timed = {"batch_8_speedup": "" if hidden else (1.0 if model == "teacher" else 2.4), "threads": 2, "load": 0.5}
     data = {"data": "shapes:exact=1" + ",hide=all" * hidden, "images": 1000, "torch": "2", "image_to_text_r1": "", "text_to_image_r1": ""}
     return {"task": "statements", "seed": seed, "model": model, "value": value, **about, **timed, **data, **more}
