@@ -14,7 +14,8 @@ from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, load_recipe, names, validate
 
 FOLDER = "efficientvlm"
-RECIPES = [name for name in names() if name.startswith(f"{FOLDER}/")]
+SMALL = f"{FOLDER}/scenes-"
+RECIPES = [name for name in names() if name.startswith(f"{FOLDER}/") and not name.startswith(SMALL)]
 GENERAL = ("pretrained", "student", "distilled")
 NARROW = {"vision_width": 64, "vision_heads": 1, "vision_intermediate": 128, "text_width": 64, "text_heads": 1, "text_intermediate": 128}
 MADE = "shapes:difficulty=2,size=64"
@@ -33,6 +34,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "captioning-teacher": {"epochs": 5, "lr": 1e-5, "image_size": 384, "clip": None, "label_smoothing": 0.1},
         "captioning-pruned": {"epochs": 10, "lr": 1e-5, "image_size": 384, "sparsity": 0.25, "kd": 0.3, "beams": 3},
     },
+    "nlvr2": {
+        "assigning": {"lr": 3e-5, "batch_size": 1024, "max_steps": 9990, "image_size": None},
+        "nlvr2-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 80, "image_size": 384, "clip": None},
+        "nlvr2-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 80, "image_size": 384, "sparsity": 0.25, "kd": 0.2},
+    },
     "grounding": {
         "grounding-teacher": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "clip": None},
         "grounding-pruned": {"epochs": 10, "lr": 3e-5, "batch_size": 160, "image_size": 384, "sparsity": 0.25},
@@ -46,6 +52,7 @@ MILLIONS = {
     "vqa-teacher": 290.59,
     "retrieval-teacher": 210.75,
     "captioning-teacher": 209.79,
+    "nlvr2-teacher": 259.98,
 }
 """Parameters of the published networks, by arithmetic."""
 
