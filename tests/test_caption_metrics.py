@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def test_metrics_of_each_caption():
     assert found.keys() == NUMBERS["each"].keys()
     for name, values in NUMBERS["each"].items():
         assert found[name] == close(values, rel=1e-9, abs=1e-12), name
+
+
+def test_standard_errors_are_those_of_means_over_images():
+    found = scores(CANDIDATES, REFERENCES)
+    assert found.standard_error("cider_d") == close(statistics.stdev(NUMBERS["each"]["cider_d"]) / 40**0.5)
+    assert scores(["a"], [["a"]]).standard_error("cider_d") is None
 
 
 def test_metrics_depend_on_the_other_images():

@@ -32,6 +32,7 @@ from efficientvlm.recipe import Step
 from efficientvlm.settings.base import parse
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import predict
+from efficientvlm.tasks import java_metrics
 from efficientvlm.tasks.captioning import Captioning
 from efficientvlm.tasks.describing import Describer, Manner
 
@@ -200,6 +201,20 @@ def test_eval_measures_and_writes_what_was_said(captioners, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "x.png", "question": "q"}\n')
     with pytest.raises(BadInput, match="no file of captions"):
         run_stage("eval", **asked, captions=str(tmp_path / "mine.jsonl"))
+
+
+def test_eval_counts_meteor_and_spice_where_they_are_asked_for(captioners, tmp_path, monkeypatch):
+    asked = {"model": str(captioners / "pruned"), "data": SHAPES, "task": "captioning", "split": "val"}
+    with pytest.raises(BadInput, match=r"needs pycocoevalcap|needs Java|is not CoreNLP"):
+        run_stage("eval", **asked, spice=str(tmp_path))
+    checked = []
+    monkeypatch.setattr(java_metrics, "check", lambda *what: checked.append(what))
+    monkeypatch.setattr(java_metrics, "meteor", lambda said, known: len(said) / 100)
+    monkeypatch.setattr(java_metrics, "spice", lambda said, known, folder: len(known) / 200)
+    found = run_stage("eval", **asked, meteor=True, spice="corenlp")["metrics"]
+    assert checked == [("METEOR",), ("SPICE", "corenlp")]
+    assert (found["meteor"], found["spice"]) == (found["images"] / 100, found["images"] / 200)
+    assert found["standard_errors"]["cider_d"] >= 0
 
 
 def test_a_picture_and_a_folder_of_pictures_are_described(captioners, tmp_path, evlm):

@@ -237,6 +237,8 @@ class CaptionEval(Measuring, Written):
         "ptb", description="what is a word: as published; lower-cased and split at spaces; as written and split at spaces"
     )
     captions: str | None = Field(None, description="JSONL file for the captions, one line an image")
+    meteor: bool = Field(False, description="METEOR too; it needs Java and the extra meteor")
+    spice: str | None = Field(None, min_length=1, description="folder with CoreNLP 3.6.0: SPICE too; it needs Java and the extra meteor")
 
 
 class CaptionQuestion(Asking, Written):

@@ -7,6 +7,7 @@ default tokenization. BLEU and CIDEr-D depend on the whole set of images too, an
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Scores:
 
     corpus: dict[str, float]
     each: dict[str, list[float]]
+
+    def standard_error(self, name: str) -> float | None:
+        """Of a metric that is the mean over images, ROUGE-L or CIDEr-D; None of a single image."""
+        values = self.each[name]
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def score(candidates: Sequence[str], references: Sequence[Sequence[str]], tokenization: Tokenization = "ptb") -> dict[str, float]:

@@ -27,6 +27,7 @@ from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import CaptionEval, CaptioningSettings, CaptionQuestion
+from efficientvlm.tasks import java_metrics
 from efficientvlm.tasks.caption_metrics import Reward
 from efficientvlm.tasks.describing import (
     EVAL_BATCH,
@@ -145,6 +146,10 @@ class Captioning(Learnt, Asked):
 
     def check(self, config: CaptionEval, loaded: Loaded) -> None:
         Describer(loaded, Manner.of(loaded, config))
+        if config.meteor:
+            java_metrics.check("METEOR")
+        if config.spice:
+            java_metrics.check("SPICE", config.spice)
         if config.captions:
             captions_file(config.captions)
 
@@ -160,6 +165,10 @@ class Captioning(Learnt, Asked):
         if config.captions:
             write_captions(captions_file(config.captions), said.rows())
         measured = said.metrics(config.tokenization, title, quiet)
+        if config.meteor:
+            measured["meteor"] = java_metrics.meteor(said.captions, said.references)
+        if config.spice:
+            measured["spice"] = java_metrics.spice(said.captions, said.references, config.spice)
         for remark in (*of_prompt(describer.texts, describer.manner.prompt).remarks, *of_read(describer.texts)):
             say(f"{title}: {remark}", quiet=quiet)
         return {

@@ -175,13 +175,15 @@ class Said:
     references: list[list[str]] = field(default_factory=list)
 
     def metrics(self, tokenization: Tokenization, title: str, quiet: bool) -> dict[str, Any]:
-        """CIDEr-D, BLEU and ROUGE-L, the number of images and the distinct captions among them."""
+        """CIDEr-D with its standard error, BLEU and ROUGE-L, the number of images and the distinct captions among them."""
         if not self.captions:
             return {"images": 0}
         for remark in caption_metrics.remarks(self.captions, self.references):
             say(f"{title}: {remark}", quiet=quiet)
-        found = caption_metrics.score(self.captions, self.references, tokenization)
-        return {"images": len(self.captions), "distinct_captions": len(set(self.captions)), **found}
+        found = caption_metrics.scores(self.captions, self.references, tokenization)
+        counts = {"images": len(self.captions), "distinct_captions": len(set(self.captions))}
+        error = found.standard_error("cider_d")
+        return {**counts, **found.corpus, **({} if error is None else {"standard_errors": {"cider_d": error}})}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for key, caption, references in zip(self.keys, self.captions, self.references, strict=True):

@@ -31,7 +31,7 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     Raises:
         BadInput: without Java or `pycocoevalcap`, or a program that fails.
     """
-    folder = _folder("METEOR") / "meteor"
+    folder = check("METEOR") / "meteor"
     command = ["java", f"-Xmx{HEAP['METEOR']}", "-jar", str(folder / "meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = [f"SCORE ||| {' ||| '.join(map(_words, known))} ||| {_words(said)}" for said, known in zip(candidates, references, strict=True)]
     found = _run("METEOR", command, lines).splitlines()
@@ -49,10 +49,7 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]], corenl
     Raises:
         BadInput: as :func:`meteor`; or no such files.
     """
-    folder, own = _folder("SPICE") / "spice", Path(corenlp)
-    missing = [name for name in CORENLP if not (own / name).is_file()]
-    if missing:
-        raise BadInput(f"{corenlp} is not CoreNLP 3.6.0", f"{' and '.join(missing)} not found", "name the folder it was unpacked in")
+    folder, own = check("SPICE", corenlp) / "spice", Path(corenlp)
     jars = [folder / "spice-1.0.jar", *sorted((folder / "lib").glob("*.jar")), *(own / name for name in CORENLP)]
     opened = [word for name in OPENED for word in ("--add-opens", f"java.base/{name}=ALL-UNNAMED")]
     said = [
@@ -68,13 +65,16 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]], corenl
     return math.fsum(found) / len(found)
 
 
-def _folder(metric: str) -> Path:
-    """Of the package; :class:`BadInput` where it or Java is missing."""
+def check(metric: str, corenlp: str | None = None) -> Path:
+    """The folder of the package; :class:`BadInput` where it, Java or what is needed of CoreNLP is missing."""
     found = find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise BadInput(f"{metric} needs {PACKAGE}", "it is not installed", "pip install 'efficientvlm[meteor]'")
     if shutil.which("java") is None:
         raise BadInput(f"{metric} needs Java", "there is no command java", "install a Java runtime, version 8 or later")
+    missing = [name for name in CORENLP if not Path(corenlp, name).is_file()] if corenlp is not None else []
+    if missing:
+        raise BadInput(f"{corenlp} is not CoreNLP 3.6.0", f"{' and '.join(missing)} not found", "name the folder it was unpacked in")
     return Path(next(iter(found.submodule_search_locations)))
 
 
