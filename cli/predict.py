@@ -18,12 +18,13 @@ def ask(name: str, options: dict[str, Any]) -> None:
     from efficientvlm.settings.base import problems_with
     from efficientvlm.settings.tasks import ABOUT
 
-    asked = {key: value for key, value in options.items() if key not in ("json", "quiet") and value is not None}
+    asked = {key: value for key, value in options.items() if key != "json" and value is not None}
+    asked["quiet"] = options["quiet"] or options["json"]
     known = [about.asked for about in ABOUT.values() if about.asked]
     kinds = [kind for kind in known if all(kind.has([key]) for key in asked)]
-    for key in known[0].model_fields:
-        if all(key in kind.lacking(asked) for kind in kinds or known):
-            raise typer.BadParameter("it is needed and was not given", param_hint=f"--{key}")
+    if all(lacking := [kind.lacking(asked) for kind in kinds or known]):
+        needed = dict.fromkeys(f"--{names[0]}" for names in lacking)
+        raise typer.BadParameter("it is needed and was not given", param_hint=" or ".join(needed))
     for key, value in asked.items():
         problems = [problems_with(kind, key, value) for kind in kinds]
         if problems and all(problems):

@@ -62,8 +62,11 @@ COMMANDS = {
         ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
     ),
     "predict": Command(
-        "Ask a model about an image file, or have it describe one or a folder of them.",
-        ("model", "image", "question", "statement", "mode", "top", "out", *CAPTIONS, "max_tokens", "device", "json", "quiet"),
+        "Ask a model about an image file, have it describe pictures, or search them for a text.",
+        (
+            *("model", "image", "question", "statement", "text", "texts", "mode", "top", "rerank", "out"),
+            *(*CAPTIONS, "max_tokens", "device", "json", "quiet"),
+        ),
     ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",

@@ -121,7 +121,7 @@ def test_a_question_of_other_parts_than_known_tasks_ask(chain: Path, monkeypatch
     monkeypatch.setattr(Matching, "ask", lambda self, config, loaded: {"answer": [config.statement, *config.image]})
     asked: dict[str, Any] = {"model": str(chain / "init"), "image": ["a.png", "b.png"], "device": "cpu"}
     assert predict.run(**asked, statement="both are red")["answer"] == ["both are red", "a.png", "b.png"]
-    with pytest.raises(BadInput, match="question: unknown key"):
+    with pytest.raises(BadInput, match="cannot answer questions"):
         predict.run(**asked, question="are both red?")
 
 

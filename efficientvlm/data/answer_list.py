@@ -20,26 +20,28 @@ def _content(path: Path) -> bytes:
     return read_limited(path, LARGEST, "a list of answers")
 
 
-def read_answers(path: Path) -> list[str]:
-    """The answers in a file, or in a pipe that somebody writes into, each once and in order; a mark of the byte order is no part of any.
+def read_answers(path: Path, what: str = "answer") -> list[str]:
+    """The answers (or `what` it is) in a file, or in a pipe that somebody writes into, each once and in order.
+
+    A mark of the byte order is no part of any.
 
     Raises:
         BadInput: no file, larger than 64 MiB, not UTF-8, or without answers, or a line of more than
             100,000 characters.
     """
-    content = read_limited(path, LARGEST, "a list of answers") if path.is_file() else _content(path)
+    content = read_limited(path, LARGEST, f"a list of {what}s") if path.is_file() else _content(path)
     try:
         lines = lines_of(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"cannot read the answers in {path}", f"{error.reason} at byte {error.start}", "write one answer a line, in UTF-8"
+            f"cannot read the {what}s in {path}", f"{error.reason} at byte {error.start}", f"write one {what} a line, in UTF-8"
         ) from None
     if long := next(((number, len(line)) for number, line in enumerate(lines, 1) if len(line) > LONGEST_TEXT), None):
-        why = f"line {long[0]:,} has {long[1]:,} characters, an answer has at most {LONGEST_TEXT:,}"
-        raise BadInput(f"cannot read the answers in {path}", why, "write one answer a line")
+        why = f"line {long[0]:,} has {long[1]:,} characters, a line has at most {LONGEST_TEXT:,}"
+        raise BadInput(f"cannot read the {what}s in {path}", why, f"write one {what} a line")
     answers = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not answers:
-        raise BadInput(f"{path} holds no answers", "", "write one answer a line")
+        raise BadInput(f"{path} holds no {what}s", "", f"write one {what} a line")
     return answers
 
 

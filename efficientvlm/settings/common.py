@@ -134,3 +134,4 @@ class Asking(Strict):
     model: str
     device: Device = "auto"
     max_tokens: Size | None = Field(None, ge=4, description="longest question; by default as tuned")
+    quiet: bool = Field(False, description="no progress")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -12,6 +13,8 @@ from efficientvlm.settings.methods import MaskQuirks, VQAPruningQuirks, VQAQuirk
 
 Pictures = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 """Files of pictures; of one its name will do."""
+Words = Annotated[list[str] | None, BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+"""Texts; a single one will do."""
 
 
 class PretrainingSettings(Learning):
@@ -107,6 +110,39 @@ class RetrievalSettings(Learning):
 
 class RetrievalEval(Measuring):
     rerank: Count = Field(0, ge=0, description="so many candidates of every query are ranked anew by matching; 0: none")
+
+
+class RetrievalQuestion(Asking):
+    folders = True
+
+    image: Pictures = Field(min_length=1, examples=["pictures"], description="files of pictures, or folders of them")
+    text: Words = Field(None, min_length=1, examples=["a red circle"], description="texts that pictures are found for")
+    texts: str | None = Field(None, description="file with one text a line; of one picture the best of them are found")
+    top: Count = Field(5, ge=1, description="matches that are shown")
+    rerank: Count | None = Field(
+        None,
+        ge=0,
+        description="candidates that are ranked anew by matching, where the network matches; by default 32, or as many as are shown",
+    )
+    out: str | None = Field(None, description="PNG file for a sheet of the pictures that were found")
+
+    @classmethod
+    def lacking(cls, values: Mapping[str, Any]) -> list[str]:
+        return super().lacking(values) + ([] if {"text", "texts"} & set(values) else ["text"])
+
+    @field_validator("text")
+    @classmethod
+    def _say_something(cls, text: list[str] | None) -> list[str] | None:
+        if text and not all(one.strip() for one in text):
+            raise ValueError('one is empty; say what is looked for, e.g. --text "a red circle"')
+        return text
+
+    @field_validator("texts")
+    @classmethod
+    def _or_text(cls, texts: str | None, info: ValidationInfo) -> str | None:
+        if texts is None and info.data.get("text", "") is None:
+            raise ValueError('there is nothing to look for; give --text "a red circle", or a file of texts')
+        return texts
 
 
 class GroundingSettings(Learning):
@@ -283,7 +319,9 @@ ABOUT = {
     "vqa": About({"accuracy": "accuracy"}, ("questions",), "visual-question-answering", VQAQuestion),
     "nlvr2": About({"statement_accuracy": "accuracy on statements"}, ("statements", "pairs"), asked=NLVR2Question),
     "assignment": About({}),
-    "retrieval": About({"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}, ("images", "captions")),
+    "retrieval": About(
+        {"reranked_mean_recall": "mean recall, reranked", "mean_recall": "mean recall"}, ("images", "captions"), asked=RetrievalQuestion
+    ),
     "grounding": About({"box_accuracy": "box accuracy"}, ("phrases", "images"), asked=GroundingQuestion),
     "captioning": About({"cider_d": "CIDEr-D"}, ("images",), "image-to-text", CaptionQuestion, parts=False),
     "pretraining": About({}),

@@ -55,10 +55,13 @@ def asked_of(loaded: Loaded, given: Collection[str]) -> Asked:
     first, which asks what is `given`.
 
     Raises:
-        BadInput: it cannot be asked anything.
+        BadInput: it cannot be asked anything, or not this.
     """
     asked = [task for task in preferred(loaded) if isinstance(task, Asked)]
     able = [task for task in asked if task.able(loaded)]
     if not able:
         raise asked[0].refusal(loaded)
-    return next((task for task in able if all(task.asks.has([name]) for name in given)), able[0])
+    fitting = [task for task in asked if all(task.asks.has([name]) for name in given)]
+    if fitting and not set(fitting) & set(able):
+        raise fitting[0].refusal(loaded)
+    return next((task for task in able if task in fitting), able[0])

@@ -92,6 +92,7 @@ def encode(
     batch_size: int,
     count: int,
     *,
+    texts: Iterable[str] = (),
     again: Callable[[Tensor], Tensor] | None = None,
     most: int | None = None,
     title: str = "",
@@ -104,6 +105,7 @@ def encode(
         tokens: distinct captions → ids and mask [C, L], all of one length, so that a batch does not change its rows.
         batch_size: captions at a time.
         count: images, at most.
+        texts: what is compared beside captions; these come first.
         again: numbers of images → their pixels. With it, token states that take more than `most` bytes are not held.
         most: bytes of a block of work, by default what the device has room for.
     """
@@ -119,7 +121,7 @@ def encode(
     ids: list[str] = []
     image = Collected(count)
     image_states = States(count, again and (lambda numbers: see(again(numbers))[0]), most)
-    index: dict[str, int] = {}
+    index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     own: list[list[int]] = []
     said: list[int] = []
     owners: list[int] = []
@@ -129,8 +131,8 @@ def encode(
             image.add(feature.float())
             if matches:
                 image_states.add(states)
-        for name, texts in zip(names, captions, strict=True):
-            numbers = [index.setdefault(text, len(index)) for text in texts]
+        for name, given in zip(names, captions, strict=True):
+            numbers = [index.setdefault(text, len(index)) for text in given]
             owners += [len(ids)] * len(numbers)
             said += numbers
             own.append(list(dict.fromkeys(numbers)))
@@ -218,16 +220,20 @@ def unmoved(gallery: Gallery, rerank: int) -> set[str]:
 
 def best_captions(gallery: Gallery, keep: int) -> Tensor:
     """Annotated captions [I, min(keep, A)] of highest cosine for every image, best first."""
-    return _sorted(gallery.image, gallery.text, keep, gallery.said)
+    return nearest(gallery.image, gallery.text, keep, gallery.said)
 
 
 def best_images(gallery: Gallery, keep: int) -> Tensor:
     """Images [C, min(keep, I)] of highest cosine for every distinct caption, best first."""
-    return _sorted(gallery.text, gallery.image, keep)
+    return nearest(gallery.text, gallery.image, keep)
 
 
-def _sorted(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
-    """A block of the scores after another; of each only what is kept is left, in memory that is there from the start."""
+def nearest(queries: Tensor, candidates: Tensor, keep: int, columns: Tensor | None = None) -> Tensor:
+    """Candidates [Q, min(keep, N)] of highest cosine for every query, best first; features [Q, E] and [N, E] are unit vectors.
+
+    With `columns` candidates are those numbers of `candidates`. Scores are made a block after another; of each only what is kept is left,
+    in memory that is there from the start.
+    """
     best = Collected(len(queries))
     for part in queries.split(max(1, SCORES_AT_ONCE // max(1, len(candidates if columns is None else columns)))):
         with torch.autocast(part.device.type, enabled=False):  # in bfloat16 close candidates would be equal

@@ -1,4 +1,4 @@
-"""Image-text retrieval: contrast and matching are learnt, recall is measured."""
+"""Image-text retrieval: contrast and matching are learnt, recall is measured, pictures and texts are searched."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from efficientvlm.data.batch import stack
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
@@ -22,11 +19,13 @@ from efficientvlm.families.network import refusal, require
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
-from efficientvlm.settings.tasks import RetrievalEval, RetrievalSettings
+from efficientvlm.settings.tasks import RetrievalEval, RetrievalQuestion, RetrievalSettings
+from efficientvlm.tasks.galleries import Pictures
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate, unmoved
 from efficientvlm.tasks.remembered import bytes_of_features
-from efficientvlm.tasks.task import Learnt, held_out
+from efficientvlm.tasks.search import search
+from efficientvlm.tasks.task import Asked, Learnt, held_out
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
@@ -35,7 +34,7 @@ CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of imag
 RERANKED = f"{CONTRAST}; reranked_...: those of them that change with the best candidates of a query in the order of their matching logits"
 
 
-class Retrieval(Learnt):
+class Retrieval(Learnt, Asked):
     """Images found by texts and texts by images; learnt with hard negatives by default (X-VLM), on one caption an image and step."""
 
     name, kind, needs = "retrieval", PAIRS, ("embed",)
@@ -75,9 +74,7 @@ class Retrieval(Learnt):
 
     def check(self, config: RetrievalEval, loaded: Loaded) -> None:
         super().check(config, loaded)
-        if config.rerank and "match" not in loaded.abilities:
-            why = f"{loaded.path} compares images and texts by their features alone"
-            raise BadInput(f"rerank {config.rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
+        check_rerank(config.rerank, loaded)
 
     def evaluate(self, config: RetrievalEval, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """Every image of `source` looked for by its captions, and the other way round: `metric`, `mode`, `rerank`, `seed`, `metrics`."""
@@ -107,6 +104,22 @@ class Retrieval(Learnt):
 
     def bytes_of_cached_teacher(self, config: RetrievalSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_features(teacher, source, images_seen)
+
+    def ask(self, config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
+        """`answers`, see :func:`tasks.search.search`.
+
+        Raises:
+            BadInput: no picture that can be read, no text, `rerank` of a network that does not match, an `out` that cannot be written.
+        """
+        check_rerank(config.rerank or 0, loaded)
+        return search(config, loaded)
+
+
+def check_rerank(rerank: int, loaded: Loaded) -> None:
+    """:class:`BadInput` where candidates are to be matched by a network that cannot."""
+    if rerank and "match" not in loaded.abilities:
+        why = f"{loaded.path} compares images and texts by their features alone"
+        raise BadInput(f"rerank {rerank}", why, "leave it out, or use a model that matches, an X-VLM or a BLIP")
 
 
 def evaluate_pairs(
@@ -139,37 +152,3 @@ def evaluate_pairs(
     for remark in of_read(texts):
         say(f"{title}: {remark}", quiet=quiet)
     return {**result, "reading": counts_of(texts)}
-
-
-class Pictures:
-    """The first `count` images of a source with their captions, in order, and any of them again by number.
-
-    Images that cannot be read, or have no caption, are left out and have no number.
-    """
-
-    def __init__(self, source: Any, count: int, batch_size: int) -> None:
-        self.source, self.count, self.batch_size = source, count, batch_size
-        self.places: list[tuple[int, int]] = []  # where the batch of an image starts, and its place in it
-        self._last: tuple[int, list[Any]] | None = None
-
-    def batches(self, progress: Any) -> Iterator[tuple[Sequence[str], Tensor, Sequence[Any]]]:
-        """Ids, pixels [B, 3, H, W] and captions."""
-        for start in range(0, self.count, self.batch_size):
-            if items := self._items(start):
-                self.places += [(start, at) for at in range(len(items))]
-                yield [item.id for item in items], stack([item.image for item in items]), [item.captions for item in items]
-            progress(min(self.count, start + self.batch_size))
-        if not self.places:
-            why = "retrieval needs at least one image with a text"
-            raise BadInput(f"{self.source.name} has no captions", why, "use another --data or --split")
-
-    def __call__(self, numbers: Tensor) -> Tensor:
-        """Pixels of images by number."""
-        places = [self.places[number] for number in numbers.tolist()]
-        return stack([self._items(start)[at].image for start, at in places])
-
-    def _items(self, start: int) -> list[Any]:
-        if self._last is None or self._last[0] != start:
-            found = usable(self.source, range(start, min(self.count, start + self.batch_size)))
-            self._last = start, [item for item in found if item.captions]
-        return self._last[1]

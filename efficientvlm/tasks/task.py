@@ -166,7 +166,7 @@ class Learnt(Task):
 class Asked(Task):
     """A task that can be put to a network in one question."""
 
-    timed_as: str
+    timed_as: str = ""
     """What is timed, in words."""
 
     @property
@@ -197,5 +197,5 @@ class Asked(Task):
         return 0
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
-        """Whether this is what is timed of `models`."""
-        raise NotImplementedError
+        """Whether this is what is timed of `models`; where no task is, it is the forward pass."""
+        return False
