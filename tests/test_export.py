@@ -287,7 +287,7 @@ def cut(model: Any, **keep: int) -> Any:
 
 
 def checkpoint(path: Path, family: Any, model: Any, words: str = "red blue green") -> Path:
-    tokenizer = train_wordpiece([words], model.config.text_config.vocab_size)
+    tokenizer = train_wordpiece([words], model.config.sizes().vocab_size)
     output = Output.open(path, stage="import", inputs={}, config={})
     write(output, family, model, tokenizer, control=QUIET, origin="random")
     return path
@@ -404,6 +404,29 @@ def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_pa
         session = open_session(tmp_path / f"{graph.name}.onnx")
         assert onnx_files.difference(graph, session) < 1e-5
         assert {port.name for port in session.get_inputs()} == set(graph.axes)
+
+
+@pytest.mark.parametrize("swin", [False, True], ids=["vit", "swin"])
+def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(swin: bool, chain: Path, tmp_path: Path) -> None:
+    config = CONFIGS["xvlm-swin" if swin else "xvlm"].copy(heads=["itc", "itm"], decoder_layers=0, vocab_size=90, max_positions=40)
+    source, out = checkpoint(tmp_path / "model", family("xvlm"), small(config)), str(tmp_path / "onnx")
+    if swin:  # a fusion layer that sees no picture, and one that sees it with two of three heads
+        kept = {"fusion.0.cross_head": "", "fusion.1.cross_head": "0,2", "vision.3.neuron": "", "text.1.head": "1"}
+        source = checkpoint(tmp_path / "pruned", family("xvlm"), small(config.copy(kept=kept)))
+    data = {"data": SHAPES, "limit": 4}
+    manifest = run_stage("export", model=str(source), out=out, format="onnx", rounds=0, **data)
+    assert manifest.metrics["onnx_fp32"]["mean_recall"] == manifest.metrics["torch_fp32"]["mean_recall"]
+    described = load(out, exported=True)
+    assert described.abilities == {"embed", "match"} and list(described.config.graphs) == ["image", "text", "match"]
+    ask = {"task": "retrieval", **data, "rerank": 10}
+    ours, theirs = (run_stage("eval", model=path, **ask) for path in (str(source), out))
+    assert theirs["metrics"] == ours["metrics"] and "reranked_mean_recall" in theirs["metrics"] and theirs["influence"] == ours["influence"]
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 20, 90)).save(tmp_path / f"{number}.png")
+    search: dict[str, Any] = {"image": str(tmp_path), "text": ["a red circle", "green"], "device": "cpu", "quiet": True}
+    found = [predict.run(model=path, **search)["answers"] for path in (str(source), out)]
+    assert [(row["image"], row["text"]) for row in found[0]] == [(row["image"], row["text"]) for row in found[1]]
+    assert [row["score"] for row in found[0]] == pytest.approx([row["score"] for row in found[1]], abs=1e-3)
 
 
 @pytest.mark.parametrize("name, int8", [("clip", True), ("siglip", False), ("blip-retrieval", False)])

@@ -18,6 +18,8 @@ from efficientvlm.families.towers.attention import Cache, Context, KeyValue
 
 Tensors = Mapping[str, Tensor]
 Axes = Mapping[str, int]
+TEXT_SIZES = ({"texts": 3, "tokens": 5}, {"texts": 1, "tokens": 1}, {"texts": 8, "tokens": 7})
+MATCH_SIZES = ({"images": 2, "texts": 3, "tokens": 5}, {"images": 1, "texts": 1, "tokens": 1}, {"images": 3, "texts": 8, "tokens": 4})
 IMAGE_SIZES = ({"images": 2}, {"images": 1}, {"images": 8})
 QUESTION_SIZES = (
     {"images": 2, "questions": 3, "tokens": 5},
@@ -187,6 +189,54 @@ def caption_graphs(model: Any) -> list[Graph]:
     return [
         Graph("image", Part(model, image), {"pixels": {0: "images"}}, outputs, IMAGE_SIZES, example),
         step_graph(model, "decoder", kv, {0: "images"}, "text_ids"),
+    ]
+
+
+@torch.no_grad()
+def matching_graphs(
+    model: Any, attended: Callable[[Any, Tensor], Context], match: Callable[[Any, Tensor, Tensor, Context], Tensor]
+) -> list[Graph]:
+    """`image`, `text` and `match` of a network that compares images with texts and matches them.
+
+    `image` and `text` give features to compare; `match` reads a text with the keys and values of the image it belongs to (`rows`), which
+    `image` gives too.
+
+    Args:
+        attended: the network and image states → what texts attend to.
+        match: the network, token ids and mask [P, L] and what they attend to → logits [P, 2].
+    """
+    example, vocabulary = images_of(model), model.config.sizes().vocab_size
+
+    def image(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        states = model.encode_image(inputs["pixels"]).states
+        return (model.image_feature(states), *flat(attended(model, states).kv))
+
+    def text(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        return (model.embed_texts(inputs["text_ids"], inputs["text_mask"])[1],)
+
+    def matched(model: Any, inputs: Tensors) -> tuple[Tensor, ...]:
+        seen = Context(pairs(inputs, layers), None, inputs["rows"])
+        return (match(model, inputs["text_ids"], inputs["text_mask"], seen),)
+
+    def texts(axes: Axes) -> dict[str, Tensor]:
+        draw, shape = torch.Generator().manual_seed(0), (axes["texts"], axes["tokens"])
+        return {"text_ids": torch.randint(vocabulary, shape, generator=draw), "text_mask": padded(*shape, draw)}
+
+    kv = attended(model, model.encode_image(example({"images": 1})["pixels"]).states).kv
+    layers, keys = len(kv), names(present(kv))
+
+    def both(axes: Axes) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        shapes = [(axes["images"], *tensor.shape[1:]) for tensor in flat(kv)]
+        seen = {key: torch.randn(shape, generator=draw) for key, shape in zip(keys, shapes, strict=True)}
+        return {**seen, "rows": torch.randint(axes["images"], (axes["texts"],), generator=draw), **texts(axes)}
+
+    by_text = {name: {0: "texts", 1: "tokens"} for name in ("text_ids", "text_mask")}
+    by_match = {**{key: {0: "images"} for key in keys}, "rows": {0: "texts"}, **by_text}
+    return [
+        Graph("image", Part(model, image), {"pixels": {0: "images"}}, ("image_features", *keys), IMAGE_SIZES, example),
+        Graph("text", Part(model, text), dict(by_text), ("text_features",), TEXT_SIZES, texts),
+        Graph("match", Part(model, matched), by_match, ("logits",), MATCH_SIZES, both),
     ]
 
 

@@ -98,11 +98,11 @@ def check_model(config: Export, loaded: Loaded) -> None:
     if config.data and measured_of(loaded) is None:
         why = "none of the tasks that are measured is one that it does"
         raise BadInput(f"nothing is known to measure {config.model} by", why, "leave --data out")
-    unfinished = not loaded.abilities or any(task.able(loaded) for task in TASKS.values() if not task.final)
+    unfinished = not loaded.abilities or not loaded.model.exportable
     if config.format == "onnx" and unfinished:
         tuned = TASKS.get(loaded.manifest.config.get("task", ""))
         if tuned is not None and tuned.final:
-            why = f"of family {loaded.family.name} only question answering is exported as ONNX"
+            why = f"no ONNX graphs are made of a {loaded.family.name} that does it"
             raise BadInput(f"{config.model} is tuned for {tuned.name}", why, "use --format padded")
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
     if config.format == "hf":
@@ -156,7 +156,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 def _description(config: Export, loaded: Loaded) -> Description:
     task = measured_of(loaded)
     sizes = StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict())))
-    known: dict[str, Any] = {"abilities": sorted(loaded.abilities), "sizes": sizes}  # called so in the file
+    known: dict[str, Any] = {"abilities": sorted(loaded.abilities - {"pretrain"}), "sizes": sizes}  # called so in the file
     return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
         **known,

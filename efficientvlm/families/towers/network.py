@@ -82,6 +82,11 @@ class TowerNetwork(PreTrainedModel):
     def look(self, pixels: Tensor) -> Context:
         return self.attended(self.encode_image(pixels).states)
 
+    @property
+    def exportable(self) -> bool:
+        """Whether :meth:`graphs` has some of a network of these heads; no weights are looked at."""
+        return True
+
     def graphs(self) -> list[Graph]:
         """The few graphs that the network's task needs, in the order in which they run.
 

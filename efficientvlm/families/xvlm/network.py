@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.graphs import caption_graphs, compare_graphs, ground_graphs, vqa_graphs
+from efficientvlm.families.graphs import caption_graphs, compare_graphs, ground_graphs, matching_graphs, vqa_graphs
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import Cache, Context
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead, earlier
@@ -22,7 +22,7 @@ from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING,
 from efficientvlm.families.towers.swin import Swin, SwinBlock, WindowAttention, grids
 from efficientvlm.families.towers.vit import Vit
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, TOWERS, XVLMConfig
-from efficientvlm.families.xvlm.heads import GROUNDING, answering, captioning, grounding, matching
+from efficientvlm.families.xvlm.heads import GROUNDING, RETRIEVAL, answering, captioning, grounding, matching
 from efficientvlm.families.xvlm.pairs import of_two_images
 from efficientvlm.families.xvlm.resize import resized
 
@@ -295,6 +295,11 @@ class XVLMModel(Writing, TowerNetwork):
         answers, texts = bool(self.config.decoder_layers), "text" if CAPTION_HEAD in self.config.heads else "question"
         return blank_batch(self.config.image_size, batch_size, text_length, device, texts=texts, answers=answers)
 
+    @property
+    def exportable(self) -> bool:
+        heads = set(self.config.heads)
+        return bool(self.config.decoder_layers) or heads in (RETRIEVAL, GROUNDING) or not heads.isdisjoint({CAPTION_HEAD, "compare"})
+
     def graphs(self) -> list[Graph]:
         if CAPTION_HEAD in self.config.heads:
             return caption_graphs(self)
@@ -302,7 +307,13 @@ class XVLMModel(Writing, TowerNetwork):
             return compare_graphs(self)
         if {*self.config.heads} == GROUNDING:
             return ground_graphs(self)
-        if not self.config.decoder_layers:
-            why = "it has no answer decoder, and nothing else of an X-VLM is exported"
-            raise BadInput("this model is not tuned for a task", why, "finetune it with --task vqa first")
+        if {*self.config.heads} == RETRIEVAL:
+            return matching_graphs(self, lambda model, states: model.fusion.context(states), _matched)
+        if not self.exportable:
+            raise BadInput("this model is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
         return vqa_graphs(self)
+
+
+def _matched(model: XVLMModel, ids: Tensor, mask: Tensor, seen: Context) -> Tensor:
+    logits: Tensor = model.itm_head(model.pooled(model.fuse(model.encode_text(ids, mask).states, mask, seen).states, mask))
+    return logits
