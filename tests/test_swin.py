@@ -23,6 +23,7 @@ from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import needs
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.settings.common import Train
+from efficientvlm.settings.methods import DistillWeights, PretrainingDistillation
 
 
 @pytest.mark.parametrize("grid, window, shift", [(8, 4, 0), (8, 4, 2), (9, 3, 1), (4, 4, 0)])
@@ -148,9 +149,12 @@ def test_a_teacher_has_the_windows_and_stages_of_its_student(tmp_path: Path) -> 
     for name, changes in (("student", {}), ("windows", {"vision_window": 8}), ("stages", {"vision_depths": [4, 2]})):
         run_stage("init", out=str(tmp_path / name), size="tiny", data=SHAPES, settings={**sizes, **changes})
     student, windows, stages = (load(str(tmp_path / name), weights=False) for name in ("student", "windows", "stages"))
-    assert not list(needs(student, student))
-    assert [problem.why for problem in needs(student, windows)] == ["vision window 8 and 4"]
-    assert ["stages of other width" in problem.why for problem in needs(student, stages)] == [True]
+    usual = PretrainingDistillation(model="m", data="d", out="o", task="pretraining")
+    assert not list(needs(student, student, usual))
+    assert [problem.why for problem in needs(student, windows, usual)] == ["vision window 8 and 4"]
+    assert ["stages of other width" in problem.why for problem in needs(student, stages, usual)] == [True]
+    off = usual.model_copy(update={"weights": DistillWeights(vision_hidden=0, vision_self_attention=0)})
+    assert not [*needs(student, windows, off), *needs(student, stages, off)]
 
 
 def test_a_bias_table_is_a_bias_for_the_optimizer() -> None:

@@ -23,7 +23,7 @@ class SoftLabels(Taught):
     temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and student before they are compared")
 
 
-def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
+def needs(student: Loaded, teacher: Loaded, settings: SoftLabels) -> Iterator[BadInput]:
     """Every reason why `teacher` cannot teach `student`: both read the same tokens and the same pictures; sizes do not matter."""
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         yield BadInput("teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "use another teacher")

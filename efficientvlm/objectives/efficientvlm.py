@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON
-from efficientvlm.families.structure import Sizes, odd_layers
+from efficientvlm.families.structure import odd_layers
 from efficientvlm.loaded import Loaded
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective
@@ -59,8 +59,12 @@ def layer_maps(student: Any, teacher: Any, quirks: DistillationQuirks) -> dict[s
     return {**tower_maps(student, teacher), "fusion": tower_maps(chosen, teacher)["fusion"]}
 
 
-def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
-    """Every reason why `teacher` cannot teach `student`: they must read the same batches, in towers of one width."""
+def needs(student: Loaded, teacher: Loaded, settings: Distillation) -> Iterator[BadInput]:
+    """Every reason why `teacher` cannot teach `student` as `settings` say: both must read the same batches, and what is compared must have
+    the same form.
+
+    Towers may differ, as a Swin and a ViT do, where no term that compares their layers has a weight. Each network normalises pixels itself.
+    """
     if student.family.name != teacher.family.name:
         yield BadInput(
             f"teacher is {teacher.family.name}, student is {student.family.name}",
@@ -72,42 +76,51 @@ def needs(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
         yield BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
-    sizes = list(size_problems(student.sizes, teacher.sizes))
-    yield from sizes or stage_problems(student, teacher)
-    if student.sizes.image_size == teacher.sizes.image_size and student.preprocessing != teacher.preprocessing:
+    if settings.kd:
+        weighed = [name for name, weight in settings.weights if weight]
+        differing = list(differences(student, teacher))
+        if wrong := [difference for difference in differing if difference.terms & {*weighed}]:
+            off = [name for name in weighed if any(name in difference.terms for difference in wrong)]
+            fix = f"shrink the student from this teacher, or compare no such layers: {' '.join(f'--set weights.{name}=0' for name in off)}"
+            yield BadInput("teacher and student have other sizes", ", ".join(difference.what for difference in wrong), fix)
+    if student.sizes.image_size != teacher.sizes.image_size:
+        sizes = f"{teacher.sizes.image_size} and {student.sizes.image_size} px"
+        yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+    elif student.preprocessing != teacher.preprocessing:
         why = f"preprocessor_config.json in {teacher.path} and {student.path} resize or crop in another way"
         yield BadInput("teacher and student read pictures of another form", why, "shrink the student from this teacher")
 
 
-def size_problems(ours: Sizes, theirs: Sizes) -> Iterator[BadInput]:
-    """What keeps student and teacher from being compared: towers of other width or heads, images of another size."""
-    parts: dict[str, tuple[list[Any], list[Any]]] = {
-        **{
-            f"{tower} {name}": (theirs.shapes(tower)[name], values)
-            for tower in ours.widths
-            for name, values in ours.shapes(tower).items()
-            if values and theirs.shapes(tower)[name]
-        },
-        "patch size": ([theirs.patch_size], [ours.patch_size]),
-        "vision window": ([theirs.window], [ours.window]),
-    }
-    spelled = {name: tuple(", ".join(map(str, values)) for values in pair) for name, pair in parts.items()}
-    if differ := [f"{name} {teacher} and {student}" for name, (teacher, student) in spelled.items() if teacher != student]:
-        yield BadInput(
-            "teacher and student have other sizes", ", ".join(differ), "shrink the student from this teacher: shrinking keeps them"
-        )
-    if ours.image_size != theirs.image_size:
-        sizes = f"{theirs.image_size} and {ours.image_size} px"
-        yield BadInput("teacher and student read images of different size", sizes, "shrink the student from this teacher")
+class Difference(NamedTuple):
+    """In words what is another in the teacher than in the student, and the terms that cannot be compared for it."""
+
+    what: str
+    terms: frozenset[str]
 
 
-def stage_problems(student: Loaded, teacher: Loaded) -> Iterator[BadInput]:
-    """Towers in stages (Swin) of which layers would be compared that are of other width."""
-    ours, theirs = student.sizes.widths, teacher.sizes.widths
-    maps = tower_maps(student.model.config, teacher.model.config)
-    if wrong := [tower for tower, part in maps.items() if any(ours[tower][s] != theirs[tower][t] for s, t in part.hidden)]:
-        why = f"{', '.join(wrong)} layers of the student stand for layers of stages of other width"
-        yield BadInput("teacher and student have other stages", why, "shrink the student from this teacher")
+def differences(student: Loaded, teacher: Loaded) -> Iterator[Difference]:
+    """Every size of the towers that decides which terms can be compared, where teacher and student differ in it."""
+    ours, theirs = student.sizes, teacher.sizes
+    layers, maps = frozenset({"vision_hidden", "vision_self_attention"}), tower_maps(student.model.config, teacher.model.config)
+    crossing = [tower for tower in ours.widths if f"{tower}.cross_attention" in student.model.taps]
+    seeing = [tower for tower in crossing if tower != "decoder" or len(crossing) == 1]  # behind another one, a decoder attends to texts
+    looking = frozenset(f"{tower}_cross_attention" for tower in seeing)
+    for tower in ours.widths:
+        parts = {"width": {f"{tower}_hidden"}, "heads": {f"{tower}_self_attention", f"{tower}_cross_attention"}}
+        for name, terms in parts.items():
+            mine, other = ours.shapes(tower)[name], theirs.shapes(tower)[name]
+            if mine and other and mine != other:
+                yield Difference(f"{tower} {name} {', '.join(map(str, other))} and {', '.join(map(str, mine))}", frozenset(terms))
+    if ours.patch_size != theirs.patch_size:
+        yield Difference(f"patch size {theirs.patch_size} and {ours.patch_size}", layers | looking)
+    if ours.window != theirs.window:
+        spelled = " and ".join("none" if window is None else str(window) for window in (theirs.window, ours.window))
+        yield Difference(f"vision window {spelled}", layers)
+    for tower, pairs in maps.items():
+        alike = ours.shapes(tower) == theirs.shapes(tower)
+        if alike and any(ours.widths[tower][s] != theirs.widths[tower][t] for s, t in pairs.hidden):
+            what = f"{tower} layers of the student stand for layers of stages of other width"
+            yield Difference(what, frozenset({f"{tower}_hidden", f"{tower}_self_attention"}))
 
 
 def released(terms: Iterable[Term], quirks: DistillationQuirks) -> tuple[Term, ...]:

@@ -13,8 +13,8 @@ from efficientvlm.objectives.objective import Objective
 class Method(Protocol):
     """How a teacher teaches."""
 
-    def needs(self, student: Any, teacher: Any) -> Iterator[BadInput]:
-        """Every reason why the network `teacher` (a `loaded.Loaded`) cannot teach `student`."""
+    def needs(self, student: Any, teacher: Any, settings: Any) -> Iterator[BadInput]:
+        """Every reason why the network `teacher` (a `loaded.Loaded`) cannot teach `student` as `settings` say."""
 
     def distilled(self, hard: Any, teacher: Any, settings: Any) -> Objective:
         """The losses `hard` of the student, mixed with what the network `teacher` says, as `settings` ask."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from efficientvlm.data.draw import seed_of
+from efficientvlm.data.kinds.pairs import patches_of
 from efficientvlm.families.network import Record, check_taps, kinds_of
 from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
@@ -110,7 +111,7 @@ class XvlmPretraining(Objective):
         rows, count = torch.arange(len(ids), device=ids.device), len(ids)
         everyone = Rows(count)
         mlm = "mlm" in runs
-        regions = (batch["image_index"], batch["image_mask"]) if "image_mask" in batch else None
+        regions = (batch["image_index"], covered(model, batch)) if "image_mask" in batch else None
 
         image = model.encode_image(batch["pixels"], regions, keep=kinds_of(wanted, "vision"))
         both = torch.cat([ids, batch["masked_ids"]]) if mlm else ids
@@ -140,7 +141,7 @@ class XvlmPretraining(Objective):
         # rows of the one fusion batch: matched pairs, true text + drawn image, drawn text + true image, masked text + its image, boxes
         plan: list[tuple[str, Tensor, Tensor]] = []
         images, texts, masks = image.states, text.states, torch.cat([mask, mask]) if mlm else mask
-        visible = None if regions is None else visible_patches(batch["image_mask"], len(images))
+        visible = None if regions is None else visible_patches(regions[1], len(images))
         if itm:
             assert negatives is not None
             images, image_negative = everyone.reach(images, negatives[0])
@@ -189,6 +190,15 @@ class XvlmPretraining(Objective):
             self.told = True
             why = "all others of their batch have their picture or their caption"
             say(f"matching: step {step} lacks {lacking} of {len(known)} negatives, and so may later ones: {why}; larger batches have more")
+
+
+def covered(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Patches [R, 1 + patches] that the regions of a batch cover, CLS first, in the grid of `model`: a teacher may have another one."""
+    sizes, mask = model.config.sizes(), batch["image_mask"]
+    side = sizes.image_size // sizes.patch_size
+    if mask.shape[1] == 1 + side**2:
+        return cast(Tensor, mask)
+    return torch.from_numpy(patches_of(batch["boxes"].cpu().numpy(), (side, side))).to(mask.device)
 
 
 def _tap(record: Record, tower: str, out: Encoded, part: slice = slice(None), run: str = "") -> None:

@@ -210,7 +210,7 @@ def problems(config: settings.Learning, task: Learnt, student: Loaded, teacher: 
     yield from task.problems(config, student)
     yield from unknown_towers(student, config.freeze)
     if teacher:
-        yield from method_of(config).needs(student, teacher)
+        yield from method_of(config).needs(student, teacher, config)
         yield from task.teacher_problems(config, teacher)
 
 

@@ -11,6 +11,8 @@ from efficientvlm.families.network import refusal
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, PRETRAIN_HEADS
 
 RETRIEVAL = {"itc", "itm"}
+TEXT_SIZES = ("text_width", "text_heads", "text_intermediate", "max_positions", "vocab_size", "type_vocab_size")
+"""What an answer decoder has in common with the one it starts from."""
 GROUNDING = {"box"}
 
 
@@ -28,7 +30,11 @@ def answering(model: Any, teacher: Any | None, decoder_init: str) -> tuple[Any, 
         return model, []
     if not model.config.fusion_layers:
         raise refusal(model.config, "answer", why="without fusion layers it reads them blind", fix="shrink to at least one")
-    donor = teacher if decoder_init in ("auto", "teacher") else None
+    fits = teacher is not None and all(getattr(teacher.config, name) == getattr(model.config, name) for name in TEXT_SIZES)
+    if decoder_init == "teacher" and teacher is not None and not fits:
+        why = "its answer decoder has another width, or other heads, neurons, positions or words"
+        raise BadInput("decoder_init is teacher", why, "use decoder_init=fusion")
+    donor = teacher if decoder_init in ("auto", "teacher") and fits else None
     if donor is None and decoder_init == "teacher":
         raise BadInput("decoder_init is teacher", "there is no --teacher", "give one, or decoder_init=fusion")
     if donor is None and "mlm" not in model.config.heads:
