@@ -1,7 +1,7 @@
-"""X-VLM's losses, distillation terms, features and answers on rebuilt networks, against stored numbers.
+"""X-VLM's losses, distillation terms, features, answers and boxes on rebuilt networks, against stored numbers.
 
 The numbers in `reference/xvlm.json` were written by this file (`python tests/test_reference.py`) at a version of the code that agrees with
-the published implementation on its own random networks, which are too large for a repository (`test_parity_xvlm.py`).
+the published implementation on its own random networks, which are too large for a repository (`test_parity_*.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
 from efficientvlm.objectives.efficientvlm import released
 from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.grounding import Grounding
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.settings.methods import DistillationQuirks
+from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.ranking import rank
 
 FILE = Path(__file__).parent / "reference" / "xvlm.json"
@@ -142,11 +144,34 @@ def answering() -> Iterator[tuple[str, float]]:
         yield from told(f"answering {term.weight} {term.tap}", compared(term, records[1], records[0], maps))
 
 
+def grounding() -> Iterator[tuple[str, float]]:
+    teacher, batch = network(heads=["box"]), {**questions(), "boxes": 0.2 + 0.3 * values("boxes", (3, 4)).abs()}
+    student, records = student_of(teacher), []
+    for name, model in (("teacher", teacher), ("student", student)):
+        objective = Grounding(model)
+        losses, record = objective.passes(model, batch, 0, [term.tap for term in objective.terms])[:2]
+        records.append(record)
+        yield from told(f"{name} box", losses["box"])
+        yield from told(f"{name} giou", losses["giou"])
+        yield from told(f"{name} boxes", record["boxes"])
+    maps = tower_maps(student.config, teacher.config)
+    for term in objective.terms:
+        yield from told(f"grounding {term.weight} {term.tap}", compared(term, records[1], records[0], maps))
+    matching = network(heads=["itc", "itm"])
+    for layer in range(2):
+        looked, logits = gradcam.maps(matching, pairs(), layer)
+        yield from told(f"where layer {layer} looks", looked / looked.mean())
+    yield from told("matching of what is looked at", logits)
+
+
 def written(figures: Iterator[tuple[str, float]]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in figures}
 
 
-@pytest.mark.parametrize("part", [pretraining, answering])
+PARTS = (pretraining, answering, grounding)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_numbers_are_those_that_are_stored(part: Any) -> None:
     expected = json.loads(FILE.read_text("utf-8"))[part.__name__]
     found = dict(part())
@@ -156,4 +181,4 @@ def test_numbers_are_those_that_are_stored(part: Any) -> None:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({part.__name__: written(part()) for part in (pretraining, answering)}, indent=1) + "\n", "utf-8")
+    FILE.write_text(json.dumps({part.__name__: written(part()) for part in PARTS}, indent=1) + "\n", "utf-8")
