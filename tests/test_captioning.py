@@ -18,7 +18,7 @@ from torch import Tensor
 
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.data.batch import uniform
-from efficientvlm.data.kinds.pairs import PAIRS, caption_batch
+from efficientvlm.data.kinds.pairs import PAIRS, PairItem, caption_batch
 from efficientvlm.data.opening import open_data
 from efficientvlm.errors import BadInput
 from efficientvlm.families.onnx.description import Description
@@ -143,6 +143,8 @@ def test_captions_share_the_vision_pass_of_their_image(chain):
         said = texts.ids([caption])[0]
         assert ids[mask.bool()].tolist() == [texts.cls, *prompt, *said, texts.sep]
         assert ids[target.bool()].tolist() == [*said, texts.sep]
+    sign = PairItem("x", items[0].image, ["A T-shirt, red/blue (new)!"])
+    assert caption_batch([sign], texts, seed=0, step=0, plain_captions=True)["captions"] == ["a t shirt red blue new"]
     whole = caption_batch(items, texts, seed=0, step=0)
     assert len(whole["captions"]) == sum(len(item.captions) for item in items) and whole["references"] == [i.captions for i in items]
     assert whole["target_mask"].sum() == whole["text_mask"].sum() - len(whole["captions"])

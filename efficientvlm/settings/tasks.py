@@ -194,6 +194,7 @@ class CaptioningSettings(Learning):
         description="what the true token keeps of its target: 1 - e + e / K; published: 1 - e, so that a target sums to 1 - e / K",
     )
     captions_per_image: Size = Field(5, ge=1, description="captions that share one vision pass")
+    plain_captions: bool = Field(False, description="captions are learnt in lower case and without punctuation, as published")
     self_critical: bool = Field(False, description="learn from the CIDEr-D of sampled captions, of a network that was tuned on captions")
     samples: Size = Field(5, ge=1, description="self_critical: captions that are drawn of an image")
     baseline: Literal["greedy", "samples"] = Field(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from efficientvlm.data.kinds.pairs import plain
 from efficientvlm.errors import BadInput
 from efficientvlm.tasks import ptb
 
@@ -245,7 +246,4 @@ class Reward:
 
 def ended(text: str) -> Sentence:
     """A caption as the published code prepares it for training, in lower case and without punctuation, and :data:`END`."""
-    return Sentence([*text.lower().translate(_PREPARED).split(), END])
-
-
-_PREPARED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~", ""), "-": " ", "/": " "})
+    return Sentence([*plain(text).split(), END])

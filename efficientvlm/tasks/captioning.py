@@ -122,8 +122,8 @@ class Captioning(Learnt, Asked):
         return SelfCritical(student.model, reward, describer.said, describer.prompt, describer.rules, **chosen)
 
     def batches(self, config: CaptioningSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
-        drawn: dict[str, Any] = {"seed": config.seed, "step": step, "captions_per_image": config.captions_per_image}
-        return [caption_batch(items, texts, prompt=config.prompt, **drawn, **augmentation(config))]
+        chosen = settings_of(config, "seed", "prompt", "captions_per_image", "plain_captions")
+        return [caption_batch(items, texts, step=step, **chosen, **augmentation(config))]
 
     def validate(self, config: CaptioningSettings, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         """The loss of a token, and the metrics of the captions that are written."""
@@ -131,7 +131,7 @@ class Captioning(Learnt, Asked):
         if not len(source):
             return {"images": 0}
         size = config.eval_batch_size or EVAL_BATCH
-        loss = mean_loss(student, source, config.prompt, size, quiet)
+        loss = mean_loss(student, source, size, quiet, **settings_of(config, "prompt", "plain_captions"))
         describer = Describer(student, Manner.of(student, config))
         found = describe(describer, source, size, "validate", quiet).metrics("ptb", "validate", quiet)
         return {**found, **({} if loss is None else {"loss": loss})}

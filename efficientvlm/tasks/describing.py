@@ -230,12 +230,12 @@ def of_captions(describer: Describer, source: Any, batch_size: int | None = None
 
 
 @torch.inference_mode()
-def mean_loss(loaded: Loaded, source: Any, prompt: str, batch_size: int, quiet: bool) -> float | None:
+def mean_loss(loaded: Loaded, source: Any, batch_size: int, quiet: bool, *, prompt: str, plain_captions: bool = False) -> float | None:
     """Mean cross-entropy of a token of all captions of `source`, as it is without smoothing; None where there is none."""
     model, texts = loaded.model.eval(), texts_of(loaded)
     total, tokens = 0.0, 0
     for items in batches(source, batch_size, "validation loss", quiet):
-        batch = caption_batch(items, texts, seed=0, step=0, prompt=prompt)
+        batch = caption_batch(items, texts, seed=0, step=0, prompt=prompt, plain_captions=plain_captions)
         some = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
         logits, target = model.run(some)["logits"].float(), some["target_mask"][:, 1:].bool()
         total += float(F.cross_entropy(logits[:, :-1][target], some["text_ids"][:, 1:][target], reduction="sum"))

@@ -23,6 +23,7 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.data.transforms import Augment, augment, names_a_side
 from efficientvlm.errors import BadInput
 
+PLAIN = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~", ""), "-": " ", "/": " "})
 LEAST_VISIBLE = 0.5
 TOUCH = 1e-4  # of a patch: less is rounding, not overlap
 
@@ -188,6 +189,11 @@ def pair_batch(
     return batch | _masked_texts(captions, texts, max_tokens, draws, mask_probability, max_masks)
 
 
+def plain(caption: str) -> str:
+    """A caption in lower case and without punctuation, as the published code prepares it."""
+    return " ".join(caption.lower().translate(PLAIN).split())
+
+
 def caption_batch(
     items: Sequence[PairItem],
     texts: Texts,
@@ -198,11 +204,13 @@ def caption_batch(
     augment_kind: Augment = "none",
     mirror: bool = True,
     captions_per_image: int | None = None,
+    plain_captions: bool = False,
     max_tokens: int | None = None,
 ) -> Batch:
     """Captions that share the vision pass of their image, behind a `prompt`.
 
     `captions_per_image` are drawn of each image without replacement (all if there are fewer); by default all are taken, in order.
+    `plain_captions` are prepared by :func:`plain`.
 
     Returns:
         samples, the number of images;
@@ -219,7 +227,7 @@ def caption_batch(
             chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:captions_per_image].tolist())]
         sided = any(map(names_a_side, chosen))
         images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not sided, task=True).image)
-        captions += chosen
+        captions += [plain(caption) for caption in chosen] if plain_captions else chosen
         image_index += [row] * len(chosen)
     given = texts.ids([prompt])[0] if prompt else []
     ids, mask = texts.batch(captions, max_tokens, prompt=given)
