@@ -15,7 +15,8 @@ import torch
 from test_data_files import jsonl, pictures, png
 
 from efficientvlm.data.kinds.statements import STATEMENTS, Statement, TwoImageItem, statement_batch
-from efficientvlm.data.opening import open_data, record
+from efficientvlm.data.opening import open_data, open_texts, record
+from efficientvlm.data.opening import texts as texts_of_data
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput
@@ -137,3 +138,10 @@ def test_a_batch_of_statements() -> None:
     assert some["pair_index"].tolist() == [0, 1] and torch.equal(some["pixels"], batch["pixels"])
     again = statement_batch(items, texts, seed=0, step=0, statements_per_pair=1, augment_kind="paper")
     assert again["statements"] == some["statements"] and not torch.equal(again["pixels"], some["pixels"])
+
+
+def test_a_tokenizer_is_trained_on_statements(tmp_path: Path) -> None:
+    left, right = pictures(tmp_path, 2)
+    spec = jsonl(tmp_path / "s.jsonl", [{"images": [left, right], "sentence": "zebra", "label": True, "words": "okapi"}])
+    assert list(texts_of_data(open_texts(spec))) == ["zebra"]
+    assert list(texts_of_data(open_texts(spec, columns={"statement": "words"}))) == ["okapi"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compression_cases import tiny_pairs
 from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
+from doc_pages import script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -163,9 +164,23 @@ def test_consistency_is_of_sentences_and_errors_are_clustered() -> None:
     found = scores([1, 1, 0, 1, 0], [1, 1, 0, 0, 0], ["a", "a", "a", "b", "b"])
     assert (found["statement_accuracy"], found["consistency"], found["sentences"], found["majority_accuracy"]) == (0.8, 0.5, 2, 0.6)
     assert found["standard_error"] == pytest.approx(((0.6**2 + 0.6**2) * 2) ** 0.5 / 5) and found["consistency_standard_error"] == 0.5
+    assert found["majority_consistency"] == 0.5
+    assert scores([0, 0, 0], [1, 1, 0], ["a", "a", "b"])["majority_consistency"] == 0.5
     alone = scores([1, 0, 1], [1, 1, 0], ["a", "b", "c"])
     assert alone["standard_error"] == pytest.approx((1 / 3 * 2 / 3 / 2) ** 0.5) == alone["consistency_standard_error"]
     assert scores([1], [1], ["a"])["standard_error"] is None and scores([], [], []) == {"statements": 0}
+
+
+def test_a_picture_of_nlvr_becomes_two() -> None:
+    made = script("benchmarks/nlvr.py")
+    picture = Image.new("RGB", (400, 100), (128, 128, 128))
+    for left, colour in ((0, "red"), (150, "green"), (300, "blue")):
+        picture.paste(colour, (left, 0, left + 100, 100))
+    first, second = made.two_images(picture)
+    assert first.size == (200, 100) and [first.getpixel((x, 50)) for x in (99, 100)] == [(255, 0, 0), (0, 128, 0)]
+    assert second.size == (100, 100) and second.getcolors() == [(10_000, (0, 0, 255))]
+    with pytest.raises(BadInput, match="300 x 100"):
+        made.two_images(picture.crop((0, 0, 300, 100)))
 
 
 def test_a_text_is_never_given_an_image_that_is_its_own() -> None:

@@ -142,25 +142,28 @@ def usable(source: Source[Item], indices: Sequence[int]) -> list[Item]:
 
 
 def open_texts(spec: str, *, columns: Mapping[str, str] | None = None) -> Source[Any]:
-    """Data whose texts a tokenizer is trained on: pairs or, where the data has no captions, questions.
+    """Data whose texts a tokenizer is trained on: pairs, or where they have no captions, questions or statements about two pictures.
 
     Raises:
-        BadInput: it can be opened as neither; what is wrong with the form that fits better.
+        BadInput: it can be opened as none of them; what is wrong with the form that fits best.
     """
     from efficientvlm.data.kinds.pairs import PAIRS
     from efficientvlm.data.kinds.questions import QUESTIONS
+    from efficientvlm.data.kinds.statements import STATEMENTS
 
-    if spec == "easy-vqa" or "question" in (columns or {}):
+    if spec == "easy-vqa":
         return open_data(QUESTIONS, spec, "train", columns=columns)
-    try:
-        return open_data(PAIRS, spec, "train", columns=columns)
-    except BadInput as as_pairs:
-        if "no column for" not in as_pairs.what or spec.partition(":")[0] in BUILT_IN:
-            raise
+    every: tuple[Kind[Any, Any], ...] = (PAIRS, QUESTIONS, STATEMENTS)
+    first: BadInput | None = None
+    for kind in [kind for kind in every if set(columns or {}) <= kind.roles.keys()] or every:
         try:
-            return open_data(QUESTIONS, spec, "train", columns=columns)
-        except BadInput as as_questions:
-            raise (as_pairs if "no column for" in as_questions.what else as_questions) from None
+            return open_data(kind, spec, "train", columns=columns)
+        except BadInput as error:
+            if "no column for" not in error.what or spec.partition(":")[0] in BUILT_IN:
+                raise error from None
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def record(source: Source[Any], split: str) -> dict[str, Any]:

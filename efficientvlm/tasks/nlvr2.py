@@ -167,14 +167,17 @@ def scores(said: Sequence[int], labels: Sequence[int], groups: Sequence[str]) ->
 
     Returns `statement_accuracy` with its `standard_error`, clustered by sentence, as statements of one are no independent samples;
     `statements`, `majority_accuracy` (of the more frequent label for all); `consistency`, the part of the sentences that are judged rightly
-    about all their images (Suhr et al. 2019), with `consistency_standard_error`, and `sentences`.
+    about all their images (Suhr et al. 2019), with `consistency_standard_error` and `majority_consistency`, and `sentences`.
     """
     count = len(labels)
     if not count:
         return {"statements": 0}
     hits: defaultdict[str, list[bool]] = defaultdict(list)
+    usual: defaultdict[str, list[bool]] = defaultdict(list)
+    most = int(2 * sum(labels) >= count)
     for verdict, label, group in zip(said, labels, groups, strict=True):
         hits[group].append(verdict == label)
+        usual[group].append(most == label)
     accuracy = sum(map(sum, hits.values())) / count
     sentences, consistent = len(hits), sum(map(all, hits.values())) / len(hits)
     spread = sum((sum(group) - accuracy * len(group)) ** 2 for group in hits.values())
@@ -183,9 +186,10 @@ def scores(said: Sequence[int], labels: Sequence[int], groups: Sequence[str]) ->
         "statement_accuracy": accuracy,
         "standard_error": math.sqrt(spread * sentences / (sentences - 1)) / count if several else None,
         "statements": count,
-        "majority_accuracy": max(sum(labels), count - sum(labels)) / count,
+        "majority_accuracy": sum(map(sum, usual.values())) / count,
         "consistency": consistent,
         "consistency_standard_error": math.sqrt(consistent * (1 - consistent) / (sentences - 1)) if several else None,
+        "majority_consistency": sum(map(all, usual.values())) / sentences,
         "sentences": sentences,
     }
 
