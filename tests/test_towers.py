@@ -243,7 +243,7 @@ def test_who_is_able_is_said_as_it_is() -> None:
     """The table that a refusal names families from agrees with their configurations."""
     heads = tiny_xvlm().copy(decoder_layers=0, heads=["itc", "itm", "mlm", "box"])
     able: dict[str, set[str]] = {}
-    for config in (*CONFIGS.values(), heads):
+    for config in (*CONFIGS.values(), heads, CONFIGS["xvlm-two-images"].copy(heads=["assign"])):
         kind = next((name for part, name in KINDS.items() if part in config.model_type), None)
         for ability in config.abilities() if kind else ():
             able.setdefault(ability, set()).add(str(kind))

@@ -81,9 +81,6 @@ class Network(Askable, Protocol):
     @property
     def config(self) -> Structure: ...
 
-    def resized(self, image_size: int) -> Self:
-        """This network for images of `image_size` pixels on a side; :class:`BadInput` where that cannot be."""
-
     def units(self) -> list[Unit]:
         """Every removable unit that is present, ordered by tower, layer, kind, index."""
 
@@ -95,6 +92,13 @@ class Network(Askable, Protocol):
 
     def source_name(self, parameter: str, layers: dict[str, list[int]]) -> str:
         """Name in the larger network of the tensor that initialises `parameter` of the network with `layers`."""
+
+
+class Resizes(Protocol):
+    """What is trained with images of another size than it read before."""
+
+    def resized(self, image_size: int) -> Self:
+        """This network for images of `image_size` pixels on a side; :class:`BadInput` where that cannot be."""
 
 
 class Exports(Protocol):

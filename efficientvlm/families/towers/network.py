@@ -46,7 +46,7 @@ class TowerNetwork(PreTrainedModel):
         return self, []
 
     def resized(self, image_size: int) -> Any:
-        """As :meth:`families.network.Network.resized`; what is published of other families says nothing of other sizes."""
+        """As :meth:`families.network.Resizes.resized`; what is published of other families says nothing of other sizes."""
         if image_size == self.config.sizes().image_size:
             return self
         why = f"a network of type {self.config.model_type} keeps the size that it was made for"
