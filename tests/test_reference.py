@@ -1,4 +1,4 @@
-"""X-VLM's losses, distillation terms, features, answers and boxes on rebuilt networks, against stored numbers.
+"""X-VLM's losses, distillation terms, features, answers, captions and boxes on rebuilt networks, against stored numbers.
 
 The numbers in `reference/xvlm.json` were written by this file (`python tests/test_reference.py`) at a version of the code that agrees with
 the published implementation on its own random networks, which are too large for a repository (`test_parity_*.py`).
@@ -16,8 +16,10 @@ import torch
 from rebuilt import rebuilt, tokens, values
 from torch import Tensor
 
+from efficientvlm.families.towers.decoding import Rules, beam, stepping
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.efficientvlm import released
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.grounding import Grounding
@@ -164,11 +166,40 @@ def grounding() -> Iterator[tuple[str, float]]:
     yield from told("matching of what is looked at", logits)
 
 
+def captioning() -> Iterator[tuple[str, float]]:
+    teacher, batch = network(heads=["lm"]), {**pairs(), "image_index": torch.arange(PAIRS)}
+    batch["target_mask"] = batch["text_mask"].clone()
+    batch["target_mask"][:, :2] = 0
+    student, records = student_of(teacher), []
+    for name, model in (("teacher", teacher), ("student", student)):
+        for published in (False, True):
+            objective = Captions(model, 0.1, published=published)
+            losses, record = objective.passes(model, batch, 0, [term.tap for term in objective.terms])[:2]
+            yield from told(f"{name} captions{' published' * published}", losses["caption"])
+        records.append(record)
+        yield from told(f"{name} caption logits", record["logits"])
+    losses["caption"].backward()
+    for part in ("vision.patch_embedding.weight", "fusion.layers.0.cross_attention.v.weight", "text.embeddings.word.weight"):
+        yield from told(f"student gradient {part}", student.get_parameter(part).grad)
+    maps = tower_maps(student.config, teacher.config)
+    for quirks in (DistillationQuirks(), DistillationQuirks(unmasked_padding=True, skip_last_hidden=True)):
+        for term in released(objective.terms, quirks):
+            distance = compared(term, records[1], records[0], maps)
+            yield from told(f"captions {term.weight} {term.tap}{' released' * quirks.unmasked_padding}", distance)
+    given = torch.tensor([[1, 5]]).expand(PAIRS, -1)
+    with torch.no_grad():
+        for rule in ("published", "generated"):
+            step, rules = stepping(teacher, teacher.look(batch["pixels"])), Rules(end=30, filler=0, most=6)
+            found = beam(step, given, rules, 3, length_rule=rule)  # type: ignore[arg-type]
+            yield from told(f"searched, {rule}", found.ids.double())
+            yield from told(f"scores, {rule}", found.scores)
+
+
 def written(figures: Iterator[tuple[str, float]]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in figures}
 
 
-PARTS = (pretraining, answering, grounding)
+PARTS = (pretraining, answering, grounding, captioning)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
