@@ -26,6 +26,7 @@ from efficientvlm.checkpoints import folder as checkpoint
 from efficientvlm.checkpoints import manifest
 from efficientvlm.control import Control
 from efficientvlm.runtime.hardware import processor
+from efficientvlm.script import run_script
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages.run import run_stage
 
@@ -221,15 +222,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
+    return run_script(lambda: [work(options.task or list(TASKS), options.seed or SEEDS, options.out, only_said=options.list)])
+
+
+def work(tasks: Sequence[str], seeds: Sequence[int], root: Path, *, only_said: bool) -> Path:
+    """Add every row that is not there yet; the CSV."""
     path = ROOT / csv_of("scenes", processor())
-    for run in runs(options.task or list(TASKS), options.seed or SEEDS):
+    for run in runs(tasks, seeds):
         if run.key in {(line["task"], line["seed"], line["model"]) for line in rows_of(path)}:
             continue
         print(" ".join(run.key), file=sys.stderr, flush=True)
-        if not options.list:
-            append(path, row(run, options.out))
-    print(path)
-    return 0
+        if not only_said:
+            append(path, row(run, root))
+    return path
 
 
 if __name__ == "__main__":
