@@ -51,6 +51,7 @@ def test_published_lengths():
         "xvlm": 40,
         "xvlm-swin": 40,
         "xvlm-caption": 40,
+        "xvlm-grounding": 40,
         "xvlm-two-images": 40,
         "clip": None,
         "siglip": None,
