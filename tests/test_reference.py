@@ -1,4 +1,4 @@
-"""X-VLM's losses, distillation terms, features, answers, captions and boxes on rebuilt networks, against stored numbers.
+"""X-VLM's losses, distillation terms, features, answers, captions, verdicts and boxes on rebuilt networks, against stored numbers.
 
 The numbers in `reference/xvlm.json` were written by this file (`python tests/test_reference.py`) at a version of the code that agrees with
 the published implementation on its own random networks, which are too large for a repository (`test_parity_*.py`).
@@ -19,13 +19,15 @@ from torch import Tensor
 from efficientvlm.families.towers.decoding import Rules, beam, stepping
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.objectives.assignment import Drawn, TextAssignment, weights_of
 from efficientvlm.objectives.captioning import Captions
-from efficientvlm.objectives.efficientvlm import released
+from efficientvlm.objectives.comparison import Comparison
+from efficientvlm.objectives.efficientvlm import layer_maps, released
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.grounding import Grounding
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
-from efficientvlm.settings.methods import DistillationQuirks
+from efficientvlm.settings.methods import DistillationQuirks, NLVR2Quirks
 from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.ranking import rank
 
@@ -195,11 +197,40 @@ def captioning() -> Iterator[tuple[str, float]]:
             yield from told(f"scores, {rule}", found.scores)
 
 
+def comparing() -> Iterator[tuple[str, float]]:
+    """Three statements about two pairs of images; and texts that are assigned to the first, the second or neither of two."""
+    teacher = network(fusion_images=2, fusion_layers=4, heads=["compare"])
+    asked = questions()
+    batch = {"pixels": asked["pixels"], "second_pixels": values("others", (2, 3, 16, 16)), "pair_index": asked["image_index"]}
+    batch |= {"text_ids": asked["question_ids"], "text_mask": asked["question_mask"], "labels": torch.tensor([1, 0, 1])}
+    student, records = rebuilt(XVLM().build(teacher.config.with_layers({**STUDENT, "fusion": [2, 3]}))), []
+    for name, model in (("teacher", teacher), ("student", student)):
+        objective = Comparison(model)
+        losses, record = objective.passes(model, batch, 0, [term.tap for term in objective.terms])[:2]
+        yield from told(f"{name} statements", losses["task"])
+        yield from told(f"{name} verdicts", record["logits"])
+        records.append(record)
+    losses["task"].backward()
+    for part in ("vision.patch_embedding.weight", "fusion.layers.0.cross_attention.v.weight", "fusion.layers.1.cross_attention.q.weight"):
+        yield from told(f"student gradient {part}", student.get_parameter(part).grad)
+    for quirks in (NLVR2Quirks(), NLVR2Quirks(unmasked_padding=True, skip_last_hidden=True, second_image=True)):
+        maps = layer_maps(student.config, teacher.config, quirks)
+        for term in released(objective.terms, quirks):
+            distance = compared(term, records[1], records[0], maps)
+            yield from told(f"statements {term.weight}{' released' * quirks.second_image}", distance)
+    assigns, given = network(fusion_images=2, fusion_layers=4, heads=["assign"]), pairs()
+    drawn = Drawn(torch.tensor([0, 1, 2, 0]), torch.tensor([0, 3, 1, 3]), torch.tensor([2, 1, 0, 2]))
+    found = TextAssignment(assigns, seed=0).passes(assigns, {**given, "image_ids": torch.arange(PAIRS)}, 0, (), drawn)
+    yield from told("assigned texts", found.losses["task"])
+    features = assigns.image_feature(assigns.encode_image(given["pixels"]).states)
+    yield from told("chances of other images", weights_of(features, torch.eye(PAIRS, dtype=torch.bool)))
+
+
 def written(figures: Iterator[tuple[str, float]]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in figures}
 
 
-PARTS = (pretraining, answering, grounding, captioning)
+PARTS = (pretraining, answering, grounding, captioning, comparing)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
