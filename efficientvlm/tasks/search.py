@@ -143,11 +143,11 @@ def sheet(rows: Sequence[dict[str, Any]], one: bool, quiet: bool) -> Any:
         say(f"predict: the sheet has question marks for letters of {foreign:,} texts, which its font lacks", quiet=quiet)
     labels = [f"{row['probability']:.0%}" if "probability" in row else f"{row['similarity']:.2f}" for row in rows]
     if one:
-        return of_texts(rows[0]["image"], [f"{label}  {row['text']}" for label, row in zip(labels, rows, strict=True)])
+        return of_texts(rows[0]["image"], [f"{label}: {row['text']}" for label, row in zip(labels, rows, strict=True)])
     lines: dict[str, list[tuple[str, str]]] = {}
     for label, row in zip(labels, rows, strict=True):
         line = lines.setdefault(row["text"], [])
-        line.append((row["image"], f"{len(line) + 1}   {label}"))
+        line.append((row["image"], f"{len(line) + 1}: {label}"))
     if len(lines) > MOST_ROWS:
         say(f"predict: the sheet shows the first {MOST_ROWS} of {len(lines):,} texts", quiet=quiet)
     return of_pictures(list(lines.items())[:MOST_ROWS])
