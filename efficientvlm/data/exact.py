@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 
-from efficientvlm.data.phrases import SIDES, amount, background_name, joined, kind, named, number, pick, place_name
-from efficientvlm.data.scenes import COLOURS, SHAPES, Difficulty, Scene, Thing
+from efficientvlm.data.phrases import SIDES, amount, background_name, joined, kind, named, pick, place_name
+from efficientvlm.data.scenes import COLOURS, SHAPES, Difficulty, Scene, Thing, sample
 
 SAME = ("both images contain {} or neither does", "the images agree about {}")
 OTHER = ("exactly one image contains {}", "one image contains {} and the other does not")
-SAME_NUMBER = ("both images contain the same number of shapes", "there are as many shapes in the left image as in the right image")
-OTHER_NUMBER = ("the images contain different numbers of shapes", "there are not as many shapes in the left image as in the right image")
-FORMS = (*SAME, *OTHER, *SAME_NUMBER, *OTHER_NUMBER)
-COUNTED = 0.25  # of the statements are about how many shapes there are
+ONE = ("the {side} image contains {}", "there is no {noun} in the {side} image")
+FORMS = (*SAME, *OTHER, *ONE)
+PRESENT = 2  # of twice as many colours that are asked about
 
 
 def captions(scene: Scene) -> list[str]:
@@ -40,35 +38,45 @@ def _beside(first: Thing, second: Thing) -> str:
 
 
 def about_two(
-    rng: np.random.Generator, level: Difficulty, objects: tuple[int, int], drawn: Callable[[tuple[int, int]], Scene]
-) -> tuple[Scene, Scene, str, bool]:
-    """Two scenes, a statement about both, and whether it is true.
+    rng: np.random.Generator, level: Difficulty, objects: tuple[int, int], alike: int, simple: bool
+) -> tuple[Scene, Scene, list[tuple[str, bool]]]:
+    """Two scenes, and statements about both with their truth: about some colours, and about two forms.
 
-    What it is about, whether the left image has it and whether it is true are drawn first, each for itself; the right image follows. So
-    neither the text, nor the text with one image, tells anything: each of them goes as often with a true statement as with a false one.
-
-    Args:
-        drawn: a scene of so many shapes.
+    Half of the colours and forms that are asked about are in the left image, and half in the right one, each drawn for itself. What is
+    stated is drawn too. So neither the text, nor the text with one image, tells anything about one of the statements: each of them goes as
+    often with a true as with a false one. With `simple` there are as many statements about one of the images, to begin with.
     """
-    label, stated = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
-    agree = stated == label
-    if objects[0] < objects[1] and rng.random() < COUNTED:
-        counts = range(objects[0], objects[1] + 1)
-        left = counts[int(rng.integers(len(counts)))]
-        others = [count for count in counts if count != left]
-        right = left if agree else others[int(rng.integers(len(others)))]
-        text = pick(rng, SAME_NUMBER if stated else OTHER_NUMBER)
-        return _found(drawn, (left, left), "shape", left), _found(drawn, (right, right), "shape", right), text, label
-    colour, shape = pick(rng, list(COLOURS)[: level.colours]), pick(rng, SHAPES[: level.shapes])
-    noun = pick(rng, (f"{colour} {shape}", shape, f"{colour} shape"))
-    has = bool(rng.random() < 0.5)
-    text = pick(rng, SAME if stated else OTHER).format(named(noun))
-    return _found(drawn, objects, noun, has), _found(drawn, objects, noun, has == agree), text, label
+    present = 1 if alike else min(PRESENT, objects[0])
+    known = list(COLOURS)[: level.colours]
+    colours = [known[at] for at in rng.permutation(len(known))[: 2 * present]]
+    shapes = [SHAPES[at] for at in rng.permutation(level.shapes)[:2]]
+    scenes, there = [], []
+    for _ in range(2):
+        some = [colours[at] for at in rng.permutation(len(colours))[:present]]
+        shape = shapes[int(rng.integers(2))]
+        count = int(rng.integers(objects[0], objects[1] + 1))
+        free = [colour for colour in known if colour not in colours or colour in some]
+        painted = [*some, *some[:1] * (alike - 1)]
+        painted += [pick(rng, free) for _ in range(count - len(painted))]
+        others = [other for other in SHAPES[: level.shapes] if other not in shapes or other == shape]
+        formed = [shape, *(pick(rng, others) for _ in range(len(painted) - 1))]
+        scenes.append(_scene(rng, level, list(zip(painted, (formed[at] for at in rng.permutation(len(formed))), strict=True))))
+        there.append({shape, *(f"{colour} shape" for colour in some)})
+    said = []
+    for noun in (*(f"{colour} shape" for colour in colours), *shapes):
+        stated = bool(rng.random() < 0.5)
+        agree = (noun in there[0]) == (noun in there[1])
+        said.append((pick(rng, SAME if stated else OTHER).format(named(noun)), stated == agree))
+        if simple:
+            side, stated = int(rng.integers(2)), bool(rng.random() < 0.5)
+            text = ONE[1 - stated].format(named(noun), noun=noun, side=("left", "right")[side])
+            said.append((text, stated == (noun in there[side])))
+    return scenes[0], scenes[1], said
 
 
-def _found(drawn: Callable[[tuple[int, int]], Scene], objects: tuple[int, int], noun: str, wanted: int) -> Scene:
-    """The first scene drawn that has `wanted` shapes, or that has a `noun` or has none as `wanted` says."""
+def _scene(rng: np.random.Generator, level: Difficulty, kinds: list[tuple[str, str]]) -> Scene:
+    """A scene that has room for all of `kinds`, one after another in any order."""
     while True:
-        scene = drawn(objects)
-        if (len(scene.things) if noun == "shape" else number(scene, noun) > 0) == wanted:
+        scene = sample(rng, level, kinds=[kinds[at] for at in rng.permutation(len(kinds))])
+        if len(scene.things) == len(kinds):
             return scene

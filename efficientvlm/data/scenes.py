@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +78,22 @@ class Scene:
     noise: float
 
 
-def sample(rng: np.random.Generator, level: Difficulty, objects: tuple[int, int] | None = None, alike: int = 0) -> Scene:
+def sample(
+    rng: np.random.Generator,
+    level: Difficulty,
+    objects: tuple[int, int] | None = None,
+    alike: int = 0,
+    kinds: Sequence[tuple[str, str]] = (),
+) -> Scene:
     """A scene of `level`; no two shapes overlap. A crowded scene gets smaller shapes rather than fewer.
 
-    The first `alike` shapes share a colour.
+    The first `alike` shapes share a colour; or all are of `kinds`, colours and forms, which some background has to go with.
     """
     least, most = objects or level.objects
-    count = least + int(rng.random() * (most - least + 1))
+    count = len(kinds) or least + int(rng.random() * (most - least + 1))
     background = _background(rng, level)
+    while any(_contrast(COLOURS[colour], background) < CONTRAST for colour, _ in kinds):
+        background = _background(rng, level)
     colours = [name for name in list(COLOURS)[: level.colours] if _contrast(COLOURS[name], background) >= CONTRAST]
     shapes = SHAPES[: level.shapes]
     things: list[Thing] = []
@@ -92,7 +101,7 @@ def sample(rng: np.random.Generator, level: Difficulty, objects: tuple[int, int]
     if count > 1:
         largest = max(smallest, min(largest, 1.1 / count**0.5))
     while len(things) < count:
-        colour, shape = _kind(rng, level, things, colours, shapes)
+        colour, shape = kinds[len(things)] if kinds else _kind(rng, level, things, colours, shapes)
         if 0 < len(things) < alike:
             colour = things[0].colour
         rgb = _jittered(rng, COLOURS[colour], level.jitter)

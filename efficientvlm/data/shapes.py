@@ -40,7 +40,8 @@ class Settings:
         size: images of the training split; the other splits have a tenth of it.
         objects: least and most shapes; by default what the difficulty says.
         alike: so many shapes of a scene share a colour, so that it alone does not tell which one is meant.
-        exact: captions are five wordings of one content, statements are such that it takes both pictures to judge them: see `exact.py`.
+        exact: 1: captions are five wordings of one content, statements are such that it takes both pictures to judge them, see `exact.py`;
+            2: there are statements about one of two pictures beside them, to begin with.
         hide: pictures that are painted gray, to measure what a model does without them: all, or the left or the right of two.
     """
 
@@ -49,7 +50,7 @@ class Settings:
     size: int = 20_000
     objects: tuple[int, int] | None = None
     alike: int = field(default=0, repr=False)  # fingerprints are older than what follows
-    exact: bool = field(default=False, repr=False)
+    exact: int = field(default=0, repr=False)
     hide: str = field(default="", repr=False)
 
     @property
@@ -89,7 +90,7 @@ def parse(spec: str) -> Settings:
                 raise BadInput(f"data {spec}", f"hide={text} names no pictures", f"use {', '.join(HIDDEN)}")
             settings = replace(settings, hide=text)
         elif key == "exact":
-            settings = replace(settings, exact=bool(_number(spec, key, text, 0, 1)))
+            settings = replace(settings, exact=_number(spec, key, text, 0, 2))
         elif key == "alike":
             settings = replace(settings, alike=_number(spec, key, text, 0, MOST_OBJECTS))
         elif key == "size":

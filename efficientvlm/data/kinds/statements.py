@@ -82,11 +82,11 @@ class Statements(Kind[TwoImageItem, Statement]):
         yield from (statement.text for statement in contents)
 
     def drawn(self, shapes: Shapes[TwoImageItem], index: int, key: str) -> TwoImageItem:
-        left, right, statement, rng = about_two(shapes, index)
-        return TwoImageItem(key, (shapes.drawn(left, rng, "left"), shapes.drawn(right, rng, "right")), [statement])
+        left, right, statements, rng = about_two(shapes, index)
+        return TwoImageItem(key, (shapes.drawn(left, rng, "left"), shapes.drawn(right, rng, "right")), statements)
 
     def contents_at(self, shapes: Shapes[TwoImageItem], index: int) -> list[Statement]:
-        return [about_two(shapes, index)[2]]
+        return about_two(shapes, index)[2]
 
 
 STATEMENTS = Statements()
@@ -149,13 +149,16 @@ def statement_batch(
     }
 
 
-def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, Statement, np.random.Generator]:
-    """Two scenes and a statement. Its form and its truth are drawn first, so that neither tells the other; the scenes follow."""
-    level = shapes.settings.level
-    if shapes.settings.exact:
+def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, list[Statement], np.random.Generator]:
+    """Two scenes and what is stated about them: several statements of `exact.about_two`, or one.
+
+    The form and the truth of one are drawn first, so that neither tells the other; the scenes follow.
+    """
+    settings, level = shapes.settings, shapes.settings.level
+    if settings.exact:
         rng = shapes.words(index, "statement")
-        left, right, text, truth = exact.about_two(rng, level, shapes.settings.counts, lambda objects: shapes.sampled(rng, objects))
-        return left, right, Statement(text, truth, text), rng
+        left, right, said = exact.about_two(rng, level, settings.counts, settings.alike, simple=settings.exact > 1)
+        return left, right, [Statement(text, truth, text) for text, truth in said], rng
     rng, left = shapes.scene(index, "left")
     label = bool(rng.random() < 0.5)
     form, what = phrases.pick(rng, phrases.STATEMENTS), phrases.pick(rng, phrases.NOUNS)
@@ -164,7 +167,7 @@ def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, Statement,
     while True:
         statement, truth = phrases.statement(form, phrases.noun_for(what, left, right, rng, level), left, right, rng)
         if truth == label:
-            return left, right, Statement(statement, label, statement), rng
+            return left, right, [Statement(statement, label, statement)], rng
         attempt += 1
         if attempt % 4 == 0:
             left, right = right, shapes.sampled(rng)
