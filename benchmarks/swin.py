@@ -1,6 +1,6 @@
 """Does a public file with a Swin tower go all the way at full size, and runs its pruned form as much faster as its multiply-adds promise?
 
-python benchmarks/swin.py --keys keys.json [--work runs/swin] [--prepare | --publish]
+python benchmarks/swin.py --keys keys.json [--work runs/swin] [--tower swin] [--prepare | --publish]
 
 A file of X-VLM-base is made with random values under the names and shapes in `--keys` ({"layout": {name: [dtype, shape]}}), imported at 384
 pixels, given an answer decoder, shrunk to half of every tower, pruned for two steps beside its teacher, sliced and exported to ONNX with
@@ -48,7 +48,7 @@ MODELS = ("teacher", "student", "sliced")
 FORMS = ("torch fp32", "onnx int8")
 OVER = {"torch fp32": "teacher", "onnx int8": "student"}
 """Form → the larger model that the page compares with."""
-ROUNDS = {1: 15, 4: 5}
+ROUNDS = {1: 9}
 DATA = ("--data", "shapes:size=32", "--set", "eval_limit=0", "--set", "questions_per_image=2")
 DECODER = ("--max-steps", "1", "--batch-size", "1", "--set", "freeze=[vision,text,fusion]")
 CUT = ("--sparsity", "0.4", "--max-steps", "2", "--batch-size", "2", "--set", "round_to=16", "--set", "keep_dense=false")
@@ -75,7 +75,7 @@ def commands(tower: str) -> dict[str, list[str]]:
 EXPORT = ("--format", "onnx", "--set", "int8=true", "--set", "rounds=0")
 
 
-def prepare(work: Path, keys: Path | None, stages: Path) -> None:
+def prepare(work: Path, keys: Path | None, towers: Sequence[str], stages: Path) -> None:
     """Make what is missing in `work`; a row of the CSV `stages` a command."""
     vocabulary = work / "bert" / "vocab.txt"
     if not vocabulary.is_file():
@@ -83,7 +83,7 @@ def prepare(work: Path, keys: Path | None, stages: Path) -> None:
         words = [*SPECIAL, *ANSWERS]
         words += [f"unused{number}" for number in range(VOCABULARY - len(words))]
         write_atomic(vocabulary, "".join(f"{word}\n" for word in words).encode())
-    for tower in TOWERS:
+    for tower in towers:
         for out, command in commands(tower).items():
             if (work / out / MANIFEST).is_file():
                 continue
@@ -169,7 +169,7 @@ def calls(work: Path, tower: str) -> tuple[dict[str, Callable[[int], object]], d
         whole = load(str(work / f"{tower}-{name}"))
         costs[name] = account(whole.model, text_length=TEXT_LENGTH)
         made[f"{name}, {FORMS[0]}"] = call(whole)
-        if name != "teacher":
+        if (work / f"{tower}-{name}-int8" / MANIFEST).is_file():
             made[f"{name}, {FORMS[1]}"] = call(load(str(work / f"{tower}-{name}-int8"), exported=True))
     return made, costs
 
@@ -275,21 +275,24 @@ def main() -> int:
     parser.add_argument("--keys", type=Path, help="names and shapes of a published file, as JSON")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/swin", help="folder of the checkpoints and graphs, 7 GB")
     parser.add_argument("--prepare", action="store_true", help="make the checkpoints and graphs only")
+    parser.add_argument("--tower", action="append", choices=TOWERS, help="only this one; it may be given twice")
     parser.add_argument("--publish", action="store_true", help="write the table of the page from the CSV only")
     options = parser.parse_args()
-    return run_script(lambda: publish() if options.publish else run(options.work, options.keys, timed=not options.prepare))
+    return run_script(
+        lambda: publish() if options.publish else run(options.work, options.keys, options.tower or TOWERS, timed=not options.prepare)
+    )
 
 
-def run(work: Path, keys: Path | None, timed: bool) -> list[Path]:
-    """Make the models in `work` and, if `timed`, measure and publish; the files written."""
+def run(work: Path, keys: Path | None, towers: Sequence[str], timed: bool) -> list[Path]:
+    """Make the models of `towers` in `work` and, if `timed`, measure and publish; the files written."""
     work.mkdir(parents=True, exist_ok=True)
     stages = ROOT / csv_of("swin_stages", processor())
-    prepare(work, keys, stages)
+    prepare(work, keys, towers, stages)
     if not timed:
         return [stages]
     path = ROOT / csv_of("swin", processor())
     torch.set_num_threads(1)
-    for tower in TOWERS:
+    for tower in towers:
         measure(work, tower, path)
     return [stages, path, *publish()]
 

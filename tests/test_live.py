@@ -44,6 +44,16 @@ def test_a_storage_counts_while_it_exists() -> None:
         assert (live.now, live.peak) == (0, 600)
 
 
+def test_what_was_there_before_does_not_count_and_neither_do_views_of_it() -> None:
+    weight, x = torch.zeros(100, 50), torch.zeros(2, 50)
+    with Live() as live:
+        y = x @ weight.t()
+        assert live.now == 4 * 2 * 100
+        weight.mul_(2)
+        del y
+        assert live.now == 0
+
+
 def test_a_step_without_values_holds_what_the_formulas_say() -> None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     line = Line()

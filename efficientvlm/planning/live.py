@@ -24,6 +24,8 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 class Live(TorchDispatchMode):
     """Counts the storages of the tensors that operations make while they exist: `now` and, at most, `peak` bytes.
 
+    What was there before, such as weights, does not count, and neither do views of it.
+
     Tensors with values are computed with. What follows from a fake tensor is fake, but for a draw, which becomes one of even chances, so
     that indices always have values; a number read from a fake tensor is 1.
     """
@@ -32,6 +34,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
+        self._given: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -41,15 +44,24 @@ class Live(TorchDispatchMode):
             return torch.randint(columns, (*rows, args[1]))
         if func in INDEXED:
             args = (args[0], [each for index in args[1] for each in places(index)], *args[2:])
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._pass_over(tensor.untyped_storage())
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         return outputs
 
+    def _pass_over(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._known and key not in self._given:
+            self._given.add(key)
+            weakref.finalize(storage, self._given.discard, key)
+
     def _note(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._known or key in self._given:
             return
         count = storage.nbytes()
         self._known.add(key)
