@@ -48,7 +48,7 @@ MODELS = ("teacher", "student", "sliced")
 FORMS = ("torch fp32", "onnx int8")
 OVER = {"torch fp32": "teacher", "onnx int8": "student"}
 """Form → the larger model that the page compares with."""
-ROUNDS = {1: 9}
+ROUNDS = {1: 9, 4: 3}
 DATA = ("--data", "shapes:size=32", "--set", "eval_limit=0", "--set", "questions_per_image=2")
 DECODER = ("--max-steps", "1", "--batch-size", "1", "--set", "freeze=[vision,text,fusion]")
 CUT = ("--sparsity", "0.4", "--max-steps", "2", "--batch-size", "2", "--set", "round_to=16", "--set", "keep_dense=false")
