@@ -107,7 +107,7 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         records.append(
             {
                 **record,
-                "timed_with_untrained_decoder": model["timed_with_untrained_decoder"],
+                "timed_with_untrained_decoder": model["timed_untrained"],
                 "reference": summary["reference"],
                 "data": f"{summary['test']['data']} {summary['test']['split']}",
                 "device": speed["machine"]["device"],

@@ -235,7 +235,8 @@ def test_an_optional_column_is_left_out(tmp_path: Path) -> None:
         ("minival", None),
         ("latest", None),
         ("development", None),
-        ("test1", None),
+        ("test1", "test"),
+        ("test12", None),
         ("train-00000-of-00004", "train"),
     ],
 )

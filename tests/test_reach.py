@@ -76,7 +76,7 @@ def seen(name, keep):
 def described(name, keep):
     """The same by the flows: the logits of a comparison depend on what either side sees."""
     anatomy = ANATOMIES[name]
-    alias = {"words": "text", "answer": "logits", "caption": "logits", "itm": "logits", "verdict": "logits"}
+    alias = {"words": "text", "answer": "logits", "caption": "logits", "itm": "logits", "verdict": "logits", "box": "logits"}
     pairs = {
         (alias.get(pair.input, pair.input), alias.get(pair.output, pair.output)) for pair in anatomy.reach.pairs(anatomy.standing(keep))
     }
@@ -115,7 +115,7 @@ def test_the_last_path_stays_open_by_its_best_units(name, sparsity, method):
         values[anatomy.groups.slices[group]] *= 0.01
     scope, blind = (Scope.of(anatomy, sparsity, allow_blind=allowed) for allowed in (False, True))
     assert (
-        blind.cut_off(method(values, blind)) or sparsity == 0.3 or name in ("clip", "siglip", "cross_encoder")
+        blind.cut_off(method(values, blind)) or sparsity == 0.3 or name in ("clip", "siglip", "cross_encoder", "xvlm-grounding")
     )  # their heads are most of what there is
     keep = method(values, scope)
     assert not scope.cut_off(keep) and 0 <= anatomy.removed_elements(~keep) - scope.targets[0].need

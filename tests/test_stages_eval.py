@@ -340,7 +340,7 @@ def test_an_interrupted_recipe_goes_on_where_it_was(steps: Any, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"data": True}, {"metrics": []}, {"provenance": {"inputs": {}, "config": {}}}, {"metrics": {"accuracy": 1.0}}]
+    "wrong", [{"data": True}, {"metrics": []}, {"provenance": {"inputs": {}, "config": {}}}, {"metrics": {"questions": 3}}]
 )
 def test_a_changed_result_is_refused_before_a_report_is_made(folder: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
     out = tmp_path / "e.json"
