@@ -209,10 +209,10 @@ class Captioning(Learnt, Asked):
         named = [Path(resolve(name)) for name in config.image]
         files, remarks = pictures_of(named)
         for remark in (*of_prompt(describer.texts, describer.manner.prompt).remarks, *remarks):
-            say(f"predict: {remark}")
+            say(f"predict: {remark}", quiet=config.quiet)
         said: list[dict[str, Any]] = []
         lost: list[str] = []
-        for start in counted(range(0, len(files), EVAL_BATCH), "predict", len(files), len(files) <= EVAL_BATCH):
+        for start in counted(range(0, len(files), EVAL_BATCH), "predict", len(files), config.quiet or len(files) <= EVAL_BATCH):
             pixels, paths = [], []
             for path, itself in files[start : start + EVAL_BATCH]:
                 try:
@@ -222,7 +222,8 @@ class Captioning(Learnt, Asked):
                     if itself:
                         raise
                     lost.append(str(path))
-                    say(f"predict: left out {path}: {(error.why or error.what).removeprefix(f'{path}: ')}")
+                    why = (error.why or error.what).removeprefix(f"{path}: ")
+                    say(f"predict: left out {path}: {why}", quiet=config.quiet)
             captions = describer(stack(pixels), paths) if pixels else []
             said += [{"image": path, "caption": caption} for path, caption in zip(paths, captions, strict=True)]
         if not said:
