@@ -209,7 +209,7 @@ class Captioning(Learnt, Asked):
         named = [Path(resolve(name)) for name in config.image]
         files, remarks = pictures_of(named)
         for remark in (*of_prompt(describer.texts, describer.manner.prompt).remarks, *remarks):
-            say(f"predict: {remark}", quiet=config.quiet)
+            say(f"predict: {remark}")
         said: list[dict[str, Any]] = []
         lost: list[str] = []
         for start in counted(range(0, len(files), EVAL_BATCH), "predict", len(files), config.quiet or len(files) <= EVAL_BATCH):
@@ -223,7 +223,7 @@ class Captioning(Learnt, Asked):
                         raise
                     lost.append(str(path))
                     why = (error.why or error.what).removeprefix(f"{path}: ")
-                    say(f"predict: left out {path}: {why}", quiet=config.quiet)
+                    say(f"predict: left out {path}: {why}")
             captions = describer(stack(pixels), paths) if pixels else []
             said += [{"image": path, "caption": caption} for path, caption in zip(paths, captions, strict=True)]
         if not said:
