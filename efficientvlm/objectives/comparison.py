@@ -9,7 +9,7 @@ from efficientvlm.families.network import Record
 from efficientvlm.objectives.losses import choice_loss
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedVerdicts
-from efficientvlm.objectives.terms import Term, attention, hidden, logits
+from efficientvlm.objectives.terms import Term, logits, of_fused
 
 
 class Comparison(Objective):
@@ -27,13 +27,7 @@ class Comparison(Objective):
     """
 
     terms: tuple[Term, ...] = (
-        Term("text_hidden", "text.hidden", hidden, "text_mask"),
-        Term("text_self_attention", "text.self_attention", attention, "text_mask"),
-        Term("vision_hidden", "vision.hidden", hidden),
-        Term("vision_self_attention", "vision.self_attention", attention),
-        Term("fusion_hidden", "fusion.hidden", hidden, "text_mask", first=1),  # its input is the last state of text
-        Term("fusion_self_attention", "fusion.self_attention", attention, "text_mask"),
-        Term("fusion_cross_attention", "fusion.cross_attention", attention, "text_mask"),
+        *of_fused("text_mask"),
         Term("logits", "logits", logits),
     )
 

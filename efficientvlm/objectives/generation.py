@@ -9,7 +9,7 @@ from efficientvlm.families.network import Record
 from efficientvlm.objectives.losses import answer_loss
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedAnswers
-from efficientvlm.objectives.terms import Term, attention, hidden, logits
+from efficientvlm.objectives.terms import Term, attention, hidden, logits, of_fused
 from efficientvlm.runtime import ranks
 
 
@@ -28,13 +28,7 @@ class Generation(Objective):
     """
 
     terms: tuple[Term, ...] = (
-        Term("text_hidden", "text.hidden", hidden, "question_mask"),
-        Term("text_self_attention", "text.self_attention", attention, "question_mask"),
-        Term("vision_hidden", "vision.hidden", hidden),
-        Term("vision_self_attention", "vision.self_attention", attention),
-        Term("fusion_hidden", "fusion.hidden", hidden, "question_mask", first=1),  # its input is the last state of text
-        Term("fusion_self_attention", "fusion.self_attention", attention, "question_mask"),
-        Term("fusion_cross_attention", "fusion.cross_attention", attention, "question_mask"),
+        *of_fused("question_mask"),
         Term("text_cross_attention", "text.cross_attention", attention, "question_mask"),
         Term("decoder_hidden", "decoder.hidden", hidden, "answer_mask"),
         Term("decoder_self_attention", "decoder.self_attention", attention, "answer_mask"),

@@ -12,7 +12,7 @@ from efficientvlm.families.network import Record
 from efficientvlm.objectives.losses import box_losses, giou
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedBoxes
-from efficientvlm.objectives.terms import Pairing, Term, attention, hidden
+from efficientvlm.objectives.terms import Pairing, Term, of_fused
 from efficientvlm.runtime import ranks
 
 
@@ -39,13 +39,7 @@ class Grounding(Objective):
     """
 
     terms: tuple[Term, ...] = (
-        Term("text_hidden", "text.hidden", hidden, "question_mask"),
-        Term("text_self_attention", "text.self_attention", attention, "question_mask"),
-        Term("vision_hidden", "vision.hidden", hidden),
-        Term("vision_self_attention", "vision.self_attention", attention),
-        Term("fusion_hidden", "fusion.hidden", hidden, "question_mask", first=1),  # its input is the last state of text
-        Term("fusion_self_attention", "fusion.self_attention", attention, "question_mask"),
-        Term("fusion_cross_attention", "fusion.cross_attention", attention, "question_mask"),
+        *of_fused("question_mask"),
         Term("boxes", "boxes", boxes),
     )
 

@@ -102,6 +102,19 @@ def contrast(ours: Tensor, theirs: Tensor, term: Term, pairing: Pairing) -> Tens
     return (logit_kl(ours, theirs, **softened) + logit_kl(ours.T, theirs.T, **softened)) / 2
 
 
+def of_fused(mask: str) -> tuple[Term, ...]:
+    """The rows of the layers of a network that fuses texts with images; `mask` is the record's that says which tokens count."""
+    return (
+        Term("text_hidden", "text.hidden", hidden, mask),
+        Term("text_self_attention", "text.self_attention", attention, mask),
+        Term("vision_hidden", "vision.hidden", hidden),
+        Term("vision_self_attention", "vision.self_attention", attention),
+        Term("fusion_hidden", "fusion.hidden", hidden, mask, first=1),  # its input is the last state of text
+        Term("fusion_self_attention", "fusion.self_attention", attention, mask),
+        Term("fusion_cross_attention", "fusion.cross_attention", attention, mask),
+    )
+
+
 def logit_kl(
     student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scale: bool = False, valid: Tensor | None = None, same_rows: bool = False
 ) -> Tensor:

@@ -78,10 +78,9 @@ class DistillWeights(Strict):
     fusion_cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
 
 
-class TaskWeights(Strict):
-    """Weights inside L_KD of the VQA stage."""
+class FusedWeights(Strict):
+    """Weights of the layers of a network that fuses texts with images, as they are in the VQA stage."""
 
-    logits: float = Field(1.0, ge=0)
     text_hidden: float = Field(1.0, ge=0)
     text_self_attention: float = Field(1.0, ge=0)
     vision_hidden: float = Field(0.2, ge=0)
@@ -89,6 +88,12 @@ class TaskWeights(Strict):
     fusion_hidden: float = Field(0.5, ge=0)
     fusion_self_attention: float = Field(0.5, ge=0)
     fusion_cross_attention: float = Field(0.5, ge=0)
+
+
+class TaskWeights(FusedWeights):
+    """Weights inside L_KD of the VQA stage."""
+
+    logits: float = Field(1.0, ge=0)
     text_cross_attention: float = Field(0.5, ge=0, description="of a family whose text tower sees the image")
     decoder_hidden: float = Field(1.0, ge=0)
     decoder_self_attention: float = Field(1.0, ge=0)
@@ -109,17 +114,10 @@ class RetrievalWeights(Strict):
     fusion_cross_attention: float = Field(0.165, ge=0)
 
 
-class GroundingWeights(Strict):
+class GroundingWeights(FusedWeights):
     """Weights inside L_KD of the grounding stage, for which nothing was published: those of the VQA stage, and boxes."""
 
     boxes: float = Field(1.0, ge=0, description="L1 and GIoU of the student's boxes and the teacher's")
-    text_hidden: float = Field(1.0, ge=0)
-    text_self_attention: float = Field(1.0, ge=0)
-    vision_hidden: float = Field(0.2, ge=0)
-    vision_self_attention: float = Field(1.0, ge=0)
-    fusion_hidden: float = Field(0.5, ge=0)
-    fusion_self_attention: float = Field(0.5, ge=0)
-    fusion_cross_attention: float = Field(0.5, ge=0)
 
 
 class CaptioningWeights(Strict):

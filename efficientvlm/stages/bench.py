@@ -14,7 +14,7 @@ from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, check_precision, load, text_length
-from efficientvlm.runtime.hardware import autocast, machine_of, pick_device, synchronise
+from efficientvlm.runtime.hardware import machine_of, pick_device, synchronise
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.stages import Bench
@@ -22,7 +22,7 @@ from efficientvlm.stages import latency
 from efficientvlm.stages.results import MACHINE, ResultFile, digests_of
 from efficientvlm.stages.workspace import Job, Workspace
 from efficientvlm.tasks.known import preferred
-from efficientvlm.tasks.task import Asked
+from efficientvlm.tasks.task import Asked, timed_passes
 
 FORWARD = "one image and one text a sample, as tensors, to the outputs of the forward pass; random pixels and tokens"
 
@@ -157,17 +157,7 @@ def form(loaded: Loaded) -> str:
 
 def forward(loaded: Loaded, config: Bench, device: torch.device) -> Callable[[int], object]:
     """A function of the batch size that runs the forward pass on prepared random inputs."""
-    model = loaded.model.to(device).eval()
-    draw = torch.Generator().manual_seed(config.seed)
-    batches = {size: model.example(size, config.text_length, device) for size in config.batch_sizes}
-    for batch in batches.values():
-        batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
-
-    def run(size: int) -> object:
-        with autocast(device, config.precision):
-            return model.run(batches[size])
-
-    return run
+    return timed_passes(loaded, config, device, lambda batch: loaded.model.run(batch))
 
 
 def check_length(loaded: Loaded, length: int) -> None:

@@ -21,7 +21,6 @@ from efficientvlm.families.footprint import Footprint, room, spans
 from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.grounding import Grounding as Boxes
-from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Bench
@@ -30,7 +29,7 @@ from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.boxes import Found, scores
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.pictures import picture_path, with_box, write_picture
-from efficientvlm.tasks.task import Asked, Learnt, held_out
+from efficientvlm.tasks.task import Asked, Learnt, held_out, timed_passes
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
@@ -161,17 +160,7 @@ class Grounding(Learnt, Asked):
 
     def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         self.make_able(loaded)
-        model = loaded.model.to(device).eval()
-        draw = torch.Generator().manual_seed(config.seed)
-        batches = {size: model.example(size, config.text_length, device) for size in config.batch_sizes}
-        for batch in batches.values():
-            batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
-
-        def answer(size: int) -> object:
-            with autocast(device, config.precision):
-                return model.ground(batches[size])
-
-        return answer
+        return timed_passes(loaded, config, device, lambda batch: loaded.model.ground(batch))
 
 
 def said_by(loaded: Loaded, texts: Texts, *, cut: bool = True) -> Locate:

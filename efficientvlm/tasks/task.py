@@ -18,6 +18,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.objective import Objective
+from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.common import Asking
 from efficientvlm.settings.stages import Bench
@@ -34,6 +35,20 @@ def held_out(source: Any, limit: int | None, title: str, quiet: bool) -> Any:
     if not len(some):
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
     return some
+
+
+def timed_passes(loaded: Loaded, config: Bench, device: torch.device, run: Callable[[Batch], object]) -> Callable[[int], object]:
+    """A function of the batch size that gives `run` a batch of the network's example, with pictures of random bytes."""
+    model, draw = loaded.model.to(device).eval(), torch.Generator().manual_seed(config.seed)
+    batches = {size: model.example(size, config.text_length, device) for size in config.batch_sizes}
+    for batch in batches.values():
+        batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
+
+    def answer(size: int) -> object:
+        with autocast(device, config.precision):
+            return run(batches[size])
+
+    return answer
 
 
 class Task:
