@@ -38,7 +38,7 @@ def ask(name: str, options: dict[str, Any]) -> None:
             raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "answers", "caption", "captions", "out"))
+    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "probability", "answers", "caption", "captions", "out"))
 
 
 predict = command("predict", ask)

@@ -249,6 +249,11 @@ def test_predict_ranks_answers(folder: Path, picture: str) -> None:
     assert set(predict.run(**ask, mode="generate")) == {"question", "answer"}
 
 
+def test_predict_says_what_it_does_not_know(folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    predict.run(model=str(folder / "vqa"), image=picture, question="какой цвет")
+    assert "100.0 % of the tokens that were read are unknown to the tokenizer (2 of 2)" in capsys.readouterr().err
+
+
 def test_predict_explains_what_it_cannot_read(folder: Path, picture: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(Path(picture).read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")

@@ -29,7 +29,7 @@ from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.boxes import Found, scores
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.pictures import picture_path, with_box, write_picture
-from efficientvlm.tasks.task import Asked, Learnt, held_out, timed_passes
+from efficientvlm.tasks.task import Asked, Learnt, check_question, held_out, timed_passes
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
@@ -132,10 +132,7 @@ class Grounding(Learnt, Asked):
         path = picture_path(config.out, [image]) if config.out else None
         pixels, size = open_sized(image, loaded.preprocessing)
         texts = texts_of(loaded)
-        words, most = len(texts.ids([phrase])[0]), texts.room()
-        if words > most:
-            fix = "say it more briefly, or raise --max-tokens"
-            raise BadInput("the phrase is too long", f"it has {words} tokens, the model reads {most}", fix)
+        check_question(texts, phrase, "phrase")
         ids, mask = texts.batch([phrase])
         batch = {"pixels": stack([pixels]), "image_index": torch.zeros(1, dtype=torch.long), "question_ids": ids, "question_mask": mask}
         with torch.inference_mode():

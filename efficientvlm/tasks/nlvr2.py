@@ -29,7 +29,7 @@ from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import NLVR2Question, NLVR2Settings
 from efficientvlm.tasks.influence import PICTURES, Influence, first_of, measure, not_measured
 from efficientvlm.tasks.remembered import bytes_of_verdicts
-from efficientvlm.tasks.task import Asked, Learnt, held_out
+from efficientvlm.tasks.task import Asked, Learnt, check_question, held_out
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 32  # pairs
@@ -109,7 +109,9 @@ class NLVR2(Learnt, Asked):
         """
         left, right = (open_image(image, loaded.preprocessing) for image in config.image)
         item = TwoImageItem("asked", (left, right), [Statement(config.statement, True, "")])
-        batch = statement_batch([item], texts_of(loaded), seed=0, step=0, train=False)
+        texts = texts_of(loaded)
+        check_question(texts, config.statement, "statement")
+        batch = statement_batch([item], texts, seed=0, step=0, train=False)
         with torch.inference_mode():
             logits = loaded.model.eval().run(on_device(batch, loaded.model.device))["logits"].float()
         probability = float(logits.softmax(-1)[0, 1])

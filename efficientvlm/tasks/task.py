@@ -12,7 +12,7 @@ import torch
 
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.opening import drawn
-from efficientvlm.data.reading import Reading, of_texts
+from efficientvlm.data.reading import Reading, of_read, of_texts
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
@@ -35,6 +35,16 @@ def held_out(source: Any, limit: int | None, title: str, quiet: bool) -> Any:
     if not len(some):
         say(f"{title}: no images are held out, so nothing was measured; raise val_fraction or give --val", quiet=quiet)
     return some
+
+
+def check_question(texts: Texts, question: str, what: str) -> None:
+    """Say that tokens of a question, called `what`, are unknown to the network; :class:`BadInput` for one that it would have to cut."""
+    own = Texts(texts.tokenizer)
+    words, most = len(own.ids([question])[0]), texts.room()
+    if words > most:
+        raise BadInput(f"the {what} is too long", f"it has {words} tokens, the model reads {most}", "be brief, or raise --max-tokens")
+    for remark in of_read(own):
+        say(f"predict: {remark}")
 
 
 def timed_passes(loaded: Loaded, config: Bench, device: torch.device, run: Callable[[Batch], object]) -> Callable[[int], object]:

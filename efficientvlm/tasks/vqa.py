@@ -38,7 +38,7 @@ from efficientvlm.tasks.answering import (
 from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.ranking import rank
 from efficientvlm.tasks.remembered import asked_each, bytes_of_answers
-from efficientvlm.tasks.task import Asked, Learnt
+from efficientvlm.tasks.task import Asked, Learnt, check_question
 from efficientvlm.training.loop import Batch
 
 SAMPLE = 1000  # questions or answers that say how long texts are
@@ -163,10 +163,7 @@ class VQA(Learnt, Asked):
         (image,), question = config.image, config.question
         pixels = open_image(image, loaded.preprocessing)
         answer = Answerer(loaded, mode=config.mode, twice=counts_first_token_twice(loaded.manifest, None))
-        words, most = len(answer.texts.ids([question])[0]), answer.texts.room()
-        if words > most:
-            fix = "ask more briefly, or raise --max-tokens"
-            raise BadInput("the question is too long", f"it has {words} tokens, the model reads {most}", fix)
+        check_question(answer.texts, question, "question")
         batch = vqa_batch([VQAItem(image, pixels, [Question(question, [])])], answer.texts, seed=0, step=0, train=False)
         if config.mode == "generate":
             return {"question": question, "answer": answer(batch)[0]}
