@@ -10,6 +10,9 @@ from efficientvlm.cli import output
 from efficientvlm.cli.stages import command
 from efficientvlm.errors import BadInput
 
+SHOWN = ("answer", "probability", "answers", "caption", "captions", "out")
+"""What people see of an answer, where it is there."""
+
 
 def ask(name: str, options: dict[str, Any]) -> None:
     """Answer a question; a value that no task takes is wrong usage, which is said before the model is looked for."""
@@ -38,7 +41,7 @@ def ask(name: str, options: dict[str, Any]) -> None:
             raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=("answer", "probability", "answers", "caption", "captions", "out"))
+    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=SHOWN)
 
 
 predict = command("predict", ask)
