@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doc_pages import ROOT, script
 
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.errors import BadInput
 from efficientvlm.recipe import load_recipe, validate
 
@@ -125,3 +127,19 @@ def test_every_row_of_a_task_comes_out_of_a_chain(task: str, scenes: Any, tmp_pa
     before = table.read_text("utf-8")
     scenes.main(["--task", task, "--seed", "0", "--out", str(tmp_path / "runs")])  # nothing is left to do
     assert table.read_text("utf-8") == before
+
+
+def test_what_every_tower_kept_is_published_from_the_manifests(chain: Path, tmp_path: Path) -> None:
+    kept, root, runs = script("benchmarks/kept.py"), project(tmp_path, []), tmp_path / "runs"
+    with pytest.raises(BadInput, match="holds no pruned checkpoints"):
+        kept.publish(runs, root)
+    (runs / "0").mkdir(parents=True)
+    shutil.copytree(chain / "pruned", runs / "0/boxes-pruned")
+    page, picture, table = kept.publish(runs, root)
+    units = require_complete(chain / "pruned").accounting["units"]
+    rows = script("benchmarks/published.py").rows_of(table)
+    for column in ("kept", "of"):
+        assert sum(int(row[column]) for row in rows) == sum(count[column] for count in units.values())
+    assert {row["task"] for row in rows} == {"boxes"} and picture.is_file() and "| boxes | 1 |" in page.read_text("utf-8")
+    picture.unlink()
+    assert kept.publish(None, root) == [page, picture, table] and picture.is_file()
