@@ -13,6 +13,7 @@ import pytest
 import torch
 from compression_cases import CONFIGS, network
 from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
+from doc_pages import ROOT, blocks
 from PIL import Image
 from torch import Tensor
 
@@ -242,7 +243,7 @@ def test_a_picture_and_a_folder_of_pictures_are_described(captioners, tmp_path, 
     assert code == 3 and "top_k does not go with beam" in " ".join(stderr.split())
 
 
-def test_graphs_describe_as_the_network_does(captioners, tmp_path):
+def test_graphs_describe_as_the_network_does(captioners, tmp_path, monkeypatch, capsys):
     onnx = tmp_path / "onnx"
     made = run_stage("export", model=str(captioners / "pruned"), format="onnx", data=SHAPES, split="val", rounds=0, out=str(onnx))
     assert made.metrics["onnx_fp32"]["cider_d"] == pytest.approx(made.metrics["torch_fp32"]["cider_d"])
@@ -251,6 +252,13 @@ def test_graphs_describe_as_the_network_does(captioners, tmp_path):
     Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "red.png")
     said = [predict.run(model=str(path), image=str(tmp_path / "red.png"), device="cpu") for path in (onnx, captioners / "pruned")]
     assert said[0] == said[1]
+    (block,) = (block for block in blocks(ROOT / "docs" / "export.md") if "caption_tokens" in block.text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "describer-onnx").symlink_to(onnx)
+    exec(compile(block.text.replace("picture.png", "red.png"), block.where, "exec"), {})
+    greedy = predict.run(model=str(captioners / "pruned"), image="red.png", decoding="greedy", device="cpu")
+    assert capsys.readouterr().out.strip() == greedy["caption"]
     given = description["graphs"]["image"]["outputs"]
     given.pop(next(name for name in given if name.startswith("key")))
     with pytest.raises(BadInput, match="graph image gives key"):

@@ -40,7 +40,9 @@ from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import predict
 from efficientvlm.stages.common import write
+from efficientvlm.stages.measuring import measure
 from efficientvlm.tasks.answering import Answerer, evaluation_batches
+from efficientvlm.tasks.choices import Agreement, Choice, Likeliest
 
 FAST: dict[str, Any] = {"rounds": 1, "batch_sizes": [1], "data": SHAPES, "limit": 4, "format": "onnx"}
 
@@ -71,6 +73,7 @@ def test_the_folder_says_what_it_holds(chain: Path, exported: Path) -> None:
     parent = load(str(chain / "pruned")).manifest
     assert manifest.stage == "export" and manifest.parents[0].path.endswith("pruned") and manifest.accounting == parent.accounting
     assert manifest.metrics["onnx_fp32"]["accuracy"] == manifest.metrics["torch_fp32"]["accuracy"]
+    assert manifest.metrics["onnx_fp32"]["same_choices"] == 1.0 and "same_choices" not in manifest.metrics["torch_fp32"]
     assert manifest.extra["accuracy_of"] == {"split": "test", "images": 4} and manifest.data[0].split == "test"
     assert manifest.metrics["onnx_fp32"]["batch_1"]["median_ms"] > 0
     assert lineage.verify(exported) == [] and not list(exported.parent.glob(".*"))
@@ -406,6 +409,35 @@ def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_pa
         assert {port.name for port in session.get_inputs()} == set(graph.axes)
 
 
+def test_a_blip_that_writes_says_the_same_in_graphs(tmp_path: Path) -> None:
+    """Of random pictures, and in int8 as far as it does; what differs otherwise than by rounding is not written."""
+    source = checkpoint(tmp_path / "model", family("blip-caption"), small(CONFIGS["blip-caption"]))
+    made = run_stage("export", model=str(source), out=str(tmp_path / "onnx"), format="onnx", int8=True, rounds=0)
+    assert made.metrics["onnx_fp32"]["same_choices"] == 1.0 and 0 <= made.metrics["onnx_int8"]["same_choices"] <= 1
+    assert (
+        json.loads((tmp_path / "onnx" / ONNX).read_text())["measured"]["onnx_int8"]["same_choices"]
+        == made.metrics["onnx_int8"]["same_choices"]
+    )
+    one, other = load(str(source)), load(str(source))
+    with torch.no_grad():
+        other.model.text_decoder.cls.predictions.bias.add_(torch.randn(other.sizes.vocab_size, generator=torch.Generator().manual_seed(0)))
+    config = stage_settings("export", {"model": str(source), "out": "o", "format": "onnx", "rounds": 0})
+    measured = measure(config, {"torch_fp32": (one, 1), "onnx_int8": (other, 1)}, None, QUIET)
+    assert measured["onnx_int8"]["same_choices"] < 1
+    with pytest.raises(TargetMissed, match="do not say what the checkpoint does"):
+        measure(config, {"torch_fp32": (one, 1), "onnx_fp32": (other, 1)}, None, QUIET)
+
+
+def test_what_could_go_either_way_is_no_difference() -> None:
+    sure, close = Choice("a cat", 0.5), Choice("a dog", 1e-5)
+    found = Agreement.between([sure, close, sure], [sure, Choice("a fox", 1e-5), Choice("a hen", 0.5)], 2e-4)
+    assert (found.same, found.tied, found.of, found.different) == (1, 1, 3, [("a cat", "a hen")])
+    choose = Likeliest(end=0)
+    steps = [torch.tensor([[1.0, 3.0, 2.5], [0.0, 0.2, 0.1]]), torch.tensor([[9.0, 0.0, 3.0], [0.0, 5.0, 4.99]]), torch.zeros(2, 3)]
+    assert [choose(scores, number).tolist() for number, scores in enumerate(steps)] == [[1, 1], [0, 1], [0, 0]]
+    assert choose.margins.tolist() == pytest.approx([0.5 / 3, 0.0])  # the first row ended before the scores were equal
+
+
 @pytest.mark.parametrize("swin", [False, True], ids=["vit", "swin"])
 def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(swin: bool, chain: Path, tmp_path: Path) -> None:
     config = CONFIGS["xvlm-swin" if swin else "xvlm"].copy(heads=["itc", "itm"], decoder_layers=0, vocab_size=90, max_positions=40)
@@ -439,7 +471,7 @@ def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool,
     data = {"data": SHAPES, "limit": 4}
     manifest = run_stage("export", model=str(source), out=str(out), format="onnx", rounds=0, **data)
     torch_fp32, onnx_fp32 = manifest.metrics["torch_fp32"], manifest.metrics["onnx_fp32"]
-    assert onnx_fp32["mean_recall"] == torch_fp32["mean_recall"] and "accuracy" not in onnx_fp32
+    assert onnx_fp32["mean_recall"] == torch_fp32["mean_recall"] and "accuracy" not in onnx_fp32 and onnx_fp32["same_choices"] == 1.0
     assert manifest.extra["accuracy_of"] == {"split": "test", "images": 4}
     ask = {"task": "retrieval", **data, "rerank": 2 if "blip" in name else 0}
     ours, theirs = (run_stage("eval", model=str(path), **ask) for path in (source, out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -19,9 +19,11 @@ from efficientvlm.data.opening import usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
+from efficientvlm.families.towers.decoding import Choose, likeliest
 from efficientvlm.loaded import Loaded, decoded, texts_of
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import VQAEval, VQASettings
+from efficientvlm.tasks.choices import Choice, Likeliest
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.ranking import evaluate, generate, rank
 from efficientvlm.tasks.task import held_out
@@ -108,10 +110,24 @@ class Answerer:
         """One answer a question."""
         if self.mode == "rank":
             return [row[0][0] for row in self.scored(batch)]
-        texts = self.texts
-        limit = longest_answer(self.loaded.manifest)
-        ids = generate(self.loaded.model, self.on_device(batch), cls_id=texts.start, sep_id=texts.sep, max_tokens=limit)
-        return [self.decoded(row) for row in ids.tolist()]
+        return [self.decoded(row) for row in self.generated(batch).tolist()]
+
+    def generated(self, batch: Batch, choose: Callable[[], Choose] = lambda: likeliest) -> Tensor:
+        """Tokens of one answer a question, those behind its end included."""
+        written = {"cls_id": self.texts.start, "sep_id": self.texts.sep, "max_tokens": longest_answer(self.loaded.manifest)}
+        return generate(self.loaded.model, self.on_device(batch), **written, choose=choose)
+
+    def greedy(self, batch: Batch) -> list[Choice]:
+        """One answer a question, written freely."""
+        made: list[Likeliest] = []
+
+        def choose() -> Likeliest:
+            made.append(Likeliest(self.texts.sep))
+            return made[-1]
+
+        rows = self.generated(batch, choose).tolist()
+        margins = [margin for block in made for margin in block.margins.tolist()]
+        return [Choice(self.decoded(row), margin) for row, margin in zip(rows, margins, strict=True)]
 
     def decoded(self, ids: list[int]) -> str:
         return decoded(self.loaded, self.texts, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import CaptionEval, CaptioningSettings, CaptionQuestion
 from efficientvlm.tasks import java_metrics
 from efficientvlm.tasks.caption_metrics import Reward
+from efficientvlm.tasks.choices import Choice, pictures
 from efficientvlm.tasks.describing import (
     EVAL_BATCH,
     Describer,
@@ -194,6 +196,15 @@ class Captioning(Learnt, Asked):
         manner = Manner.of(loaded)
         ends = {"start_token": loaded.tokenizer.cls_token_id, "end_token": loaded.tokenizer.sep_token_id}
         return {"prompt": manner.prompt, "caption_tokens": [manner.min_length, manner.max_length], **ends}
+
+    def choices(self, loaded: Loaded, source: Any, count: int, seed: int) -> list[Choice]:
+        """Greedy captions; of a network with fewer positions than captions usually have, shorter ones."""
+        loaded.model.eval()
+        manner = Manner.of(loaded)
+        most = min(manner.max_length, loaded.sizes.max_positions)
+        fits = len(prompt_of(texts_of(loaded), manner.prompt)) + 1 < most
+        manner = replace(manner, prompt=manner.prompt if fits else "", max_length=most, min_length=min(manner.min_length, most))
+        return Describer(loaded, manner).greedy(pictures(loaded, source, count, seed)[0])
 
     # asking
 

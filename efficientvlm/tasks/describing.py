@@ -29,6 +29,7 @@ from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.tasks import LONGEST, OF_DECODING, PROMPT, SHORTEST
 from efficientvlm.tasks import caption_metrics
 from efficientvlm.tasks.caption_metrics import Tokenization
+from efficientvlm.tasks.choices import Choice, Likeliest
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.training.loop import Batch
 
@@ -130,6 +131,15 @@ class Describer:
         else:
             ids = continued(step, given, rules, likeliest)
         return [self.said(row) for row in ids.tolist()]
+
+    @torch.inference_mode()
+    def greedy(self, pixels: Tensor) -> list[Choice]:
+        """A caption of each image [I, 3, H, W], each token the likeliest, whatever the manner says of it."""
+        pixels = pixels.to(self.loaded.model.device)
+        given = torch.tensor([self.prompt], device=pixels.device).expand(len(pixels), -1)
+        choose = Likeliest(self.texts.sep)
+        ids = continued(stepping(self.loaded.model, self.loaded.model.look(pixels)), given, self.rules, choose)
+        return [Choice(self.said(row), margin) for row, margin in zip(ids.tolist(), choose.margins.tolist(), strict=True)]
 
     def said(self, ids: list[int]) -> str:
         """Tokens as text."""

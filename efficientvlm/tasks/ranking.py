@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
 from efficientvlm.families.network import Generates
-from efficientvlm.families.towers.decoding import Rules, continued, stepping
+from efficientvlm.families.towers.decoding import Choose, Rules, continued, likeliest, stepping
 from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
 
@@ -89,23 +89,32 @@ def in_parts(batch: dict[str, Any], size: Footprint, most: int) -> Iterator[dict
 
 
 @torch.inference_mode()
-def generate(model: Generates, batch: dict[str, Any], *, cls_id: int, sep_id: int, max_tokens: int, most: int | None = None) -> Tensor:
+def generate(
+    model: Generates,
+    batch: dict[str, Any],
+    *,
+    cls_id: int,
+    sep_id: int,
+    max_tokens: int,
+    most: int | None = None,
+    choose: Callable[[], Choose] = lambda: likeliest,
+) -> Tensor:
     """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator.
 
-    Done in blocks of at most `most` bytes, as :func:`rank`.
+    Done in blocks of at most `most` bytes, as :func:`rank`, each with what `choose` returns.
     """
     device = batch["question_ids"].device
     size = Footprint.of(model.config)
-    parts = [_generate(model, part, cls_id, sep_id, max_tokens) for part in in_parts(batch, size, most or room(device))]
+    parts = [_generate(model, part, cls_id, sep_id, max_tokens, choose()) for part in in_parts(batch, size, most or room(device))]
     longest = max((part.shape[1] for part in parts), default=0)
     padded = [F.pad(part, (0, longest - part.shape[1]), value=sep_id) for part in parts]
     return torch.cat(padded) if padded else batch["question_ids"].new_empty(0, 0)
 
 
-def _generate(model: Generates, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int) -> Tensor:
+def _generate(model: Generates, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int, choose: Choose) -> Tensor:
     _, context = model.encode(batch)
     start = batch["question_ids"].new_full((len(batch["question_ids"]), 1), cls_id)
-    return continued(stepping(model, context), start, Rules(sep_id, sep_id, max_tokens))
+    return continued(stepping(model, context), start, Rules(sep_id, sep_id, max_tokens), choose)
 
 
 def soft_accuracy(guess: str, given: Sequence[tuple[str, float]], annotators: int) -> float:

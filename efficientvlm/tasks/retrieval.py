@@ -20,6 +20,7 @@ from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import RetrievalEval, RetrievalQuestion, RetrievalSettings
+from efficientvlm.tasks.choices import Choice, margin, pictures
 from efficientvlm.tasks.galleries import Pictures
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate, unmoved
@@ -30,6 +31,7 @@ from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
 SAMPLE = 1000  # texts that say how long texts are
+TOKENS = 6  # of a random text
 CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of images by captions, among all of them, by cosine; their mean"
 RERANKED = f"{CONTRAST}; reranked_...: those of them that change with the best candidates of a query in the order of their matching logits"
 
@@ -93,6 +95,29 @@ class Retrieval(Learnt, Asked):
 
     def measure(self, loaded: Loaded, source: Any, *, batch_size: int, seed: int, title: str, quiet: bool) -> dict[str, Any]:
         return evaluate_pairs(loaded, source, limit=None, batch_size=batch_size, seed=seed, title=title, quiet=quiet)
+
+    @torch.inference_mode()
+    def choices(self, loaded: Loaded, source: Any, count: int, seed: int) -> list[Choice]:
+        """Which text is nearest to each picture, and whether the network that matches finds it fit; of captions, or of random tokens."""
+        model, texts = loaded.model.eval(), texts_of(loaded)
+        pixels, items = pictures(loaded, source, count, seed)
+        if captions := list(dict.fromkeys(text for item in items for text in item.captions)):
+            ids, mask = texts.batch(captions)
+        else:
+            words = torch.tensor([token for token in range(len(texts.tokenizer)) if token not in texts.special])
+            ids = words[torch.randint(len(words), (count, TOKENS), generator=torch.Generator().manual_seed(seed))]
+            ids[:, 0], ids[:, -1], mask = texts.start, texts.sep, torch.ones_like(ids)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        seen, image = model.embed_images(pixels.to(model.device))
+        read, text = model.embed_texts(ids, mask)
+        scores = (image.float() @ text.float().T).cpu()
+        best, margins = scores.argmax(1), margin(scores)
+        said = [f"text {number}" for number in best.tolist()]
+        if "match" in loaded.abilities:
+            fits = model.match(seen, torch.arange(len(best), device=ids.device), read[best], mask[best]).cpu()
+            said = [f"{what}: {'yes' if yes else 'no'}" for what, yes in zip(said, fits.argmax(1).tolist(), strict=True)]
+            margins = torch.minimum(margins, margin(fits))
+        return [Choice(what, gap) for what, gap in zip(said, margins.tolist(), strict=True)]
 
     def bytes_of_measuring(self, config: RetrievalEval, loaded: Loaded, source: Any) -> int:
         """Of comparing all images and their captions."""

@@ -23,6 +23,7 @@ from efficientvlm.runtime.progress import say
 from efficientvlm.settings.common import Asking
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import ABOUT
+from efficientvlm.tasks.choices import Choice
 from efficientvlm.tasks.influence import Influence, of_anything
 from efficientvlm.training.loop import Batch
 
@@ -128,6 +129,13 @@ class Task:
     def exported(self, loaded: Loaded) -> dict[str, Any]:
         """What the description of exported graphs says of how they are asked."""
         return {}
+
+    def choices(self, loaded: Loaded, source: Any, count: int, seed: int) -> list[Choice]:
+        """What `loaded` says of the first `count` pictures of `source`, or without one of random ones, always taking what is likeliest.
+
+        Export compares forms of a network by it; none where a network says nothing that can be compared like this.
+        """
+        return []
 
 
 class Learnt(Task):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -35,6 +36,7 @@ from efficientvlm.tasks.answering import (
     of_answers,
     remedy,
 )
+from efficientvlm.tasks.choices import Choice, pictures
 from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.ranking import rank
 from efficientvlm.tasks.remembered import asked_each, bytes_of_answers
@@ -42,6 +44,7 @@ from efficientvlm.tasks.task import Asked, Learnt, check_question
 from efficientvlm.training.loop import Batch
 
 SAMPLE = 1000  # questions or answers that say how long texts are
+TOKENS = 6  # of a random question
 WEIGHT = "accuracy: the weight of the answer given among the annotated ones, at most 1, averaged over all questions"
 SOFT = "accuracy: min(1, n / 3) where n of nine of the ten annotators gave this answer, averaged over which one is left out (VQAv2)"
 
@@ -151,6 +154,15 @@ class VQA(Learnt, Asked):
             "start_token": loaded.tokenizer.cls_token_id,
             "end_token": loaded.tokenizer.sep_token_id,
         }
+
+    def choices(self, loaded: Loaded, source: Any, count: int, seed: int) -> list[Choice]:
+        """Answers that are written freely: to the first question about each picture, or to random tokens."""
+        loaded.model.eval()
+        answer = Answerer(loaded, mode="generate")
+        seen = [replace(item, questions=item.questions[:1]) for item in pictures(loaded, source, count, seed)[1] if item.questions]
+        if seen:
+            return answer.greedy(vqa_batch(seen, answer.texts, seed=0, step=0, train=False))
+        return answer.greedy(example(loaded.sizes.image_size, answer.texts, count, TOKENS, seed, answer.device))
 
     # asking
 
