@@ -16,7 +16,7 @@ from efficientvlm.settings.common import Data, Learning, Machine, Measuring, Sam
 from efficientvlm.settings.compose import of
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import STAGES
-from efficientvlm.settings.tasks import TASKS
+from efficientvlm.settings.tasks import TASKS, Answered, Written
 
 SHARED = {
     Stage: "Output",
@@ -28,6 +28,8 @@ SHARED = {
     Taught: "Stages that may have a teacher",
     Measuring: "Stages that measure",
 }
+PARTS = (Answered, Written)
+"""Of settings of a task, which stand with them."""
 HEAD = """# Every setting
 
 Made from `efficientvlm/settings/` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, or in a recipe by its
@@ -73,7 +75,8 @@ def section(title: str, users: list[str], kind: type[Strict]) -> list[str]:
 
 def rows(kind: type[Strict]) -> list[str]:
     """A table row a setting of its own; groups of settings under dotted names."""
-    inherited = {name: repr(info) for base in reversed(kind.__mro__[1:]) if issubclass(base, Strict) for name, info in flat(base).items()}
+    parents = [base for base in reversed(kind.__mro__[1:]) if issubclass(base, Strict) and base not in PARTS]
+    inherited = {name: repr(info) for base in parents for name, info in flat(base).items()}
     lines = []
     for name, info in flat(kind).items():
         if inherited.get(name) == repr(info):

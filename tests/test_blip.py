@@ -158,14 +158,19 @@ def test_features_are_those_of_the_contrastive_head():
     torch.testing.assert_close(record["vision.features"] @ record["text.features"].T, theirs.itm_score, **CLOSE)
 
 
-def test_greedy_answers_are_those_that_transformers_generates():
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_those_that_transformers_generates(beams):
+    """Which attends to the padding of questions, and ranks beams by the tokens that were generated."""
     model = whole("blip-qa")
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     ids = torch.randint(5, 20, (4, 5), generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]).long()
     stock = stock_of(model)
-    theirs = stock.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)[:, 1:]
-    batch = {"pixels": pixels, "question_ids": ids, "question_mask": torch.ones_like(ids)}
-    ours = generate(model, batch, cls_id=4, sep_id=model.config.text_config.sep_token_id, max_tokens=6)
+    theirs = stock.generate(pixel_values=pixels, input_ids=ids, attention_mask=mask, max_new_tokens=6, num_beams=beams)[:, 1:]
+    batch = {"pixels": pixels, "question_ids": ids, "question_mask": mask}
+    how = {"cls_id": 4, "sep_id": 2, "max_tokens": 6, "beams": beams, "length_rule": "generated"}
+    ours, masked = (generate(model, batch, **how, attends_padding=attends) for attends in (True, False))
+    assert torch.equal(masked[0], ours[0]) and not torch.equal(masked, ours)
     for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
         length = (other.index(2) if 2 in other else len(other) - 1) + 1
         assert mine[:length] == other[:length]

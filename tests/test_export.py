@@ -38,6 +38,7 @@ from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.tasks import Answered
 from efficientvlm.stages import predict
 from efficientvlm.stages.common import write
 from efficientvlm.stages.measuring import measure
@@ -45,6 +46,7 @@ from efficientvlm.tasks.answering import Answerer, evaluation_batches
 from efficientvlm.tasks.choices import Agreement, Choice, Likeliest
 
 FAST: dict[str, Any] = {"rounds": 1, "batch_sizes": [1], "data": SHAPES, "limit": 4, "format": "onnx"}
+FREE = Answered(mode="generate")
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +102,7 @@ def test_answers_and_probabilities_are_those_of_torch(chain: Path, exported: Pat
     for mine, theirs in zip(Answerer(ours).scored(batch), Answerer(graphs).scored(batch), strict=True):
         assert [p for _, p in mine] == pytest.approx([p for _, p in theirs], abs=1e-5)
         assert dict(mine) == pytest.approx(dict(theirs), abs=1e-5)
-    assert Answerer(ours, mode="generate")(batch) == Answerer(graphs, mode="generate")(batch)
+    assert Answerer(ours, FREE)(batch) == Answerer(graphs, FREE)(batch)
 
 
 def test_it_is_evaluated_timed_and_asked_like_a_checkpoint(chain: Path, exported: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from efficientvlm.loaded import load
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.tasks import Answered
 from efficientvlm.tasks.answering import Answerer
 from efficientvlm.tasks.ranking import evaluate
 
@@ -123,7 +124,7 @@ def test_eval_counts_and_says_it(chain: Path, degrees: Path, capsys: pytest.Capt
 
 
 def test_generated_unknown_tokens_are_shown_not_dropped(chain: Path) -> None:
-    answer = Answerer(load(str(chain / "teacher")), mode="generate")
+    answer = Answerer(load(str(chain / "teacher")), Answered(mode="generate"))
     (ids,) = answer.texts.ids(["red"])
     broken = answer.decoded([*ids, answer.texts.unknown or 0, answer.texts.sep])
     assert broken != "red" and answer.as_read(broken) is None and answer.as_read("RED") == "red" == answer.decoded([*ids, answer.texts.sep])

@@ -49,7 +49,7 @@ def refused(stage: str, values: dict[str, Any]) -> str:
 def test_settings_are_those_of_stage_task_and_method() -> None:
     vqa, pairs = (stage_settings("finetune", {**needed("finetune"), "task": task}) for task in ("vqa", "retrieval"))
     assert (vqa.kd, pairs.kd) == (0.4, 0.5) and vqa.rank_top == 128 and not hasattr(pairs, "rank_top")
-    assert vqa.quirks.model_dump().keys() - pairs.quirks.model_dump().keys() == {"double_sep", "first_token_twice"}
+    assert vqa.quirks.model_dump().keys() - pairs.quirks.model_dump().keys() == {"double_sep", "first_token_twice", "smoothed_ranking"}
     pruning = stage_settings("prune", needed("prune") | {"quirks": {"mask_offsets": True}})
     assert pruning.quirks.mask_offsets and not pruning.quirks.epoch_step and not pruning.quirks.double_sep
     assert type(vqa) is of("finetune", {}) and isinstance(vqa, STAGES["finetune"])

@@ -115,6 +115,13 @@ def test_generation_and_answers_of_a_file(folder: Path, tmp_path: Path) -> None:
     written = evaluate.run(evaluation(folder, mode="generate", limit=1), QUIET)
     assert written["mode"] == "generate" and "top" not in written and 0 <= written["metrics"]["accuracy"] <= 1
     (tmp_path / "answers.txt").write_text("yes\nno\n")
+    assert written["manner"] == {"decoding": "greedy", "max_length": 11}
+    searched = evaluate.run(evaluation(folder, mode="generate", limit=1, beams=3, length_rule="generated", max_length=6), QUIET)
+    assert searched["manner"] == {"decoding": "beam", "max_length": 6, "beams": 3, "length_rule": "generated"}
+    with pytest.raises(BadInput, match=r"max_length 1000.*has \d+ positions"):
+        evaluate.run(evaluation(folder, mode="generate", max_length=1000), QUIET)
+    smoothed = evaluate.run(evaluation(folder, limit=1, rank_smoothing=0.3), QUIET)
+    assert smoothed["rank_smoothing"] == 0.3 and "rank_smoothing" not in evaluate.run(evaluation(folder, limit=1), QUIET)
     few = evaluate.run(evaluation(folder, answers=str(tmp_path / "answers.txt"), limit=1), QUIET)
     assert few["answers"] == few["top"] == 2 and "answers" in few["provenance"]["inputs"]
     (tmp_path / "answers.txt").write_text("\n")
@@ -246,7 +253,7 @@ def test_predict_ranks_answers(folder: Path, picture: str) -> None:
     assert len(probabilities) == result["candidates"] == 5 and sum(probabilities) == pytest.approx(1)
     assert probabilities == sorted(probabilities, reverse=True) and result["answer"] == result["answers"][0]["answer"]
     assert predict.run(**ask, top=2)["answers"] == result["answers"][:2]
-    assert set(predict.run(**ask, mode="generate")) == {"question", "answer"}
+    assert predict.run(**ask, mode="generate")["manner"] == {"decoding": "greedy", "max_length": 11}
 
 
 def test_predict_says_what_it_does_not_know(folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:

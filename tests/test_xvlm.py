@@ -204,7 +204,9 @@ def test_decoding_with_a_cache_is_decoding_without(kept):
     torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
 
 
-def brute_force(model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, top: int, twice: bool) -> list[list[int]]:
+def brute_force(
+    model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, top: int, twice: bool, smoothing: float
+) -> list[list[int]]:
     """Every candidate after every question, one by one."""
     _, context = model.encode(batch)
     ranked = []
@@ -215,8 +217,9 @@ def brute_force(model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torc
             logits = model.follow(answer[None, :length], None, type(context)(context.kv, context.mask[row][None], torch.tensor([row])))[0]
             likelihood = logits[0].log_softmax(-1)
             steps = [float(likelihood[at, answer[at + 1]]) for at in range(length - 1)]
+            smooth = [float(likelihood[at].mean()) - step for at, step in enumerate(steps)]
             first.append(steps[0])
-            score.append(sum(steps) + (steps[0] if twice else 0))
+            score.append(sum(steps) + (steps[0] if twice else 0) + smoothing * sum(smooth))
         chosen = sorted(range(len(ids)), key=lambda c: -first[c])[:top]
         ranked.append(sorted(chosen, key=lambda c: -score[c]))
     return ranked
@@ -224,13 +227,14 @@ def brute_force(model: Any, batch: dict[str, Any], ids: torch.Tensor, mask: torc
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("top", [2, 4, 99])
-def test_ranking_against_brute_force(twice, top):
+@pytest.mark.parametrize("smoothing", [0.0, 0.6])
+def test_ranking_against_brute_force(twice, top, smoothing):
     model, batch = build(decoder_layers=2), questions(None)
     ids = torch.tensor([[2, 7, 3, 0], [2, 8, 9, 3], [2, 9, 3, 0], [2, 10, 11, 3], [2, 12, 3, 0], [2, 13, 14, 3]])
     mask = (ids != 0).long()
     with torch.no_grad():
-        expected = brute_force(model, batch, ids, mask, top, twice)
-    chosen, probabilities = rank(model, batch, (ids, mask), top=top, first_token_twice=twice)
+        expected = brute_force(model, batch, ids, mask, top, twice, smoothing)
+    chosen, probabilities = rank(model, batch, (ids, mask), top=top, first_token_twice=twice, smoothing=smoothing)
     assert chosen.tolist() == expected
     torch.testing.assert_close(probabilities.sum(1), torch.ones(5), **CLOSE)
     assert bool((probabilities.diff(dim=1) <= 0).all())

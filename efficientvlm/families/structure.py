@@ -150,6 +150,9 @@ class Structure:
         """
         return []
 
+    def note_smoothing(self, smoothing: float) -> None:
+        """Take down which part of a target all tokens share in the loss of texts. Here nothing: settings of stages say it."""
+
     def copy(self, **changes: Any) -> Self:
         """This configuration with some fields changed."""
         changed = copy.deepcopy(self)

@@ -14,7 +14,7 @@ from efficientvlm.runtime import ranks
 
 
 class Generation(Objective):
-    """The weighted likelihood of accepted answers (X-VLM, VQA).
+    """The weighted likelihood of accepted answers (X-VLM, BLIP; VQA).
 
     Use it to tune a network with an answer decoder on questions; `distillation.Distilled` adds a teacher.
 
@@ -22,7 +22,11 @@ class Generation(Objective):
     and question_mask [Q, L]; answer_index and answer_weights [A], answer_ids and answer_mask [A, La].
     Returns `task`, and the same as `loss`.
 
-    Source: X-VLM (Zeng et al. 2022), fine-tuning on VQA.
+    Args:
+        smoothing: part of a target that all tokens share; 0.1 in BLIP.
+
+    Source: X-VLM (Zeng et al. 2022) and BLIP (Li et al. 2022), fine-tuning on VQA. BLIP's code divides by the images, each of which has
+    one question there.
 
     Example: `Generation(model)(batch, step=0)["loss"].backward()`
     """
@@ -36,9 +40,9 @@ class Generation(Objective):
         Term("logits", "logits", logits, "answer_mask"),
     )
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing = model, smoothing
         self.terms = tuple(term for term in self.terms if not term.tower or term.tap in model.taps)
 
     def cached(self, teacher: Any) -> CachedAnswers:
@@ -56,5 +60,6 @@ class Generation(Objective):
         if model is not self.model:
             return Pass({}, record)
         questions = ranks.share_of(len(batch["question_ids"]))
-        task = answer_loss(record["logits"], batch["answer_ids"], batch["answer_mask"], batch["answer_weights"], questions)
+        answers = batch["answer_ids"], batch["answer_mask"], batch["answer_weights"]
+        task = answer_loss(record["logits"], *answers, questions, self.smoothing)
         return Pass({"task": task}, record)

@@ -126,12 +126,12 @@ def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / ranks.share_of((labels >= 0).sum())
 
 
-def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor) -> Tensor:
-    """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA).
+def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int | Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum of weight times sequence NLL over the number of questions (X-VLM, VQA; with `smoothing` BLIP).
 
     `logits` [A, L, V] predict `ids` [A, L] shifted by one; `mask` [A, L] leaves padding out; `weights` [A].
     """
-    return (sequence_nll(logits, ids, mask) * weights).sum() / questions
+    return (sequence_nll(logits, ids, mask, smoothing) * weights).sum() / questions
 
 
 def caption_loss(logits: Tensor, ids: Tensor, target: Tensor, smoothing: float = 0.0, *, published: bool = False) -> Tensor:
@@ -148,8 +148,12 @@ def caption_loss(logits: Tensor, ids: Tensor, target: Tensor, smoothing: float =
     return (own * wrong + smoothing * (whole - scores.mean(-1))).sum() / ranks.share_of(len(true))
 
 
-def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V]."""
+def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log likelihood [A] of each token sequence after its first token; `logits` [A, >= L - 1, V].
+
+    All tokens of the vocabulary share the part `smoothing` of a target.
+    """
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    loss = F.cross_entropy(logits[:, : targets.shape[1]].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    how: dict[str, Any] = {"ignore_index": -100, "reduction": "none", "label_smoothing": smoothing}
+    loss = F.cross_entropy(logits[:, : targets.shape[1]].float().flatten(0, 1), targets.flatten(), **how)
     return loss.view(targets.shape).sum(1)

@@ -59,7 +59,7 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
     if isinstance(config, Train) and config.eval_limit == 0:
         yield {"eval_batch_size"}, "with eval_limit 0"
     if isinstance(config, VQAEval) and config.mode == "generate":
-        yield {"answers", "rank_top", "first_token_twice"}, "with mode generate"
+        yield {"answers", "rank_top", "first_token_twice", "rank_smoothing"}, "with mode generate"
     if isinstance(config, Export) and config.format != "onnx":
         yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"
 

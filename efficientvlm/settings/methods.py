@@ -34,6 +34,7 @@ class VQAQuirks(Strict):
 
     double_sep: bool = Field(False, description="training answers end in two separators")
     first_token_twice: bool = Field(False, description="closed-list ranking counts the first token twice")
+    smoothed_ranking: bool = Field(False, description="closed-list ranking scores answers by the smoothed loss (BLIP)")
 
 
 class MaskQuirks(Strict):

@@ -45,6 +45,7 @@ class VQASettings(Learning):
     quirks: VQAQuirks = Field(default_factory=VQAQuirks)
     questions_per_image: Size = Field(6, ge=1, description="questions that share one vision pass")
     max_answer_tokens: Size = Field(10, ge=3)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of a target that all tokens share; 0.1 in BLIP")
     answers: str | None = Field(None, description="file with one answer a line; by default those of the training data")
     min_answer_count: Count = Field(1, ge=1, description="training questions that must accept an answer for it to be in the closed list")
     rank_top: Annotated[Count, Aside()] = Field(128, ge=1, description="candidates kept after the first token")
@@ -55,10 +56,37 @@ class VQAPruning(VQASettings):
     quirks: VQAPruningQuirks = Field(default_factory=VQAPruningQuirks)
 
 
-class VQAQuestion(Asking):
+LengthRule = Literal["published", "generated"]
+
+
+class Answered(Strict):
+    """How an answer comes about: the best of a closed list, or text that is written freely."""
+
+    mode: Literal["rank", "generate"] = "rank"
+    beams: Count = Field(1, ge=1, le=100, description="generate: answers that the search keeps of a question, 3 in BLIP; 1: greedy")
+    length_rule: LengthRule = Field(
+        "published",
+        description="generate: by which tokens beams are averaged: the first one and the answer; generated: the answer and its end",
+    )
+    max_length: Count | None = Field(
+        None,
+        ge=2,
+        description="generate: most tokens, the first one too, 10 in BLIP; by default one more than the longest answer learnt",
+    )
+
+    @field_validator("beams", "length_rule", "max_length", "attends_padding", check_fields=False)
+    @classmethod
+    def _of_generation(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("mode") == "rank" and value != cls.model_fields[info.field_name or ""].default:
+            raise ValueError("it goes with mode generate")
+        if info.field_name == "length_rule" and value != "published" and info.data.get("beams") == 1:
+            raise ValueError("it goes with several beams")
+        return value
+
+
+class VQAQuestion(Asking, Answered):
     image: Pictures = Field(min_length=1, max_length=1, examples=["picture.png"])
     question: str = Field(examples=["What colour is it?"])
-    mode: Literal["rank", "generate"] = "rank"
     top: Count = Field(5, ge=1, description="answers that are shown")
 
     @field_validator("question")
@@ -69,11 +97,16 @@ class VQAQuestion(Asking):
         return question
 
 
-class VQAEval(Measuring):
-    mode: Literal["rank", "generate"] = "rank"
+class VQAEval(Measuring, Answered):
     answers: str | None = None
     rank_top: Count | None = Field(None, ge=1, description="candidates kept after the first token; by default as the model was tuned")
     first_token_twice: bool | None = None
+    rank_smoothing: float | None = Field(
+        None, ge=0, lt=1, description="label smoothing in the score of an answer, 0.1 in BLIP's code; by default as tuned, else 0"
+    )
+    attends_padding: bool = Field(
+        False, description="generate: answers attend to the padding of questions, as in BLIP's code and in transformers"
+    )
 
 
 class NLVR2Settings(Learning):
@@ -238,7 +271,7 @@ class Written(Strict):
         None, ge=0, description=f"fewest tokens, first one and prompt included, the end not; by default as tuned, else {SHORTEST}"
     )
     max_length: Count | None = Field(None, ge=2, description=f"most tokens, counted likewise; by default as tuned, else {LONGEST}")
-    length_rule: Literal["published", "generated"] = Field(
+    length_rule: LengthRule = Field(
         "published",
         description="beam: by which tokens scores are averaged: all, the end not counted; generated: those behind the prompt, with it",
     )

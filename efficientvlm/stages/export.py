@@ -219,7 +219,7 @@ def _bytes(folder: Path, *endings: str) -> int:
 
 def _carried(loaded: Loaded) -> dict[str, Any]:
     """How the model was tuned, which decides how it is asked; the settings of the export do not say it."""
-    names = ("task", "quirks", "max_answer_tokens")
+    names = ("task", "quirks", "max_answer_tokens", "label_smoothing")
     return {name: value for name in names if (value := loaded.manifest.noted(name, Any, None)) is not None}
 
 

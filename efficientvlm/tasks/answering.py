@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,7 +22,8 @@ from efficientvlm.families.network import refusal
 from efficientvlm.families.towers.decoding import Choose, likeliest
 from efficientvlm.loaded import Loaded, decoded, texts_of
 from efficientvlm.runtime.progress import Bar, say
-from efficientvlm.settings.tasks import VQAEval, VQASettings
+from efficientvlm.settings.base import settings_of
+from efficientvlm.settings.tasks import Answered, VQAEval, VQASettings
 from efficientvlm.tasks.choices import Choice, Likeliest
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.ranking import evaluate, generate, rank
@@ -59,27 +60,59 @@ def remedy(loaded: Loaded) -> str:
     return "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
 
 
-def counts_first_token_twice(manifest: Manifest, asked: bool | None) -> bool:
-    """How a checkpoint ranks: as asked, else as it was tuned."""
-    return asked if asked is not None else manifest.noted("quirks", dict[str, Any], {}).get("first_token_twice") is True
+class Scoring(NamedTuple):
+    """How candidates are ranked, beside their likelihood: whether their first token counts twice, and the label smoothing in it."""
+
+    first_token_twice: bool = False
+    smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, manifest: Manifest, asked: VQAEval | None = None) -> Scoring:
+        """As asked, else as a checkpoint was tuned."""
+        quirks = manifest.noted("quirks", dict[str, Any], {})
+        smoothing = manifest.noted("label_smoothing", float, 0.0) if quirks.get("smoothed_ranking") is True else 0.0
+        tuned = cls(quirks.get("first_token_twice") is True, smoothing)
+        if asked is None:
+            return tuned
+        twice, smoothing = asked.first_token_twice, asked.rank_smoothing
+        return cls(tuned.first_token_twice if twice is None else twice, tuned.smoothing if smoothing is None else smoothing)
+
+    @classmethod
+    def learnt(cls, config: VQASettings) -> Scoring:
+        """As a stage that tunes has it."""
+        return cls(config.quirks.first_token_twice, config.label_smoothing if config.quirks.smoothed_ranking else 0.0)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {"first_token_twice": self.first_token_twice, **({"rank_smoothing": self.smoothing} if self.smoothing else {})}
 
 
 class Answerer:
-    """Answers as text: `rank` among the closed list in the configuration, or `generate` freely."""
+    """Answers as text: the best of the closed list in the configuration, or in mode `generate` free text, both as `how` says."""
 
     def __init__(
-        self, loaded: Loaded, *, mode: str = "rank", answers: list[str] | None = None, top: int | None = None, twice: bool = False
+        self,
+        loaded: Loaded,
+        how: Answered | None = None,
+        *,
+        answers: list[str] | None = None,
+        top: int | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
-        self.loaded, self.mode, self.twice = loaded, mode, twice
-        config = loaded.config
+        self.loaded, self.how = loaded, how or Answered()
+        self.mode, self.scoring = self.how.mode, scoring or Scoring.of(loaded.manifest)
+        mode, config = self.mode, loaded.config
         self.texts = texts_of(loaded)
         self.answers = list(answers or config.answers or [])
         self.top = top or config.rank_top
         self.device = loaded.model.device
-        self.room = self.texts.room(longest_answer(loaded.manifest))
+        self.room = self.texts.room(self.longest - 1)
         self.reading, self.listed = reading.Reading(), frozenset[Any]()
         if "answer" not in loaded.abilities:
             raise refusal(config, "answer", str(loaded.path), fix=remedy(loaded))
+        if (most := self.how.max_length or 0) > (positions := loaded.sizes.max_positions):
+            raise BadInput(f"max_length {most}", f"{loaded.path} has {positions} positions for tokens", f"use at most {positions}")
         if mode == "rank":
             if not self.answers:
                 raise BadInput(f"{loaded.path} has no list of answers", "", "give --answers FILE, or use generation")
@@ -100,7 +133,8 @@ class Answerer:
 
     def scored(self, batch: Batch) -> list[list[tuple[str, float]]]:
         """Ranked answers with probabilities, best first, for each question."""
-        chosen, probabilities = rank(self.loaded.model, self.on_device(batch), self.candidates, top=self.top, first_token_twice=self.twice)
+        scoring = self.scoring._asdict()
+        chosen, probabilities = rank(self.loaded.model, self.on_device(batch), self.candidates, top=self.top, **scoring)
         return [
             [(self.answers[i], p) for i, p in zip(row, row_p, strict=True)]
             for row, row_p in zip(chosen.tolist(), probabilities.tolist(), strict=True)
@@ -114,8 +148,9 @@ class Answerer:
 
     def generated(self, batch: Batch, choose: Callable[[], Choose] = lambda: likeliest) -> Tensor:
         """Tokens of one answer a question, those behind its end included."""
-        written = {"cls_id": self.texts.start, "sep_id": self.texts.sep, "max_tokens": longest_answer(self.loaded.manifest)}
-        return generate(self.loaded.model, self.on_device(batch), **written, choose=choose)
+        how = settings_of(self.how, "beams", "length_rule") | {"attends_padding": self.attends_padding}
+        how |= {"cls_id": self.texts.start, "sep_id": self.texts.sep, "max_tokens": self.longest - 1}
+        return generate(self.loaded.model, self.on_device(batch), **how, choose=choose)
 
     def greedy(self, batch: Batch) -> list[Choice]:
         """One answer a question, written freely."""
@@ -128,6 +163,24 @@ class Answerer:
         rows = self.generated(batch, choose).tolist()
         margins = [margin for block in made for margin in block.margins.tolist()]
         return [Choice(self.decoded(row), margin) for row, margin in zip(rows, margins, strict=True)]
+
+    @property
+    def attends_padding(self) -> bool:
+        return isinstance(self.how, VQAEval) and self.how.attends_padding
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of an answer that is generated, its first one included."""
+        return self.how.max_length or 1 + longest_answer(self.loaded.manifest)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a result says of how answers came about."""
+        if self.mode == "rank":
+            return {"answers": len(self.answers), "top": min(self.top, len(self.answers)), **self.scoring.said}
+        search = settings_of(self.how, "beams", "length_rule") if self.how.beams > 1 else {}
+        padding = {"attends_padding": True} if self.attends_padding else {}
+        return {"manner": {"decoding": "beam" if search else "greedy", "max_length": self.longest, **search, **padding}}
 
     def decoded(self, ids: list[int]) -> str:
         return decoded(self.loaded, self.texts, ids)

@@ -104,6 +104,7 @@ class Captioning(Learnt, Asked):
 
     def configure(self, config: CaptioningSettings, student: Loaded, source: Any) -> None:
         student.config.prompt, student.config.caption_tokens = config.prompt, [config.min_length, config.max_length]
+        student.model.config.note_smoothing(config.label_smoothing)
 
     def reading(self, config: CaptioningSettings, student: Loaded, sources: dict[str, Any]) -> Reading:
         texts = texts_of(student, config.max_tokens)
@@ -241,7 +242,7 @@ class Captioning(Learnt, Asked):
             raise BadInput(f"none of {len(files)} pictures can be read", lost[0], "give pictures, e.g. PNG or JPEG")
         if out:
             write_captions(out, said)
-        written = {"out": str(out)} if out else {}
+        written = {"manner": describer.manner.said, **({"out": str(out)} if out else {})}
         if len(config.image) == 1 and not named[0].is_dir():
             return {**said[0], **written}
         return {"captions": said, "described": len(said), "skipped": lost, **written}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 
 from efficientvlm.families.footprint import Footprint, room, spans, tiles
 from efficientvlm.families.network import Generates
-from efficientvlm.families.towers.decoding import Choose, Rules, continued, likeliest, stepping
+from efficientvlm.families.towers.attention import Context
+from efficientvlm.families.towers.decoding import Choose, LengthRule, Rules, beam, continued, likeliest, stepping
 from efficientvlm.objectives.losses import sequence_nll
 from efficientvlm.tasks.vqa_answers import normalised
 
@@ -27,12 +29,14 @@ def rank(
     *,
     top: int,
     first_token_twice: bool = False,
+    smoothing: float = 0.0,
     most: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Closed-list answers: candidate indices [Q, K] and their probabilities among those K, best first (ALBEF / X-VLM).
+    """Closed-list answers: candidate indices [Q, K] and their probabilities among those K, best first (ALBEF / X-VLM / BLIP).
 
     The probability of each candidate's first token picks K = min(top, candidates); the score of those is minus their sequence NLL, plus
-    once more the first token's log probability when `first_token_twice` (as published). `candidates` are (ids, mask) [C, L].
+    once more the first token's log probability when `first_token_twice` (as X-VLM's code does). With `smoothing` that NLL is the smoothed
+    loss (as in BLIP's code, 0.1), whose second part prefers short answers whatever is asked. `candidates` are (ids, mask) [C, L].
 
     The work is done in blocks of at most `most` bytes each, by default what the device has room for: some questions with their images,
     and of those some candidates at a time. Memory does not grow with the batch, and the result does not depend on it.
@@ -40,7 +44,8 @@ def rank(
     ids, mask = candidates
     top, most = min(top, len(ids)), most or room(ids.device)
     size = Footprint.of(model.config)
-    parts = [_rank(model, part, ids, mask, top, 1 + first_token_twice, size, most) for part in in_parts(batch, size, most)]
+    how = top, 1 + first_token_twice, smoothing
+    parts = [_rank(model, part, ids, mask, how, size, most) for part in in_parts(batch, size, most)]
     if not parts:
         return ids.new_empty(0, top), torch.empty(0, top, device=ids.device)
     chosen, probabilities = (torch.cat(found) for found in zip(*parts, strict=True))
@@ -48,14 +53,15 @@ def rank(
 
 
 def _rank(
-    model: Generates, batch: dict[str, Any], ids: Tensor, mask: Tensor, top: int, times: int, size: Footprint, most: int
+    model: Generates, batch: dict[str, Any], ids: Tensor, mask: Tensor, how: tuple[int, int, float], size: Footprint, most: int
 ) -> tuple[Tensor, Tensor]:
+    top, times, smoothing = how
     _, context = model.encode(batch)
     questions, cache = len(batch["question_ids"]), model.new_cache()
     start = ids[:1, :1].expand(questions, 1)
-    first = model.decode(context, start, None, None, cache)[:, 0].float().log_softmax(-1)[:, ids[:, 1]]
-    first_score, chosen = first.topk(top, dim=1)
-    score = first_score * times
+    likelihood = model.decode(context, start, None, None, cache)[:, 0].float().log_softmax(-1)
+    first_score, chosen = likelihood[:, ids[:, 1]].topk(top, dim=1)
+    score = first_score * (times - smoothing) + smoothing * likelihood.mean(-1, keepdim=True)
     lengths = mask.sum(1)
     by_length = lengths[chosen].argsort(dim=1, stable=True)  # candidates of about one length together, so that little is padding
     longest = int(lengths[chosen].max())
@@ -68,16 +74,17 @@ def _rank(
             width = max(3, int(lengths[part].max()))
             picked, seen = ids[part.flatten(), :width], mask[part.flatten(), :width]
             logits = model.decode(context, picked[:, 1:-1], None, rows, cache.select(rows))
-            score[some].scatter_add_(1, at, -sequence_nll(logits, picked[:, 1:], seen[:, 1:]).view(part.shape))
+            score[some].scatter_add_(1, at, -sequence_nll(logits, picked[:, 1:], seen[:, 1:], smoothing).view(part.shape))
     probabilities, order = score.softmax(1).sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), probabilities
 
 
-def in_parts(batch: dict[str, Any], size: Footprint, most: int) -> Iterator[dict[str, Tensor]]:
-    """What a network reads of a `vqa_batch`, in runs of questions with their images that take at most `most` bytes each."""
+def in_parts(batch: dict[str, Any], size: Footprint, most: int, more: int = 0) -> Iterator[dict[str, Tensor]]:
+    """What a network reads of a `vqa_batch`, in runs of questions with their images that take at most `most` bytes each; a question takes
+    `more` besides."""
     ids = batch["question_ids"]
     index = batch["image_index"] if "image_index" in batch else torch.arange(len(ids), device=ids.device)
-    for start, stop in spans(index.tolist(), size.image, size.question(ids.shape[1]), most):
+    for start, stop in spans(index.tolist(), size.image, size.question(ids.shape[1]) + more, most):
         images, rows = index[start:stop].unique(return_inverse=True)
         part = {"pixels": batch["pixels"][images], "image_index": rows}
         part |= {name: batch[name][start:stop] for name in ("question_ids", "question_mask")}
@@ -96,25 +103,39 @@ def generate(
     cls_id: int,
     sep_id: int,
     max_tokens: int,
+    beams: int = 1,
+    length_rule: LengthRule = "published",
+    attends_padding: bool = False,
     most: int | None = None,
     choose: Callable[[], Choose] = lambda: likeliest,
 ) -> Tensor:
-    """Greedy answers [Q, <= max_tokens] with a key/value cache; everything after the separator is the separator.
+    """Answers [Q, <= max_tokens] with a key/value cache, greedy or the best that `beams` show; all after the separator is the separator.
 
-    Done in blocks of at most `most` bytes, as :func:`rank`, each with what `choose` returns.
+    `attends_padding`: answers attend to the padding of questions too, as in BLIP's code and in transformers, so that they depend on the
+    questions beside them. Done in blocks of at most `most` bytes, as :func:`rank`, each with what `choose` returns where beams are one.
     """
     device = batch["question_ids"].device
-    size = Footprint.of(model.config)
-    parts = [_generate(model, part, cls_id, sep_id, max_tokens, choose()) for part in in_parts(batch, size, most or room(device))]
+    size, rules = Footprint.of(model.config), Rules(sep_id, sep_id, max_tokens)
+    kept = size.writing(1 + max_tokens) * beams if beams > 1 else 0
+    parts = []
+    for part in in_parts(batch, size, most or room(device), kept):
+        _, context = model.encode(part)
+        step = stepping(model, _unmasked(context) if attends_padding else context)
+        start = part["question_ids"].new_full((len(part["question_ids"]), 1), cls_id)
+        if beams > 1:
+            parts.append(beam(step, start, rules, beams, length_rule=length_rule).ids[:, 0])
+        else:
+            parts.append(continued(step, start, rules, choose()))
     longest = max((part.shape[1] for part in parts), default=0)
     padded = [F.pad(part, (0, longest - part.shape[1]), value=sep_id) for part in parts]
     return torch.cat(padded) if padded else batch["question_ids"].new_empty(0, 0)
 
 
-def _generate(model: Generates, batch: dict[str, Any], cls_id: int, sep_id: int, max_tokens: int, choose: Choose) -> Tensor:
-    _, context = model.encode(batch)
-    start = batch["question_ids"].new_full((len(batch["question_ids"]), 1), cls_id)
-    return continued(stepping(model, context), start, Rules(sep_id, sep_id, max_tokens), choose)
+def _unmasked(context: Any) -> Any:
+    """What a network, or a graph, attends to of questions, with their padding."""
+    if isinstance(context, Context):
+        return replace(context, mask=None)
+    return {**context, "question_mask": torch.ones_like(context["question_mask"])}
 
 
 def soft_accuracy(guess: str, given: Sequence[tuple[str, float]], annotators: int) -> float:

@@ -25,11 +25,11 @@ from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Bench
-from efficientvlm.settings.tasks import VQAEval, VQAQuestion, VQASettings
+from efficientvlm.settings.tasks import Answered, VQAEval, VQAQuestion, VQASettings
 from efficientvlm.tasks.answering import (
     EVAL_BATCH,
     Answerer,
-    counts_first_token_twice,
+    Scoring,
     evaluate_on,
     listed_answers,
     longest_answer,
@@ -79,6 +79,7 @@ class VQA(Learnt, Asked):
 
     def configure(self, config: VQASettings, student: Loaded, source: Any) -> None:
         student.config.answers, student.config.rank_top = answer_list(config, source), config.rank_top
+        student.model.config.note_smoothing(config.label_smoothing)
 
     def reading(self, config: VQASettings, student: Loaded, sources: dict[str, Any]) -> Reading:
         texts, answers = texts_of(student, config.max_tokens), student.config.answers or []
@@ -87,7 +88,7 @@ class VQA(Learnt, Asked):
         return of_texts(texts, sources["train"]) + listed + of_questions(texts, answers, sources["val"])
 
     def objective(self, config: VQASettings, student: Loaded) -> Generation:
-        return Generation(student.model)
+        return Generation(student.model, config.label_smoothing)
 
     def batches(self, config: VQASettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         drawn = {"seed": config.seed, "step": step, **augmentation(config)}
@@ -95,12 +96,12 @@ class VQA(Learnt, Asked):
         return [vqa_batch(items, texts, **drawn, train=True, double_sep=config.quirks.double_sep, **sizes)]
 
     def validate(self, config: VQASettings, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
-        answer = Answerer(student, twice=config.quirks.first_token_twice)
+        answer = Answerer(student, scoring=Scoring.learnt(config))
         size = config.eval_batch_size or EVAL_BATCH
         return evaluate_on(answer, source, limit=config.eval_limit, title="validate", quiet=quiet, batch_size=size)
 
     def influence(self, config: VQASettings, student: Loaded, source: Any) -> Influence:
-        return of_answers(Answerer(student, twice=config.quirks.first_token_twice), source, config.eval_batch_size)
+        return of_answers(Answerer(student, scoring=Scoring.learnt(config)), source, config.eval_batch_size)
 
     def bytes_of_cached_teacher(self, config: VQASettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_answers(config, teacher, source, images_seen)
@@ -112,8 +113,8 @@ class VQA(Learnt, Asked):
 
     def answerer(self, config: VQAEval, loaded: Loaded) -> Answerer:
         """Answers as the eval stage asks for them."""
-        twice = counts_first_token_twice(loaded.manifest, config.first_token_twice)
-        return Answerer(loaded, mode=config.mode, answers=listed_answers(config), top=config.rank_top, twice=twice)
+        scoring = Scoring.of(loaded.manifest, config)
+        return Answerer(loaded, config, answers=listed_answers(config), top=config.rank_top, scoring=scoring)
 
     def evaluate(self, config: VQAEval, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """Every question of `source` answered: `metric`, `mode`, how was ranked, `metrics`."""
@@ -121,17 +122,16 @@ class VQA(Learnt, Asked):
         measured = evaluate_on(answer, source, limit=None, title=title, quiet=quiet, batch_size=config.batch_size)
         if not measured.get("questions"):
             raise BadInput(f"{config.data} has no questions", f"split {config.split} of {source.name}", "use another --split")
-        ranked = {"answers": len(answer.answers), "top": min(answer.top, len(answer.answers)), "first_token_twice": answer.twice}
         return {
             "metric": metric_of(measured),
             "mode": config.mode,
-            **(ranked if config.mode == "rank" else {}),
+            **answer.said,
             "influence": of_answers(answer, source, config.batch_size),
             "metrics": measured,
         }
 
     def measure(self, loaded: Loaded, source: Any, *, batch_size: int, seed: int, title: str, quiet: bool) -> dict[str, Any]:
-        answer = Answerer(loaded, twice=counts_first_token_twice(loaded.manifest, None))
+        answer = Answerer(loaded)
         return evaluate_on(answer, source, limit=None, batch_size=batch_size, title=title, quiet=quiet)
 
     def reading_of_measuring(self, config: VQAEval, loaded: Loaded, source: Any) -> Reading:
@@ -149,7 +149,8 @@ class VQA(Learnt, Asked):
 
     def exported(self, loaded: Loaded) -> dict[str, Any]:
         return {
-            "first_token_twice": counts_first_token_twice(loaded.manifest, None),
+            "first_token_twice": (scoring := Scoring.of(loaded.manifest)).first_token_twice,
+            "rank_smoothing": scoring.smoothing,
             "max_answer_tokens": longest_answer(loaded.manifest),
             "start_token": loaded.tokenizer.cls_token_id,
             "end_token": loaded.tokenizer.sep_token_id,
@@ -158,7 +159,7 @@ class VQA(Learnt, Asked):
     def choices(self, loaded: Loaded, source: Any, count: int, seed: int) -> list[Choice]:
         """Answers that are written freely: to the first question about each picture, or to random tokens."""
         loaded.model.eval()
-        answer = Answerer(loaded, mode="generate")
+        answer = Answerer(loaded, Answered(mode="generate"))
         seen = [replace(item, questions=item.questions[:1]) for item in pictures(loaded, source, count, seed)[1] if item.questions]
         if seen:
             return answer.greedy(vqa_batch(seen, answer.texts, seed=0, step=0, train=False))
@@ -174,11 +175,11 @@ class VQA(Learnt, Asked):
         """
         (image,), question = config.image, config.question
         pixels = open_image(image, loaded.preprocessing)
-        answer = Answerer(loaded, mode=config.mode, twice=counts_first_token_twice(loaded.manifest, None))
+        answer = Answerer(loaded, config)
         check_question(answer.texts, question, "question")
         batch = vqa_batch([VQAItem(image, pixels, [Question(question, [])])], answer.texts, seed=0, step=0, train=False)
         if config.mode == "generate":
-            return {"question": question, "answer": answer(batch)[0]}
+            return {"question": question, "answer": answer(batch)[0], **answer.said}
         scored = answer.scored(batch)[0]
         answers = [{"answer": text, "probability": probability} for text, probability in scored[: config.top]]
         return {"question": question, "answer": scored[0][0], "candidates": len(scored), "answers": answers}
@@ -206,11 +207,11 @@ class VQA(Learnt, Asked):
             say(f"bench: {loaded.path}: {remark}", quiet=quiet)
         side = loaded.sizes.image_size
         batches = {size: example(side, texts, size, config.text_length, config.seed, device) for size in config.batch_sizes}
-        twice = counts_first_token_twice(loaded.manifest, None)
+        scoring = Scoring.of(loaded.manifest)._asdict()
 
         def answer(size: int) -> object:
             with autocast(device, config.precision):
-                return rank(model, batches[size], (ids, mask), top=model.config.rank_top, first_token_twice=twice)
+                return rank(model, batches[size], (ids, mask), top=model.config.rank_top, **scoring)
 
         return answer
 

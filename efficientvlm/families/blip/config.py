@@ -59,6 +59,10 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         """Whether the output matrix is the word embedding: unless both configurations say that it is not, as transformers reads them."""
         return bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
 
+    def note_smoothing(self, smoothing: float) -> None:
+        """Where transformers' own classes look for it."""
+        self.text_config.label_smoothing = smoothing
+
     @property
     def is_stock(self) -> bool:
         """Whether transformers' own class builds this very network."""

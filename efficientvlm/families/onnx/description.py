@@ -85,6 +85,7 @@ class Description(Strict):
     answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     rank_top: int = Field(128, ge=1)
     first_token_twice: bool = False
+    rank_smoothing: float = Field(0.0, ge=0, lt=1)
     max_tokens: int | None = Field(None, ge=3, le=MOST, description="longest question or text, with its first and last token")
     max_answer_tokens: int = Field(10, ge=1, le=MOST)
     start_token: Length | None = Field(None, description="id that answers and captions begin with")
