@@ -1,6 +1,6 @@
-"""Publish a finished recipe flickr8k: retrieval of the teacher, of a student without a teacher, and of the method; CSV, table in docs/.
+"""Publish a finished recipe flickr8k or flickr8k-captions: the teacher, a student without a teacher, and the method; CSV, table in docs/.
 
-python benchmarks/flickr8k.py [runs/flickr8k]
+python benchmarks/flickr8k.py [--task retrieval|captions] [runs/flickr8k]
 
 Nothing is measured or typed here, and no model is published. Run it on the machine that trained.
 """
@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,57 @@ from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import run_script
 from efficientvlm.stages.results import read_result
 
-# row → its checkpoint, the stages that were trained for it (after the teacher), and what it is
-ROWS = {
-    "teacher": ("teacher", ("aligned", "teacher"), "pretrained towers, contrast, then contrast and matching"),
-    "no-kd": ("no-kd", ("no-kd",), "shrunk teacher cut by magnitude, then trained without a teacher"),
-    "method": ("final", ("distilled", "pruned", "final"), "shrunk teacher, distilled, pruned with learnt gates and KD, finetuned with KD"),
-}
 PAGE = Path("docs/own-data.md")
 DIRECTIONS = ("image_to_text", "text_to_image")
-METRICS = (*(f"{direction}_r{top}" for direction in DIRECTIONS for top in (1, 5, 10)), "mean_recall", "itm_accuracy", "itm_preferred")
+TEACHER, PLAIN, METHOD = "teacher", "no-kd", "method"
+CUT = "shrunk teacher cut by magnitude, then trained without a teacher"
+TAUGHT = "shrunk teacher, distilled, pruned with learnt gates and KD, finetuned with KD"
 
 
-def publish(run: Path, root: Path = ROOT) -> list[Path]:
+@dataclass(frozen=True)
+class Figures:
+    """`rows`: model → its checkpoint, the stages that were trained for it (after the teacher), and what it is; `metric` is the main one."""
+
+    recipe: str
+    metric: str
+    metrics: tuple[str, ...]
+    rows: dict[str, tuple[str, tuple[str, ...], str]]
+
+
+RECALLS = tuple(f"{direction}_r{top}" for direction in DIRECTIONS for top in (1, 5, 10))
+FIGURES = {
+    "retrieval": Figures(
+        "flickr8k",
+        "mean_recall",
+        (*RECALLS, "mean_recall", "itm_accuracy", "itm_preferred"),
+        {
+            TEACHER: ("teacher", ("aligned", "teacher"), "pretrained towers, contrast, then contrast and matching"),
+            PLAIN: ("no-kd", ("no-kd",), CUT),
+            METHOD: ("final", ("distilled", "pruned", "final"), TAUGHT),
+        },
+    ),
+    "captions": Figures(
+        "flickr8k-captions",
+        "cider_d",
+        ("bleu_1", "bleu_4", "rouge_l", "cider_d"),
+        {
+            TEACHER: ("captions-teacher", ("aligned", "captions-teacher"), "pretrained towers, contrast and hidden words, then captions"),
+            PLAIN: ("captions-no-kd", ("captions-no-kd",), CUT),
+            METHOD: ("captions-final", ("captions-distilled", "captions-pruned", "captions-final"), TAUGHT),
+        },
+    ),
+}
+
+
+def publish(run: Path, root: Path = ROOT, figures: Figures = FIGURES["retrieval"]) -> list[Path]:
     """Write the CSV and the table of the recipe output `run` below `root`; the files written.
 
     Raises:
         BadInput: a stage has not finished, a result is of another checkpoint than lies there now, or the page has no place for the table.
     """
-    records, name = as_csv(rows(run)), csv_of("flickr8k", processor())
+    records, name = as_csv(rows(run, figures)), csv_of(figures.recipe.replace("-", "_"), processor())
     shown = list(csv.DictReader(io.StringIO(records.decode())))
-    page = with_block((root / PAGE).read_text("utf-8"), "flickr8k", block(shown, name))
+    page = with_block((root / PAGE).read_text("utf-8"), figures.recipe, block(shown, name, figures))
     content = {root / name: records, root / PAGE: page.encode()}
     for path, data in content.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,29 +83,29 @@ def publish(run: Path, root: Path = ROOT) -> list[Path]:
     return list(content)
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
+def rows(run: Path, figures: Figures) -> list[dict[str, Any]]:
     """One record a model, the teacher first.
 
     Raises:
         BadInput: as :func:`publish`; or the students were not trained for as many steps, or are not of one sparsity.
     """
-    records = [row(run, name) for name in ROWS]
+    records = [row(run, name, figures) for name in figures.rows]
     teacher, plain, method = records
     if plain["steps"] != method["steps"] or abs(plain["sparsity"] - method["sparsity"]) > 0.005:
         steps, sparsity = (f"{plain[key]} and {method[key]}" for key in ("steps", "sparsity"))
         raise BadInput(f"{run}: the students cannot be compared", f"steps {steps}, sparsity {sparsity}", "run the recipe again")
     for record in records:
         record["parameters_of_teacher"] = record["parameters"] / teacher["parameters"]
-        record["mean_recall_of_teacher"] = record["mean_recall"] / teacher["mean_recall"]
+        record[f"{figures.metric}_of_teacher"] = record[figures.metric] / teacher[figures.metric] if teacher[figures.metric] else None
     return records
 
 
-def row(run: Path, name: str) -> dict[str, Any]:
+def row(run: Path, name: str, figures: Figures) -> dict[str, Any]:
     """The record of one model."""
-    folder, stages, what = ROWS[name]
+    folder, stages, what = figures.rows[name]
     done, result = require_complete(run / folder), read_result(run / f"{folder}-val.json", "eval")
     if result["provenance"]["inputs"].get("model") != fingerprint(str(run / folder)):
-        raise BadInput(f"{run / folder}-val.json is out of date", "the checkpoint has changed since", "evlm run flickr8k again")
+        raise BadInput(f"{run / folder}-val.json is out of date", "the checkpoint has changed since", f"evlm run {figures.recipe} again")
     trained = [require_complete(run / stage) for stage in stages]
     metrics, environment = result["metrics"], done.environment
     return {
@@ -84,10 +116,11 @@ def row(run: Path, name: str) -> dict[str, Any]:
         "macs": done.accounting["macs"]["total"],
         "image_size": done.accounting["macs"]["image_size"],
         "sparsity": done.accounting["sparsity"]["achieved"],
-        **{metric: metrics[metric] for metric in METRICS},
-        "mean_recall_of_teacher": None,
+        **{metric: metrics[metric] for metric in figures.metrics},
+        f"{figures.metric}_of_teacher": None,
         "images": metrics["images"],
-        "captions": metrics["captions"],
+        "captions": metrics.get("captions"),
+        "standard_error": metrics.get("standard_errors", {}).get(figures.metric),
         "data": f"{Path(result['data']['name']).name} {result['data']['split']}",
         "training_images": next(record.count for record in trained[0].data if record.split == "train"),
         "steps": sum(steps(stage) for stage in trained),
@@ -107,22 +140,39 @@ def steps(trained: Manifest) -> int:
     return int(trained.config["max_steps"] or round(trained.cost.samples / trained.config["batch_size"]))
 
 
-def block(records: list[dict[str, str]], name: Path) -> str:
+def block(records: list[dict[str, str]], name: Path, figures: Figures) -> str:
     """What stands between the markers of the page, from the lines of the CSV `name`."""
     teacher, student = records[0], records[-1]
-    images, captions, found = int(teacher["images"]), int(teacher["captions"]), float(student["image_to_text_r10"])
-    error = percent((found * (1 - found) / images) ** 0.5)
+    photos = f"{int(teacher['images']):,} photos" + (f" and {int(teacher['captions']):,} captions" if teacher["captions"] else "")
+    if figures.metric == "cider_d":
+        written = caption_table(records)
+        error = f"The standard error of CIDEr-D by photo is {percent(student['standard_error'])}"
+    else:
+        written, found = table(records), float(student["image_to_text_r10"])
+        error = f"The standard error of R@10 by photo is {percent((found * (1 - found) / int(teacher['images'])) ** 0.5)}"
     return "\n".join(
         [
-            table(records),
+            written,
             "",
-            f"In per cent, of {images:,} photos and {captions:,} captions that were not trained on. One run, seed {student['seed']},",
+            f"In per cent, of {photos} that were not trained on. One run, seed {student['seed']},",
             f"training in {student['training_precision']}: {teacher['steps']} steps of the teacher, {student['steps']} of each student,",
             f"{sum(int(record['seconds']) for record in records) / 60:.0f} minutes in all.",
-            f"The standard error of R@10 by photo is {error} points; differences that are not well above it say nothing.",
+            f"{error} points; differences that are not well above it say nothing.",
             f"All of it as CSV: [{name.name}](../{name.as_posix()}).",
         ]
     )
+
+
+def caption_table(records: list[dict[str, str]]) -> str:
+    """The lines of the CSV as a table in Markdown; metrics times 100."""
+    heads = ("", "parameters", "of the teacher's", "CIDEr-D", "of the teacher's", "BLEU-1", "BLEU-4", "ROUGE-L")
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    for record in records:
+        shares = [f"{percent(record[name])} %" for name in ("parameters_of_teacher", "cider_d_of_teacher")]
+        rest = [percent(record[name]) for name in ("bleu_1", "bleu_4", "rouge_l")]
+        size = f"{int(record['parameters']) / 1e6:.1f} M"
+        lines.append(f"| {' | '.join([record['model'], size, shares[0], percent(record['cider_d']), shares[1], *rest])} |")
+    return "\n".join(lines)
 
 
 def table(records: list[dict[str, str]]) -> str:
@@ -156,10 +206,12 @@ def percent(fraction: str | float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Publish a finished recipe flickr8k in benchmarks/results.")
-    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/flickr8k"), help="folder of the recipe's stages")
-    run = parser.parse_args().run
-    return run_script(lambda: publish(run))
+    parser = argparse.ArgumentParser(description="Publish a finished recipe flickr8k or flickr8k-captions in benchmarks/results.")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of the recipe's stages; else runs/RECIPE")
+    parser.add_argument("--task", choices=FIGURES, default="retrieval")
+    options = parser.parse_args()
+    figures = FIGURES[options.task]
+    return run_script(lambda: publish(options.run or Path("runs") / figures.recipe, figures=figures))
 
 
 if __name__ == "__main__":
