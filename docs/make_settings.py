@@ -58,12 +58,11 @@ def page() -> str:
             parts += section(f"Task {task}: {', '.join(users)}", [], kind)
     for method, tasks in METHODS.items():
         common = [base for kind in tasks.values() for base in kind.__mro__[1:] if issubclass(base, Taught) and base is not Taught]
-        for base in dict.fromkeys(common):
-            parts += section(f"Distillation {method}", [name for name, stage in STAGES.items() if issubclass(stage, Taught)], base)
-        for kind in dict.fromkeys(tasks.values()):
-            own = [task for task, other in tasks.items() if other is kind]
-            users = dict.fromkeys(name for task in own for name in TASKS[task] if issubclass(STAGES[name], Taught))
-            parts += section(f"Distillation {method}, task{'s' * (len(own) > 1)} {', '.join(own)}", [*users], kind)
+        knowing = {kind: [task for task, other in tasks.items() if issubclass(other, kind)] for kind in (*common, *tasks.values())}
+        for kind, known in sorted(knowing.items(), key=lambda item: -len(item[1])):
+            users = dict.fromkeys(name for task in known for name in TASKS[task] if issubclass(STAGES[name], Taught))
+            whose = f", task{'s' * (len(known) > 1)} {', '.join(known)}" if len(known) < len(tasks) else ""
+            parts += section(f"Distillation {method}{whose}", [*users], kind)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch.nn import functional as F
-
 from efficientvlm.families.network import Record
-from efficientvlm.objectives.losses import caption_loss
+from efficientvlm.objectives.losses import caption_loss, predicting
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedCaptions
 from efficientvlm.objectives.terms import Term, attention, hidden, logits
@@ -60,7 +58,7 @@ class Captions(Objective):
         """Nothing is drawn. Recorded are, beside the taps in `want`, `logits` [C, L, V], `text_mask`, and `predicts` [C, L], True where the
         next token is to be said."""
         record: Record = model.run(batch, {tap for tap in want if "." in tap})
-        record |= {"text_mask": batch["text_mask"], "predicts": F.pad(batch["target_mask"][:, 1:], (0, 1))}
+        record |= {"text_mask": batch["text_mask"], "predicts": predicting(batch["target_mask"])}
         if model is not self.model:
             return Pass({}, record)
         loss = caption_loss(record["logits"], batch["text_ids"], batch["target_mask"], self.smoothing, published=self.published)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from efficientvlm.errors import BadInput
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import Teacher
-from efficientvlm.objectives.terms import Term, TowerMap, compared, has_layers, of_teacher
+from efficientvlm.objectives.terms import Term, TowerMap, compared, has_layers, of_student, of_teacher
 from efficientvlm.runtime.stopwatch import TEACHER
+from efficientvlm.settings.common import Train
+from efficientvlm.training.loop import Optimizer, adamw
 
 
 class Distilled(Objective):
@@ -29,9 +31,11 @@ class Distilled(Objective):
         weights: weight of each row, by its name.
         maps: tower → which layers and heads meet.
         alike: whether the teacher sees what the student drew at random, or draws its own.
-        projections: tap → what the student's tensors go through where the teacher's have another width; they learn, lie in the training
-            state, and are not deployed.
+        projections: tap → what the student's tensors go through where the teacher's have another width; they learn (as fast as other
+            new tensors), lie in the training state, and are not deployed.
         temperature, scale: of logits; `scale` multiplies their terms by its square.
+        hard_weight: of the losses of the student, by default 1 - kd.
+        each: whether every term is reported beside their sum, as `kd_` and the name of its weight.
 
     Raises:
         BadInput: no row is left to compare.
@@ -61,9 +65,12 @@ class Distilled(Objective):
         projections: Mapping[str, nn.Module] | None = None,
         temperature: float = 1.0,
         scale: bool = False,
+        hard_weight: float | None = None,
+        each: bool = False,
     ) -> None:
         super().__init__()
         self.hard, self.teacher, self.kd, self.maps, self.alike = hard, teacher, kd, dict(maps), alike
+        self.hard_weight, self.each = 1 - kd if hard_weight is None else hard_weight, each
         self.softened: dict[str, Any] = {"temperature": temperature, "scale": scale}
         weighed = [term for term in terms if weights[term.weight]]
         self.terms = tuple(term for term in weighed if has_layers(term, self.maps))
@@ -73,12 +80,17 @@ class Distilled(Objective):
         self.weights = {term.weight: weights[term.weight] for term in self.terms}
         self.places = {tap: str(number) for number, tap in enumerate(projections or {})}  # names of modules have no dots
         self.projections = nn.ModuleDict({self.places[tap]: module for tap, module in (projections or {}).items()})
-        self.want, self.asked = frozenset(term.tap for term in self.terms), of_teacher(self.terms, self.maps)
+        self.want, self.asked = of_student(self.terms, self.maps), of_teacher(self.terms, self.maps)
 
     @property
     def model(self) -> Any:
         """The student."""
         return self.hard.model
+
+    def optimizers(self, options: Train, new: Collection[str]) -> list[Optimizer]:
+        """Projections are new, whatever is."""
+        fast = [*self.named(new), *self.projections.parameters()]
+        return [adamw(self.parameters(), options, fast=fast, biases=self.biases())]
 
     def after_step(self, step: int) -> None:
         self.hard.after_step(step)
@@ -91,17 +103,12 @@ class Distilled(Objective):
         losses, ours, drawn = self.hard.passes(self.model, batch, step, self.want)
         with torch.inference_mode(), TEACHER:
             theirs = self.teacher(batch, step, self.asked, drawn if self.alike else None)
-        for tap, place in self.places.items():
-            if tap in ours:
-                ours[tap] = project(self.projections[place], ours[tap])
-        kd = torch.zeros(())
+        found: dict[str, Tensor] = {}
         for term in self.terms:
             if term.tap in ours:
-                kd = kd + self.weights[term.weight] * compared(term, ours, theirs, self.maps, **self.softened)
+                projection = self.projections[self.places[term.tap]] if term.tap in self.places else None
+                value = self.weights[term.weight] * compared(term, ours, theirs, self.maps, projection=projection, **self.softened)
+                found[f"kd_{term.weight}"] = found.get(f"kd_{term.weight}", torch.zeros(())) + value
+        kd = sum(found.values(), torch.zeros(()))
         hard = sum(losses.values(), torch.zeros(()))
-        return {"loss": (1 - self.kd) * hard + self.kd * kd, **losses, "kd": kd}
-
-
-def project(module: nn.Module, tensors: Any) -> Any:
-    """`module` on a tensor, or on each of a list."""
-    return [module(tensor) for tensor in tensors] if isinstance(tensors, list) else module(tensors)
+        return {"loss": self.hard_weight * hard + self.kd * kd, **losses, "kd": kd, **(found if self.each else {})}

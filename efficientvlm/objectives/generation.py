@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from efficientvlm.families.network import Record
-from efficientvlm.objectives.losses import answer_loss
+from efficientvlm.objectives.losses import answer_loss, predicting
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedAnswers
 from efficientvlm.objectives.terms import Term, attention, hidden, logits, of_fused
@@ -50,13 +50,14 @@ class Generation(Objective):
         return CachedAnswers(teacher)
 
     def passes(self, model: Any, batch: dict[str, Any], step: int, want: Iterable[str] = (), drawn: Any = None) -> Pass:
-        """Nothing is drawn. Recorded are, beside the taps in `want`, `logits` [A, L, V] and the masks of questions and answers."""
+        """Nothing is drawn. Recorded are, beside the taps in `want`, `logits` [A, L, V], the masks of questions and answers, and `predicts`
+        [A, L], True where the next token of an answer is to be said."""
         want = frozenset(want)
         taps = {tap for tap in want if "." in tap}
         if model is not self.model and not any(tap == "logits" or tap.startswith("decoder.") for tap in want):
             batch = {name: value for name, value in batch.items() if name != "answer_ids"}  # a teacher that need not decode
         record: Record = model.run(batch, taps)
-        record |= {name: batch[name] for name in ("question_mask", "answer_mask")}
+        record |= {name: batch[name] for name in ("question_mask", "answer_mask")} | {"predicts": predicting(batch["answer_mask"])}
         if model is not self.model:
             return Pass({}, record)
         questions = ranks.share_of(len(batch["question_ids"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,21 @@ from efficientvlm.runtime import ranks
 from efficientvlm.runtime.exchange import Rows
 
 Negatives = tuple[Tensor, Tensor]
+
+
+class Contrast(NamedTuple):
+    """What the features of a step are compared by: those of all processes, and the keys beyond them.
+
+    `image` and `text` [B, E] are unit vectors; `temperature` divides their products. `same` [B, B + Q] is True where an image and a text
+    belong together; a teacher need not say. `image_queue` and `text_queue` [Q, E] are the keys of earlier steps, as this step finds them.
+    """
+
+    image: Tensor
+    text: Tensor
+    temperature: Tensor
+    same: Tensor | None = None
+    image_queue: Tensor | None = None
+    text_queue: Tensor | None = None
 
 
 def even_texts(batch: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +161,11 @@ def caption_loss(logits: Tensor, ids: Tensor, target: Tensor, smoothing: float =
     wrong = whole - scores.gather(-1, true[:, None])[:, 0]
     own = 1 - smoothing - smoothing / scores.shape[-1] * published
     return (own * wrong + smoothing * (whole - scores.mean(-1))).sum() / ranks.share_of(len(true))
+
+
+def predicting(target: Tensor) -> Tensor:
+    """[C, L] True where the token behind is one of those to be said, which `target` [C, L] marks."""
+    return F.pad(target[:, 1:].bool(), (0, 1))
 
 
 def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -26,12 +26,14 @@ class Objective(Trainable):
     """Losses of a network on a batch.
 
     `model` is the network that learns, the only part that is deployed; whatever else an objective holds (projections, gates, averaged
-    copies) lies in the training state. `terms` says what a teacher can be compared on. A subclass implements :meth:`passes`; one that wraps
-    another objective implements :meth:`forward` instead. The other methods are for what more an objective does while it is trained.
+    copies) lies in the training state. `terms` says what a teacher can be compared on; `outputs` names what is recorded besides, for
+    methods that have terms of their own. A subclass implements :meth:`passes`; one that wraps another objective implements :meth:`forward`
+    instead. The other methods are for what more an objective does while it is trained.
     """
 
     model: Any
     terms: tuple[Term, ...] = ()
+    outputs: frozenset[str] = frozenset()
 
     def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
         """`batch` as all processes together read it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from efficientvlm.families.network import Record
+from efficientvlm.objectives.losses import Contrast
 from efficientvlm.runtime.exchange import Rows
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class CachedVerdicts(CachedTeacher):
 
 
 class CachedFeatures(CachedTeacher):
-    """`itc_logits`, from the features by picture and by caption: 4 bytes for each entry of a feature."""
+    """`itc_logits`, and the features that they are made of, by picture and by caption: 4 bytes for each entry of a feature."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -133,7 +134,8 @@ class CachedFeatures(CachedTeacher):
         self.texts: Kept = {}
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
-        """For a `data.kinds.pairs.pair_batch`: similarities [B, B] of the pairs of all processes, divided by the temperature."""
+        """For a `data.kinds.pairs.pair_batch`: similarities [B, B] of the pairs of all processes, divided by the temperature, `contrast`,
+        and the features of this process's pairs."""
         pixels, ids, mask = batch["pixels"], batch["text_ids"], batch["text_mask"]
 
         def images(rows: list[int]) -> Sequence[Tensor]:
@@ -145,7 +147,8 @@ class CachedFeatures(CachedTeacher):
         everyone = Rows(len(ids))
         image = torch.stack(look_up(self.images, batch["image_ids"].tolist(), images)).to(ids.device)
         text = torch.stack(look_up(self.texts, batch["captions"], texts)).to(ids.device)
-        return Record(itc_logits=everyone.gather(image) @ everyone.gather(text).T / self.model.temp.clamp(0.001, 0.5))
+        all_of = Contrast(everyone.gather(image), everyone.gather(text), self.model.temp.clamp(0.001, 0.5))
+        return Record(itc_logits=all_of.image @ all_of.text.T / all_of.temperature, image_feature=image, text_feature=text, contrast=all_of)
 
 
 class CachedBoxes(CachedTeacher):

@@ -27,7 +27,8 @@ class Term(NamedTuple):
     """A row: what is compared, and how.
 
     `weight` is the setting that it is multiplied by; several rows may share one. `tap` is looked up in the records of student and teacher,
-    `mask` (tokens or rows that count) in the student's. Of hidden states those before `first` and from `last` on are left out. With
+    `mask` (tokens or rows that count) in the student's; `pick` says what of either record is compared, by default all. Of hidden states
+    those before `first` and from `last` on are left out. With
     `regions` one side may hold rows of regions that the other does not have; the rows of whole images come last in both. `loss` is the
     loss without which nothing is recorded there; empty where it always is. `skips_last`: the published release leaves out the last state.
     """
@@ -41,6 +42,7 @@ class Term(NamedTuple):
     regions: bool = False
     loss: str = ""
     skips_last: bool = False
+    pick: Callable[[Any], Any] | None = None
 
     @property
     def tower(self) -> str:
@@ -73,11 +75,21 @@ NO_LAYERS = TowerMap([], [], {})
 
 
 def compared(
-    term: Term, ours: Record, theirs: Record, maps: Mapping[str, TowerMap], *, temperature: float = 1.0, scale: bool = False
+    term: Term,
+    ours: Record,
+    theirs: Record,
+    maps: Mapping[str, TowerMap],
+    *,
+    projection: Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 1.0,
+    scale: bool = False,
 ) -> Tensor:
-    """The distance of a term, not weighted."""
+    """The distance of a term, not weighted; `projection` is what the student's tensors go through first, each of a list."""
     mask = ours[term.mask] if term.mask else None
-    return term.distance(ours[term.tap], theirs[term.tap], term, Pairing(maps.get(term.tower, NO_LAYERS), mask, temperature, scale))
+    mine, other = (record[term.tap] if term.pick is None else term.pick(record[term.tap]) for record in (ours, theirs))
+    if projection is not None:
+        mine = [projection(tensor) for tensor in mine] if isinstance(mine, list) else projection(mine)
+    return term.distance(mine, other, term, Pairing(maps.get(term.tower, NO_LAYERS), mask, temperature, scale))
 
 
 def hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], term: Term, pairing: Pairing) -> Tensor:
@@ -246,12 +258,26 @@ def has_layers(term: Term, maps: Mapping[str, TowerMap]) -> bool:
 
 def of_teacher(terms: Iterable[Term], maps: Mapping[str, TowerMap]) -> frozenset[str]:
     """The taps of `terms` that the teacher has to record: of attention maps only those of layers that are compared."""
+    return frozenset(tap for term in terms for tap in _by_layer(term, [layer for _, layer in _layers(term, maps)]))
+
+
+def of_student(terms: Iterable[Term], maps: Mapping[str, TowerMap]) -> frozenset[str]:
+    """The taps of `terms` that the student has to record: of attention maps all, unless some layers are compared with none."""
     taps: set[str] = set()
     for term in terms:
-        tap, at, run = term.tap.partition("@")
-        whole = term.tower == "" or tap.endswith(".hidden")
-        taps |= {term.tap} if whole else {f"{tap}.{layer}{at}{run}" for _, layer in maps[term.tower].attention}
+        layers = [layer for layer, _ in _layers(term, maps)]
+        taps |= {term.tap} if layers == list(range(len(layers))) else _by_layer(term, layers)
     return frozenset(taps)
+
+
+def _layers(term: Term, maps: Mapping[str, TowerMap]) -> list[tuple[int, int]]:
+    """Pairs of layers whose maps `term` compares; none of what is recorded as a whole."""
+    return [] if term.tower == "" or term.tap.partition("@")[0].endswith(".hidden") else maps[term.tower].attention
+
+
+def _by_layer(term: Term, layers: Sequence[int]) -> set[str]:
+    tap, at, run = term.tap.partition("@")
+    return {f"{tap}.{layer}{at}{run}" for layer in layers} or {term.tap}
 
 
 def _shared(ours: list[int], theirs: list[int]) -> tuple[list[int], list[int]]:

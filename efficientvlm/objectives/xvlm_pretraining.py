@@ -13,6 +13,7 @@ from efficientvlm.data.kinds.pairs import patches_of
 from efficientvlm.families.network import Record, check_taps, kinds_of
 from efficientvlm.families.towers.parts import Encoded, take
 from efficientvlm.objectives.losses import (
+    Contrast,
     Negatives,
     are_negatives,
     box_losses,
@@ -33,7 +34,8 @@ from efficientvlm.runtime.progress import say
 
 RUNS = {"itm_positive": "itm", "itm_negative": "itm", "mlm": "mlm"}
 """Passes through fusion that a teacher can be compared on, and the loss that makes them."""
-LOSS_OF = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}}
+FEATURES = frozenset({"image_feature", "text_feature", "contrast"})
+LOSS_OF = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}, **dict.fromkeys(FEATURES, "itc")}
 """The same of everything that only one loss makes, by what follows the `@` of a tap, or by the name of an output."""
 
 
@@ -84,6 +86,7 @@ class XvlmPretraining(Objective):
         self.hard_negatives = hard_negatives
         self.told = False
         self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)
+        self.outputs = FEATURES if "itc" in self.losses else frozenset()
 
     def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
         return even_texts(batch)
@@ -97,7 +100,8 @@ class XvlmPretraining(Objective):
 
         Passes are named `vision`, `text`, `fusion@itm_positive`, `fusion@itm_negative`, `text@mlm`, `fusion@mlm`. All texts go through the
         text tower in one batch and all pairs through fusion in another, with image keys and values projected once an image. Recorded are,
-        beside the taps in `want`, `itc_logits` [B, B], `itm_logits` [3 B, 2] and `mlm_logits` [B, M, V], and the masks of texts.
+        beside the taps in `want`, `itc_logits` [B, B], `itm_logits` [3 B, 2] and `mlm_logits` [B, M, V], the masks of texts, and as
+        `outputs` the features of this process's pairs [B, E] and the `Contrast` of all.
         """
         want = frozenset(want)
         wanted = check_taps(model, (tap for tap in want if "." in tap))
@@ -127,9 +131,11 @@ class XvlmPretraining(Objective):
         draws = itm and negatives is None
         same = positives(batch, everyone) if own or "itc" in runs or draws else None
         if same is not None and ("itc" in runs or draws):
-            image_feature = everyone.gather(model.image_feature(image.states[:count]))
-            text_feature = everyone.gather(model.text_feature(text.states[:count], mask))
+            features = model.image_feature(image.states[:count]), model.text_feature(text.states[:count], mask)
+            image_feature, text_feature = (everyone.gather(feature) for feature in features)
             if "itc" in runs:
+                record |= {"image_feature": features[0], "text_feature": features[1]}
+                record["contrast"] = Contrast(image_feature, text_feature, model.temp, same)
                 record["itc_logits"] = image_feature @ text_feature.T / model.temp
                 losses["itc"] = itc_loss(record["itc_logits"], same)
             if draws:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict
 
@@ -112,6 +112,43 @@ class Taught(Learning):
 
     teacher: str | None = None
     distillation: str = Field("efficientvlm", description="method by which the student follows its teacher")
+
+
+class Repeatable(Taught):
+    """A method whose teacher may be cached, by a setting `cache_teacher` behind `weights`."""
+
+    kept: ClassVar[tuple[str, ...]]
+    """The terms whose teacher may be cached: they compare what is the same for a sample whatever it is trained with."""
+    keeps_texts: ClassVar[bool] = False
+    """Whether these compare tokens, of which a cached teacher keeps no padding."""
+
+    @property
+    def keeps_teacher(self) -> str:
+        return "cache_teacher" if self.cache_teacher and self.kd else ""  # type: ignore[attr-defined]
+
+    def fullest(self) -> dict[str, Any]:
+        """A teacher that is kept is run at first sight."""
+        return {**super().fullest(), "cache_teacher": False}
+
+    @field_validator("cache_teacher", check_fields=False)
+    @classmethod
+    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
+        if cache and not info.data.get("teacher"):
+            raise ValueError("there is no teacher")
+        if cache and (wrong := list(cls._new_every_time(info.data))):
+            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
+        return cache
+
+    @classmethod
+    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
+        """Settings that would have to be otherwise: of all terms only those `kept` have a weight, and pictures do not change."""
+        if str(given.get("data", "")).startswith("stream:"):
+            yield "data is no stream"
+        if given.get("augment", "none") != "none":
+            yield "augment=none"
+        yield from (f"weights.{name}=0" for name, weight in given.get("weights", ()) if weight and name not in cls.kept)
+        if cls.keeps_texts and "quirks" in given and given["quirks"].unmasked_padding:
+            yield "quirks.unmasked_padding=false"
 
 
 class Measuring(OnTask, Machine, Samples):

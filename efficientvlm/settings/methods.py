@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Strict
-from efficientvlm.settings.common import Taught
+from efficientvlm.settings.common import Repeatable, Taught
+from efficientvlm.settings.dlip import CaptioningDlip, PretrainingDlip, RetrievalDlip, VQADlip
 
 
 class GateQuirks(Strict):
@@ -150,11 +151,8 @@ class NLVR2Weights(Strict):
     fusion_cross_attention: float = Field(0.165, ge=0)
 
 
-class Distillation(Taught):
+class Distillation(Repeatable):
     """EfficientVLM's distillation, whatever the task: a mixture of the task's losses with the terms of L_KD."""
-
-    kept: ClassVar[str]
-    """The one term whose teacher may be cached: it compares what is the same for a sample whatever it is trained with."""
 
     kd: float = Field(0.4, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
     weights: Strict = Field(default_factory=Strict)
@@ -166,35 +164,9 @@ class Distillation(Taught):
         description="run the teacher once a sample and keep what it says in memory; for logits (of texts), itc_logits or boxes alone",
     )
 
-    @property
-    def keeps_teacher(self) -> str:
-        return "cache_teacher" if self.cache_teacher and self.kd else ""
-
-    def fullest(self) -> dict[str, Any]:
-        """A teacher that is kept is run at first sight."""
-        return {**super().fullest(), "cache_teacher": False}
-
-    @field_validator("cache_teacher", check_fields=False)
-    @classmethod
-    def _teacher_repeats_itself(cls, cache: bool, info: ValidationInfo) -> bool:
-        if cache and not info.data.get("teacher"):
-            raise ValueError("there is no teacher")
-        if cache and (wrong := list(cls._new_every_time(info.data))):
-            raise ValueError(f"what the teacher says does not repeat itself unless {', '.join(wrong)}")
-        return cache
-
-    @classmethod
-    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
-        """Settings that would have to be otherwise: of all terms only `kept` has a weight, and pictures do not change."""
-        if str(given.get("data", "")).startswith("stream:"):
-            yield "data is no stream"
-        if given.get("augment", "none") != "none":
-            yield "augment=none"
-        yield from (f"weights.{name}=0" for name, weight in given.get("weights", ()) if weight and name != cls.kept)
-
 
 class PretrainingDistillation(Distillation):
-    kept = "itc_logits"
+    kept = ("itc_logits",)
     weights: DistillWeights = Field(default_factory=DistillWeights)
 
     @field_validator("weights")
@@ -216,41 +188,29 @@ class PretrainingDistillation(Distillation):
 
 
 class VQADistillation(Distillation):
-    kept = "logits"
+    kept, keeps_texts = ("logits",), True
     weights: TaskWeights = Field(default_factory=TaskWeights)
-
-    @classmethod
-    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
-        yield from super()._new_every_time(given)
-        if "quirks" in given and given["quirks"].unmasked_padding:
-            yield "quirks.unmasked_padding=false"
 
 
 class RetrievalDistillation(Distillation):
-    kept = "itc_logits"
+    kept = ("itc_logits",)
     kd: float = Field(0.5, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
     weights: RetrievalWeights = Field(default_factory=RetrievalWeights)
 
 
 class GroundingDistillation(Distillation):
-    kept = "boxes"
+    kept = ("boxes",)
     weights: GroundingWeights = Field(default_factory=GroundingWeights)
 
 
 class CaptioningDistillation(Distillation):
-    kept = "logits"
+    kept, keeps_texts = ("logits",), True
     kd: float = Field(0.3, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
     weights: CaptioningWeights = Field(default_factory=CaptioningWeights)
 
-    @classmethod
-    def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
-        yield from super()._new_every_time(given)
-        if "quirks" in given and given["quirks"].unmasked_padding:
-            yield "quirks.unmasked_padding=false"
-
 
 class NLVR2Distillation(Distillation):
-    kept = "logits"
+    kept = ("logits",)
     kd: float = Field(0.2, ge=0, le=1, description="L = (1 - kd) * task + kd * L_KD; 0 without a teacher")
     weights: NLVR2Weights = Field(default_factory=NLVR2Weights)
     quirks: NLVR2Quirks = Field(default_factory=NLVR2Quirks)
@@ -265,6 +225,7 @@ METHODS: dict[str, dict[str, type[Taught]]] = {
         "grounding": GroundingDistillation,
         "captioning": CaptioningDistillation,
     },
+    "dlip": {"pretraining": PretrainingDlip, "vqa": VQADlip, "retrieval": RetrievalDlip, "captioning": CaptioningDlip},
 }
 """Method of distillation → task → what only the method knows, on that task."""
 
