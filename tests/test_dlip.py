@@ -27,6 +27,7 @@ from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.losses import Contrast
 from efficientvlm.objectives.terms import Pairing, Term, TowerMap
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.runtime.exchange import Rows
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.dlip import PRESETS, AllWeights
 from efficientvlm.settings.methods import METHODS
@@ -165,7 +166,8 @@ def test_alignment_shares_the_target_among_pairs_that_belong_together() -> None:
     queue = [F.normalize(torch.randn(2, 4, generator=draw), dim=-1) for _ in range(2)]
     same = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]]).bool()
     temperature, alpha = torch.tensor(0.5), 0.3
-    ours, theirs = Contrast(image, text, temperature, same, *queue), Contrast(image_t, text_t, torch.tensor(9.0))
+    rows = Rows(3)
+    ours, theirs = Contrast(image, text, temperature, rows, same, *queue), Contrast(image_t, text_t, torch.tensor(9.0), rows)
     expected = 0.0
     for feature, taught, keys in ((image, image_t, torch.cat([text_t, queue[1]])), (text, text_t, torch.cat([image_t, queue[0]]))):
         for row in range(3):

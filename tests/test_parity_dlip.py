@@ -17,6 +17,7 @@ from efficientvlm.families.network import Record
 from efficientvlm.objectives.dlip import TABLE
 from efficientvlm.objectives.losses import Contrast
 from efficientvlm.objectives.terms import Term, TowerMap, compared
+from efficientvlm.runtime.exchange import Rows
 from efficientvlm.settings.dlip import PretrainingDlip, WritingQuirks
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "dlip_terms_tiny"
@@ -72,7 +73,7 @@ class Case:
             record[tap] = [found[f"{who}.{name}.{layer}"] for layer in range(count)]
         images, texts = (self.expected[f"queue_{queues}.{tower}"].T for tower in ("image", "text"))
         same = torch.cat([torch.eye(4), torch.zeros(4, len(images))], 1).bool()
-        record["contrast"] = Contrast(record["image_feature"], record["text_feature"], self.temperature, same, images, texts)
+        record["contrast"] = Contrast(record["image_feature"], record["text_feature"], self.temperature, Rows(4), same, images, texts)
         return record
 
     def text_projection(self, who: str, states: Tensor) -> Tensor:

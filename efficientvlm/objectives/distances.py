@@ -58,30 +58,25 @@ def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def alignment(ours: Contrast, theirs: Contrast, term: Term, pairing: Pairing, *, alpha: float) -> Tensor:
-    """Cross-entropy of the student's features with the teacher's of the batch and the keys of queues, a mean of both directions.
+    """Cross-entropy of the student's features with the teacher's of the batch and the student's keys of queues, both directions averaged.
 
     The target is alpha times what the teacher's feature makes of the same keys, divided by the student's temperature as published, and
     1 - alpha times the pairs that belong together, which share it.
     """
-    same = torch.eye(len(ours.image), device=ours.image.device).bool() if ours.same is None else ours.same
-    sides = ((ours.image, theirs.image, theirs.text, ours.text_queue), (ours.text, theirs.text, theirs.image, ours.image_queue))
-    return (_one_way(*sides[0], ours.temperature, same, alpha) + _one_way(*sides[1], ours.temperature, _turned(same), alpha)) / 2
-
-
-def _one_way(
-    feature: Tensor, taught: Tensor, batch: Tensor, queue: Tensor | None, temperature: Tensor, same: Tensor, alpha: float
-) -> Tensor:
-    keys = batch.float().clone() if queue is None else torch.cat([batch.float(), queue.detach().float()])
+    assert ours.same is not None
     with torch.no_grad():
-        said = (taught.float() @ keys.T / temperature).softmax(1)
-        target = alpha * said + (1 - alpha) * same / same.sum(1, keepdim=True)
-    return -(target * (feature.float() @ keys.T / temperature).log_softmax(1)).sum(1).mean()
-
-
-def _turned(same: Tensor) -> Tensor:
-    """`same` [B, B + Q] of texts and images, which a queue holds in the same order."""
-    count = len(same)
-    return torch.cat([same[:, :count].T, same[:, count:]], 1)
+        images, texts = (ours.rows.gather(feature.float().clone()) for feature in (theirs.image, theirs.text))
+        hard = ours.same / ours.same.sum(1, keepdim=True)
+    total = torch.zeros((), device=hard.device)
+    for feature, taught, batch, queue in (
+        (ours.image, theirs.image, texts, ours.text_queue),
+        (ours.text, theirs.text, images, ours.image_queue),
+    ):
+        keys = batch if queue is None else torch.cat([batch, queue.detach().float()])
+        with torch.no_grad():
+            target = alpha * (taught.float() @ keys.T / ours.temperature).softmax(1) + (1 - alpha) * hard
+        total = total - (target * (feature.float() @ keys.T / ours.temperature).log_softmax(1)).sum() / 2
+    return total / ranks.share_of(len(hard))
 
 
 def all_logits(ours: Tensor, theirs: Tensor, term: Term, pairing: Pairing) -> Tensor:

@@ -15,15 +15,17 @@ Negatives = tuple[Tensor, Tensor]
 
 
 class Contrast(NamedTuple):
-    """What the features of a step are compared by: those of all processes, and the keys beyond them.
+    """What the features of this process's pairs are compared by.
 
-    `image` and `text` [B, E] are unit vectors; `temperature` divides their products. `same` [B, B + Q] is True where an image and a text
-    belong together; a teacher need not say. `image_queue` and `text_queue` [Q, E] are the keys of earlier steps, as this step finds them.
+    `image` and `text` [B, E] are unit vectors; `temperature` divides their products. `rows` says whose pairs they meet: the K of all
+    processes or of this one. `same` [B, K + Q] is True where image and text, or text and image, belong together; a teacher need not say.
+    `image_queue` and `text_queue` [Q, E] are the keys of earlier steps, as this step finds them.
     """
 
     image: Tensor
     text: Tensor
     temperature: Tensor
+    rows: Rows
     same: Tensor | None = None
     image_queue: Tensor | None = None
     text_queue: Tensor | None = None

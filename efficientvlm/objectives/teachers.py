@@ -147,8 +147,10 @@ class CachedFeatures(CachedTeacher):
         everyone = Rows(len(ids))
         image = torch.stack(look_up(self.images, batch["image_ids"].tolist(), images)).to(ids.device)
         text = torch.stack(look_up(self.texts, batch["captions"], texts)).to(ids.device)
-        all_of = Contrast(everyone.gather(image), everyone.gather(text), self.model.temp.clamp(0.001, 0.5))
-        return Record(itc_logits=all_of.image @ all_of.text.T / all_of.temperature, image_feature=image, text_feature=text, contrast=all_of)
+        temperature = self.model.temp.clamp(0.001, 0.5)
+        similar = everyone.gather(image) @ everyone.gather(text).T / temperature
+        features = {"image_feature": image, "text_feature": text}
+        return Record(itc_logits=similar, contrast=Contrast(image, text, temperature, everyone), **features)
 
 
 class CachedBoxes(CachedTeacher):

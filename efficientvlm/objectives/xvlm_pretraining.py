@@ -101,7 +101,7 @@ class XvlmPretraining(Objective):
         Passes are named `vision`, `text`, `fusion@itm_positive`, `fusion@itm_negative`, `text@mlm`, `fusion@mlm`. All texts go through the
         text tower in one batch and all pairs through fusion in another, with image keys and values projected once an image. Recorded are,
         beside the taps in `want`, `itc_logits` [B, B], `itm_logits` [3 B, 2] and `mlm_logits` [B, M, V], the masks of texts, and as
-        `outputs` the features of this process's pairs [B, E] and the `Contrast` of all.
+        `outputs` the features of this process's pairs [B, E] and their `Contrast`.
         """
         want = frozenset(want)
         wanted = check_taps(model, (tap for tap in want if "." in tap))
@@ -135,7 +135,7 @@ class XvlmPretraining(Objective):
             image_feature, text_feature = (everyone.gather(feature) for feature in features)
             if "itc" in runs:
                 record |= {"image_feature": features[0], "text_feature": features[1]}
-                record["contrast"] = Contrast(image_feature, text_feature, model.temp, same)
+                record["contrast"] = Contrast(*features, model.temp, everyone, same[everyone.start : everyone.start + count])
                 record["itc_logits"] = image_feature @ text_feature.T / model.temp
                 losses["itc"] = itc_loss(record["itc_logits"], same)
             if draws:
