@@ -86,6 +86,7 @@ CONFIGS: dict[str, Any] = {
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
     "blip-qa": tiny_blip(BlipAnswerConfig),
+    "blip-qa-crossing-once": tiny_blip(BlipAnswerConfig, cross_layers={"text": [1], "decoder": [1]}),
     "blip-caption": tiny_blip(BlipCaptionConfig),
     "blip-retrieval": tiny_blip(BlipRetrievalConfig),
 }

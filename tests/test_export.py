@@ -23,13 +23,14 @@ from efficientvlm.checkpoints import lineage
 from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.surgery import slice_model
+from efficientvlm.control import Control
 from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.opening import open_data
 from efficientvlm.data.tokenizer import train_wordpiece
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.export import onnx_files, stock
 from efficientvlm.families.anatomy import NEURON
-from efficientvlm.families.blip.config import BlipAnswerConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
 from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.clip.family import CLIP
 from efficientvlm.families.onnx.description import ONNX, Description, StoredSizes
@@ -298,8 +299,8 @@ def checkpoint(path: Path, family: Any, model: Any, words: str = "red blue green
     return path
 
 
-def equal_towers(kind: Any) -> Any:
-    config = tiny_blip(kind)
+def equal_towers(kind: Any, **changes: Any) -> Any:
+    config = tiny_blip(kind, **changes)
     config.vision_config.hidden_size = config.text_config.hidden_size
     config.vision_config.num_attention_heads = 3
     return type(config).from_dict(config.to_dict())
@@ -323,11 +324,34 @@ assert "efficientvlm" not in sys.modules
 """
 
 
-def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> None:
-    """Without this package, in a process of its own: padded whatever was cut, `hf` where neurons were cut evenly."""
+def _forward(model: Any, file: Path) -> str:
+    """A file with inputs of transformers' class and what `model` gives for them."""
     from safetensors.torch import save_file
 
+    inputs = model.stock_inputs(stock._random_batch(model))
+    with torch.no_grad():
+        outputs = stock._tensors(model(**inputs))
+    tensors = {f"in.{key}": value for key, value in inputs.items()} | {f"out.{n}": value for n, value in enumerate(outputs)}
+    save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file)
+    return str(file)
+
+
+def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> None:
+    """Without this package, in a process of its own: padded whatever was cut, `hf` where neurons were cut evenly."""
     jobs, sizes = [], {}
+    named = "BlipForConditionalGeneration", "BlipForQuestionAnswering"
+    few = (
+        tiny_blip(BlipCaptionConfig, cross_layers={"decoder": [1]}),
+        equal_towers(BlipAnswerConfig, cross_layers={"text": [0], "decoder": [1]}),
+    )
+    for name, config in zip(named, few, strict=True):  # of which one layer of two has cross-attention, pruned besides
+        made = cut(small(config), vision=3, head=1)
+        source = checkpoint(tmp_path / f"{name}-few", BLIP(), made)
+        manifest = run_stage("export", model=str(source), out=str(tmp_path / f"{name}-whole"), format="padded")
+        assert manifest.extra["stock_class"] == name and manifest.metrics["difference"] <= 1e-5
+        whole = load(str(tmp_path / f"{name}-whole")).model
+        jobs.append([str(tmp_path / f"{name}-whole"), name, _forward(made, tmp_path / f"{name}-whole.safetensors")])
+        sizes[f"{name}-whole"] = sum(parameter.numel() for parameter in whole.parameters())
     for name, kind, config in (("CLIPModel", CLIP(), tiny_clip()), ("BlipForQuestionAnswering", BLIP(), equal_towers(BlipAnswerConfig))):
         model = small(config)
         for form, made in (("padded", cut(model, vision=3, head=1)), ("hf", cut(model, vision=3, text=4, decoder=4))):
@@ -335,15 +359,7 @@ def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> 
             out = tmp_path / f"{name}-{form}"
             manifest = run_stage("export", model=str(source), out=str(out), format=form)
             assert manifest.extra["stock_class"] == name and manifest.metrics["difference"] <= 1e-5
-            inputs = made.stock_inputs(stock._random_batch(made))
-            with torch.no_grad():
-                outputs = stock._tensors(made(**inputs))
-            tensors = {f"in.{key}": value for key, value in inputs.items()} | {f"out.{n}": value for n, value in enumerate(outputs)}
-            save_file(
-                {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
-                tmp_path / f"{out.name}.safetensors",
-            )
-            jobs.append([str(out), name, str(tmp_path / f"{out.name}.safetensors")])
+            jobs.append([str(out), name, _forward(made, tmp_path / f"{out.name}.safetensors")])
             sizes[out.name] = sum(parameter.numel() for parameter in (model if form == "padded" else made).parameters())
     done = subprocess.run([sys.executable, "-c", OPENED, json.dumps(jobs)], capture_output=True, text=True, cwd=tmp_path)
     wanted = [f"{name} True {sizes[Path(out).name]}" for out, name, _ in jobs]
@@ -357,9 +373,16 @@ def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> 
         (CLIP(), tiny_siglip(), {"vision": 4}, "pooling head"),
         (CLIP(), tiny_clip(), {"text": 0}, "text layer 0 has no neurons left"),
         (BLIP(), equal_towers(BlipAnswerConfig), {"text": 4}, "one number stands for both"),
-        (BLIP(), tiny_blip(BlipAnswerConfig), {}, "differ in width"),
+        (BLIP(), tiny_blip(BlipAnswerConfig), {}, "images are 16 columns wide and questions 24"),
+        (
+            BLIP(),
+            tiny_blip(BlipRetrievalConfig, cross_layers={"text": [1]}),
+            {},
+            "layer 0 of text has no cross-attention, which reads texts",
+        ),
+        (BLIP(), tiny_blip(BlipCaptionConfig, cross_layers={"decoder": [1]}), {}, "layer 0 of decoder has no cross-attention, where all"),
     ],
-    ids=["heads", "siglip", "empty", "blip neurons", "blip widths"],
+    ids=["heads", "siglip", "empty", "blip neurons", "blip widths", "blip matching", "blip layers"],
 )
 def test_what_stock_classes_cannot_say_is_named(family: Any, config: Any, keep: dict[str, int], words: str) -> None:
     with pytest.raises(BadInput, match=words) as caught:
@@ -579,3 +602,19 @@ def test_large_weights_lie_beside_their_graph(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "image.onnx.data").is_file() and (tmp_path / "int8" / "image.onnx.data").is_file()
     assert onnx_files.difference(graph, open_session(tmp_path / "image.onnx")) < 1e-5
     assert 0 < onnx_files.difference(graph, open_session(tmp_path / "int8" / "image.onnx")) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (tiny_blip(BlipAnswerConfig), "its decoder attends to questions as wide as images"),
+        (tiny_blip(BlipRetrievalConfig, cross_layers={"text": [1]}), "it cannot be switched off in a class that has it in all"),
+    ],
+    ids=["widths", "matching"],
+)
+def test_padded_says_why_transformers_does_not_open_it(config: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint(tmp_path / "cut", BLIP(), cut(small(config), vision=3))
+    manifest = run_stage("export", Control(), model=str(source), out=str(tmp_path / "out"), format="padded")
+    assert manifest.extra["stock_class"] is None and words in " ".join(capsys.readouterr().err.split())
+    opened = load(str(tmp_path / "out")).model
+    assert opened.config.kept is None and opened.config.cross_layers == config.cross_layers

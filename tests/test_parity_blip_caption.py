@@ -47,6 +47,19 @@ def model(settings: dict[str, Any]) -> Any:
     return made
 
 
+def test_layers_without_cross_attention(model, batch):
+    """Built without it, and switched off in the layout that has it in all layers."""
+    expected = load_file(FOLDER / "caption_expected.safetensors")["ours.no_cross_in_layers_0_1.lm_logits"]
+    few = type(model)(model.config.copy(cross_layers={"decoder": [2, 3]})).eval()
+    missing = few.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.missing_keys and all(".crossattention." in name for name in missing.unexpected_keys)
+    whole = few.completed()
+    assert whole.config.is_stock and not few.config.is_stock and whole.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        for network in (few, whole):
+            torch.testing.assert_close(network.run(batch)["logits"], expected, **CLOSE)
+
+
 @pytest.fixture(scope="module")
 def batch() -> dict[str, Tensor]:
     numbers = load_file(FOLDER / "caption_batch.safetensors")

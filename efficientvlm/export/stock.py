@@ -23,8 +23,9 @@ TEXT_LENGTH = 12
 
 
 def padded(model: Any) -> Any:
-    """The network of the original shapes that computes what `model` does; zeros stand for what was removed."""
-    return pad_model(model).eval()
+    """The network of the original shapes that computes what `model` does; zeros stand for what was removed, and for cross-attention that
+    single layers never had, where that can be."""
+    return pad_model(model).completed().eval()
 
 
 def uniform(model: Any, name: str) -> Any:
@@ -74,7 +75,7 @@ def _obstacle(name: str, why: str) -> BadInput:
 
 def no_class(name: str, config: Any) -> BadInput:
     """What to say where transformers has no class for this network at all."""
-    return _obstacle(name, f"transformers has no class for this {config.model_type} network")
+    return _obstacle(name, config.foreign or f"transformers has no class for this {config.model_type} network")
 
 
 def class_of(folder: Path, config: Any) -> str | None:

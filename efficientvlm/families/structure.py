@@ -122,6 +122,11 @@ class Structure:
         return self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers(), **changes)
 
     @property
+    def foreign(self) -> str:
+        """What of this network transformers has no word for, other than what was removed; empty where nothing is known to be."""
+        return ""
+
+    @property
     def opened_by(self) -> tuple[str, str] | None:
         """`model_type` and class of transformers that builds this very network, where there is one."""
         return None
@@ -179,6 +184,10 @@ class Layerwise(Structure):
         """What a layer of `tower` has; the states behind the last one are as wide as those in front of it."""
         raise NotImplementedError
 
+    def crosses(self, tower: str, layer: int) -> bool:
+        """Whether a layer of `tower` has cross-attention: all of a tower have it or none, unless a family has something else."""
+        return tower in self.crossing
+
     def reads(self) -> tuple[int, int, int, int]:
         """Side of an image and of a patch in pixels, positions for tokens, tokens of the vocabulary."""
         raise NotImplementedError
@@ -189,7 +198,7 @@ class Layerwise(Structure):
             for layer in range(layers):
                 _, heads, neurons = self.layered(tower, layer)
                 counts[f"{tower}.{layer}.{HEAD}"] = heads
-                if tower in self.crossing:
+                if self.crosses(tower, layer):
                     counts[f"{tower}.{layer}.{CROSS_HEAD}"] = heads
                 counts[f"{tower}.{layer}.{NEURON}"] = neurons
         return counts

@@ -230,10 +230,9 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
             layers = [max(0, layer) for layer in _spread(teacher_config, tower, ours[tower])]
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
-            if f"{tower}.0.{kind}" in kept and f"{tower}.0.{kind}" in teacher_kept:
-                heads[kind] = [
-                    _shared(kept[f"{tower}.{i}.{kind}"], teacher_kept[f"{tower}.{layer}.{kind}"]) for i, layer in enumerate(layers)
-                ]
+            pairs = [(kept.get(f"{tower}.{i}.{kind}"), teacher_kept.get(f"{tower}.{layer}.{kind}")) for i, layer in enumerate(layers)]
+            if any(ours is not None and theirs is not None for ours, theirs in pairs):  # else there is no such attention
+                heads[kind] = [_shared(ours or [], theirs or []) for ours, theirs in pairs]
         hidden, attention = layer_map(layers)
         maps[tower] = TowerMap(list(hidden.items()), list(attention.items()), heads)
     return maps

@@ -232,7 +232,8 @@ def _transformers(config: Export, control: Control, loaded: Loaded, output: Outp
     if config.format == "hf" and name is None:
         raise stock.no_class(config.model, model.config)
     off = stock.difference(model, output.staging, name)
-    opens = f"transformers' {name}" if name else "this package only: transformers has no such class"
+    foreign = model.config.foreign
+    opens = f"transformers' {name}" if name else f"this package only: {foreign or 'transformers has no such class'}"
     say(f"export: opens with {opens}; differs from the checkpoint by {off:.1e} at most", quiet=control.quiet)
     if not off <= PADDED_TOLERANCE:
         why = f"outputs are off by {off:.2e}, {PADDED_TOLERANCE:.1e} is allowed"

@@ -16,7 +16,8 @@ from efficientvlm.families.structure import TwoParts
 class SlicedBlipConfig(TwoParts, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
 
-    `decoder_layers` is the depth of a decoder that has another
+    `cross_layers` names by tower the layers that have cross-attention; of a tower that it does not name all have it, as in transformers'
+    classes. `decoder_layers` is the depth of a decoder that has another
     one than the question encoder (transformers knows one depth for both). `question_start_id` takes the place of the first token of a text
     that is read together with an image (BLIP: [ENC]); None leaves it, as transformers does. `answer_start_id` does so for a text that the
     decoder goes on with (BLIP: [DEC]), by default the text configuration's `bos_token_id`.
@@ -29,6 +30,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
 
+    cross_layers: dict[str, list[int]] | None = None
     decoder_layers: int | None = None
     question_start_id: int | None = None
     answer_start_id: int | None = None
@@ -49,6 +51,9 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
             depth["decoder"] = self.decoder_layers
         return {tower: count if tower in self.towers else 0 for tower, count in depth.items()}
 
+    def crosses(self, tower: str, layer: int) -> bool:
+        return super().crosses(tower, layer) and layer in (self.cross_layers or {}).get(tower, [layer])
+
     def context_width(self, tower: str) -> int:
         """Columns of what `tower` cross-attends to: images, or in a decoder that answers questions the states of the question."""
         of_text = tower == "decoder" and "text" in self.towers
@@ -64,11 +69,31 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         self.text_config.label_smoothing = smoothing
 
     @property
+    def foreign(self) -> str:
+        """What transformers has no word for even where nothing was removed and all layers have cross-attention; empty: nothing."""
+        layers, vision = self.layers(), self.vision_config.hidden_size
+        depth = {tower: layers[tower] for tower in self.towers if tower != "vision"}
+        if len({*depth.values(), self.text_config.num_hidden_layers}) > 1:
+            said = " and ".join(f"{count} in {tower}" for tower, count in depth.items())
+            return f"layers are {said}, where it has one depth for all texts"
+        if any(self.context_width(tower) != vision for tower in self.towers):
+            text = self.text_config.hidden_size
+            return f"images are {vision} columns wide and questions {text}, where its decoder attends to questions as wide as images"
+        if self.cross_layers and "decoder" not in self.towers:
+            return f"{self._without()}, which reads texts without images as well, so that it cannot be switched off in a class that has it in all"
+        return ""
+
+    def _without(self) -> str:
+        """In words the first layer without cross-attention."""
+        tower, layer = next(
+            (tower, layer) for tower in self.cross_layers or {} for layer in range(self.layers()[tower]) if not self.crosses(tower, layer)
+        )
+        return f"layer {layer} of {tower} has no cross-attention"
+
+    @property
     def is_stock(self) -> bool:
         """Whether transformers' own class builds this very network."""
-        same_depth = len({self.layers()[tower] for tower in self.towers if tower != "vision"}) == 1
-        stock_width = all(self.context_width(tower) == self.vision_config.hidden_size for tower in self.towers)
-        return not self.kept and same_depth and stock_width and self.decoder_layers in (None, self.text_config.num_hidden_layers)
+        return bool(self.stock) and not (self.kept or self.cross_layers or self.foreign)
 
     @property
     def opened_by(self) -> tuple[str, str] | None:
@@ -79,8 +104,10 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
 
     def flows(self) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
-        layers = self.layers()
-        texts, answers = (groups_of(layers, CROSS_HEAD, tower) for tower in ("text", "decoder"))
+        layers, counts = self.layers(), self.original_counts()
+        texts, answers = (
+            tuple(group for group in groups_of(layers, CROSS_HEAD, tower) if group in counts) for tower in ("text", "decoder")
+        )
         seen = Flow("image", "vision.patches")
         if "text" not in self.towers:
             return [seen, Flow("vision.patches", "decoder", answers), Flow("text", "decoder"), Flow("decoder", "caption")]
@@ -104,6 +131,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         depth = {tower: len(chosen) for tower, chosen in layers.items()}
         changed.vision_config.num_hidden_layers = depth["vision"]
         changed.text_config.num_hidden_layers = depth["text" if "text" in self.towers else "decoder"]
+        changed.cross_layers = moved(self.cross_layers, layers)
         both = {"text", "decoder"} <= {*self.towers}
         changed.decoder_layers = depth["decoder"] if both and depth["decoder"] != depth["text"] else None
         return changed
@@ -115,10 +143,13 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
             raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx or --format padded")
         chosen.vision_config.intermediate_size = neurons.get("vision", chosen.vision_config.intermediate_size)
         chosen.text_config.intermediate_size = next(iter(texts.values()), chosen.text_config.intermediate_size)
-        if not chosen.is_stock:
-            depth = ", ".join(f"{count} in {tower}" for tower, count in self.layers().items() if count)
-            why = f"layers are {depth}, or the towers differ in width: it has one depth for all texts, and one width"
-            raise BadInput("this BLIP does not fit transformers' own class", why, "use --format onnx")
+        if chosen.foreign:
+            raise BadInput("this BLIP does not fit transformers' own class", chosen.foreign, "use --format onnx")
+        if chosen.cross_layers:
+            why = f"{self._without()}, where all of its layers have one"
+            raise BadInput(
+                "this BLIP does not fit transformers' own class", why, "use --format onnx, or --format padded, where it is switched off"
+            )
         return chosen
 
 
@@ -143,6 +174,30 @@ class BlipRetrievalConfig(SlicedBlipConfig):
     towers = ("vision", "text")
 
 
+def crossing_last(depth: Mapping[str, int], count: int | None) -> dict[str, list[int]] | None:
+    """`cross_layers` where the last `count` layers of every tower have cross-attention, of a tower that has fewer all; None: all have it.
+
+    Args:
+        depth: layers of each tower with cross-attention.
+    """
+    last = {tower: [*range(layers - count, layers)] for tower, layers in depth.items() if count is not None and count < layers}
+    return last or None
+
+
+def moved(crossing: Mapping[str, list[int]] | None, layers: Mapping[str, list[int]]) -> dict[str, list[int]] | None:
+    """`cross_layers` of the network that has only `layers` (tower → old numbers in their new order).
+
+    Raises:
+        BadInput: no layer of a tower would look at what it attends to.
+    """
+    found = {tower: [place for place, layer in enumerate(layers[tower]) if layer in old] for tower, old in (crossing or {}).items()}
+    if empty := [tower for tower, new in found.items() if not new]:
+        named = ", ".join(map(str, (crossing or {})[empty[0]]))
+        why = f"of {empty[0]} the layers {named} have cross-attention, and without one nothing comes from there"
+        raise BadInput(f"{empty[0]} layers {layers[empty[0]]} have no cross-attention", why, "keep one of those")
+    return {tower: new for tower, new in found.items() if len(new) < len(layers[tower])} or None
+
+
 KINDS: tuple[type[SlicedBlipConfig], ...] = (BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig)
 
 
@@ -157,6 +212,11 @@ def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
             f"they are no multiple of the patch size {vision.patch_size}",
             "correct image_size",
         )
+    for tower, crossing in (config.cross_layers or {}).items():
+        depth = config.layers().get(tower, 0) if tower in config.crossing else 0
+        if not crossing or any(not isinstance(layer, int) for layer in crossing) or [*crossing] != sorted({*crossing} & {*range(depth)}):
+            why = f"of {depth} layers some have cross-attention, named from 0 on in ascending order"
+            raise BadInput(f"{where}: cross_layers.{tower} is {crossing}", why, "correct it")
     if "text" in config.towers and config.question_start_id is not None:
         check_id("question_start_id", config.question_start_id, text.vocab_size, where)
     if "decoder" in config.towers:

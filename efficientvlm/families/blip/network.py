@@ -82,11 +82,13 @@ class Blip(Writing, TowerNetwork):
 
     def _texts(self, tower: str) -> Bert:
         part, kept, context = self.config.text_config, self.config.kept_indices(), self.config.context_width(tower)
-        sizes = Size.of_tower(kept, tower, self.config.layers()[tower], part.hidden_size, part.num_attention_heads, context)
+        shape = part.hidden_size, part.num_attention_heads
+        crossing = [self.config.crosses(tower, layer) for layer in range(self.config.layers()[tower])]
+        sizes = [Size.of(kept, f"{tower}.{layer}", *shape, context * crosses) for layer, crosses in enumerate(crossing)]
         dropout = {"dropout": part.hidden_dropout_prob, "attention_dropout": part.attention_probs_dropout_prob}
         layers = [PostNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), TEXT_LAYER, **dropout) for size in sizes]
-        shape = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps, part.hidden_dropout_prob)
-        return Bert(layers, Embeddings(*shape, padding=part.pad_token_id, names=EMBEDDINGS), {"layers": "encoder.layer"})
+        table = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps, part.hidden_dropout_prob)
+        return Bert(layers, Embeddings(*table, padding=part.pad_token_id, names=EMBEDDINGS), {"layers": "encoder.layer"})
 
     def _init_weights(self, module: nn.Module) -> None:
         draw_blip(self, module)
@@ -159,6 +161,24 @@ class Blip(Writing, TowerNetwork):
     def graphs(self) -> list[Graph]:
         return blip_graphs(self)
 
+    def completed(self) -> Any:
+        """With cross-attention in every layer, switched off where this one has none; only where texts are always read with what they
+        attend to.
+
+        What such an attention adds is 0. The norm behind it, of what the norm before has normalised, then does that norm's work, whose own
+        scale and shift become 1 and 0. Exact but for rounding. Source: ours, as transformers' classes have it in all layers.
+        """
+        if not self.config.cross_layers or self.config.foreign:
+            return self
+        full = type(self)(self.config.copy(cross_layers=None))
+        own = self.state_dict()
+        full.load_state_dict({name: own.get(name, torch.zeros_like(tensor)) for name, tensor in full.state_dict().items()})
+        for tower in self.config.cross_layers:
+            for layer in range(self.config.layers()[tower]):
+                if not self.config.crosses(tower, layer):
+                    _switch_off(cast(PostNormLayer, full.get_submodule(f"{LAYERS[tower]}.{layer}")))
+        return full.to(self.device).train(self.training)
+
     def stock_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Captioning and matching take the same; a network that answers is given its questions as answers too."""
         if "text_ids" in batch:
@@ -194,6 +214,14 @@ class Blip(Writing, TowerNetwork):
         for tower, encoded in (("vision", image), ("decoder", out)):
             tap(record, tower, encoded, kinds_of(wanted, tower))
         return record
+
+
+@torch.no_grad()
+def _switch_off(layer: PostNormLayer) -> None:
+    """Let cross-attention whose weights are 0 do nothing."""
+    layer.cross_attention_norm.load_state_dict(layer.attention_norm.state_dict())
+    layer.attention_norm.weight.fill_(1)
+    layer.attention_norm.bias.fill_(0)
 
 
 def starting(ids: Tensor, first: int | None, offset: int = 0) -> Tensor:

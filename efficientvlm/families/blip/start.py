@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
-from efficientvlm.families.blip.config import BlipAnswerConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig, crossing_last
 from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.family import SMALLER
 from efficientvlm.families.towers.bert import Bert, LanguageHead
@@ -39,6 +39,7 @@ class Sizes(Strict):
     text_width: Many = 768
     text_layers: Layers = 12
     decoder_layers: Layers | None = Field(None, description="those of the text tower by default")
+    fusion_layers: Layers | None = Field(None, description="so many of the last layers have cross-attention; all by default")
     text_heads: Many = 12
     text_intermediate: Many = 3072
     text_eps: Real = 1e-12
@@ -92,7 +93,9 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         "eos_token_id": ids.get("[SEP]", 0),
         "pad_token_id": ids.get("[PAD]", 0),
     }
+    depth = {"text": given.text_layers, "decoder": given.decoder_layers or given.text_layers}
     return BlipAnswerConfig(
+        cross_layers=crossing_last(depth, given.fusion_layers),
         vision_config=vision,
         text_config=text,
         image_text_hidden_size=given.embed_dim,

@@ -98,7 +98,9 @@ class Layer(Named):
     ) -> Tensor:
         """`x` [B, T, W] through self-attention, cross-attention where there is any and something to attend to, and neurons."""
         x = self.beside(x, self.attention_norm, lambda h: self.attention.itself(h, mask, maps[0], cache, layer))
-        if context is not None and self.size.cross_heads is not None:
+        if context is not None and self.size.cross_heads is None and maps[1] is not None:
+            maps[1].append(x.new_zeros(x.shape[0], 0, x.shape[1], 0))
+        elif context is not None and self.size.cross_heads is not None:
             given, seen, rows, sharing = context.kv[layer], context.mask, context.rows, context.sharing
             x = self.beside(x, self.cross_attention_norm, lambda h: self.cross_attention(h, given, seen, rows, maps[1], sharing))
         return self.beside(x, self.ffn_norm, self.feed)
@@ -188,12 +190,16 @@ class Layers(nn.ModuleList):
         return out
 
     def context(self, states: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of `states` [C, S, W] for the cross-attention of every layer.
+        """Keys and values of `states` [C, S, W] for the cross-attention of every layer, None for one without.
 
         Layers that share them attend to a part of `states` each, in turn: of two, the first to the first half.
         """
+        found: list[tuple[Tensor, Tensor] | None]
         parts, found = states.unflatten(0, (self.contexts, -1)), []  # `chunk` would fix the number of images of an exported graph
         for number, layer in enumerate(cast(Iterable[Layer], self)):
+            if layer.size.cross_heads is None:
+                found.append(None)
+                continue
             shared = layer.size.shared
             lender = layer if shared is None else cast(Layer, self[shared.at])
             part = parts[0 if shared is None else number - shared.at]

@@ -52,6 +52,11 @@ class TowerNetwork(PreTrainedModel):
         why = f"a network of type {self.config.model_type} keeps the size that it was made for"
         raise BadInput(f"image_size is {image_size}", why, f"leave it out, or use {self.config.sizes().image_size}")
 
+    def completed(self) -> Any:
+        """The network of the layout of transformers' class that computes what this one does, of which nothing was removed; this one where
+        it has that layout, or none has."""
+        return self
+
     @property
     def images(self) -> Vit | Swin:
         """The tower of images."""
