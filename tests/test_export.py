@@ -378,7 +378,7 @@ def test_stock_transformers_opens_padded_and_smaller_folders(tmp_path: Path) -> 
             BLIP(),
             tiny_blip(BlipRetrievalConfig, cross_layers={"text": [1]}),
             {},
-            "layer 0 of text has no cross-attention, which reads texts",
+            "layer 0 of text has no cross-attention, and texts",
         ),
         (BLIP(), tiny_blip(BlipCaptionConfig, cross_layers={"decoder": [1]}), {}, "layer 0 of decoder has no cross-attention, where all"),
     ],

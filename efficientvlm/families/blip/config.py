@@ -80,7 +80,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
             text = self.text_config.hidden_size
             return f"images are {vision} columns wide and questions {text}, where its decoder attends to questions as wide as images"
         if self.cross_layers and "decoder" not in self.towers:
-            return f"{self._without()}, which reads texts without images as well, so that it cannot be switched off in a class that has it in all"
+            why = "texts are read without images too, so that it cannot be switched off in a class that has it in all"
+            return f"{self._without()}, and {why}"
         return ""
 
     def _without(self) -> str:
@@ -105,9 +106,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     def flows(self) -> list[Flow]:
         """Pictures reach texts by cross-attention alone, a first token that is pooled sees other positions by self-attention alone."""
         layers, counts = self.layers(), self.original_counts()
-        texts, answers = (
-            tuple(group for group in groups_of(layers, CROSS_HEAD, tower) if group in counts) for tower in ("text", "decoder")
-        )
+        crossing = [group for group in groups_of(layers, CROSS_HEAD, "text", "decoder") if group in counts]
+        texts, answers = (tuple(group for group in crossing if group.startswith(tower)) for tower in ("text", "decoder"))
         seen = Flow("image", "vision.patches")
         if "text" not in self.towers:
             return [seen, Flow("vision.patches", "decoder", answers), Flow("text", "decoder"), Flow("decoder", "caption")]
