@@ -62,6 +62,7 @@ def test_settings_are_those_of_stage_task_and_method() -> None:
         ("finetune", {"task": "retrieval", "answers": "a"}, ["answers: it belongs to task vqa"]),
         ("finetune", {"task": "retrieval", "weights": {"decoder_hidden": 1}}, ["weights.decoder_hidden: it belongs to task vqa"]),
         ("finetune", {"quirks": {"epoch_step": True}}, ["quirks.epoch_step: unknown key"]),
+        ("finetune", {"schedule": "cosine", "decay": 0.5}, ["decay: it goes with schedule exponential"]),
         ("eval", {"rerank": 3}, ["rerank: it belongs to task retrieval"]),
         ("distill", {"los": ["itc"]}, ["los: unknown key, did you mean losses?"]),
         (

@@ -261,6 +261,14 @@ def test_rate(schedule: str, last: float | None) -> None:
     assert training.rate(0, 10, Train(warmup=0)) == 1.0
 
 
+def test_rate_falls_after_every_epoch() -> None:
+    """Epochs are those of the run, warm-up included: four of 25 steps."""
+    options = Train(schedule="exponential", decay=0.5, epochs=4, warmup=0.1)
+    factors = [training.rate(step, 100, options) for step in range(100)]
+    assert factors[9] == 1.0 and factors[10:] == [1.0] * 15 + [0.5] * 25 + [0.25] * 25 + [0.125] * 25
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+
+
 def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
     layer = torch.nn.Linear(3, 2)
     options = Train(lr=0.1, new_lr_mult=3, weight_decay=0.5)

@@ -17,7 +17,10 @@ class Train(Strict):
     max_steps: Count | None = Field(None, ge=1, description="length of the schedule in steps, instead of epochs")
     batch_size: Count = Field(64, ge=1, description="images a step, over all processes")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 after warm-up")
+    schedule: Literal["linear", "cosine", "constant", "exponential"] = Field(
+        "linear", description="decay to 0 after warm-up; exponential: by a factor after every epoch"
+    )
+    decay: float = Field(0.9, gt=0, le=1, description="exponential: that factor, for as many equal parts of the run as it has epochs")
     warmup: float = Field(0.1, ge=0, le=1, description="fraction of all steps")
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
     new_lr_mult: float = Field(2.0, gt=0, description="learning-rate factor of newly initialised tensors")
@@ -40,6 +43,13 @@ class Train(Strict):
     eval_batch_size: Annotated[Count | None, Aside()] = Field(
         None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"
     )
+
+    @field_validator("decay")
+    @classmethod
+    def _of_its_schedule(cls, decay: float, info: ValidationInfo) -> float:
+        if decay != cls.model_fields["decay"].default and info.data.get("schedule", "exponential") != "exponential":
+            raise ValueError("it goes with schedule exponential")
+        return decay
 
 
 class Samples(Strict):

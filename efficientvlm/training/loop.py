@@ -100,11 +100,13 @@ def adamw(
 
 
 def rate(step: int, steps: int, options: Train) -> float:
-    """Learning-rate factor at `step` of `steps`: linear warm-up, then the schedule's decay to 0."""
+    """Learning-rate factor at `step` of `steps`: linear warm-up, then the schedule's decay (epochs count from the start)."""
     warm = max(1, round(options.warmup * steps)) if options.warmup else 0
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
+    if options.schedule == "exponential":
+        return float(options.decay ** int(step * options.epochs / steps))
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
 
 
