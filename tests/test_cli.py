@@ -222,7 +222,7 @@ def test_bad_input_exits_3_in_three_lines(evlm: Any, chain: Path, line: str, wor
         ("--top 0", "--top: input should be greater than or equal to 1"),
         ("--max-tokens 2", "--max-tokens: input should be greater than or equal to 4"),
         ("--question ", "--question: it is empty"),
-        ("--image b", "--image: list should have at most 1 item"),
+        ("--image b", "--image: it has 2 entries, and takes at most 1"),
     ],
 )
 def test_a_question_with_a_wrong_value_is_wrong_usage(evlm: Any, given: str, words: str) -> None:

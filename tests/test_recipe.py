@@ -201,7 +201,7 @@ stages:
   - {name: e, stage: prune, model: m, data: d, towers: []}
 """
     assert problems(recipe(tmp_path, text)) == [
-        "e: towers: list should have at least 1 item after validation, not 0",
+        "e: towers: it has no entries, and takes at least 1",
         "d: out: a writes to ./o/ too",
         "b: out: it is inside the output of a",
         "c: out: it is inside the output of a",
@@ -221,7 +221,7 @@ def test_a_recipe_of_many_wrong_stages_is_a_short_message(tmp_path: Path) -> Non
     with pytest.raises(BadInput) as error:
         validate(loaded)
     assert "900 problems" in error.value.what and len(error.value.why) < 20_000 and "and 851 more" in error.value.why
-    with pytest.raises(BadInput, match="stages: list should have at most 1000"):
+    with pytest.raises(BadInput, match="stages: it has 20000 entries, and takes at most 1000"):
         recipe(tmp_path, "stages:\n" + "  - {a: b}\n" * 20_000)
 
 

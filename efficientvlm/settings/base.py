@@ -140,6 +140,8 @@ def problems_with(model: type[Strict], name: str, value: Any) -> list[str]:
 def _describe(model: type[Strict], item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)
+    if item["type"] in ("too_short", "too_long"):
+        return f"{name}: {_wrong_count(item['ctx'])}"
     if item["type"] != "extra_forbidden":
         message = str(item["msg"]).removeprefix("Value error, ")
         return f"{name}: {message[:1].lower()}{message[1:]}"
@@ -151,6 +153,13 @@ def _describe(model: type[Strict], item: Any) -> str:
             model = annotation
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1, cutoff=0.5)
     return f"{name}: unknown key" + (f", did you mean {near[0]}?" if near else f"; known are {', '.join(model.model_fields)}")
+
+
+def _wrong_count(found: Mapping[str, Any]) -> str:
+    """What to say of a list with too few or too many entries."""
+    given = found["actual_length"]
+    limit = f"at least {found['min_length']}" if "min_length" in found else f"at most {found['max_length']}"
+    return f"it has {given or 'no'} entr{'y' if given == 1 else 'ies'}, and takes {limit}"
 
 
 def merge(base: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
