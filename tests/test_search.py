@@ -80,7 +80,8 @@ def test_the_best_pictures_of_a_folder(chain: Path, album: Path, tmp_path: Path,
     difference = torch.tensor(list(tile.tobytes())).sub(torch.tensor(list(first.tobytes()))).abs().float().mean()
     assert difference < 2, "the best picture comes first"
     plain = predict.run(**asked, rerank=0, top=2, quiet=True)
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err
+    assert "1 of 7 pictures cannot be read" in said and "predict pictures" not in said, "quiet is about progress"
     assert [row["image"] for row in plain["answers"]] == [
         pictures[i] for at in range(2) for i in cosines[:, at].argsort(descending=True).tolist()[:2]
     ]
@@ -98,7 +99,10 @@ def test_the_best_texts_of_a_picture(chain: Path, album: Path, tmp_path: Path, c
     assert [row["text"] for row in found["answers"]] == [texts[i] for i in logits.argsort(descending=True, stable=True).tolist()]
     assert found["pictures"] == 1 and found["texts"] == len(texts) == 65 and Image.open(tmp_path / "a.png").width > 640
     said = capsys.readouterr().err
-    assert "question marks for letters of 1 texts" in said and "unknown" in said
+    assert "question marks for letters of 1 texts" in said and "unknown" in said and "shows the first 50 of 65 texts" in said
+    many = [{"text": "a circle", "image": str(album / "0.png"), "similarity": 0.5} for _ in range(51)]
+    assert search.sheet(many, False).width == sheets.GAP + 50 * (sheets.SIDE + sheets.GAP)
+    assert "shows the first 50 of 51 pictures of a text" in capsys.readouterr().err
 
 
 def test_wrong_questions_are_refused(chain: Path, album: Path, tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_by_command(chain: Path, album: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["evlm", *map(str, words), "--json", "--out", str(tmp_path / "s.png")])
     assert cli._run() == 0
     out, err = capsys.readouterr()
-    assert len(json.load(io.StringIO(out))["answers"]) == 2 and err == "" and (tmp_path / "s.png").is_file()
+    assert len(json.load(io.StringIO(out))["answers"]) == 2 and "1 of 7 pictures" in err and (tmp_path / "s.png").is_file()
     monkeypatch.setattr(sys, "argv", ["evlm", *map(str, words)])
     assert cli._run() == 0
     out, err = capsys.readouterr()

@@ -158,7 +158,7 @@ def evaluate_pairs(
     rerank: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metrics of :func:`tasks.retrieval.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
+    """Metrics of :func:`tasks.recall.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
     source = held_out(source, limit, title, quiet)
     count = len(source)
     if not count:

@@ -24,7 +24,7 @@ from efficientvlm.settings.tasks import RetrievalQuestion
 from efficientvlm.tasks.galleries import Pictures
 from efficientvlm.tasks.pictures import picture_path, write_picture
 from efficientvlm.tasks.recall import Gallery, encode, match, nearest
-from efficientvlm.tasks.sheets import MOST_ROWS, drawable, of_pictures, of_texts
+from efficientvlm.tasks.sheets import MOST_COLUMNS, MOST_ROWS, drawable, of_pictures, of_texts
 
 BATCH = 64
 RERANK = 32
@@ -77,14 +77,14 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
     files = Files(list(dict.fromkeys(path for path, _ in named)), loaded.preprocessing, BATCH)
     out = picture_path(config.out, files.paths) if config.out else None
     for remark in remarks:
-        say(f"predict: {remark}", quiet=config.quiet)
+        say(f"predict: {remark}")
     shown: dict[str, Any] = {"title": "predict", "quiet": config.quiet or len(files.paths) <= BATCH}
     model = loaded.model.eval()
     with Bar("predict pictures", files.count, quiet=shown["quiet"]) as bar:
         tokens = partial(Texts.batch, texts)
         gallery = encode(model, files.batches(bar.update), tokens, BATCH, files.count, texts=wanted, again=files, **shown)
     for remark in [*of_read(texts), *said_of_lost(files)]:
-        say(f"predict: {remark}", quiet=config.quiet)
+        say(f"predict: {remark}")
     one = len(gallery.ids) == 1
     queries, candidates = (gallery.image, gallery.text) if one else (gallery.text, gallery.image)
     matching = "match" in loaded.abilities
@@ -100,7 +100,7 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
                 row |= {"score": round(float(logits[at, 1]), 4), "probability": round(float(logits[at].softmax(0)[1]), 4)}
             rows.append(row)
     found = {"answers": rows, "pictures": len(gallery.ids), "texts": len(wanted), "unreadable": [str(path) for path in files.lost]}
-    return {**found, "out": write_picture(sheet(rows, one, config.quiet), out)} if out else found
+    return {**found, "out": write_picture(sheet(rows, one), out)} if out else found
 
 
 def asked_texts(config: RetrievalQuestion) -> list[str]:
@@ -137,17 +137,21 @@ def ranked(model: Any, gallery: Gallery, order: Tensor, rerank: int, one: bool, 
     return found
 
 
-def sheet(rows: Sequence[dict[str, Any]], one: bool, quiet: bool) -> Any:
-    """The pictures of `rows` as one picture, a line of it a text; of a single picture, it and its texts."""
+def sheet(rows: Sequence[dict[str, Any]], one: bool) -> Any:
+    """The pictures of `rows` as one picture, a line of it a text; of a single picture, it and its texts. What it lacks is said."""
     if foreign := sum(not drawable(text) for text in {row["text"] for row in rows}):
-        say(f"predict: the sheet has question marks for letters of {foreign:,} texts, which its font lacks", quiet=quiet)
+        say(f"predict: the sheet has question marks for letters of {foreign:,} texts, which its font lacks")
     labels = [f"{row['probability']:.0%}" if "probability" in row else f"{row['similarity']:.2f}" for row in rows]
     if one:
+        if len(rows) > MOST_ROWS:
+            say(f"predict: the sheet shows the first {MOST_ROWS} of {len(rows):,} texts")
         return of_texts(rows[0]["image"], [f"{label}: {row['text']}" for label, row in zip(labels, rows, strict=True)])
     lines: dict[str, list[tuple[str, str]]] = {}
     for label, row in zip(labels, rows, strict=True):
         line = lines.setdefault(row["text"], [])
         line.append((row["image"], f"{len(line) + 1}: {label}"))
     if len(lines) > MOST_ROWS:
-        say(f"predict: the sheet shows the first {MOST_ROWS} of {len(lines):,} texts", quiet=quiet)
+        say(f"predict: the sheet shows the first {MOST_ROWS} of {len(lines):,} texts")
+    if (most := max(map(len, lines.values()))) > MOST_COLUMNS:
+        say(f"predict: the sheet shows the first {MOST_COLUMNS} of {most:,} pictures of a text")
     return of_pictures(list(lines.items())[:MOST_ROWS])
