@@ -239,8 +239,17 @@ def test_a_picture_and_a_folder_of_pictures_are_described(captioners, tmp_path, 
     assert drawn_once == again != other
     code, _, stderr = evlm("predict", "--model", model, "--image", tmp_path / "torn.png")
     assert code == 3 and "torn.png" in stderr
-    code, _, stderr = evlm("predict", "--model", model, "--image", tmp_path / "0.png", "--top-k", 3)
-    assert code == 3 and "top_k does not go with beam" in " ".join(stderr.split())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn.png").rename(tmp_path / "torn" / "torn.png")
+    for given, what in (
+        (("--image", tmp_path / "torn"), "none of 1 pictures can be read"),
+        (("--image", tmp_path / "0.png", "--top-k", 3), "top_k does not go with beam"),
+        (("--image", tmp_path / "0.png", "--seed", 3), "goes with decoding sample"),
+        (("--image", tmp_path / "0.png", "--beams", 1, "--length-penalty", 2), "goes with several beams"),
+        (("--image", tmp_path / "0.png", "--min-length", 30), "min_length 30"),  # it was tuned with 24 at most
+    ):
+        code, _, stderr = evlm("predict", "--model", model, *given)
+        assert code in (2, 3) and what in " ".join(stderr.split()), (given, stderr)
 
 
 def test_graphs_describe_as_the_network_does(captioners, tmp_path, monkeypatch, capsys):

@@ -295,6 +295,13 @@ class Written(Strict):
                 raise ValueError(f"{name} does not go with {decoding}")
         return decoding
 
+    @field_validator("length_rule", "length_penalty")
+    @classmethod
+    def _of_several_beams(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("beams") == 1 and value != cls.model_fields[info.field_name or ""].default:
+            raise ValueError("it goes with several beams")
+        return value
+
 
 def _not_below_the_least(most: int, info: ValidationInfo) -> int:
     if most < (least := info.data.get("min_length") or 0):
@@ -317,6 +324,13 @@ class CaptionQuestion(Asking, Written):
     image: Pictures = Field(min_length=1, examples=["picture.png"], description="files of pictures, or folders of them")
     out: str | None = Field(None, description="JSONL file for the captions, one line an image")
     seed: Seed = 0
+
+    @field_validator("seed")
+    @classmethod
+    def _of_draws(cls, seed: int, info: ValidationInfo) -> int:
+        if seed and info.data.get("decoding", "sample") != "sample":
+            raise ValueError("nothing is drawn; it goes with decoding sample")
+        return seed
 
 
 class Untrained(Learning):

@@ -223,7 +223,7 @@ class Captioning(Learnt, Asked):
         for remark in (*of_prompt(describer.texts, describer.manner.prompt).remarks, *remarks):
             say(f"predict: {remark}")
         said: list[dict[str, Any]] = []
-        lost: list[str] = []
+        lost: dict[str, str] = {}
         for start in counted(range(0, len(files), EVAL_BATCH), "predict", len(files), config.quiet or len(files) <= EVAL_BATCH):
             pixels, paths = [], []
             for path, itself in files[start : start + EVAL_BATCH]:
@@ -233,19 +233,19 @@ class Captioning(Learnt, Asked):
                 except BadInput as error:
                     if itself:
                         raise
-                    lost.append(str(path))
-                    why = (error.why or error.what).removeprefix(f"{path}: ")
-                    say(f"predict: left out {path}: {why}")
+                    lost[str(path)] = (error.why or error.what).removeprefix(f"{path}: ")
+                    say(f"predict: left out {path}: {lost[str(path)]}")
             captions = describer(stack(pixels), paths) if pixels else []
             said += [{"image": path, "caption": caption} for path, caption in zip(paths, captions, strict=True)]
         if not said:
-            raise BadInput(f"none of {len(files)} pictures can be read", lost[0], "give pictures, e.g. PNG or JPEG")
+            first = next(f"{path}: {why}" for path, why in lost.items())
+            raise BadInput(f"none of {len(files):,} pictures can be read", f"the first, {first}", "give pictures, e.g. PNG or JPEG")
         if out:
             write_captions(out, said)
         written = {"manner": describer.manner.said, **({"out": str(out)} if out else {})}
         if len(config.image) == 1 and not named[0].is_dir():
             return {**said[0], **written}
-        return {"captions": said, "described": len(said), "skipped": lost, **written}
+        return {"captions": said, "described": len(said), "skipped": list(lost), **written}
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         """Where one of them describes images."""

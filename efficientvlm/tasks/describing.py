@@ -92,6 +92,9 @@ class Describer:
         if most <= len(self.prompt):
             why = f"the first token and the prompt {self.manner.prompt!r} are {len(self.prompt)} tokens, and nothing could follow"
             raise BadInput(f"max_length {most}", why, f"use more than {len(self.prompt)}, or another prompt")
+        if self.manner.min_length > most:
+            why = f"captions have at most {most} tokens"
+            raise BadInput(f"min_length {self.manner.min_length}", why, "give min_length and max_length together")
 
     @property
     def rules(self) -> Rules:
