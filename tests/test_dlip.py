@@ -118,7 +118,10 @@ def test_heads_meet_by_the_numbers_that_they_had_and_at_equal_distance() -> None
     assert last_layers(xvlm().config, cut.config)["fusion"].heads["head"][-1] == ([0, 3], [0, 1])
     assert last_layers(teacher.config, student.config)["fusion"].heads["cross_head"][-1] == ([0, 1, 2, 3], [0, 0, 1, 1])
     found = last_layers(student.config, teacher.config)["fusion"]
-    assert found.hidden == [(2, 3)] and found.attention == [(1, 2)]
+    assert found.hidden == [(2, 3)] and found.attention == [(1, 2), (1, 2)]
+    early = network(CONFIGS["blip-caption"].copy(cross_layers={"decoder": [0]}))
+    met = last_layers(early.config, CONFIGS["blip-caption"])["decoder"]
+    assert met.attention == [(1, 1), (0, 1)] and met.heads["cross_head"][0][0] and not met.heads["cross_head"][1][0]
 
 
 def pairing(mask: Tensor | None, heads: int = 1, kind: str = "cross_head") -> Pairing:

@@ -94,7 +94,8 @@ def maps_divergence(
         mean: averages over all heads are compared. They differ less than single heads, about as averages of independent maps do; so the
             divergence is multiplied by the harmonic mean of both numbers of heads, unless `shrunk`.
     """
-    (student, teacher), kind = pairing.layers.attention[-1], CROSS_HEAD if ".cross_attention" in term.tap else HEAD
+    kind = CROSS_HEAD if ".cross_attention" in term.tap else HEAD
+    student, teacher = pairing.layers.attention[-1 if kind == CROSS_HEAD else 0]
     mine, same = pairing.layers.heads[kind][student]
     a, b, factor = ours[student].float(), theirs[teacher].float(), 1.0
     if not a.shape[1] or not b.shape[1] or not (mine or mean):

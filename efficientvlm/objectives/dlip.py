@@ -208,8 +208,9 @@ def distilled(hard: Any, teacher: Any, settings: Dlip) -> Objective:
 def last_layers(student: Any, teacher: Any) -> dict[str, TowerMap]:
     """The last layer of every tower that both networks have, and which of its heads meet.
 
-    Heads are told apart by the numbers that they had before any were removed. Where the student had more or fewer of them than the teacher,
-    head i of S follows head i · T // S of T.
+    Of `attention` the first pair is of self-attention, the last of cross-attention: of the last layers that have one. Heads are told apart
+    by the numbers that they had before any were removed. Where the student had more or fewer of them than the teacher, head i of S follows
+    head i · T // S of T.
     """
     maps, sizes = {}, (student.sizes(), teacher.sizes())
     kept, of_teacher = student.kept_indices(), teacher.kept_indices()
@@ -217,15 +218,25 @@ def last_layers(student: Any, teacher: Any) -> dict[str, TowerMap]:
         total = teacher.layers().get(tower, 0)
         if not count or not total:
             continue
-        mine, others = (size.heads[tower][-1] for size in sizes)
+        pairs: list[tuple[int, int]] = []
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
-            ours, theirs = kept.get(f"{tower}.{count - 1}.{kind}"), of_teacher.get(f"{tower}.{total - 1}.{kind}")
-            if ours is not None and theirs is not None:
-                met = [(at, theirs.index(head * others // mine)) for at, head in enumerate(ours) if head * others // mine in theirs]
-                heads[kind] = [([], [])] * (count - 1) + [([at for at, _ in met], [at for _, at in met])]
-        maps[tower] = TowerMap([(count, total)], [(count - 1, total - 1)], heads)
+            layer, other = _last(kept, tower, count, kind), _last(of_teacher, tower, total, kind)
+            if layer is None or other is None:
+                continue
+            mine, others = sizes[0].heads[tower][layer], sizes[1].heads[tower][other]
+            ours, theirs = kept[f"{tower}.{layer}.{kind}"], of_teacher[f"{tower}.{other}.{kind}"]
+            met = [(at, theirs.index(head * others // mine)) for at, head in enumerate(ours) if head * others // mine in theirs]
+            heads[kind] = [([], []) for _ in range(count)]
+            heads[kind][layer] = ([at for at, _ in met], [at for _, at in met])
+            pairs.append((layer, other))
+        maps[tower] = TowerMap([(count, total)], pairs, heads)
     return maps
+
+
+def _last(kept: Mapping[str, list[int]], tower: str, count: int, kind: str) -> int | None:
+    """The last of `count` layers of `tower` with units of `kind`, however many are left."""
+    return next((layer for layer in reversed(range(count)) if f"{tower}.{layer}.{kind}" in kept), None)
 
 
 def learned(terms: Iterable[Term], student: Any, teacher: Any) -> dict[str, nn.Module]:
