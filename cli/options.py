@@ -95,7 +95,12 @@ OPTIONS: dict[str, Option] = {
     "eval.mode": option(str, "--mode", EVAL_MODE),
     "statement": option(str, "--statement", "A statement about two images, true or false.", "TEXT"),
     "question": option(str, "--question", "The question, or the phrase that is looked for.", "TEXT"),
-    "image": option(list[str], "--image", "Image file; to search or describe it, also a folder. Repeatable.", "FILE|DIR"),
+    "image": option(
+        list[str], "--image", "Image file; to search or describe it, also a folder; to describe it, a tar. Repeatable.", "FILE|DIR"
+    ),
+    "filter": option(str, "--filter", "Captioning: checkpoint that matches; captions that it finds unfit are dropped.", "DIR"),
+    "threshold": option(float, "--threshold", "Filter: least probability of a match; 0.5 by default."),
+    "predict.task": option(str, "--task", "What is asked, where a model does several things.", "TASK"),
     "captions": option(str, "--captions", "Captioning: JSONL file for what is said of each image.", "FILE"),
     "decoding": option(str, "--decoding", "beam, greedy or sample.", panel=CAPTIONS),
     "beams": option(int, "--beams", "Texts that a search keeps: of a caption 3 by default, of an answer 1.", panel=CAPTIONS),

@@ -10,7 +10,7 @@ from efficientvlm.cli import output
 from efficientvlm.cli.stages import command
 from efficientvlm.errors import BadInput
 
-SHOWN = ("answer", "probability", "answers", "caption", "captions", "out")
+SHOWN = ("answer", "probability", "answers", "caption", "captions", "described", "skipped", "kept", "dropped", "out")
 """What people see of an answer, where it is there."""
 
 
@@ -21,9 +21,15 @@ def ask(name: str, options: dict[str, Any]) -> None:
     from efficientvlm.settings.base import problems_with
     from efficientvlm.settings.tasks import ABOUT
 
-    asked = {key: value for key, value in options.items() if key != "json" and value is not None}
+    asked = {key: value for key, value in options.items() if key not in ("json", "task") and value is not None}
     asked["quiet"] = options["quiet"] or options["json"]
-    known = [about.asked for about in ABOUT.values() if about.asked]
+    if options["resume"]:
+        del asked["resume"]
+    about = {name: about.asked for name, about in ABOUT.items() if about.asked}
+    task = options["task"]
+    if task is not None and task not in about:
+        raise typer.BadParameter(f"{task!r} is none of {', '.join(about)}", param_hint="--task")
+    known = [kind for name, kind in about.items() if task in (None, name)]
     kinds = [kind for kind in known if all(kind.has([key]) for key in asked)]
     if all(lacking := [kind.lacking(asked) for kind in kinds or known]):
         needed = dict.fromkeys(f"--{names[0]}" for names in lacking)
@@ -41,7 +47,7 @@ def ask(name: str, options: dict[str, Any]) -> None:
             raise BadInput(f"--image {image} cannot be read", "it is not a file", "give an image file, e.g. PNG or JPEG")
     from efficientvlm.stages import predict as predicting
 
-    output.mapping_result(predicting.run(**asked), None, as_json=options["json"], keys=SHOWN)
+    output.mapping_result(predicting.run(task=task, **asked), None, as_json=options["json"], keys=SHOWN)
 
 
 predict = command("predict", ask)

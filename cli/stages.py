@@ -64,8 +64,8 @@ COMMANDS = {
     "predict": Command(
         "Ask a model about an image file, have it describe pictures, or search them for a text.",
         (
-            *("model", "image", "question", "statement", "text", "texts", "mode", "top", "rerank", "out"),
-            *(*CAPTIONS, "max_tokens", "device", "json", "quiet"),
+            *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "out"),
+            *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "json", "quiet"),
         ),
     ),
     "export": Command(

@@ -31,8 +31,9 @@ class Found:
     pictures: list[Path] = field(default_factory=list)
     texts: dict[Path, list[Path]] = field(default_factory=dict)
     """Path without its ending → `.txt` files of this name."""
+    shards: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
-    """Ending → files that are neither."""
+    """Ending → files that are none of these."""
     followed: int = 0
     circles: int = 0
     """Links to folders that were followed, and those that were not, because the folder is in it already."""
@@ -58,14 +59,14 @@ def image_folder(folder: Path, skips: Skips) -> MemoryTable | None:
     digest = hashlib.sha256()
     for path in found.pictures:
         try:
-            said = _sidecar(path, found, stems) if beside else [class_name(path)]
+            said = sidecar(path, found, stems) if beside else [class_name(path)]
         except BadInput as error:
             skips.add(error)
             continue
         pictures.append(path)
         captions.append(said)
         digest.update(os.fsencode(path.relative_to(folder)) + f"\0{said!r}\n".encode())
-    _note(found, skips)
+    note(found, skips, shards=False)
     if not beside:
         kinds = {said for (said,) in captions}
         skips.note(f"the captions are the names of {len(kinds)} folders: {shorten(', '.join(sorted(kinds)), 100)}")
@@ -102,12 +103,15 @@ def walk(folder: Path, skips: Skips) -> Found:
                     found.pictures.append(path)
                 else:
                     skips.add(BadInput(str(path), "it is no file that can be read", "replace or remove it"))
+            elif path.suffix.lower() == ".tar" and entry.is_file():
+                found.shards.append(path)
             elif path.suffix.lower() == ".txt":
                 found.texts.setdefault(path.with_suffix(""), []).append(path)
             else:
                 found.others[path.suffix.lower() or "no ending"] += 1
         waiting += sorted(folders, reverse=True)  # links last: what they lead to may be here itself
     found.pictures.sort()
+    found.shards.sort()
     return found
 
 
@@ -125,7 +129,7 @@ def pictures_of(names: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[st
             continue
         skips = Skips(str(name))
         found = walk(name, skips)
-        _note(found, skips)
+        note(found, skips, shards=False)
         if not found.pictures:
             endings = ", ".join(PICTURES)
             raise BadInput(f"{name} holds no picture", f"looked for are files that end in {endings}", "give another folder, or pictures")
@@ -134,17 +138,19 @@ def pictures_of(names: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[st
     return files, remarks
 
 
-def _note(found: Found, skips: Skips) -> None:
+def note(found: Found, skips: Skips, *, shards: bool) -> None:
+    """Say what was passed over, and with it tar files unless `shards` are read."""
     if found.followed:
         skips.note(f"{found.followed} linked folders were followed")
     if found.circles:
         skips.note(f"{found.circles} linked folders were not followed: they lead to folders that are read already")
-    if found.others:
-        kinds = ", ".join(f"{ending} {count}" for ending, count in found.others.most_common())
-        skips.note(f"{found.others.total()} files are no pictures of a known kind and were passed over: {shorten(kinds, 100)}")
+    others = found.others + Counter({".tar": 0 if shards else len(found.shards)})
+    if others:
+        kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common())
+        skips.note(f"{others.total()} files are no pictures of a known kind and were passed over: {shorten(kinds, 100)}")
 
 
-def _sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:
+def sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:
     """The captions beside a picture, one a line."""
     stem = picture.with_suffix("")
     texts = found.texts.get(stem, [])

@@ -58,7 +58,7 @@ class TarTable:
             with opened(path) as file:
                 for key, parts in here.items():
                     try:
-                        pictures, row = _row(file, path, key, parts)
+                        pictures, row = row_of(file, path, key, parts)
                     except BadInput as error:
                         skips.add(error)
                         continue
@@ -89,7 +89,7 @@ class TarTable:
         if name not in pictures:
             raise BadInput(self.where(row), f"it has no picture {name}", "remove the sample")
         with opened(path) as file:
-            return _read(file, pictures[name])
+            return read_at(file, pictures[name])
 
     def images(self, row: int, name: str) -> list[bytes | Path]:
         fix = "call the pictures of a sample left.png and right.png, behind its name"
@@ -159,7 +159,8 @@ def picture_column(ending: str) -> str | None:
     return (name or "image") if f".{kind}" in PICTURES else None
 
 
-def _row(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) -> tuple[dict[str, Place], dict[str, Any]]:
+def row_of(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) -> tuple[dict[str, Place], dict[str, Any]]:
+    """Where the pictures of a sample lie, by column, and its row; :class:`BadInput` where it has none, or is damaged."""
     where = f"{path} sample {key}"
     wanted = {ending: places for ending, places in parts.items() if picture_column(ending) or ending in TEXTS}
     check_parts([ending for ending, places in wanted.items() for _ in places], where)
@@ -170,7 +171,7 @@ def _row(file: BinaryIO, path: Path, key: str, parts: dict[str, list[Place]]) ->
         raise BadInput(
             where, f"it has no picture (files of one name up to the first dot: {shorten(', '.join(parts))})", "remove the sample"
         )
-    texts = text_columns({ending: _read(file, place) for ending, (place,) in wanted.items() if ending in TEXTS}, where)
+    texts = text_columns({ending: read_at(file, place) for ending, (place,) in wanted.items() if ending in TEXTS}, where)
     return pictures, dict.fromkeys(pictures) | {name: value for name, value in texts.items() if name not in pictures}
 
 
@@ -211,6 +212,6 @@ def text_columns(parts: dict[str, bytes], where: str) -> dict[str, Any]:
     return row
 
 
-def _read(file: BinaryIO, place: Place) -> bytes:
+def read_at(file: BinaryIO, place: Place) -> bytes:
     file.seek(place[0])
     return file.read(place[1])

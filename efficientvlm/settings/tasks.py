@@ -321,8 +321,18 @@ class CaptionEval(Measuring, Written):
 class CaptionQuestion(Asking, Written):
     folders = True
 
-    image: Pictures = Field(min_length=1, examples=["picture.png"], description="files of pictures, or folders of them")
-    out: str | None = Field(None, description="JSONL file for the captions, one line an image")
+    image: Pictures = Field(min_length=1, examples=["picture.png"], description="files of pictures, or folders or tar shards of them")
+    out: str | None = Field(None, description="JSONL file for the captions, a line each; a run that was stopped goes on with it")
+    threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="filter: least probability of a match, by default 0.5; where it compares by features alone, the least cosine",
+    )
+    filter: str | None = Field(
+        None, min_length=1, description="checkpoint that matches images with texts: captions that it finds unfit are dropped (CapFilt)"
+    )
+    resume: bool = Field(True, description="out: go on where a run was stopped; false: begin anew")
     seed: Seed = 0
 
     @field_validator("seed")
@@ -331,6 +341,13 @@ class CaptionQuestion(Asking, Written):
         if seed and info.data.get("decoding", "sample") != "sample":
             raise ValueError("nothing is drawn; it goes with decoding sample")
         return seed
+
+    @field_validator("filter")
+    @classmethod
+    def _of_a_threshold(cls, filter: str | None, info: ValidationInfo) -> str | None:
+        if filter is None and info.data.get("threshold") is not None:
+            raise ValueError("threshold goes with it")
+        return filter
 
 
 class Untrained(Learning):

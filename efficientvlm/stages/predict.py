@@ -10,15 +10,15 @@ from efficientvlm.settings.base import parse
 from efficientvlm.tasks.known import asked_of
 
 
-def run(*, model: str, **asked: Any) -> dict[str, Any]:
-    """What the task of the checkpoint answers, see `Asked.ask` of each; `asked` are the settings that it asks for, `Asked.asks`.
+def run(*, model: str, task: str | None = None, **asked: Any) -> dict[str, Any]:
+    """What the task of the checkpoint answers, or `task`, see `Asked.ask` of each; `asked` are the settings that it asks for, `Asked.asks`.
 
     Raises:
         BadInput: an image that is missing, damaged or huge, an empty or too long question, a checkpoint that answers no questions.
     """
     loaded = load(model, exported=True)
-    task = asked_of(loaded, asked)
-    config = parse(task.asks, {"model": model, **asked}, "evlm predict")
+    chosen = asked_of(loaded, asked, task)
+    config = parse(chosen.asks, {"model": model, **asked}, "evlm predict")
     keep_length(loaded, config.max_tokens)
     loaded.model.to(pick_device(config.device))
-    return task.ask(config, loaded)
+    return chosen.ask(config, loaded)

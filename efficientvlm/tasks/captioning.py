@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from efficientvlm.checkpoints.files import resolve
-from efficientvlm.data.batch import stack
 from efficientvlm.data.configured import augmentation
-from efficientvlm.data.folders import pictures_of
-from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PAIRS, caption_batch
 from efficientvlm.data.reading import Reading, counts_of, of_read, of_texts
 from efficientvlm.data.texts import Texts
@@ -24,7 +19,7 @@ from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.self_critical import SelfCritical
 from efficientvlm.runtime.hardware import autocast
-from efficientvlm.runtime.progress import counted, say
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import CaptionEval, CaptioningSettings, CaptionQuestion
@@ -46,6 +41,7 @@ from efficientvlm.tasks.describing import (
     write_captions,
 )
 from efficientvlm.tasks.influence import Influence
+from efficientvlm.tasks.labelling import label
 from efficientvlm.tasks.remembered import bytes_of_captions
 from efficientvlm.tasks.task import Asked, Learnt, held_out
 from efficientvlm.training.loop import Batch
@@ -210,42 +206,8 @@ class Captioning(Learnt, Asked):
     # asking
 
     def ask(self, config: CaptionQuestion, loaded: Loaded) -> dict[str, Any]:
-        """`caption` of one picture; `captions` of several, or of those in a folder, whose files that are no pictures are `skipped`.
-
-        Raises:
-            BadInput: a picture that was named is missing, damaged or huge; a folder without one; a checkpoint that describes nothing.
-        """
-        describer = Describer(loaded, Manner.of(loaded, config))
-        out = captions_file(config.out) if config.out else None
-        loaded.model.eval()
-        named = [Path(resolve(name)) for name in config.image]
-        files, remarks = pictures_of(named)
-        for remark in (*of_prompt(describer.texts, describer.manner.prompt).remarks, *remarks):
-            say(f"predict: {remark}")
-        said: list[dict[str, Any]] = []
-        lost: dict[str, str] = {}
-        for start in counted(range(0, len(files), EVAL_BATCH), "predict", len(files), config.quiet or len(files) <= EVAL_BATCH):
-            pixels, paths = [], []
-            for path, itself in files[start : start + EVAL_BATCH]:
-                try:
-                    pixels.append(open_image(path, loaded.preprocessing))
-                    paths.append(str(path))
-                except BadInput as error:
-                    if itself:
-                        raise
-                    lost[str(path)] = (error.why or error.what).removeprefix(f"{path}: ")
-                    say(f"predict: left out {path}: {lost[str(path)]}")
-            captions = describer(stack(pixels), paths) if pixels else []
-            said += [{"image": path, "caption": caption} for path, caption in zip(paths, captions, strict=True)]
-        if not said:
-            first = next(f"{path}: {why}" for path, why in lost.items())
-            raise BadInput(f"none of {len(files):,} pictures can be read", f"the first, {first}", "give pictures, e.g. PNG or JPEG")
-        if out:
-            write_captions(out, said)
-        written = {"manner": describer.manner.said, **({"out": str(out)} if out else {})}
-        if len(config.image) == 1 and not named[0].is_dir():
-            return {**said[0], **written}
-        return {"captions": said, "described": len(said), "skipped": list(lost), **written}
+        """Captions of pictures, see :func:`tasks.labelling.label`."""
+        return label(config, loaded)
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         """Where one of them describes images."""

@@ -108,12 +108,17 @@ class Describer:
 
         The work is done in blocks that the device has room for, whose results do not depend on one another.
         """
-        device, size = self.loaded.model.device, max(1, room(self.loaded.model.device) // self.bytes_of_one)
+        device, size = self.loaded.model.device, self.at_once
         found = []
         for start in range(0, len(pixels), size):
             some = slice(start, start + size)
             found += self._described(pixels[some].to(device), keys[some])
         return found
+
+    @property
+    def at_once(self) -> int:
+        """Images of a block."""
+        return max(1, room(self.loaded.model.device) // self.bytes_of_one)
 
     @property
     def bytes_of_one(self) -> int:

@@ -50,14 +50,16 @@ def measured_of(loaded: Loaded) -> Task | None:
     return next((task for task in preferred(loaded) if task.metrics and task.able(loaded)), None)
 
 
-def asked_of(loaded: Loaded, given: Collection[str]) -> Asked:
-    """The task that is put to a network in one question; where it does several, the one it was trained for or else the
-    first, which asks what is `given`.
+def asked_of(loaded: Loaded, given: Collection[str], name: str | None = None) -> Asked:
+    """The task that is put to a network in one question; where it does several, the one called `name`, the one it was trained for or else
+    the first, which asks what is `given`.
 
     Raises:
         BadInput: it cannot be asked anything, or not this.
     """
-    asked = [task for task in preferred(loaded) if isinstance(task, Asked)]
+    asked = [task for task in preferred(loaded) if isinstance(task, Asked) and name in (None, task.name)]
+    if not asked:
+        raise BadInput(f"{name} cannot be asked in one question", "", "leave it out")
     able = [task for task in asked if task.able(loaded)]
     if not able:
         raise asked[0].refusal(loaded)
