@@ -156,7 +156,7 @@ def test_predict_has_the_options_that_tasks_ask_for() -> None:
     from efficientvlm.settings.tasks import ABOUT
 
     asked = {name for about in ABOUT.values() if about.asked for name in about.asked.model_fields}
-    assert {*COMMANDS["predict"].options} == asked | {"json", "quiet"}
+    assert {*COMMANDS["predict"].options} == asked | {"json", "quiet", "task"}
 
 
 @pytest.mark.parametrize(
