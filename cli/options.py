@@ -19,9 +19,10 @@ class Option(NamedTuple):
     default: Any = None
 
 
-def option(kind: Any, flag: str, help: str, metavar: str | None = None, panel: str | None = None, **more: Any) -> Option:
-    """An option that is left out of the settings unless it is given."""
-    return Option(Annotated[kind | None, typer.Option(flag, help=help, metavar=metavar, rich_help_panel=panel)], **more)
+def option(kind: Any, flag: str, help: str, metavar: str | None = None, panel: str | None = None, also: str = "", **more: Any) -> Option:
+    """An option that is left out of the settings unless it is given; `also` is a second name of it."""
+    flags = (flag, also) if also else (flag,)
+    return Option(Annotated[kind | None, typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel)], **more)
 
 
 def pairs(texts: list[str], flag: str) -> dict[str, str]:
@@ -48,6 +49,7 @@ def layers(texts: list[str]) -> dict[str, int | list[int]]:
 
 DATA = "easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one."
 MODE = "rank: choose from the answer list; generate: write freely."
+METHOD = "How a teacher is followed: efficientvlm, layer by layer, or dlip, by what modules say."
 EVAL_MODE = f"{MODE[:-1]}. Grounding: box, or gradcam: where a network that matches looks."
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print settings and plan as JSON, and all that is wrong; do nothing.", rich_help_panel=RUN)
@@ -127,7 +129,9 @@ OPTIONS: dict[str, Option] = {
     "format": option(str, "--format", "onnx: graphs; padded: zeros in the original shapes; hf: transformers' own classes.", "FORM"),
     "int8": option(bool, "--int8", "ONNX with int8 weights; what they cost and gain is measured."),
     "teacher": option(str, "--teacher", "Checkpoint to learn from.", "DIR", KNOWLEDGE),
-    "kd": option(float, "--kd", "Weight of the distillation terms, 0 to 1.", panel=KNOWLEDGE),
+    "distillation": option(str, "--distillation", METHOD, panel=KNOWLEDGE, also="--method"),
+    "prune.distillation": option(str, "--distillation", METHOD, panel=KNOWLEDGE),
+    "kd": option(float, "--kd", "Weight of the distillation terms; 0 to 1, with dlip any.", panel=KNOWLEDGE),
     "temperature": option(float, "--temperature", "Softens the logits that are compared.", panel=KNOWLEDGE),
     "cache_teacher": option(bool, "--cache-teacher/--no-cache-teacher", "Run the teacher once a sample; memory for time.", panel=KNOWLEDGE),
     "sparsity": option(float, "--sparsity", "Part of the prunable weights to remove, 0 to 1.", panel=UNITS),

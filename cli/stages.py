@@ -13,7 +13,7 @@ HOW = ("set", *CONTROL)
 RUN = ("seed", "device", "precision", *HOW)
 SAMPLES = ("columns", "val", "limit")
 TRAINING = ("epochs", "max_steps", "batch_size", "lr")
-KNOWLEDGE = ("kd", "temperature", "cache_teacher")
+KNOWLEDGE = ("distillation", "kd", "temperature", "cache_teacher")
 CAPTIONS = (
     *("decoding", "prompt", "min_length", "max_length", "repetition_penalty", "beams", "length_rule", "length_penalty"),
     *("top_k", "top_p", "temperature", "seed"),
