@@ -32,8 +32,9 @@ from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.base import parse
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.settings.tasks import CaptioningSettings
 from efficientvlm.stages import predict
-from efficientvlm.tasks import java_metrics
+from efficientvlm.tasks import java_metrics, remembered
 from efficientvlm.tasks.captioning import Captioning
 from efficientvlm.tasks.describing import Describer, Manner
 
@@ -445,3 +446,13 @@ def test_a_report_shows_cider_as_a_number(captioners, tmp_path):
     run_stage("eval", model=models["cut"], out=str(tmp_path / "other.json"), decoding="greedy", **asked)
     with pytest.raises(BadInput):  # captions that were written in another manner are of another test
         run_stage("report", out=str(tmp_path / "other"), models=models, evals={**evals, "cut": str(tmp_path / "other.json")}, bench=bench)
+
+
+def test_the_memory_of_a_cached_teacher_is_that_of_every_caption(chain, monkeypatch):
+    teacher, source = load(str(chain / "init"), weights=False), open_data(PAIRS, SHAPES, "train")
+    config = parse(CaptioningSettings, {"model": "m", "data": "d", "out": "o", "task": "captioning", "prompt": ""}, "test")
+    captions = [caption for contents in source.contents() for content in contents for caption in content.captions]
+    wanted = int(texts_of(teacher).batch(captions)[1].sum()) * teacher.sizes.vocab_size * 4
+    assert remembered.bytes_of_captions(config, teacher, source, 10**6) == wanted
+    monkeypatch.setattr(remembered, "SAMPLED_TEXTS", 10)
+    assert remembered.bytes_of_captions(config, teacher, source, 10**6) == pytest.approx(wanted, rel=0.2), "a part stands for all"

@@ -32,12 +32,11 @@ def bytes_of_answers(config: VQASettings, teacher: Loaded, source: Any, images_s
 
 def bytes_of_captions(config: CaptioningSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
     """Of logits at every token of every caption, over a run that reads `images_seen` images, some again."""
-    texts, captions = texts_of(teacher, config.max_tokens), list(islice(source.texts(), SAMPLED_TEXTS))
+    texts = texts_of(teacher, config.max_tokens)
+    some = [[caption for content in contents for caption in content.captions] for contents in islice(source.contents(), SAMPLED_TEXTS)]
     given = texts.ids([config.prompt])[0] if config.prompt else []
-    _, mask = texts.batch(captions, prompt=given)
-    each = len(captions) / max(1, min(listed_images(source), SAMPLED_TEXTS))
-    tokens = int(mask.sum()) / max(1, len(captions)) * each
-    return round(tokens * min(len(source), images_seen)) * teacher.sizes.vocab_size * FLOAT
+    _, mask = texts.batch([caption for captions in some for caption in captions], prompt=given)
+    return round(int(mask.sum()) * min(len(source), images_seen) / max(1, len(some))) * teacher.sizes.vocab_size * FLOAT
 
 
 def bytes_of_verdicts(source: Any, images_seen: int) -> int:
