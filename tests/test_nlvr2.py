@@ -207,6 +207,7 @@ def test_a_text_is_never_given_an_image_that_is_its_own() -> None:
     model = XVLMModel(tiny_pairs(heads=["assign"], embed_dim=4))
     texts = Texts(train_wordpiece(["a red dog", "two cats"], 20), 8)
     item = PairItem("one", torch.zeros(16, 16, 3, dtype=torch.uint8).numpy(), ["a red dog"])
-    batch = pair_batch([item] * 3, texts, seed=0, step=0, augment_kind="none", task=True)
-    losses = TextAssignment(model, seed=0)(batch, 0)
-    assert losses["loss"].item() == 0 and losses["loss"].requires_grad
+    for count in (3, 1):
+        batch = pair_batch([item] * count, texts, seed=0, step=0, augment_kind="none", task=True)
+        losses = TextAssignment(model, seed=0)(batch, 0)
+        assert losses["loss"].item() == 0 and losses["loss"].requires_grad

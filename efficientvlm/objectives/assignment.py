@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from efficientvlm.data.draw import seed_of
 from efficientvlm.families.network import Record
@@ -91,7 +92,8 @@ def draw(features: Tensor, same: Tensor, generator: torch.Generator) -> Drawn:
     labels = torch.randint(3, rows.shape, generator=generator)
     labels = torch.where(others == 1, labels % 2, labels).masked_fill(others == 0, LEFT_OUT)
     least = (others < 2)[:, None] * LEAST  # two are drawn of every row, used or not
-    chosen = torch.multinomial(weights + least, 2, generator=generator)
+    beside = F.pad(weights + least, (0, max(0, 2 - len(weights))), value=LEAST)
+    chosen = torch.multinomial(beside, 2, generator=generator).clamp(max=len(weights) - 1)
     first = torch.where(labels == OURS, rows, chosen[:, 0])
     second = torch.where(labels == NEITHER, chosen[:, 1], torch.where(labels == OURS, chosen[:, 0], rows))
     return Drawn(labels.to(features.device), first.to(features.device), second.to(features.device))

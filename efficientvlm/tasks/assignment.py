@@ -54,6 +54,8 @@ class Assignment(Learnt):
         source = held_out(source, config.eval_limit, "validate", quiet)
         objective, texts, model = self.objective(config, student), texts_of(student), student.model.eval()
         size = min(config.eval_batch_size or config.batch_size, max(len(source), 1))
+        if rest := len(source) % size:
+            say(f"validate: {rest:,} of {len(source):,} images are left out, as batches are of {size}", quiet=quiet)
         right = told = left_out = images = 0
         total = 0.0
         for start in counted(range(0, len(source) - size + 1, size), "validate", len(source), quiet):
