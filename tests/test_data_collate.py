@@ -46,6 +46,7 @@ def test_texts_close_with_a_separator_and_pad(texts: Texts) -> None:
 def test_texts_of_a_batch_of_none_and_of_nothing(texts: Texts) -> None:
     assert texts.batch([])[0].shape == (0, 0)
     assert texts.batch([""])[0].tolist() == [[texts.cls, texts.sep]]
+    assert texts.batch(["a red circle"], 4, prompt=[7, 8, 9])[0].tolist() == [[texts.cls, 7, 8, 9, texts.sep]]  # which leaves no room
 
 
 def vqa_items() -> list[VQAItem]:

@@ -80,10 +80,11 @@ class Texts:
     ) -> tuple[Tensor, Tensor]:
         """Ids and mask, both int64 `[B, L]`, padded to the longest; at most `max_tokens`, the closing token always kept.
 
-        `double_sep` closes every text with two separators (a quirk of the published release); `prompt` are tokens in front of every text.
+        `double_sep` closes every text with two separators (a quirk of the published release); `prompt` are tokens in front of every text,
+        which are never cut.
         """
         tail = [self.sep] * (1 + double_sep)
-        room = self.room(max_tokens, double_sep=double_sep) - len(prompt)
+        room = max(0, self.room(max_tokens, double_sep=double_sep) - len(prompt))
         known = self.ids(texts)
         if max_tokens is None:
             self._note_cut(texts, known, room)
