@@ -111,8 +111,8 @@ class Strict(BaseModel):
 T = TypeVar("T", bound=Strict)
 
 
-def parse(model: type[T], values: dict[str, Any], where: str) -> T:
-    """`values` as `model`; every problem at once, unknown keys with their nearest known key.
+def parse(model: type[T], values: dict[str, Any], where: str, fix: str = "correct what is listed") -> T:
+    """`values` as `model`; every problem at once, unknown keys with their nearest known key, and what to do about them.
 
     Raises:
         BadInput: naming `where` (a file or command) and each wrong key.
@@ -124,7 +124,7 @@ def parse(model: type[T], values: dict[str, Any], where: str) -> T:
         raise BadInput(
             f"{where} has {len(problems)} wrong setting{'s' * (len(problems) > 1)}",
             "\n  " + "\n  ".join(problems),
-            "correct what is listed",
+            fix,
         ) from None
 
 

@@ -22,7 +22,7 @@ class Exported:
     def read_config(path: Path) -> Description:
         """What `onnx.json` says; :class:`BadInput` for anything that no export writes there, all of it at once."""
         file = path / ONNX
-        description = parse(Description, read_json(file), str(file))
+        description = parse(Description, read_json(file), str(file), "export it again: another version may have written it")
         size = description.stored_sizes.image_size
         for name, graph in description.graphs.items():
             for pixels in (graph.inputs[port] for port in PICTURES if port in graph.inputs):
