@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from efficientvlm.checkpoints.files import expanded
 from efficientvlm.control import Control
 from efficientvlm.data.opening import record
 from efficientvlm.loaded import Loaded, check_precision, keep_length, load
@@ -59,7 +59,7 @@ def run(config: Measuring, control: Control) -> dict[str, Any]:
     job = prepare(config, Workspace(control.quiet))
     task, source = job.task, job.data["data"]
     file = ResultFile.open(config, "eval", digests_of(job), force=control.force)
-    if file.finished and all(Path(path).is_file() for path in task.also_writes(config)):
+    if file.finished and all(expanded(path).is_file() for path in task.also_writes(config)):
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
     loaded = load(config.model, exported=True)

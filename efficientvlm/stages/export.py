@@ -104,7 +104,7 @@ def check_model(config: Export, loaded: Loaded) -> None:
         if tuned is not None and tuned.final:
             why = f"no ONNX graphs are made of a {loaded.family.name} that does it"
             raise BadInput(f"{config.model} is tuned for {tuned.name}", why, "use --format padded")
-        raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
+        raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it for a task first")
     if config.format == "hf":
         stock.uniform_config(loaded.model.config, config.model)
 

@@ -310,7 +310,7 @@ class XVLMModel(Writing, TowerNetwork):
         if {*self.config.heads} == RETRIEVAL:
             return matching_graphs(self, lambda model, states: model.fusion.context(states), _matched)
         if not self.exportable:
-            raise BadInput("this model is not tuned for a task", "pre-training is not exported", "finetune it with --task vqa first")
+            raise BadInput("this model is not tuned for a task", "pre-training is not exported", "finetune it for a task first")
         return vqa_graphs(self)
 
 
