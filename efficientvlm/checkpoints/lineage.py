@@ -71,8 +71,8 @@ class Node:
         seen: set[int] = set()
         waiting: list[tuple[Node, bool]] = [(self, False)]
         while waiting:
-            node, verified = waiting.pop()
-            if verified:
+            node, expanded = waiting.pop()
+            if expanded:
                 order.append(node)
             elif id(node) not in seen:
                 seen.add(id(node))
@@ -134,8 +134,8 @@ def _cut_circles(root: Node) -> None:
     open_, done = set(), set()
     waiting: list[tuple[Node, bool]] = [(root, False)]
     while waiting:
-        node, verified = waiting.pop()
-        if verified:
+        node, expanded = waiting.pop()
+        if expanded:
             open_.discard(id(node))
             done.add(id(node))
         elif id(node) not in done and id(node) not in open_:

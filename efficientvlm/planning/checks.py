@@ -100,7 +100,7 @@ def preflight(steps: Sequence[Step]) -> Problems:
 
 
 def path_problems(step: Step, written: set[str]) -> Iterator[EvlmError]:
-    """Every path of `step` that cannot be used; those in `made` are written by earlier steps."""
+    """Every path of `step` that cannot be used; those in `written` are written by earlier steps."""
     values = step.config.model_dump()
     for key in (*CHECKPOINTS, *DATA, *PATHS, *RESULTS):
         for spec in _texts(values.get(key)):

@@ -83,7 +83,7 @@ def valueless(loaded: Loaded, device: torch.device, fake: FakeTensorMode) -> Loa
     """The network of `loaded`, shapes alone, with fake tensors of `device`."""
     model, done = copy.deepcopy(loaded.model), dict[int, Tensor]()  # tied tensors stay one
 
-    def outputs(tensor: Tensor) -> Tensor:
+    def emptied(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
             with fake:
                 empty = torch.empty_like(tensor, device=device)
@@ -93,7 +93,7 @@ def valueless(loaded: Loaded, device: torch.device, fake: FakeTensorMode) -> Loa
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            tensors.update({name: outputs(tensor) for name, tensor in tensors.items() if tensor is not None})
+            tensors.update({name: emptied(tensor) for name, tensor in tensors.items() if tensor is not None})
     return replace(loaded, model=model)
 
 

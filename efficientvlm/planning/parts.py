@@ -120,10 +120,10 @@ def beside(sizes: dict[str, Any]) -> list[str]:
 
 def drafted(step: Step, result: Loaded, extra: dict[str, Any], names: list[str]) -> Manifest:
     """The manifest that `step` will write, as far as later stages ask for it; of the files `names` it says that they will be there."""
-    config, draft = step.config.model_dump(mode="json"), manifest.now()
+    config, created = step.config.model_dump(mode="json"), manifest.now()
     more, files = {"new": [], **extra}, dict.fromkeys(names, FileRecord(sha256="0" * 64, bytes=0))
     return Manifest(
-        stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=draft, files=files, extra=more
+        stage=step.stage, family=result.family.name, config=config, code=manifest.code(), created=created, files=files, extra=more
     )
 
 

@@ -208,8 +208,8 @@ def gather_skipped(sources: dict[str, Any]) -> None:
     for source in sources.values() if ranks.world() > 1 else ():
         if skips := getattr(source, "skips", None):
             ours = skips.hand_over()
-            answer = [ranks.tell(ours, number) for number in range(1, ranks.world())]
-            ranks.on_main(partial(skips.take_over, answer))
+            theirs = [ranks.tell(ours, number) for number in range(1, ranks.world())]
+            ranks.on_main(partial(skips.take_over, theirs))
 
 
 def say_notes(source: Any, title: str, quiet: bool) -> None:
