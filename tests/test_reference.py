@@ -1,4 +1,5 @@
-"""X-VLM's losses, distillation terms, features, answers, captions, verdicts and boxes on rebuilt networks, against stored numbers.
+"""X-VLM's losses, distillation terms, features, answers, captions, verdicts and boxes on rebuilt networks, DLIP's terms on made records,
+against stored numbers.
 
 The numbers in `reference/xvlm.json` were written by this file (`python tests/test_reference.py`) at a version of the code that agrees with
 the published implementation on its own random networks, which are too large for a repository (`test_parity_*.py`).
@@ -9,24 +10,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rebuilt import rebuilt, tokens, values
 from torch import Tensor
+from torch.nn import functional as F
 
+from efficientvlm.families.network import Record
 from efficientvlm.families.towers.decoding import Rules, beam, stepping
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
 from efficientvlm.objectives.assignment import Drawn, TextAssignment, weights_of
 from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.comparison import Comparison
+from efficientvlm.objectives.dlip import TABLE
 from efficientvlm.objectives.efficientvlm import layer_maps, released
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.grounding import Grounding
-from efficientvlm.objectives.terms import compared, tower_maps
+from efficientvlm.objectives.losses import Contrast
+from efficientvlm.objectives.terms import TowerMap, compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
+from efficientvlm.runtime.exchange import Rows
+from efficientvlm.settings.dlip import PretrainingDlip, WritingQuirks
 from efficientvlm.settings.methods import DistillationQuirks, NLVR2Quirks
 from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.ranking import rank
@@ -226,11 +234,50 @@ def comparing() -> Iterator[tuple[str, float]]:
     yield from told("chances of other images", weights_of(features, torch.eye(PAIRS, dtype=torch.bool)))
 
 
+def said(who: str, layers: int, width: int, heads: int) -> Record:
+    """What a BLIP of `layers` text layers records of four pairs in pre-training, as far as DLIP compares it; a queue of five."""
+    mask = pairs()["text_mask"]
+    counts = {"image": PAIRS, "text": PAIRS, "images": 5, "texts": 5}
+    unit = {name: F.normalize(values(f"{who} {name}", (count, 6)), dim=-1) for name, count in counts.items()}
+    record = Record(text_mask=mask, predicts=F.pad(mask[:, 1:], (0, 1)), image_feature=unit["image"], text_feature=unit["text"])
+    same = torch.eye(PAIRS, PAIRS + 5).bool()
+    record["contrast"] = Contrast(unit["image"], unit["text"], torch.tensor(0.1), Rows(PAIRS), same, unit["images"], unit["texts"])
+    record["lm_logits"] = values(f"{who} logits", (PAIRS, LENGTH, VOCABULARY), 4)
+    for tower, run in (("text", "@itm_positive"), ("decoder", "")):
+        seen = mask.bool()[:, None, None] & torch.ones(LENGTH, LENGTH).tril(LENGTH * (tower == "text")).bool()
+        hidden = [values(f"{who} {tower} {layer}", (PAIRS, LENGTH, width)) for layer in range(layers + 1)]
+        scores = [values(f"{who} {tower} itself {layer}", (PAIRS, heads, LENGTH, LENGTH), 3) for layer in range(layers)]
+        looks = [values(f"{who} {tower} looks {layer}", (PAIRS, heads, LENGTH, 17), 5).softmax(-1) for layer in range(layers)]
+        record[f"{tower}.hidden{run}"], record[f"{tower}.cross_attention{run}"] = hidden, looks
+        record[f"{tower}.self_attention{run}"] = [score.masked_fill(~seen, -torch.inf).softmax(-1) for score in scores]
+    return record
+
+
+def dlip() -> Iterator[tuple[str, float]]:
+    """A student of two layers and three heads beside a teacher of three and four, of the same width; all of the nine terms."""
+    student, teacher = said("student", 2, 8, 3), said("teacher", 3, 8, 4)
+    masks = {name: "text_mask" if "." in name else "" for name in student}
+    met: Any = [([], []), ([0, 1, 2], [0, 1, 2])]
+    maps = dict.fromkeys(("text", "decoder"), TowerMap([(2, 3)], [(1, 2)], {"head": met, "cross_head": met}))
+    usual = {name: field.default for name, field in PretrainingDlip.model_fields.items()} | {"quirks": WritingQuirks()}
+    replicated = {"quirks": WritingQuirks(first_token=True, unmasked_padding=True, shrunk_maps=True)}
+    for form, chosen in {
+        "repaired": {},
+        "as replicated": replicated,
+        "mean": {"heads": "mean", "decoder_state": "last"},
+        "plain": {"attention_temperature": 0.0},
+    }.items():
+        for row in TABLE:
+            term = row.term(masks, SimpleNamespace(**usual | chosen))  # type: ignore[arg-type]
+            assert term
+            yield from told(f"{row.weight} {form}", compared(term, student, teacher, maps, temperature=2.0))
+
+
 def written(figures: Iterator[tuple[str, float]]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in figures}
 
 
-PARTS = (pretraining, answering, grounding, captioning, comparing)
+PARTS = (pretraining, answering, grounding, captioning, comparing, dlip)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
