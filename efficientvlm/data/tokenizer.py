@@ -143,11 +143,22 @@ def require_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
         raise BadInput(f"{where}: the tokenizer has {found}", f"the model embeds {vocab_size}", "use its own tokenizer")
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> None:
-    """Write `tokenizer` into folder `path`, in files that `AutoTokenizer` and :func:`load_tokenizer` open."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str], first: int | None = None) -> None:
+    """Write `tokenizer` into folder `path`, in files that `AutoTokenizer` and :func:`load_tokenizer` open.
+
+    With the token `first`, `AutoTokenizer` puts that in front of a text instead of BERT's [CLS], which :func:`load_tokenizer` always does.
+    """
+    from tokenizers import Tokenizer, processors
+
     for name in CODE:
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(str(path))
+    token = None if first is None else tokenizer.convert_ids_to_tokens(first)
+    if first is not None and token is not None and token != tokenizer.cls_token:
+        file = str(Path(path) / "tokenizer.json")
+        written = Tokenizer.from_file(file)
+        written.post_processor = processors.BertProcessing((tokenizer.sep_token, tokenizer.sep_token_id), (token, first))
+        written.save(file)
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

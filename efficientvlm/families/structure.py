@@ -122,6 +122,11 @@ class Structure:
         return self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers(), **changes)
 
     @property
+    def stock_start(self) -> int | None:
+        """Token in front of texts that transformers' class is given, which exchanges none; None: as the tokenizer has it."""
+        return None
+
+    @property
     def foreign(self) -> str:
         """What of this network transformers has no word for, other than what was removed; empty where nothing is known to be."""
         return ""

@@ -158,7 +158,7 @@ def write(
     with telling(f"writing {output.path}", quiet=control.quiet):
         model = model.to("cpu", torch.float32).eval()
         family.save(model, output.staging)
-        save_tokenizer(tokenizer, output.staging)
+        save_tokenizer(tokenizer, output.staging, model.config.stock_start)
         write_settings(image_processor, model.config.sizes(), output.staging)
         list_skipped(output, sources or {}, control.quiet)
         manifest = output.manifest(

@@ -69,6 +69,13 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         self.text_config.label_smoothing = smoothing
 
     @property
+    def stock_start(self) -> int | None:
+        """Of a network that compares and matches none: it reads texts after two different ones."""
+        if "decoder" not in self.towers:
+            return None
+        return self.question_start_id if "text" in self.towers else self.decoder_start
+
+    @property
     def foreign(self) -> str:
         """What transformers has no word for even where nothing was removed and all layers have cross-attention; empty: nothing."""
         layers, vision = self.layers(), self.vision_config.hidden_size
@@ -79,6 +86,10 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         if any(self.context_width(tower) != vision for tower in self.towers):
             text = self.text_config.hidden_size
             return f"images are {vision} columns wide and questions {text}, where its decoder attends to questions as wide as images"
+        if "decoder" in self.towers and self.decoder_start != self.text_config.bos_token_id:
+            return (
+                f"what it writes begins with token {self.decoder_start}, where it has bos_token_id, {self.text_config.bos_token_id}, there"
+            )
         if self.cross_layers and "decoder" not in self.towers:
             why = "texts are read without images too, so that it cannot be switched off in a class that has it in all"
             return f"{self._without()}, and {why}"
