@@ -106,7 +106,9 @@ class WritingDlip(Dlip):
 
 
 class ContrastDlip(Dlip):
-    alpha: float = Field(0.4, ge=0, le=1, description="alignment: part of the target that the teacher says; the rest is the true partner's")
+    teacher_alpha: float = Field(
+        0.4, ge=0, le=1, description="alignment: part of the target that the teacher says; the rest is the true partner's"
+    )
 
 
 class PretrainingDlip(WritingDlip, ContrastDlip):
