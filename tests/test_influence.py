@@ -23,7 +23,7 @@ from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.report import pages as page
 from efficientvlm.report.story import DAMAGE
-from efficientvlm.tasks.influence import measure, of_anything
+from efficientvlm.tasks.influence import draw_inputs, measure, of_anything
 
 BLIND = "the image has no influence on the answer"
 
@@ -151,6 +151,23 @@ def test_without_data_random_inputs_tell(name: str) -> None:
     reached = {pair.input for pair in anatomy.reach.pairs(closed)}
     images = {"left image", "right image"} if name == "xvlm-two-images" else {"image"}
     assert found == [{*images, "text"}, reached]
+
+
+@pytest.mark.parametrize("name", ["xvlm", "xvlm-two-images", "clip"])
+def test_what_is_timed_is_drawn(name: str) -> None:
+    """Every picture and every word between the first and the last one, however short a text is; the same from the same seed."""
+    model, _ = build(name)
+    loaded: Any = SimpleNamespace(model=model, tokenizer=Tokens(range(20)))
+    for length in (1, 2, 6):
+        plain, one, two = (model.example(3, length) for _ in range(3))
+        for batch in (one, two):
+            assert draw_inputs(loaded, batch, torch.Generator().manual_seed(0))
+        (ids,) = (name for name in one if name.endswith("_ids") and not name.startswith("answer"))
+        assert all(len(one[name].unique()) > 100 for name in one if "pixels" in name)
+        assert torch.equal(one[ids][:, [0, -1]], plain[ids][:, [0, -1]]) and torch.equal(one[ids], two[ids])
+        assert length < 3 or (len(one[ids][:, 1:-1].unique()) > 3 and not bool((one[ids][:, 1:-1] == plain[ids][0, 0]).any()))
+        rest = [name for name in plain if name != ids and "pixels" not in name]
+        assert all(torch.equal(one[name], plain[name]) for name in rest)
 
 
 def test_measure_compares_bits_of_every_output() -> None:

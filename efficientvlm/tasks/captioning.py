@@ -43,7 +43,7 @@ from efficientvlm.tasks.describing import (
 from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.labelling import label
 from efficientvlm.tasks.remembered import bytes_of_captions
-from efficientvlm.tasks.task import Asked, Learnt, held_out
+from efficientvlm.tasks.task import Asked, Learnt, gain_untrained, held_out
 from efficientvlm.training.loop import Batch
 
 TIMED_BEAMS, TIMED_TOKENS = 3, 16
@@ -215,11 +215,7 @@ class Captioning(Learnt, Asked):
 
     def make_able(self, loaded: Loaded) -> None:
         """Give `loaded.model` the form that describes images, if it has another."""
-        try:
-            loaded.model, _ = loaded.model.gain("caption")
-        except BadInput as error:
-            why = error.why or error.what
-            raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
+        gain_untrained(loaded, "caption")
 
     def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         """Describes random images in as many tokens whatever the network says, so that networks are compared on the same work."""

@@ -29,7 +29,7 @@ from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.boxes import Found, scores
 from efficientvlm.tasks.influence import Influence, first_of, measure, not_measured
 from efficientvlm.tasks.pictures import picture_path, with_box, write_picture
-from efficientvlm.tasks.task import Asked, Learnt, check_question, held_out, timed_passes
+from efficientvlm.tasks.task import Asked, Learnt, check_question, gain_untrained, held_out, timed_passes
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 64
@@ -149,11 +149,7 @@ class Grounding(Learnt, Asked):
 
     def make_able(self, loaded: Loaded) -> None:
         """Leave the heads of other tasks behind, and give a network that has none an untrained head of boxes."""
-        try:
-            loaded.model, _ = loaded.model.gain("ground")
-        except BadInput as error:
-            why = error.why or error.what
-            raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
+        gain_untrained(loaded, "ground")
 
     def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         self.make_able(loaded)

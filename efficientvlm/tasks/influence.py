@@ -24,6 +24,7 @@ SAMPLES = 32
 TEXT_LENGTH = 12
 PICTURES = {"pixels": "left image", "second_pixels": "right image"}
 """What each is of a network that reads two; one alone is the image."""
+TEXTS = ("text_ids", "question_ids")
 Influence = dict[str, Any]
 Run = Callable[[Batch], tuple[dict[str, Tensor], Sequence[str]]]
 
@@ -45,17 +46,10 @@ def of_anything(loaded: Loaded) -> Influence:
     model, sizes = loaded.model, loaded.sizes
     draw = torch.Generator().manual_seed(0)
     batch = model.example(SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
-    pictures = {what: name for name, what in PICTURES.items() if name in batch}
-    for name in pictures.values():
-        batch[name] = torch.randint(0, 256, batch[name].shape, dtype=torch.uint8, generator=draw)
-    ids = next(name for name in ("text_ids", "question_ids") if name in batch)
-    first, last = batch[ids][:, :1], batch[ids][:, -1:]  # what a network looks for stays, and comes nowhere else
-    special = {*loaded.tokenizer.all_special_ids, int(first[0]), int(last[0])}
-    words = torch.tensor([token for token in range(len(loaded.tokenizer)) if token not in special])
-    if not len(words):
+    if not draw_inputs(loaded, batch, draw):
         return not_measured("the tokenizer has no words")
-    drawn = words[torch.randint(0, len(words), batch[ids][:, 1:-1].shape, generator=draw)]
-    batch[ids] = torch.cat([first, drawn, last], 1)
+    pictures = {what: name for name, what in PICTURES.items() if name in batch}
+    ids = next(name for name in TEXTS if name in batch)
     if "embed" in model.config.abilities():
         mask = ids.removesuffix("ids") + "mask"
         found = _of_comparison(loaded, {"pixels": batch["pixels"], "text_ids": batch[ids], "text_mask": batch[mask]})
@@ -70,6 +64,23 @@ def of_anything(loaded: Loaded) -> Influence:
         seen = {what if len(pictures) > 1 else "image": (name,) for what, name in pictures.items()}
         found = measure(run, batch, {**seen, "text": text})
     return {"inputs_drawn_at_random": True, **found}
+
+
+def draw_inputs(loaded: Loaded, batch: Batch, draw: torch.Generator) -> bool:
+    """Put random pixels and words into a batch of a network's `example`; False, with its tokens as they were, where there are no words.
+
+    The first and the last token stay: a network may look for them, and they come nowhere else.
+    """
+    for name in (name for name in PICTURES if name in batch):
+        batch[name] = torch.randint(0, 256, batch[name].shape, dtype=torch.uint8, generator=draw).to(batch[name].device)
+    name = next(name for name in TEXTS if name in batch)
+    ids = batch[name].clone()
+    special = {*loaded.tokenizer.all_special_ids, int(ids[0, 0]), int(ids[0, -1])}
+    words = torch.tensor([token for token in range(len(loaded.tokenizer)) if token not in special])
+    if len(words) and ids.shape[1] > 2:
+        ids[:, 1:-1] = words[torch.randint(0, len(words), ids[:, 1:-1].shape, generator=draw)].to(ids.device)
+        batch[name] = ids
+    return bool(len(words))
 
 
 def _of_comparison(loaded: Loaded, batch: Batch, batch_size: int | None = None) -> Influence:

@@ -22,14 +22,13 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.footprint import Footprint
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.comparison import Comparison
-from efficientvlm.runtime.hardware import autocast
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.common import Measuring
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import NLVR2Question, NLVR2Settings
 from efficientvlm.tasks.influence import PICTURES, Influence, first_of, measure, not_measured
 from efficientvlm.tasks.remembered import bytes_of_verdicts
-from efficientvlm.tasks.task import Asked, Learnt, check_question, held_out
+from efficientvlm.tasks.task import Asked, Learnt, check_question, held_out, timed_passes
 from efficientvlm.training.loop import Batch
 
 EVAL_BATCH = 32  # pairs
@@ -122,14 +121,7 @@ class NLVR2(Learnt, Asked):
 
     def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         self.make_able(loaded)
-        model = loaded.model.to(device).eval()
-        batches = {size: example(loaded, size, config.text_length, config.seed, device) for size in config.batch_sizes}
-
-        def answer(size: int) -> object:
-            with autocast(device, config.precision):
-                return model.run(batches[size])["logits"].argmax(-1)
-
-        return answer
+        return timed_passes(loaded, config, device, lambda batch: loaded.model.run(batch)["logits"].argmax(-1))
 
     def bytes_of_timing(self, loaded: Loaded, config: Bench) -> int:
         most = max(config.batch_sizes)
@@ -218,13 +210,3 @@ def bytes_of_pairs(loaded: Loaded, pairs: int, statements: int, tokens: int) -> 
     """Bytes held while `statements` of `tokens` about `pairs` of images are judged, beside weights."""
     size = Footprint.of(loaded.config)
     return 2 * pairs * (2 * 3 * loaded.sizes.image_size**2 + size.image) + statements * (tokens * size.question_token + size.attended)
-
-
-def example(loaded: Loaded, size: int, length: int, seed: int, device: torch.device) -> Batch:
-    """`size` pairs of random images with a statement of `length` random tokens each."""
-    draw, texts, side = torch.Generator().manual_seed(seed), texts_of(loaded), loaded.sizes.image_size
-    words = [token for token in range(len(loaded.tokenizer)) if token not in {*texts.special, texts.start, texts.sep, texts.pad}]
-    ids = torch.tensor(words)[torch.randint(len(words), (size, length), generator=draw)]
-    ids[:, 0], ids[:, -1] = texts.start, texts.sep
-    pixels = {name: torch.randint(256, (size, 3, side, side), generator=draw, dtype=torch.uint8) for name in PICTURES}
-    return on_device({**pixels, "pair_index": torch.arange(size), "text_ids": ids, "text_mask": torch.ones_like(ids)}, device)

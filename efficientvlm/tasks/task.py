@@ -24,7 +24,7 @@ from efficientvlm.settings.common import Asking
 from efficientvlm.settings.stages import Bench
 from efficientvlm.settings.tasks import ABOUT
 from efficientvlm.tasks.choices import Choice
-from efficientvlm.tasks.influence import Influence, of_anything
+from efficientvlm.tasks.influence import Influence, draw_inputs, of_anything
 from efficientvlm.training.loop import Batch
 
 
@@ -49,17 +49,26 @@ def check_question(texts: Texts, question: str, what: str) -> None:
 
 
 def timed_passes(loaded: Loaded, config: Bench, device: torch.device, run: Callable[[Batch], object]) -> Callable[[int], object]:
-    """A function of the batch size that gives `run` a batch of the network's example, with pictures of random bytes."""
+    """A function of the batch size that gives `run` a batch of the network's example, with random pixels and words."""
     model, draw = loaded.model.to(device).eval(), torch.Generator().manual_seed(config.seed)
     batches = {size: model.example(size, config.text_length, device) for size in config.batch_sizes}
     for batch in batches.values():
-        batch["pixels"] = torch.randint(256, batch["pixels"].shape, generator=draw, dtype=torch.uint8).to(device)
+        draw_inputs(loaded, batch, draw)
 
     def answer(size: int) -> object:
         with autocast(device, config.precision):
             return run(batches[size])
 
     return answer
+
+
+def gain_untrained(loaded: Loaded, ability: str) -> None:
+    """Give `loaded.model` an ability that it has not learnt; :class:`BadInput` where it cannot, and so cannot be timed beside others."""
+    try:
+        loaded.model, _ = loaded.model.gain(ability)
+    except BadInput as error:
+        why = error.why or error.what
+        raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
 
 
 class Task:

@@ -40,7 +40,7 @@ from efficientvlm.tasks.choices import Choice, pictures
 from efficientvlm.tasks.influence import Influence
 from efficientvlm.tasks.ranking import rank
 from efficientvlm.tasks.remembered import asked_each, bytes_of_answers
-from efficientvlm.tasks.task import Asked, Learnt, check_question
+from efficientvlm.tasks.task import Asked, Learnt, check_question, gain_untrained
 from efficientvlm.training.loop import Batch
 
 SAMPLE = 1000  # questions or answers that say how long texts are
@@ -190,11 +190,7 @@ class VQA(Learnt, Asked):
 
     def make_able(self, loaded: Loaded) -> None:
         """Give `loaded.model` an untrained answer decoder, if it has none."""
-        try:
-            loaded.model, _ = loaded.model.gain("answer")
-        except BadInput as error:
-            why = error.why or error.what
-            raise BadInput(f"{loaded.path} cannot be timed beside the others", why, "time models that do the same thing") from None
+        gain_untrained(loaded, "answer")
 
     def timed(self, loaded: Loaded, config: Bench, device: torch.device, among: Sequence[Loaded], quiet: bool) -> Callable[[int], object]:
         """Ranks the model's own answers, or else the first list of the others, for questions of `config.text_length` tokens."""
