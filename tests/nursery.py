@@ -12,13 +12,15 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from conftest import run_stage
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in ("prune", "learning", "shrink", "import_", "evaluate"))]
 Run = list[ForkServerProcess]
@@ -44,13 +46,38 @@ def environment(**values: str) -> Iterator[None]:
 
 def start(stage: str, *, processes: int = 1, fault: tuple[str, Any] | None = None, **settings: Any) -> Run:
     """Begin a stage; `fault` names a function of this module that breaks something in the child first, and its argument."""
-    here = str(Path(__file__).parent)
     port = free_port()
+    return _begin(_child, [(stage, settings, rank, processes, port, fault) for rank in range(processes)])
+
+
+def _begin(function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> Run:
+    here = str(Path(__file__).parent)
     with environment(PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
-        run = [context().Process(target=_child, args=(stage, settings, rank, processes, port, fault)) for rank in range(processes)]
+        run = [context().Process(target=function, args=given) for given in arguments]
         for process in run:
             process.start()
     return run
+
+
+def at_once(function: Callable[[int], dict[str, Tensor]], out: Path, processes: int = 2) -> list[dict[str, Tensor]]:
+    """What `function(rank)`, of a module, gives in each of several processes that compute together; `out` is for their files."""
+    port = free_port()
+    assert finish(_begin(_computed, [(function, rank, processes, port, out) for rank in range(processes)])) == [0] * processes
+    return [load_file(out / f"{rank}.safetensors") for rank in range(processes)]
+
+
+def _computed(function: Callable[[int], dict[str, Tensor]], rank: int, processes: int, port: int, out: Path) -> None:
+    from efficientvlm.runtime import ranks
+
+    _join(rank, processes, port)
+    ranks.start()
+    save_file({name: value.detach().clone().contiguous() for name, value in function(rank).items()}, out / f"{rank}.safetensors")
+    ranks.end(0)
+
+
+def _join(rank: int, processes: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes), "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def finish(run: Run, timeout: float = 120) -> list[int | None]:
@@ -84,8 +111,7 @@ def _child(stage: str, settings: dict[str, Any], rank: int, processes: int, port
 
     torch.set_num_threads(1)
     if processes > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        _join(rank, processes, port)
     if fault:
         globals()[fault[0]](fault[1])
     code = 0

@@ -482,7 +482,7 @@ def test_anatomy_covers_every_prunable_tensor(name):
 
 
 def test_sizes_and_abilities():
-    for name, kind, able in zip(NAMES, KINDS, ({"answer"}, {"caption"}, {"embed", "match"}), strict=True):
+    for name, kind, able in zip(NAMES, KINDS, ({"answer"}, {"caption"}, {"embed", "match", "contrast"}), strict=True):
         config = CONFIGS[name]
         assert type(config) is kind and config.abilities() == able
         sizes = config.sizes()

@@ -309,7 +309,7 @@ def test_losses_and_terms_have_the_published_weights(pairs: Path, chain: Path) -
     student, teacher = load(str(chain / "distilled")), load(str(pairs / "teacher"))
     config = stage_settings("finetune", {"out": "x", "model": "x", "data": SHAPES, "task": "retrieval", "weights": {"itm_logits": 2}})
     student.model = student.model.gain("match")[0]
-    objective = distilled(TASKS["retrieval"].objective(config, student), teacher.model, config)
+    objective = distilled(TASKS["retrieval"].objective_on(config, student, None), teacher.model, config)
     assert isinstance(objective, Distilled) and objective.kd == 0.5 and objective.model is student.model
     items = [open_data(PAIRS, SHAPES, "train", image_size=student.sizes.image_size)[at] for at in range(4)]
     batch = pair_batch(items, Texts(student.tokenizer), seed=0, step=0, task=True)

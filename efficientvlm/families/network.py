@@ -122,6 +122,13 @@ class Embeds(Askable, Protocol):
         """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]."""
 
 
+class Averages(Embeds, Protocol):
+    """Whose features are learnt, and compared with those of its averaged weights."""
+
+    def feature_parameters(self) -> frozenset[str]:
+        """Names of the parameters on which the features of images and texts depend."""
+
+
 class Matches(Embeds, Protocol):
     """`match`: whether a text belongs to an image."""
 
@@ -189,6 +196,7 @@ ABILITIES = {
     "assign": ("say which of two images a text belongs to", "an X-VLM"),
     "ground": ("find what a phrase means", "an X-VLM"),
     "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
+    "contrast": ("be trained with BLIP's losses", "a BLIP"),
 }
 """What a network may be able to do, and which families have networks that are."""
 

@@ -48,6 +48,8 @@ class Described(Protocol):
     caption_tokens: list[int] | None
 
     @property
+    def rerank_by(self) -> str: ...
+    @property
     def model_type(self) -> str: ...
     def abilities(self) -> frozenset[str]: ...
     def layers(self) -> dict[str, int]: ...
@@ -77,6 +79,10 @@ class Structure:
     caption_tokens: list[int] | None = None
     processor: ClassVar[str] = "CLIPImageProcessor"
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
+    rerank_by: ClassVar[str] = "matching"
+    """What orders the best candidates anew: the matching logit, or its `sum` with the cosine of the features."""
+    usual_momentum: ClassVar[float] = 0.0
+    """What the averages of a weight keep of themselves in a step, with which the family learns contrast as published; 0: it has none."""
 
     if TYPE_CHECKING:  # the class behind this one takes its own fields too
         model_type: ClassVar[str]
@@ -85,6 +91,11 @@ class Structure:
 
     def layers(self) -> dict[str, int]:
         """Layers of each tower."""
+        raise NotImplementedError
+
+    @property
+    def feature_width(self) -> int:
+        """Columns of the features by which images and texts are compared; only of networks that do."""
         raise NotImplementedError
 
     def original_counts(self) -> dict[str, int]:

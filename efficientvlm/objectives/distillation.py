@@ -99,6 +99,7 @@ class Distilled(Objective):
         return self.hard.describe(step)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        self.hard.begin_step(step)
         batch = self.hard.aligned(batch)
         losses, ours, drawn = self.hard.passes(self.model, batch, step, self.want)
         with torch.inference_mode(), TEACHER:
@@ -110,5 +111,5 @@ class Distilled(Objective):
                 value = self.weights[term.weight] * compared(term, ours, theirs, self.maps, projection=projection, **self.softened)
                 found[f"kd_{term.weight}"] = found.get(f"kd_{term.weight}", torch.zeros(())) + value
         kd = sum(found.values(), torch.zeros(()))
-        hard = sum(losses.values(), torch.zeros(()))
+        hard = self.hard.total(losses)
         return {"loss": self.hard_weight * hard + self.kd * kd, **losses, "kd": kd, **(found if self.each else {})}

@@ -65,26 +65,39 @@ def itc_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
     return (forward + backward) / 2
 
 
+def contrast_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` [B, K] and the distributions `targets` [B, K], over the rows of all processes."""
+    return -(logits.log_softmax(1) * targets).sum() / ranks.share_of(len(logits))
+
+
 @torch.no_grad()
-def negative_weights(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [B, B] a hard negative is drawn with: (image for each text, text for each image); softmax + 1e-5, positives 0 (X-VLM)."""
-    similarity = image @ text.T / temperature
-    for_text = (similarity.T.softmax(1) + 1e-5).masked_fill(same.T, 0)
-    for_image = (similarity.softmax(1) + 1e-5).masked_fill(same, 0)
+def negative_weights(
+    image: Tensor, text: Tensor, temperature: Tensor, same: Tensor, *, offset: float = 1e-5, keys: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights [B, B] a hard negative is drawn with: (image for each text, text for each image); softmax + `offset`, positives 0.
+
+    `keys` are the features of images and texts that those of texts and images are compared with, by default the same. X-VLM adds 1e-5, and
+    BLIP 1e-4, which compares with momentum features then, or in fine-tuning on retrieval nothing.
+    """
+    of_images = image @ (keys[1] if keys else text).T / temperature
+    of_texts = text @ keys[0].T / temperature if keys else of_images.T
+    for_text = (of_texts.softmax(1) + offset).masked_fill(same.T, 0)
+    for_image = (of_images.softmax(1) + offset).masked_fill(same, 0)
     return for_text, for_image
 
 
 @torch.no_grad()
-def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor, generator: torch.Generator) -> Negatives:
-    """One image for each text and one text for each image, [B] each.
+def draw_negatives(image: Tensor, text: Tensor, temperature: Tensor, same: Tensor, generator: torch.Generator, **how: Any) -> Negatives:
+    """One image for each text and one text for each image, [B] each; weights are those of :func:`negative_weights`, which takes `how`.
 
     A row whose partners are all positives has no negative and is given one of those: :func:`are_negatives` tells it, and its pair is
-    no part of the matching loss. The published code cannot draw there at all.
+    no part of the matching loss. The published code cannot draw there at all. Where all weights of a row are too small for a number, any
+    negative is as likely.
     """
     drawn = []
-    for weights in negative_weights(image, text, temperature, same):
-        weights = weights.float().cpu()
-        others = 1 - torch.eye(len(weights))
+    for weights in negative_weights(image, text, temperature, same, **how):
+        weights, others = weights.float().cpu(), (~same).float().cpu()
+        others = torch.where(others.sum(1, keepdim=True) > 0, others, 1 - torch.eye(len(weights)))
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, others)
         drawn.append(torch.multinomial(weights, 1, generator=generator)[:, 0].to(image.device))
     return drawn[0], drawn[1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,15 @@ class Objective(Trainable):
     model: Any
     terms: tuple[Term, ...] = ()
     outputs: frozenset[str] = frozenset()
+    loss_weights: Mapping[str, float] = MappingProxyType({})
+    """Of losses by name, where they are not 1."""
+
+    def begin_step(self, step: int) -> None:
+        """What precedes the passes of a training step, such as an update of averaged weights; called by whatever makes the passes."""
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of `losses`."""
+        return sum((self.loss_weights.get(name, 1.0) * value for name, value in losses.items()), torch.zeros(()))
 
     def aligned(self, batch: dict[str, Any]) -> dict[str, Any]:
         """`batch` as all processes together read it."""
@@ -47,9 +57,10 @@ class Objective(Trainable):
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """The losses of `model`, and as `loss` their sum."""
+        """The losses of `model`, and as `loss` their weighted sum."""
+        self.begin_step(step)
         losses = self.passes(self.model, self.aligned(batch), step).losses
-        return {"loss": sum(losses.values(), torch.zeros(())), **losses}
+        return {"loss": self.total(losses), **losses}
 
     def optimizers(self, options: Train, new: Collection[str]) -> list[Optimizer]:
         """What changes the parameters; `new` names tensors of the model that play a new part, and learn faster."""

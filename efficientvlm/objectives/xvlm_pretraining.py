@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,8 @@ from efficientvlm.objectives.losses import (
     positives,
     visible_patches,
 )
-from efficientvlm.objectives.objective import Objective, Pass
+from efficientvlm.objectives.momentum import FEATURES, Contrasting, MomentumContrast
+from efficientvlm.objectives.objective import Pass
 from efficientvlm.objectives.teachers import CachedFeatures
 from efficientvlm.objectives.terms import Term, attention, contrast, hidden, logits
 from efficientvlm.runtime import ranks
@@ -34,7 +35,6 @@ from efficientvlm.runtime.progress import say
 
 RUNS = {"itm_positive": "itm", "itm_negative": "itm", "mlm": "mlm"}
 """Passes through fusion that a teacher can be compared on, and the loss that makes them."""
-FEATURES = frozenset({"image_feature", "text_feature", "contrast"})
 LOSS_OF = {**RUNS, **{f"{loss}_logits": loss for loss in ("itc", "itm", "mlm")}, **dict.fromkeys(FEATURES, "itc")}
 """The same of everything that only one loss makes, by what follows the `@` of a tap, or by the name of an output."""
 
@@ -48,7 +48,7 @@ def _fusion(run: str, loss: str) -> list[Term]:
     ]
 
 
-class XvlmPretraining(Objective):
+class XvlmPretraining(Contrasting):
     """The hard losses of X-VLM, all of weight 1.
 
     Use it to pre-train a network without a teacher, and as the loss of retrieval, which is contrast and matching alone;
@@ -61,6 +61,13 @@ class XvlmPretraining(Objective):
     each loss is such that its mean over the processes is that of one process with the whole batch. Pairs of one image, and equal captions,
     are no negatives of one another; a pair for which the batch has none is left out of that part of matching. The temperature is kept
     within 0.001 and 0.5, which the published code does in pre-training alone.
+
+    Args:
+        losses: which of itc, itm, mlm, box.
+        seed: of the negatives.
+        hard_negatives: whether these are drawn by similarity; else any are.
+        contrast: averaged encoders and a queue for itc, which X-VLM does not have; not for batches of regions.
+        weights: of losses by name, where they are not 1.
 
     Source: X-VLM (Zeng et al. 2022); EfficientVLM, L_hard of the general distillation stage.
 
@@ -80,9 +87,18 @@ class XvlmPretraining(Objective):
         Term("itc_logits", "itc_logits", contrast, loss="itc"),
     )
 
-    def __init__(self, model: nn.Module, *, losses: Iterable[str], seed: int, hard_negatives: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        losses: Iterable[str],
+        seed: int,
+        hard_negatives: bool = True,
+        contrast: MomentumContrast | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.losses, self.seed = model, frozenset(losses), seed
+        self.model, self.losses, self.seed, self.contrast, self.loss_weights = model, frozenset(losses), seed, contrast, dict(weights or {})
         self.hard_negatives = hard_negatives
         self.told = False
         self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)
@@ -138,6 +154,10 @@ class XvlmPretraining(Objective):
                 record["contrast"] = Contrast(*features, model.temp, everyone, same[everyone.start : everyone.start + count])
                 record["itc_logits"] = image_feature @ text_feature.T / model.temp
                 losses["itc"] = itc_loss(record["itc_logits"], same)
+                if own and self.contrast is not None:
+                    keys = self.contrast.keys(batch)
+                    record["contrast"] = keys.contrasted(*features, model.temp)
+                    losses["itc"] = self.contrast.loss(*features, keys, model.temp, step)
             if draws:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, step, "negatives" if own else "teacher negatives"))
                 temp = model.temp if self.hard_negatives else torch.full_like(model.temp, torch.inf)  # every other pair is as likely

@@ -136,7 +136,7 @@ def schedule(config: Any, source: Any) -> dict[str, Any]:
     world = ranks.launched()
     plan = plan_for(source, config.batch_size, config.seed, world, 0)
     per_epoch = plan.batches_per_epoch
-    steps = config.max_steps or max(1, round(config.epochs * per_epoch))
+    steps = config.steps(per_epoch)
     endless = per_epoch >= ENDLESS
     batch = config.batch_size if endless else min(config.batch_size, len(source))
     return {

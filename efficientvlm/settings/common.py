@@ -51,6 +51,10 @@ class Train(Strict):
             raise ValueError("it goes with schedule exponential")
         return decay
 
+    def steps(self, per_epoch: int) -> int:
+        """Length of the schedule, where an epoch has `per_epoch` steps."""
+        return self.max_steps or max(1, round(self.epochs * per_epoch))
+
 
 class Samples(Strict):
     """How samples are read, and how many of them."""

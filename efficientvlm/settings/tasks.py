@@ -17,6 +17,36 @@ Words = Annotated[list[str] | None, BeforeValidator(lambda given: [given] if isi
 """Texts; a single one will do."""
 
 
+Over = Literal["all", "process"]
+"""Whose pairs of a batch meet: those of all processes, or of each process its own."""
+
+
+class Contrasting(Learning):
+    """How images and texts are contrasted."""
+
+    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
+    negatives_over: Over = Field("all", description="whose pairs matching draws from: those of all processes, or each process its own")
+    momentum: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="what an average of the weights keeps of itself in a step: images and texts are contrasted with the features that "
+        "averaged encoders give, of the batch and of a queue; 0: with each other in the batch alone; by default as published",
+    )
+    queue: Count | None = Field(
+        None,
+        ge=1,
+        description="pairs of earlier steps that are kept for that, a multiple of batch_size; by default 57,600 as published, or fewer: "
+        "as many as there are in the training data",
+    )
+    queue_start: Literal["empty", "random"] = Field("empty", description="random: it begins with random vectors, as published")
+    alpha: float = Field(0.4, ge=0, le=1, description="part of a target that the averaged encoders give; the rest is the pairs' own")
+    alpha_warmup: float = Field(0.1, ge=0, le=1, description="fraction of all steps in which alpha grows from 0")
+    contrast_over: Over = Field(
+        "all", description="whose averaged features a pair meets, beside the queue: those of all processes, or as published of its own"
+    )
+
+
 class PretrainingSettings(Learning):
     """Image-text pre-training."""
 
@@ -135,14 +165,21 @@ class AssignmentSettings(Learning):
     """Which of two images a text belongs to: pre-training for statements about two images."""
 
 
-class RetrievalSettings(Learning):
+class RetrievalSettings(Contrasting):
     """Image-text retrieval."""
 
-    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any")
+    alpha_warmup: float = Field(0.167, ge=0, le=1, description="fraction of all steps in which alpha grows from 0")
+
+
+RerankBy = Literal["matching", "sum"] | None
+RERANK_BY: Any = Field(
+    None, description="what orders them: the matching logit, or its sum with the cosine; by default as published of the network"
+)
 
 
 class RetrievalEval(Measuring):
     rerank: Count = Field(0, ge=0, description="so many candidates of every query are ranked anew by matching; 0: none")
+    rerank_by: RerankBy = RERANK_BY
 
 
 class RetrievalQuestion(Asking):
@@ -157,6 +194,7 @@ class RetrievalQuestion(Asking):
         ge=0,
         description="candidates that are ranked anew by matching, where the network matches; by default 32, or as many as are shown",
     )
+    rerank_by: RerankBy = RERANK_BY
     out: str | None = Field(None, description="PNG file for a sheet of the pictures that were found")
 
     @classmethod

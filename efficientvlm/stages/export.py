@@ -156,7 +156,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 def _description(config: Export, loaded: Loaded) -> Description:
     task = measured_of(loaded)
     sizes = StoredSizes.model_validate(json.loads(json.dumps(loaded.sizes._asdict())))
-    known: dict[str, Any] = {"abilities": sorted(loaded.abilities - {"pretrain"}), "sizes": sizes}  # called so in the file
+    known: dict[str, Any] = {"abilities": sorted(loaded.abilities - {"pretrain", "contrast"}), "sizes": sizes}  # called so in the file
     return Description.model_construct(  # what is missing comes with the graphs
         family=loaded.family.name,
         **known,

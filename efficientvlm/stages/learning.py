@@ -110,7 +110,7 @@ class Learning(Job):
 
     @property
     def steps(self) -> int:
-        return self.config.max_steps or max(1, round(self.config.epochs * self.plan.batches_per_epoch))
+        return self.config.steps(self.plan.batches_per_epoch)
 
     def objective(self, distil: bool = True) -> Objective:
         """The task's losses and, if there is a teacher and `distil`, KD on the student, whose configuration learns what the data decide.
@@ -188,6 +188,7 @@ class Learning(Job):
         extra = dict(extra or {})
         if output.stage in MEASURING:
             extra["influence"] = observed(output.stage, config, lambda: self.task.influence(config, student, source), quiet)
+        extra |= self.task.notes(config, student, self.sources["train"])
         extra["reading"] = all_read(output.stage, self.texts, self.reading, quiet)
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "extra": extra}
         common |= {"image_processor": student.image_processor, "metrics": {"train": spent.last, "val": val}}

@@ -172,6 +172,7 @@ def evaluate(
     *,
     batch_size: int,
     rerank: int = 0,
+    rerank_by: str = "matching",
     seed: int = 0,
     most: int | None = None,
     title: str = "",
@@ -182,9 +183,10 @@ def evaluate(
     `image_to_text_r5` is the part of the images with one of their captions among the 5 of highest cosine, out of the captions of all;
     `text_to_image_r5` the part of the captions whose image is among the 5 images of highest cosine; `mean_recall` the mean of the six.
     Equal scores rank in the order of the data (in the published code the later one is first). With `rerank` the same follow again as
-    `reranked_...`, where the matching logit alone orders the best `rerank` candidates of every query (ALBEF, X-VLM). A recall at more than
-    `rerank` is the same as before, and left out; so is the mean then. `itm_accuracy` as :func:`matching_accuracy`. `standard_errors` are
-    those of each recall as a mean over its queries. Pairs are matched in blocks of at most `most` bytes.
+    `reranked_...`, where the matching logit alone orders the best `rerank` candidates of every query (ALBEF, X-VLM), or with `rerank_by`
+    "sum" its sum with the cosine (BLIP). A recall at more than `rerank` is the same as before, and left out; so is the mean then.
+    `itm_accuracy` as :func:`matching_accuracy`. `standard_errors` are those of each recall as a mean over its queries. Pairs are matched in
+    blocks of at most `most` bytes.
     """
     matched = partial(match, model, gallery, batch_size=batch_size, most=most, title=title, quiet=quiet)
     result: dict[str, Any] = {"images": len(gallery.image), "captions": len(gallery.said)}
@@ -200,15 +202,23 @@ def evaluate(
         count = len(gallery.text)
         wanted = (_keys_of_captions(gallery, for_image[:, :rerank]), _keys_of_images(gallery, for_text[:, :rerank]))
         keys = torch.cat([part.flatten() for part in wanted]).unique()
-        logits = matched(keys // count, keys % count)[:, 1]
+        scores = matched(keys // count, keys % count)[:, 1]
+        if rerank_by == "sum":
+            scores = scores + cosines(gallery, keys // count, keys % count)
         for_image, for_text = (
-            reordered(order, logits[torch.searchsorted(keys, part)]) for order, part in zip((for_image, for_text), wanted, strict=True)
+            reordered(order, scores[torch.searchsorted(keys, part)]) for order, part in zip((for_image, for_text), wanted, strict=True)
         )
         again, beyond = recalls(gallery, for_image, for_text), unmoved(gallery, rerank)
         result |= {f"reranked_{name}": value for name, value in again.items() if name not in beyond}
     if gallery.image_states is not None:
         result |= matching_accuracy(gallery, matched, seed)
     return result
+
+
+def cosines(gallery: Gallery, images: Tensor, captions: Tensor) -> Tensor:
+    """Of pairs [P] by number."""
+    parts = zip(images.split(SCORES_AT_ONCE // 256), captions.split(SCORES_AT_ONCE // 256), strict=True)
+    return torch.cat([(gallery.image[some] * gallery.text[said]).sum(-1) for some, said in parts])
 
 
 def unmoved(gallery: Gallery, rerank: int) -> set[str]:

@@ -50,7 +50,7 @@ def bytes_of_features(teacher: Loaded, source: Any, images_seen: int) -> int:
     images = min(len(source), images_seen)
     whole = len(getattr(source, "source", source))
     captions = images_seen if listed_images(source) < whole else min(images_seen, len(set(source.texts())))
-    return (images + captions) * int(teacher.model.config.embed_dim) * FLOAT
+    return (images + captions) * teacher.model.config.feature_width * FLOAT
 
 
 def asked_each(source: Any) -> float:

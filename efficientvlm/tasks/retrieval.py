@@ -17,10 +17,13 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.families.network import refusal, require
 from efficientvlm.loaded import Loaded, longest, texts_of
+from efficientvlm.objectives.blip_pretraining import BlipPretraining
+from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import RetrievalEval, RetrievalQuestion, RetrievalSettings
 from efficientvlm.tasks.choices import Choice, margin, pictures
+from efficientvlm.tasks.contrasting import averaged, contrast_of, contrast_problems, elements_beside
 from efficientvlm.tasks.galleries import Pictures
 from efficientvlm.tasks.influence import Influence, of_pairs
 from efficientvlm.tasks.recall import encode, evaluate, unmoved
@@ -33,7 +36,8 @@ EVAL_BATCH = 64
 SAMPLE = 1000  # texts that say how long texts are
 TOKENS = 6  # of a random text
 CONTRAST = "mean_recall: recall at 1, 5 and 10 of captions by images and of images by captions, among all of them, by cosine; their mean"
-RERANKED = f"{CONTRAST}; reranked_...: those of them that change with the best candidates of a query in the order of their matching logits"
+RERANKED = f"{CONTRAST}; reranked_...: those of them that change with the best candidates of a query in the order of "
+ORDERED_BY = {"matching": "their matching logits", "sum": "the sum of matching logit and cosine"}
 
 
 class Retrieval(Learnt, Asked):
@@ -45,6 +49,7 @@ class Retrieval(Learnt, Asked):
     def problems(self, config: RetrievalSettings, student: Loaded) -> Iterator[BadInput]:
         if config.batch_size < 2:
             yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
+        yield from contrast_problems(config)
 
     def teacher_problems(self, config: RetrievalSettings, teacher: Loaded) -> Iterator[BadInput]:
         yield from super().teacher_problems(config, teacher)
@@ -55,14 +60,27 @@ class Retrieval(Learnt, Asked):
         """Heads of other tasks are left behind."""
         model, _ = super().adapt(config, student, teacher)
         network, new = model.gain("match")
-        require(network, "pretrain")
+        if "contrast" not in network.config.abilities():
+            require(network, "pretrain")
         return network, new
 
     def changes(self, added: int) -> str:
         return f"heads of other tasks are left behind: {added:+,} parameters"
 
-    def objective(self, config: RetrievalSettings, student: Loaded) -> XvlmPretraining:
-        return XvlmPretraining(student.model, losses=("itc", "itm"), seed=config.seed, hard_negatives=config.hard_negatives)
+    def objective_on(self, config: RetrievalSettings, student: Loaded, source: Any) -> Objective:
+        """By what the network can do: BLIP's losses, whose negatives are drawn without an offset in retrieval, or X-VLM's."""
+        contrast = contrast_of(config, student, source)
+        common: dict[str, Any] = {"losses": ("itc", "itm"), "hard_negatives": config.hard_negatives, "contrast": contrast}
+        if "contrast" in student.abilities:
+            return BlipPretraining(student.model, seed=config.seed, negatives=config.negatives_over, online=True, **common)
+        return XvlmPretraining(student.model, seed=config.seed, **common)
+
+    def notes(self, config: RetrievalSettings, student: Loaded, source: Any) -> dict[str, Any]:
+        made = averaged(config, student, source)
+        return {"contrast": made._asdict()} if made else {}
+
+    def elements_beside(self, config: RetrievalSettings, student: Loaded, source: Any) -> int:
+        return elements_beside(config, student, source)
 
     def batches(self, config: RetrievalSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]
@@ -83,11 +101,14 @@ class Retrieval(Learnt, Asked):
         if not len(source):
             raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another --split")
         shown: dict[str, Any] = {"title": title, "quiet": quiet}
-        measured = evaluate_pairs(loaded, source, limit=None, batch_size=config.batch_size, rerank=config.rerank, seed=config.seed, **shown)
+        by = config.rerank_by or loaded.model.config.rerank_by
+        how: dict[str, Any] = {"batch_size": config.batch_size, "rerank": config.rerank, "rerank_by": by, "seed": config.seed}
+        measured = evaluate_pairs(loaded, source, limit=None, **how, **shown)
         return {
-            "metric": RERANKED if config.rerank else CONTRAST,
+            "metric": RERANKED + ORDERED_BY[by] if config.rerank else CONTRAST,
             "mode": "rerank" if config.rerank else "contrast",
             "rerank": config.rerank,
+            **({"rerank_by": by} if config.rerank and by != "matching" else {}),
             "seed": config.seed,
             "influence": of_pairs(loaded, source, config.batch_size),
             "metrics": measured,
@@ -130,6 +151,9 @@ class Retrieval(Learnt, Asked):
     def bytes_of_cached_teacher(self, config: RetrievalSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_features(teacher, source, images_seen)
 
+    def exported(self, loaded: Loaded) -> dict[str, Any]:
+        return {"rerank_by": loaded.model.config.rerank_by}
+
     def ask(self, config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
         """`answers`, see :func:`tasks.search.search`.
 
@@ -156,6 +180,7 @@ def evaluate_pairs(
     quiet: bool,
     batch_size: int = EVAL_BATCH,
     rerank: int = 0,
+    rerank_by: str = "matching",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of :func:`tasks.recall.evaluate` over the images of `source`, or `limit` drawn from it, and their captions."""
@@ -169,7 +194,7 @@ def evaluate_pairs(
     with Bar(title, count, quiet=quiet) as bar:
         batches, tokens = pictures.batches(bar.update), partial(Texts.batch, texts)
         gallery = encode(model, batches, tokens, batch_size, count, again=pictures, **shown)
-    result = evaluate(model, gallery, batch_size=batch_size, rerank=rerank, seed=seed, **shown)
+    result = evaluate(model, gallery, batch_size=batch_size, rerank=rerank, rerank_by=rerank_by, seed=seed, **shown)
     if rerank and (same := sorted(unmoved(gallery, rerank) - {"mean_recall"})):
         say(f"{title}: rerank {rerank} cannot change {', '.join(same)}, which are left out with their mean", quiet=quiet)
     if rerank > (most := max(len(gallery.image), len(gallery.said))):

@@ -23,7 +23,7 @@ from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import RetrievalQuestion
 from efficientvlm.tasks.galleries import Pictures
 from efficientvlm.tasks.pictures import picture_path, write_picture
-from efficientvlm.tasks.recall import Gallery, encode, match, nearest
+from efficientvlm.tasks.recall import Gallery, cosines, encode, match, nearest
 from efficientvlm.tasks.sheets import MOST_COLUMNS, MOST_ROWS, drawable, of_pictures, of_texts
 
 BATCH = 64
@@ -63,11 +63,12 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
     """The best matches of every text among several pictures; of a single picture the best among the texts.
 
     Candidates are found by the cosine of features. Where the network matches, the first `rerank` of them come in the order of the matching
-    logit, as `evlm eval --rerank` measures it, and the others behind them.
+    logit, or of its sum with the cosine, as `evlm eval --rerank` measures it, and the others behind them.
 
     Returns:
         `answers`, best first, each with `text`, `image`, `similarity` (cosine), and where it was matched `score` (the logit of a match) and
-        `probability` of a match; `pictures` and `texts`, how many were searched; `unreadable`, the pictures that were left out; `out`.
+        `probability` of a match; `rerank_by`, what orders these; `pictures` and `texts`, how many were searched; `unreadable`, the
+        pictures that were left out; `out`.
 
     Raises:
         BadInput: no picture that can be read, no text, an `out` that cannot be written.
@@ -91,7 +92,8 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
     rerank = (max(RERANK, config.top) if config.rerank is None else config.rerank) if matching else 0
     order = nearest(queries, candidates, max(config.top, rerank))
     rows = []
-    for query, (best, logits) in enumerate(ranked(model, gallery, order, rerank, one, shown)):
+    by = config.rerank_by or loaded.model.config.rerank_by
+    for query, (best, logits) in enumerate(ranked(model, gallery, order, rerank, by, one, shown)):
         for at, candidate in enumerate(best.tolist()[: config.top]):
             image, text = (query, candidate) if one else (candidate, query)
             row: dict[str, Any] = {"text": wanted[text], "image": gallery.ids[image]}
@@ -99,7 +101,13 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
             if at < len(logits):
                 row |= {"score": round(float(logits[at, 1]), 4), "probability": round(float(logits[at].softmax(0)[1]), 4)}
             rows.append(row)
-    found = {"answers": rows, "pictures": len(gallery.ids), "texts": len(wanted), "unreadable": [str(path) for path in files.lost]}
+    found = {
+        "answers": rows,
+        "rerank_by": by if rerank else None,
+        "pictures": len(gallery.ids),
+        "texts": len(wanted),
+        "unreadable": [str(path) for path in files.lost],
+    }
     return {**found, "out": write_picture(sheet(rows, one), out)} if out else found
 
 
@@ -115,11 +123,14 @@ def said_of_lost(files: Files) -> list[str]:
     return [*lines, f"{len(files.lost):,} of {len(files.paths):,} pictures cannot be read and were left out"] if lines else []
 
 
-def ranked(model: Any, gallery: Gallery, order: Tensor, rerank: int, one: bool, shown: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def ranked(
+    model: Any, gallery: Gallery, order: Tensor, rerank: int, by: str, one: bool, shown: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
     """Candidates [K] of every query, best first, and logits [k, 2] of the first of them; `order` [Q, K] is that of the cosine.
 
     Args:
         rerank: so many are matched, at most; none where a network does not match.
+        by: whether the matching logit orders them, or its `sum` with the cosine.
         one: whether the query is the one picture, and candidates are texts.
     """
     first = order[:, :rerank]
@@ -130,10 +141,11 @@ def ranked(model: Any, gallery: Gallery, order: Tensor, rerank: int, one: bool, 
     by_image = images.argsort(stable=True)
     logits = torch.empty(len(images), 2, device=order.device)
     logits[by_image] = match(model, gallery, images[by_image], captions[by_image], batch_size=BATCH, **shown)
+    scores = logits[:, 1] + cosines(gallery, images, captions) if by == "sum" else logits[:, 1]
     found = []
-    for best, scores in zip(order, logits.view(*first.shape, 2), strict=True):
-        again = scores[:, 1].sort(descending=True, stable=True).indices
-        found.append((torch.cat([best[again], best[len(again) :]]), scores[again]))
+    for best, score, pair in zip(order, scores.view(first.shape), logits.view(*first.shape, 2), strict=True):
+        again = score.sort(descending=True, stable=True).indices
+        found.append((torch.cat([best[again], best[len(again) :]]), pair[again]))
     return found
 
 

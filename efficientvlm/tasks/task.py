@@ -188,6 +188,14 @@ class Learnt(Task):
         """The same where it depends on the training data `source` beyond the batches."""
         return self.objective(config, student)
 
+    def notes(self, config: Any, student: Loaded, source: Any) -> dict[str, Any]:
+        """What the manifest says of how it was learnt beyond the settings, where these leave something to the network or to the data."""
+        return {}
+
+    def elements_beside(self, config: Any, student: Loaded, source: Any) -> int:
+        """Elements that the objective keeps beside the network, in memory and in the training state, and does not learn."""
+        return 0
+
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         """Training batches of one step; each is one update, and says how many samples it holds."""
         raise NotImplementedError

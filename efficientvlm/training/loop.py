@@ -72,7 +72,8 @@ def accelerator(device: str) -> Accelerator:
 
     ranks.start()
     chosen = pick_device(device)
-    return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    settings = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)  # all change buffers alike
+    return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[settings])
 
 
 def adamw(

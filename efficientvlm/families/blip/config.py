@@ -35,6 +35,13 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     question_start_id: int | None = None
     answer_start_id: int | None = None
 
+    rerank_by = "sum"
+    usual_momentum = 0.995
+
+    @property
+    def feature_width(self) -> int:
+        return int(self.image_text_hidden_size)
+
     @property
     def usual_tokens(self) -> int:
         return 40 if "text" not in self.towers else 35  # of captions; of questions and texts to match
@@ -181,7 +188,7 @@ class BlipCaptionConfig(SlicedBlipConfig):
 class BlipRetrievalConfig(SlicedBlipConfig):
     model_type = "evlm_blip_retrieval"
     stock = "BlipForImageTextRetrieval"
-    able = frozenset({"embed", "match"})
+    able = frozenset({"embed", "match", "contrast"})
     towers = ("vision", "text")
 
 

@@ -105,9 +105,18 @@ class Blip(Writing, TowerNetwork):
     def image_feature(self, states: Tensor) -> Tensor:
         return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
 
-    def text_feature(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Texts [B, L], read without an image, to unit vectors [B, E]; only of the network that matches."""
-        return F.normalize(self.text_proj(self.text_encoder.read(ids, mask).states[:, 0]), dim=-1)
+    def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> Encoded:
+        """Token ids and mask [B, L] (1 = token), read without an image, to states [B, L, W]."""
+        out: Encoded = self.text_encoder.read(ids, mask, None, keep)
+        return out
+
+    def text_feature(self, states: Tensor, mask: Tensor) -> Tensor:
+        """States [B, L, W] of texts that were read without an image to unit vectors [B, E]; only of a network that compares them."""
+        return F.normalize(self.text_proj(states[:, 0]), dim=-1)
+
+    def feature_parameters(self) -> frozenset[str]:
+        texts = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.")
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(texts) and ".crossattention." not in name)
 
     def read(self, ids: Tensor, mask: Tensor, context: Context, keep: frozenset[str] = NOTHING) -> Encoded:
         """Texts [B, L] that are read with an image, whose first token becomes `question_start_id`, to states [B, L, W]."""
@@ -148,7 +157,7 @@ class Blip(Writing, TowerNetwork):
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The states are the ids themselves: to match, a text is read once more from its first layer, with the image."""
-        return ids, self.text_feature(ids, mask)
+        return ids, self.text_feature(self.encode_text(ids, mask).states, mask)
 
     def match(self, images: Tensor, rows: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self.itm_head(self.read(texts, mask, self.text_encoder.context(images, rows=rows)).states[:, 0])
@@ -203,7 +212,7 @@ class Blip(Writing, TowerNetwork):
         if f"vision.{FEATURES}" in wanted:
             record[f"vision.{FEATURES}"] = self.image_feature(record["image_states"])
         if f"text.{FEATURES}" in wanted:
-            record[f"text.{FEATURES}"] = self.text_feature(ids, mask)
+            record[f"text.{FEATURES}"] = self.embed_texts(ids, mask)[1]
         return record
 
     def _caption(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:

@@ -94,6 +94,7 @@ class Description(Strict):
     caption_tokens: Annotated[list[Length], Field(min_length=2, max_length=2)] | None = Field(
         None, description="fewest and most tokens of a caption, start token and prompt included, the end not"
     )
+    rerank_by: Literal["matching", "sum"] = Field("matching", description="what orders candidates anew; sum: logit and cosine")
     measured: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("graphs")

@@ -94,6 +94,10 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     def usual_tokens(self) -> int:
         return 40
 
+    @property
+    def feature_width(self) -> int:
+        return self.embed_dim
+
     def layers(self) -> dict[str, int]:
         return {"vision": self.vision_layers, "text": self.text_layers, "fusion": self.fusion_layers, "decoder": self.decoder_layers}
 

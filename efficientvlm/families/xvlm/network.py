@@ -176,6 +176,10 @@ class XVLMModel(Writing, TowerNetwork):
         """Text states [B, L, W] with mask [B, L] to unit vectors [B, E]."""
         return F.normalize(self.text_proj(self.pooled(states, mask)), dim=-1)
 
+    def feature_parameters(self) -> frozenset[str]:
+        parts = ("vision.", "text.", "vision_proj.", "text_proj.")
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(parts))
+
     def mlm_logits(self, states: Tensor, positions: Tensor) -> Tensor:
         """Fused states [B, L, W] and masked positions [B, M] to vocabulary logits [B, M, V]."""
         picked = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
