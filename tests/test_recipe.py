@@ -276,6 +276,15 @@ stages:
 def test_settings_that_do_nothing_are_refused_where_nothing_is_trained_and_said_elsewhere(tmp_path: Path) -> None:
     steps = validate(recipe(tmp_path, UNTRAINED % ""))  # a default may be meant for the other stages
     assert [list(step.notes) for step in steps] == [[], ["kd has no effect without a teacher"]]
+    captions = "name: c\nstages: [{name: c, stage: finetune, task: captioning, model: bundled:easy-vqa-pretrained, data: shapes, %s}]"
+    for chosen, wanted in (
+        (
+            "self_critical: true, samples: 2, smoothing: published",
+            "smoothing has no effect with self_critical",
+        ),
+        ("smoothing: published, samples: 2", "samples has no effect without self_critical"),
+    ):
+        assert [list(step.notes) for step in validate(recipe(tmp_path, captions % chosen))] == [[wanted]]
     loaded = recipe(tmp_path, UNTRAINED % ", epochs: 3, min_heads: 1, batch_size: 64")
     assert problems(loaded, "small.device=cuda", "small.clip=2") == [
         "small: clip: it has no effect, as nothing is trained with task none",

@@ -8,7 +8,7 @@ from efficientvlm.settings.base import Strict
 from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Export, InitConfig, Prune
-from efficientvlm.settings.tasks import PretrainingSettings, VQAEval
+from efficientvlm.settings.tasks import CaptioningSettings, PretrainingSettings, VQAEval
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
 OF_VALIDATION = {"eval_limit", "eval_batch_size"}
@@ -60,6 +60,10 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"eval_batch_size"}, "with eval_limit 0"
     if isinstance(config, VQAEval) and config.mode == "generate":
         yield {"answers", "rank_top", "first_token_twice", "rank_smoothing"}, "with mode generate"
+    if isinstance(config, CaptioningSettings) and config.self_critical:
+        yield {"label_smoothing", "smoothing", "captions_per_image"}, "with self_critical"
+    elif isinstance(config, CaptioningSettings):
+        yield {"samples", "baseline"}, "without self_critical"
     if isinstance(config, Export) and config.format != "onnx":
         yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"
 
