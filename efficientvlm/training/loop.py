@@ -103,6 +103,7 @@ def adamw(
 def rate(step: int, steps: int, options: Train) -> float:
     """Learning-rate factor at `step` of `steps`: linear warm-up, then the schedule's decay (epochs count from the start)."""
     warm = max(1, round(options.warmup * steps)) if options.warmup else 0
+    warm = warm if options.warmup_steps is None else options.warmup_steps
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
