@@ -35,7 +35,7 @@ def ask(name: str, options: dict[str, Any]) -> None:
         needed = dict.fromkeys(f"--{names[0]}" for names in lacking)
         raise typer.BadParameter("it is needed and was not given", param_hint=" or ".join(needed))
     for key, value in asked.items():
-        problems = [problems_with(kind, key, value) for kind in kinds]
+        problems = [problems_with(kind, key, value, among=asked) for kind in kinds]
         if problems and all(problems):
             raise typer.BadParameter(problems[0][0].removeprefix(f"{key}: "), param_hint=f"--{key.replace('_', '-')}")
     require_complete(asked["model"])

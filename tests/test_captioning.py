@@ -239,6 +239,8 @@ def test_a_picture_and_a_folder_of_pictures_are_described(captioners, tmp_path, 
         predict.run(model=model, image=str(tmp_path / "0.png"), decoding="sample", seed=seed, device="cpu")["caption"] for seed in (1, 1, 2)
     )
     assert drawn_once == again != other
+    code, stdout, stderr = evlm("predict", "--model", model, "--image", tmp_path / "0.png", "--decoding", "sample", "--seed", 1, "--json")
+    assert code == 0 and json.loads(stdout)["caption"] == drawn_once, stderr
     code, _, stderr = evlm("predict", "--model", model, "--image", tmp_path / "torn.png")
     assert code == 3 and "torn.png" in stderr
     (tmp_path / "torn").mkdir()

@@ -128,13 +128,22 @@ def parse(model: type[T], values: dict[str, Any], where: str, fix: str = "correc
         ) from None
 
 
-def problems_with(model: type[Strict], name: str, value: Any) -> list[str]:
-    """What is wrong with one setting by itself, whatever the others are."""
-    try:
-        model.model_validate({name: value})
-    except ValidationError as error:
-        return [_describe(model, item) for item in error.errors() if item["loc"][:1] == (name,)]
-    return []
+def problems_with(model: type[Strict], name: str, value: Any, among: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with one setting by itself, whatever the others are.
+
+    Args:
+        among: settings that are given with it: what is wrong only because one of them would be missing is not.
+    """
+
+    def found(values: Mapping[str, Any]) -> list[str]:
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            return [_describe(model, item) for item in error.errors() if item["loc"][:1] == (name,)]
+        return []
+
+    alone = found({name: value})
+    return alone if among is None or not alone else [problem for problem in alone if problem in found(among)]
 
 
 def _describe(model: type[Strict], item: Any) -> str:

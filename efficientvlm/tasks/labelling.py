@@ -94,7 +94,7 @@ class Labeller:
     def __init__(self, config: CaptionQuestion, describer: Describer, judge: Judge | None, out: Path | None) -> None:
         self.config, self.describer, self.judge, self.out = config, describer, judge, out
         self.first_lost = ""
-        self.told = 0
+        self.told = Counter[str]()
 
     def run(self, named: Sequence[Path]) -> dict[str, Any]:
         """What the captions follow from."""
@@ -155,7 +155,8 @@ class Labeller:
         seen: list[tuple[Shown, Opened]] = []
         for shown, opened in batch:
             if opened.problem:
-                self.lost(shown, opened.problem)
+                why = self.lost(shown.name, opened.problem)
+                self.first_lost = self.first_lost or why
                 counts["skipped"] += 1
             else:
                 seen.append((shown, opened))
@@ -170,7 +171,7 @@ class Labeller:
         for (shown, _), caption in zip(seen, made, strict=True):
             given = shown.captions if isinstance(shown.captions, list) else []
             if isinstance(shown.captions, BadInput):
-                self.lost(shown, shown.captions)
+                self.lost(shown.name, shown.captions, "the captions of ")
                 counts["unreadable_captions"] += 1
             captions.append([(MADE, caption), *((GIVEN, text) for text in given)])
         scores = self.judge(
@@ -189,12 +190,13 @@ class Labeller:
         """A picture as a row names it: relative to the file that the row stands in, so that the file is read as data."""
         return os.path.relpath(name, self.out.parent) if self.out and not os.path.isabs(name) else name
 
-    def lost(self, shown: Shown, error: BadInput) -> None:
-        why = (error.why or error.what).removeprefix(f"{shown.name}: ")
-        self.first_lost = self.first_lost or f"{shown.name}: {why}"
-        self.told += 1
-        if self.told <= SHOWN:
-            say(f"predict: left out {shown.name}: {why}")
+    def lost(self, name: str, error: BadInput, what: str = "") -> str:
+        """Why `what` of a picture is left out; the first few are said."""
+        why = f"{what}{name}: {(error.why or error.what).removeprefix(f'{name}: ')}"
+        self.told[what] += 1
+        if self.told[what] <= SHOWN:
+            say(f"predict: left out {why}")
+        return why
 
     def check(self, pictures: Unlabelled, lines: GrowingLines | Kept) -> None:
         """Say what was left out; :class:`BadInput` where that is all."""
