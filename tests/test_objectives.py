@@ -15,6 +15,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.network import Record
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.network import XVLMModel
+from efficientvlm.objectives.blip_pretraining import BlipPretraining
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.generation import Generation
@@ -516,8 +517,9 @@ def test_weights_count_and_switch_off():
     zero = dict.fromkeys(DistillWeights.model_fields, 0.0)
     batch = pairs()
     everything = distillation(student, teacher, kd=1.0)(batch, 0)["kd"]
-    parts = []
-    for name in DistillWeights.model_fields:
+    parts, compared = [], {term.weight for term in XvlmPretraining.terms}
+    assert set(DistillWeights.model_fields) - compared == {"lm_logits", *(name for name in zero if name.startswith("decoder"))}
+    for name in filter(compared.__contains__, DistillWeights.model_fields):
         weights = DistillWeights(**zero | {name: 2.0})
         parts.append(distillation(student, teacher, kd=1.0, weights=weights)(batch, 0)["kd"] * (0.1 if name == "vision_hidden" else 1) / 2)
         assert parts[-1] > 0, name
@@ -643,9 +645,9 @@ def test_a_teacher_may_be_a_store_of_what_was_said_before():
 
 def test_the_settings_know_which_losses_a_weight_needs():
     needed: dict[str, set[str]] = {}
-    for term in XvlmPretraining.terms:
+    for term in (*XvlmPretraining.terms, *BlipPretraining.terms):
         needed.setdefault(term.weight, set()).add(term.loss)
     assert {name: set(losses) for name, losses in PASSES.items()} == {name: found for name, found in needed.items() if found != {""}}
     assert set(needed) == set(DistillWeights.model_fields)
     assert {term.weight for term in Generation.terms} == set(TaskWeights.model_fields)
-    assert set(RetrievalWeights.model_fields) == set(needed) - {"mlm_logits"}
+    assert set(RetrievalWeights.model_fields) == {name for name in needed if not needed[name] & {"lm"} and name != "mlm_logits"}

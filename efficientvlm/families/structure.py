@@ -83,6 +83,8 @@ class Structure:
     """What orders the best candidates anew: the matching logit, or its `sum` with the cosine of the features."""
     usual_momentum: ClassVar[float] = 0.0
     """What the averages of a weight keep of themselves in a step, with which the family learns contrast as published; 0: it has none."""
+    usual_losses: ClassVar[tuple[str, ...]] = ()
+    """With which the family is pre-trained as published."""
 
     if TYPE_CHECKING:  # the class behind this one takes its own fields too
         model_type: ClassVar[str]
@@ -92,6 +94,10 @@ class Structure:
     def layers(self) -> dict[str, int]:
         """Layers of each tower."""
         raise NotImplementedError
+
+    def learns(self) -> frozenset[str]:
+        """The losses of pre-training that a network of this configuration has heads for."""
+        return frozenset()
 
     @property
     def feature_width(self) -> int:

@@ -99,6 +99,7 @@ class XvlmPretraining(Contrasting):
     ) -> None:
         super().__init__()
         self.model, self.losses, self.seed, self.contrast, self.loss_weights = model, frozenset(losses), seed, contrast, dict(weights or {})
+        self.loss_weights |= {"giou": self.loss_weights["box"]} if "box" in self.loss_weights else {}
         self.hard_negatives = hard_negatives
         self.told = False
         self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)

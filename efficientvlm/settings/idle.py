@@ -8,7 +8,7 @@ from efficientvlm.settings.base import Strict
 from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Export, InitConfig, Prune
-from efficientvlm.settings.tasks import CaptioningSettings, PretrainingSettings, VQAEval
+from efficientvlm.settings.tasks import CaptioningSettings, Contrasting, PretrainingSettings, VQAEval
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
 OF_VALIDATION = {"eval_limit", "eval_batch_size"}
@@ -44,10 +44,14 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"val_fraction"}, "with validation data of its own"
     if isinstance(config, Data) and not config.data.startswith("stream:"):
         yield {"shuffle_buffer"}, "unless data is a stream"
-    if isinstance(config, PretrainingSettings) and "box" not in config.losses:
+    if isinstance(config, PretrainingSettings) and config.losses and "box" not in config.losses:
         yield {"region_probability", "regions_per_image"}, "without box among the losses"
-    if isinstance(config, PretrainingSettings) and "mlm" not in config.losses:
+    if isinstance(config, PretrainingSettings) and config.losses and "mlm" not in config.losses:
         yield {"mask_probability", "max_masks"}, "without mlm among the losses"
+    if isinstance(config, PretrainingSettings) and config.losses and "lm" not in config.losses:
+        yield {"label_smoothing"}, "without lm among the losses"
+    if isinstance(config, Contrasting) and config.momentum == 0:
+        yield {"queue", "queue_start", "alpha", "alpha_warmup", "contrast_over"}, "with momentum 0"
     if isinstance(config, Taught) and not config.teacher:
         of_the_method = {name for tasks in METHODS.values() for kind in tasks.values() for name in kind.model_fields}
         yield {"distillation", "decoder_init"} | (of_the_method - Learning.model_fields.keys() - {"quirks"}), "without a teacher"

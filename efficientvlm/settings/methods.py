@@ -58,6 +58,8 @@ PASSES = {
     "itc_logits": ("itc",),
     "itm_logits": ("itm",),
     "mlm_logits": ("mlm",),
+    "lm_logits": ("lm",),
+    **dict.fromkeys(("decoder_hidden", "decoder_self_attention", "decoder_cross_attention"), ("lm",)),
     "fusion_hidden": ("itm", "mlm"),
     "fusion_self_attention": ("itm", "mlm"),
     "fusion_cross_attention": ("itm", "mlm"),
@@ -78,6 +80,10 @@ class DistillWeights(Strict):
     fusion_hidden: float = Field(1.0, ge=0)
     fusion_self_attention: float = Field(1.0, ge=0)
     fusion_cross_attention: float = Field(0.0, ge=0, description="not in the published general stage")
+    lm_logits: float = Field(0.0, ge=0, description="of a network with a decoder, which the published method does not have")
+    decoder_hidden: float = Field(0.0, ge=0, description="likewise")
+    decoder_self_attention: float = Field(0.0, ge=0, description="likewise")
+    decoder_cross_attention: float = Field(0.0, ge=0, description="likewise")
 
 
 class FusedWeights(Strict):
@@ -173,7 +179,7 @@ class PretrainingDistillation(Distillation):
     @classmethod
     def _of_these_losses(cls, weights: DistillWeights, info: ValidationInfo) -> DistillWeights:
         """A weight that was left at its default is no mistake where its loss is left out: it does nothing there."""
-        usual, losses = DistillWeights(), set(info.data.get("losses", ()))
+        usual, losses = DistillWeights(), set(info.data.get("losses") or ())
         chosen = [name for name, value in weights if value and value != getattr(usual, name)]
         wrong = [f"{name} needs {' or '.join(PASSES[name])}" for name in chosen if name in PASSES and losses.isdisjoint(PASSES[name])]
         if losses and wrong:
@@ -183,7 +189,7 @@ class PretrainingDistillation(Distillation):
     @classmethod
     def _new_every_time(cls, given: dict[str, Any]) -> Iterator[str]:
         yield from super()._new_every_time(given)
-        if "box" in given.get("losses", ()) and given.get("region_probability"):
+        if "box" in (given.get("losses") or ["box"]) and given.get("region_probability"):
             yield "region_probability=0"
 
 

@@ -47,15 +47,36 @@ class Contrasting(Learning):
     )
 
 
-class PretrainingSettings(Learning):
+Loss = Literal["itc", "itm", "mlm", "lm", "box"]
+
+
+class Losses(Learning):
+    """What is minimised before any task."""
+
+    losses: list[Loss] | None = Field(
+        None,
+        min_length=1,
+        description="by default all of the published ones: itc, itm, mlm, box of an X-VLM; itc, itm, lm of a BLIP",
+    )
+    loss_weights: dict[Loss, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="of losses, where it is not 1")
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _of_losses(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        losses = info.data.get("losses")
+        if losses and (strange := [name for name in weights if name not in losses]):
+            raise ValueError(f"{strange[0]} is not among the losses")
+        return weights
+
+
+class PretrainingSettings(Contrasting, Losses):
     """Image-text pre-training."""
 
-    losses: list[Literal["itc", "itm", "mlm", "box"]] = Field(["itc", "itm", "mlm", "box"], min_length=1)
     region_probability: float = Field(0.5, ge=0, le=1, description="chance of a region step before a general step; for boxes alone: always")
     regions_per_image: Size = Field(5, ge=1)
     mask_probability: float = Field(0.25, gt=0, lt=1, description="part of a text's tokens that MLM hides")
     max_masks: Size = Field(8, ge=1, description="at most so many of them")
-    hard_negatives: bool = Field(True, description="matching draws its negatives by similarity, as published; false: any, for a beginner")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="lm: the part of a target that all tokens share")
 
     def fullest(self) -> dict[str, Any]:
         """With a region step, if there may be one."""
@@ -64,7 +85,7 @@ class PretrainingSettings(Learning):
     @field_validator("hard_negatives")
     @classmethod
     def _of_matching(cls, hard: bool, info: ValidationInfo) -> bool:
-        if not hard and "itm" not in info.data.get("losses", ["itm"]):
+        if not hard and "itm" not in (info.data.get("losses") or ["itm"]):
             raise ValueError("it needs itm among the losses")
         return hard
 

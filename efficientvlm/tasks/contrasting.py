@@ -46,8 +46,11 @@ def contrast_of(config: Contrasting, student: Loaded, source: Any) -> MomentumCo
     )
 
 
-def contrast_problems(config: Contrasting) -> Iterator[BadInput]:
-    """A queue that whole batches do not fill."""
+def contrast_problems(config: Contrasting, student: Loaded) -> Iterator[BadInput]:
+    """A queue that whole batches do not fill, and what X-VLM's losses do not know."""
+    if config.negatives_over == "process" and "contrast" not in student.abilities:
+        why = f"a network of type {student.model.config.model_type} draws negatives from the pairs of all processes"
+        yield BadInput("negatives_over process", why, "leave it out")
     if config.queue is not None and config.queue % config.batch_size:
         near = max(1, round(config.queue / config.batch_size)) * config.batch_size
         yield BadInput(f"queue {config.queue:,}", f"it is no multiple of batch_size {config.batch_size:,}", f"use {near:,}")

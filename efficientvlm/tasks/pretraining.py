@@ -1,4 +1,4 @@
-"""Pre-training: X-VLM's losses on image-text pairs and described regions."""
+"""Pre-training: X-VLM's losses on image-text pairs and described regions, BLIP's on pairs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from efficientvlm.data.opening import drawn, usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.objectives.blip_pretraining import BlipPretraining
+from efficientvlm.objectives.momentum import MomentumContrast
+from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.tasks import PretrainingSettings
+from efficientvlm.tasks.contrasting import averaged, contrast_of, contrast_problems, elements_beside
 from efficientvlm.tasks.remembered import bytes_of_features
 from efficientvlm.tasks.task import Learnt
 from efficientvlm.training.loop import Batch
@@ -28,22 +32,26 @@ VALIDATION_BATCHES = 16
 
 
 class Pretraining(Learnt):
-    """Contrast, matching, masked tokens and boxes, as far as the network has heads for them (X-VLM)."""
+    """Contrast, matching, masked tokens and boxes of an X-VLM; contrast with averaged encoders, matching and captions of a BLIP."""
 
     name, kind, needs, final = "pretraining", PAIRS, ("pretrain",), False
 
     def problems(self, config: PretrainingSettings, student: Loaded) -> Iterator[BadInput]:
         if not self.able(student):
             yield self.refusal(student)
-        elif missing := sorted(set(config.losses) - set(student.model.config.heads)):
-            fix = f"leave it out: losses={sorted(student.model.config.heads)}"
+        losses, able = losses_of(config, student), student.model.config.learns()
+        if self.able(student) and (missing := sorted({*losses} - able)):
+            fix = f"leave it out: losses={sorted(able)}"
             yield BadInput(f"{student.path} has no head for {', '.join(missing)}", "", fix)
         for name in ("batch_size", "eval_batch_size"):
-            if getattr(config, name) == 1 and "itm" in config.losses:
+            if getattr(config, name) == 1 and "itm" in losses:
                 yield BadInput(f"{name} 1", "matching needs another pair as negative", "use 2 or more")
+        yield from contrast_problems(config, student)
+        if config.momentum and "contrast" not in student.abilities:
+            yield BadInput(f"momentum {config.momentum}", "regions are contrasted too, and no encoder is averaged for them", "leave it out")
 
     def teacher_problems(self, config: PretrainingSettings, teacher: Loaded) -> Iterator[BadInput]:
-        if missing := sorted(set(config.losses) - set(getattr(teacher.model.config, "heads", ()))):
+        if missing := sorted({*losses_of(config, teacher)} - teacher.model.config.learns()):
             yield BadInput(f"teacher {teacher.path} has no head for {', '.join(missing)}", "", "use the task-agnostic teacher")
 
     def adapt(self, config: PretrainingSettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
@@ -56,17 +64,31 @@ class Pretraining(Learnt):
             if not any(content.places for contents in source.contents() for content in contents):
                 raise BadInput(f"{config.data} describes no regions", "its boxes alone are to be learnt", "give losses=[itc,itm,mlm]")
 
-    def objective(self, config: PretrainingSettings, student: Loaded) -> XvlmPretraining:
-        settings = settings_of(config, "losses", "seed", "hard_negatives")
-        return XvlmPretraining(student.model, **settings)
+    def objective(self, config: PretrainingSettings, student: Loaded, contrast: MomentumContrast | None = None) -> Objective:
+        """By what the network can do: BLIP's losses or X-VLM's."""
+        common: dict[str, Any] = {"losses": losses_of(config, student), "contrast": contrast, "weights": config.loss_weights}
+        common |= settings_of(config, "seed", "hard_negatives")
+        if "contrast" in student.abilities:
+            return BlipPretraining(student.model, negatives=config.negatives_over, smoothing=config.label_smoothing, **common)
+        return XvlmPretraining(student.model, **common)
+
+    def objective_on(self, config: PretrainingSettings, student: Loaded, source: Any) -> Objective:
+        return self.objective(config, student, contrast_of(config, student, source) if "itc" in losses_of(config, student) else None)
+
+    def notes(self, config: PretrainingSettings, student: Loaded, source: Any) -> dict[str, Any]:
+        made = averaged(config, student, source) if "itc" in losses_of(config, student) else None
+        return {"contrast": made._asdict()} if made else {}
+
+    def elements_beside(self, config: PretrainingSettings, student: Loaded, source: Any) -> int:
+        return elements_beside(config, student, source) if "itc" in losses_of(config, student) else 0
 
     def batches(self, config: PretrainingSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         """Pairs, and before them by chance a region step, where the network has boxes to learn and the data describe regions; where there
         are boxes alone to learn, always a region step and no pairs."""
         settings = {"seed": config.seed, "step": step, **augmentation(config), **settings_of(config, "mask_probability", "max_masks")}
-        alone = boxes_alone(config)
-        batches = [] if alone else [pair_batch(items, texts, **settings)]
-        regions = config.region_probability if "box" in config.losses else 0.0
+        alone, losses = boxes_alone(config), losses_of(config, student)
+        batches = [] if alone else [pair_batch(items, texts, masks="mlm" in losses, **settings)]
+        regions = config.region_probability if "box" in losses else 0.0
         described = [item for item in items if item.regions]
         if alone or (ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions):
             some = described or items[:1]  # a process without regions takes part with a whole image
@@ -104,18 +126,24 @@ class Pretraining(Learnt):
                 continue  # matching needs another pair
             images += len(items)
             masking = settings_of(config, "mask_probability", "max_masks")
+            masking["masks"] = "mlm" in losses_of(config, student)
             batch = pair_batch(items, texts, seed=0, step=start, augment_kind="none", **masking)
             for name, value in measured(objective, on_device(batch, device), start).items():
                 found.setdefault(name, []).append(value)
         return {"images": images, **{name: sum(values) / len(values) for name, values in found.items()}}
 
 
+def losses_of(config: PretrainingSettings, loaded: Loaded) -> tuple[str, ...]:
+    """What is minimised: by default all with which the network was published."""
+    return tuple(config.losses or loaded.model.config.usual_losses)
+
+
 def boxes_alone(config: PretrainingSettings) -> bool:
     """Whether nothing but boxes is learnt, as X-VLM does before grounding."""
-    return set(config.losses) == {"box"}
+    return set(config.losses or ()) == {"box"}
 
 
-def measured(objective: XvlmPretraining, batch: Batch, step: int) -> dict[str, float]:
+def measured(objective: Objective, batch: Batch, step: int) -> dict[str, float]:
     """Losses and accuracies of one batch."""
     losses, record, _ = objective.passes(objective.model, batch, step)
     values = {name: float(value) for name, value in losses.items()}

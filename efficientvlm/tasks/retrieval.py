@@ -49,7 +49,7 @@ class Retrieval(Learnt, Asked):
     def problems(self, config: RetrievalSettings, student: Loaded) -> Iterator[BadInput]:
         if config.batch_size < 2:
             yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
-        yield from contrast_problems(config)
+        yield from contrast_problems(config, student)
 
     def teacher_problems(self, config: RetrievalSettings, teacher: Loaded) -> Iterator[BadInput]:
         yield from super().teacher_problems(config, teacher)

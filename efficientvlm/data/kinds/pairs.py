@@ -165,8 +165,9 @@ def pair_batch(
     max_masks: int = 8,
     max_tokens: int | None = None,
     task: bool = False,
+    masks: bool = True,
 ) -> Batch:
-    """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task, and masks nothing.
+    """One caption an image, masked and unmasked; `task` selects the milder augmentation of a task; then nothing is masked.
 
     Where `mirror` allows it, half of the images are mirrored whose texts name no side; so in all functions here.
 
@@ -183,7 +184,7 @@ def pair_batch(
         images.append(augment(augment_kind, item.image, rng, flip_ok=mirror and not names_a_side(caption), task=task).image)
         captions.append(caption)
     batch: Batch = {"samples": len(items), "pixels": stack(images), "image_ids": keys([item.id for item in items])}
-    if task:
+    if task or not masks:
         return batch | _plain_texts(captions, texts, max_tokens)
     draws = [generator(seed, step, item.id, "mask") for item in items]
     return batch | _masked_texts(captions, texts, max_tokens, draws, mask_probability, max_masks)

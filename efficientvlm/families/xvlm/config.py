@@ -42,6 +42,7 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
 
     model_type = "xvlm"
     crossing = ("fusion", "decoder")
+    usual_losses = PRETRAIN_HEADS
 
     image_size: int = 224
     patch_size: int = 16
@@ -93,6 +94,9 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     @property
     def usual_tokens(self) -> int:
         return 40
+
+    def learns(self) -> frozenset[str]:
+        return frozenset(self.heads) & set(PRETRAIN_HEADS)
 
     @property
     def feature_width(self) -> int:
