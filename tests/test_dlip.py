@@ -12,6 +12,7 @@ import pytest
 import torch
 from compression_cases import CONFIGS, network
 from conftest import SHAPES, SIZES, TRAIN, run_stage
+from test_momentum import finder  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.distances import alignment, divergence, maps_divergence, of_last_word, of_words
 from efficientvlm.objectives.dlip import TABLE, distilled, last_layers, needs
 from efficientvlm.objectives.generation import Generation
-from efficientvlm.objectives.losses import Contrast
+from efficientvlm.objectives.losses import Contrast, Queues
 from efficientvlm.objectives.terms import Pairing, Term, TowerMap
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.exchange import Rows
@@ -170,7 +171,9 @@ def test_alignment_shares_the_target_among_pairs_that_belong_together() -> None:
     same = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]]).bool()
     temperature, alpha = torch.tensor(0.5), 0.3
     rows = Rows(3)
-    ours, theirs = Contrast(image, text, temperature, rows, same, *queue), Contrast(image_t, text_t, torch.tensor(9.0), rows)
+    nothing = torch.zeros(0, 4)
+    queues = Queues(*queue, nothing, nothing, torch.zeros(0).long())
+    ours, theirs = Contrast(image, text, temperature, rows, same, queues), Contrast(image_t, text_t, torch.tensor(9.0), rows)
     expected = 0.0
     for feature, taught, keys in ((image, image_t, torch.cat([text_t, queue[1]])), (text, text_t, torch.cat([image_t, queue[0]]))):
         for row in range(3):
@@ -298,10 +301,23 @@ def test_it_teaches_every_stage_of_a_task(chain: Path, narrow: Path, tmp_path: P
     shutil.rmtree(tmp_path / "pruned")
 
 
-def test_cached_features_align_as_those_of_a_teacher_that_runs(chain: Path, narrow: Path, tmp_path: Path) -> None:
+def test_cached_features_align_as_those_of_a_teacher_that_runs(chain: Path, narrow: Path, finder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of an X-VLM, and of a BLIP, whose temperature lies in the objective and whose queue has keys of earlier steps."""
     dual = dict.fromkeys(("fused_feature", "fusion_self_attention", "fusion_cross_attention"), 0.0)
-    taught = {**SHORT, "task": "retrieval", "teacher": str(chain / "init"), "weights": dual, "augment": "none"}
-    for cached in (False, True):
-        run_stage("finetune", out=str(tmp_path / str(cached)), model=str(narrow), cache_teacher=cached, **taught)
-    live, kept = (require_complete(tmp_path / name).metrics["train"] for name in ("False", "True"))
-    assert kept == pytest.approx(live, rel=1e-4, abs=1e-5) and {"kd_alignment", "kd_image_features", "kd_text_features"} <= kept.keys()
+    taught = {**SHORT, "task": "retrieval", "weights": dual, "augment": "none"}
+    for name, student, teacher in (("xvlm", narrow, chain / "init"), ("blip", finder / "finder", finder / "finder")):
+        for cached in (False, True):
+            out = str(tmp_path / f"{name}-{cached}")
+            run_stage("finetune", out=out, model=str(student), teacher=str(teacher), cache_teacher=cached, **taught)
+        live, kept = (require_complete(tmp_path / f"{name}-{cached}").metrics["train"] for cached in (False, True))
+        assert kept == pytest.approx(live, rel=1e-4, abs=1e-5) and {"kd_alignment", "kd_image_features", "kd_text_features"} <= kept.keys()
+
+
+def test_a_blip_learns_retrieval_from_one_of_its_kind_beside_a_queue(finder: Path, tmp_path: Path) -> None:  # noqa: F811
+    taught = {**SHORT, "task": "retrieval", "model": str(finder / "finder"), "teacher": str(finder / "finder"), "queue": 8}
+    kd = []
+    for quirk in (False, True):
+        run_stage("finetune", out=str(tmp_path / str(quirk)), quirks={"queued_first": quirk}, **taught)
+        kd.append(require_complete(tmp_path / str(quirk)).metrics["train"])
+    assert {f"kd_{name}" for name in settings("retrieval").weights.model_dump()} <= kd[0].keys()
+    assert kd[1]["kd_alignment"] > kd[0]["kd_alignment"], "more wrong partners"

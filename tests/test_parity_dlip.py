@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from efficientvlm.families.network import Record
 from efficientvlm.objectives.dlip import TABLE
-from efficientvlm.objectives.losses import Contrast
+from efficientvlm.objectives.losses import Contrast, Queues
 from efficientvlm.objectives.terms import Term, TowerMap, compared
 from efficientvlm.runtime.exchange import Rows
-from efficientvlm.settings.dlip import PretrainingDlip, WritingQuirks
+from efficientvlm.settings.dlip import PretrainingDlip, PretrainingQuirks
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "dlip_terms_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
@@ -36,7 +36,7 @@ NAMES = {
     "decoder_self_attention": "9_decoder_self_attn",
 }
 MAPS = [name for name in NAMES if name.endswith("attention")]
-PUBLISHED = WritingQuirks(unmasked_padding=True, first_token=True, shrunk_maps=True)
+PUBLISHED = PretrainingQuirks(unmasked_padding=True, first_token=True, shrunk_maps=True, queued_first=True)
 TAPS = {
     "text.hidden@itm_positive": "fusion_hidden",
     "text.self_attention@itm_positive": "fusion_self_attn",
@@ -63,7 +63,7 @@ class Case:
         met = dict.fromkeys(("head", "cross_head"), [([], [])] * 2 + [pairs])
         self.maps = dict.fromkeys(("text", "decoder"), TowerMap([(3, 4)], [(2, 3)], met))
 
-    def record(self, who: str, queues: str = "before") -> Record:
+    def record(self, who: str) -> Record:
         found = self.leaves if who == "student" else self.expected
         record = Record(text_mask=self.mask, predicts=F.pad(self.mask[:, 1:], (0, 1)))
         record |= {f"{tower}_feature": found[f"{who}.{tower}_feat"] for tower in ("image", "text")}
@@ -71,15 +71,17 @@ class Case:
         for tap, name in TAPS.items():
             count = LAYERS[who] + tap.partition("@")[0].endswith("hidden")
             record[tap] = [found[f"{who}.{name}.{layer}"] for layer in range(count)]
-        images, texts = (self.expected[f"queue_{queues}.{tower}"].T for tower in ("image", "text"))
-        same = torch.cat([torch.eye(4), torch.zeros(4, len(images))], 1).bool()
-        record["contrast"] = Contrast(record["image_feature"], record["text_feature"], self.temperature, Rows(4), same, images, texts)
+        before = [self.expected[f"queue_before.{tower}"].T for tower in ("image", "text")]
+        new = [self.expected[f"student.{tower}_feat_m"] for tower in ("image", "text")]
+        queues = Queues(*before, *new, (int(self.expected["queue_ptr_after"]) - 4 + torch.arange(4)) % len(before[0]))
+        same = torch.cat([torch.eye(4), torch.zeros(4, len(before[0]))], 1).bool()
+        record["contrast"] = Contrast(record["image_feature"], record["text_feature"], self.temperature, Rows(4), same, queues)
         return record
 
     def text_projection(self, who: str, states: Tensor) -> Tensor:
         return F.linear(states, *(self.weights[who][f"text_proj.{part}"] for part in ("weight", "bias")))
 
-    def value(self, weight: str, *, queues: str = "before", change: Any = None, **chosen: Any) -> Tensor:
+    def value(self, weight: str, *, change: Any = None, **chosen: Any) -> Tensor:
         term = term_of(weight, **chosen)
         if weight in ("fused_feature", "decoder_state"):
             inner = term.distance
@@ -87,11 +89,11 @@ class Case:
                 self.text_projection("student", ours), self.text_projection("teacher", theirs), *rest
             )
             term = term._replace(distance=both)
-        return compared(change(term) if change else term, self.record("student", queues), self.record("teacher"), self.maps)
+        return compared(change(term) if change else term, self.record("student"), self.record("teacher"), self.maps)
 
 
 def term_of(weight: str, **chosen: Any) -> Term:
-    usual = {name: field.default for name, field in PretrainingDlip.model_fields.items()} | {"quirks": WritingQuirks()}
+    usual = {name: field.default for name, field in PretrainingDlip.model_fields.items()} | {"quirks": PretrainingQuirks()}
     (row,) = [row for row in TABLE if row.weight == weight]
     term = row.term(MASKS, SimpleNamespace(**usual | chosen))  # type: ignore[arg-type]
     assert term
@@ -131,13 +133,13 @@ def agrees(case: Case, value: Tensor, expected: str, gradients: str) -> None:
 def test_terms_and_gradients_as_replicated(case: Case, weight: str) -> None:
     if f"term.{NAMES[weight]}" not in case.expected:
         pytest.skip("the replication stops where heads differ in number")
-    value = case.value(weight, queues="after", quirks=PUBLISHED)
+    value = case.value(weight, quirks=PUBLISHED)
     agrees(case, value, f"term.{NAMES[weight]}", f"grad.{NAMES[weight]}.")
 
 
 def test_their_sum_as_replicated() -> None:
     case = Case("a")
-    total = sum((case.value(weight, queues="after", quirks=PUBLISHED) for weight in NAMES), torch.zeros(()))
+    total = sum((case.value(weight, quirks=PUBLISHED) for weight in NAMES), torch.zeros(()))
     torch.testing.assert_close(total, case.expected["term.sum"], **CLOSE)
 
 
@@ -163,8 +165,8 @@ def every_key(term: Term) -> Term:
     [
         ("valid_rows", {}),
         ("head_mean", {"heads": "mean", "quirks": PUBLISHED}),
-        ("head_mean_valid_rows", {"heads": "mean", "quirks": WritingQuirks(shrunk_maps=True)}),
-        ("head_mean_plain_kl_valid_rows", {"heads": "mean", "attention_temperature": 0.0, "quirks": WritingQuirks(shrunk_maps=True)}),
+        ("head_mean_valid_rows", {"heads": "mean", "quirks": PretrainingQuirks(shrunk_maps=True)}),
+        ("head_mean_plain_kl_valid_rows", {"heads": "mean", "attention_temperature": 0.0, "quirks": PretrainingQuirks(shrunk_maps=True)}),
     ],
 )
 def test_maps_repaired(case: Case, weight: str, repaired: str, chosen: Any) -> None:
@@ -179,5 +181,5 @@ def test_maps_repaired(case: Case, weight: str, repaired: str, chosen: Any) -> N
 def test_averages_of_heads_are_brought_back_to_the_size_of_single_ones(weight: str) -> None:
     case = Case("a")
     single, mean = case.value(weight), case.value(weight, heads="mean")
-    shrunk = case.value(weight, heads="mean", quirks=WritingQuirks(shrunk_maps=True))
+    shrunk = case.value(weight, heads="mean", quirks=PretrainingQuirks(shrunk_maps=True))
     assert 0.8 < (mean / single).item() < 1.25 and (single / shrunk).item() > 3

@@ -30,11 +30,11 @@ from efficientvlm.objectives.dlip import TABLE
 from efficientvlm.objectives.efficientvlm import layer_maps, released
 from efficientvlm.objectives.generation import Generation
 from efficientvlm.objectives.grounding import Grounding
-from efficientvlm.objectives.losses import Contrast
+from efficientvlm.objectives.losses import Contrast, Queues
 from efficientvlm.objectives.terms import TowerMap, compared, tower_maps
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.exchange import Rows
-from efficientvlm.settings.dlip import PretrainingDlip, WritingQuirks
+from efficientvlm.settings.dlip import PretrainingDlip, PretrainingQuirks
 from efficientvlm.settings.methods import DistillationQuirks, NLVR2Quirks
 from efficientvlm.tasks import gradcam
 from efficientvlm.tasks.ranking import rank
@@ -241,7 +241,8 @@ def said(who: str, layers: int, width: int, heads: int) -> Record:
     unit = {name: F.normalize(values(f"{who} {name}", (count, 6)), dim=-1) for name, count in counts.items()}
     record = Record(text_mask=mask, predicts=F.pad(mask[:, 1:], (0, 1)), image_feature=unit["image"], text_feature=unit["text"])
     same = torch.eye(PAIRS, PAIRS + 5).bool()
-    record["contrast"] = Contrast(unit["image"], unit["text"], torch.tensor(0.1), Rows(PAIRS), same, unit["images"], unit["texts"])
+    queues = Queues(unit["images"], unit["texts"], unit["image"], unit["text"], torch.tensor([3, 4, 5, 6]))  # of which two are free
+    record["contrast"] = Contrast(unit["image"], unit["text"], torch.tensor(0.1), Rows(PAIRS), same, queues)
     record["lm_logits"] = values(f"{who} logits", (PAIRS, LENGTH, VOCABULARY), 4)
     for tower, run in (("text", "@itm_positive"), ("decoder", "")):
         seen = mask.bool()[:, None, None] & torch.ones(LENGTH, LENGTH).tril(LENGTH * (tower == "text")).bool()
@@ -259,8 +260,8 @@ def dlip() -> Iterator[tuple[str, float]]:
     masks = {name: "text_mask" if "." in name else "" for name in student}
     met: Any = [([], []), ([0, 1, 2], [0, 1, 2])]
     maps = dict.fromkeys(("text", "decoder"), TowerMap([(2, 3)], [(1, 2)], {"head": met, "cross_head": met}))
-    usual = {name: field.default for name, field in PretrainingDlip.model_fields.items()} | {"quirks": WritingQuirks()}
-    replicated = {"quirks": WritingQuirks(first_token=True, unmasked_padding=True, shrunk_maps=True)}
+    usual = {name: field.default for name, field in PretrainingDlip.model_fields.items()} | {"quirks": PretrainingQuirks()}
+    replicated = {"quirks": PretrainingQuirks(first_token=True, unmasked_padding=True, shrunk_maps=True, queued_first=True)}
     for form, chosen in {
         "repaired": {},
         "as replicated": replicated,

@@ -121,7 +121,7 @@ class BlipPretraining(Contrasting):
 
     def cached(self, teacher: Any) -> CachedFeatures:
         """`teacher`, which answers for `itc_logits` alone and sees a picture and a caption once."""
-        return CachedFeatures(teacher)
+        return CachedFeatures(teacher, lambda: self.temperature(teacher))
 
     def temperature(self, model: Any) -> Tensor:
         """That of `model`, or of the objective where it has none, within its limits."""

@@ -57,22 +57,27 @@ def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(ours.float(), theirs.float().clone(), dim=-1)
 
 
-def alignment(ours: Contrast, theirs: Contrast, term: Term, pairing: Pairing, *, alpha: float) -> Tensor:
+def alignment(ours: Contrast, theirs: Contrast, term: Term, pairing: Pairing, *, alpha: float, queued_first: bool = False) -> Tensor:
     """Cross-entropy of the student's features with the teacher's of the batch and the student's keys of queues, both directions averaged.
 
     The target is alpha times what the teacher's feature makes of the same keys, divided by the student's temperature as published, and
-    1 - alpha times the pairs that belong together, which share it.
+    1 - alpha times the pairs that belong together, which share it. With `queued_first` the queues already hold the batch's own keys, which
+    count as wrong partners (published).
     """
     assert ours.same is not None
     with torch.no_grad():
         images, texts = (ours.rows.gather(feature.float().clone()) for feature in (theirs.image, theirs.text))
-        hard = ours.same / ours.same.sum(1, keepdim=True)
+        same, count = ours.same, len(images)
+        if ours.queues is not None:
+            image_queue, text_queue = ours.queues.image, ours.queues.text
+            if queued_first:
+                image_queue, text_queue, left = ours.queues.renewed()
+                wrong = same.new_zeros(len(same), len(image_queue) - int(left.sum()))
+                same = torch.cat([same[:, :count], wrong, same[:, count:][:, left]], 1)
+            images, texts = torch.cat([images, image_queue.float()]), torch.cat([texts, text_queue.float()])
+        hard = same / same.sum(1, keepdim=True)
     total = torch.zeros((), device=hard.device)
-    for feature, taught, batch, queue in (
-        (ours.image, theirs.image, texts, ours.text_queue),
-        (ours.text, theirs.text, images, ours.image_queue),
-    ):
-        keys = batch if queue is None else torch.cat([batch, queue.detach().float()])
+    for feature, taught, keys in ((ours.image, theirs.image, texts), (ours.text, theirs.text, images)):
         with torch.no_grad():
             target = alpha * (taught.float() @ keys.T / ours.temperature).softmax(1) + (1 - alpha) * hard
         total = total - (target * (feature.float() @ keys.T / ours.temperature).log_softmax(1)).sum() / 2

@@ -81,7 +81,7 @@ def _written(settings: Any, tap: str, mask: str) -> dict[str, Any]:
 
 
 def _aligned(settings: Any, tap: str, mask: str) -> dict[str, Any]:
-    return {"distance": partial(alignment, alpha=settings.teacher_alpha)}
+    return {"distance": partial(alignment, alpha=settings.teacher_alpha, queued_first=settings.quirks.queued_first)}
 
 
 def _said(settings: Dlip, tap: str, mask: str) -> dict[str, Any]:

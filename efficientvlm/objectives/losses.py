@@ -14,12 +14,30 @@ from efficientvlm.runtime.exchange import Rows
 Negatives = tuple[Tensor, Tensor]
 
 
+class Queues(NamedTuple):
+    """Keys of earlier steps, `image` and `text` [Q, E], as a step finds them.
+
+    The step will put `new_image` and `new_text` [N, E] into the places `replaced` [N]; those from Q on are still free.
+    """
+
+    image: Tensor
+    text: Tensor
+    new_image: Tensor
+    new_text: Tensor
+    replaced: Tensor
+
+    def renewed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys of images and of texts once the step has put its own, those first, and which [Q] of the earlier ones are still there."""
+        left = torch.ones(len(self.image), dtype=torch.bool, device=self.image.device)
+        left[self.replaced[self.replaced < len(left)]] = False
+        return torch.cat([self.new_image, self.image[left]]), torch.cat([self.new_text, self.text[left]]), left
+
+
 class Contrast(NamedTuple):
     """What the features of this process's pairs are compared by.
 
     `image` and `text` [B, E] are unit vectors; `temperature` divides their products. `rows` says whose pairs they meet: the K of all
     processes or of this one. `same` [B, K + Q] is True where image and text, or text and image, belong together; a teacher need not say.
-    `image_queue` and `text_queue` [Q, E] are the keys of earlier steps, as this step finds them.
     """
 
     image: Tensor
@@ -27,8 +45,7 @@ class Contrast(NamedTuple):
     temperature: Tensor
     rows: Rows
     same: Tensor | None = None
-    image_queue: Tensor | None = None
-    text_queue: Tensor | None = None
+    queues: Queues | None = None
 
 
 def even_texts(batch: dict[str, Any]) -> dict[str, Any]:

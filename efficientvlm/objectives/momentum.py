@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from efficientvlm.data.draw import seed_of
-from efficientvlm.objectives.losses import Contrast, contrast_loss, positives
+from efficientvlm.objectives.losses import Contrast, Queues, contrast_loss, positives
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.runtime.exchange import Rows
 from efficientvlm.settings.tasks import Over
@@ -105,10 +105,14 @@ class Queue(nn.Module):
         filled = min(self.seen, self.size)
         return Features(*(self.get_buffer(name)[:filled] for name in Features._fields))
 
+    def places(self, count: int) -> Tensor:
+        """Where the next `count` pairs go."""
+        return (self.seen + torch.arange(count, device=self.total.device)) % self.size
+
     @torch.no_grad()
     def put(self, new: Features) -> None:
         """Add pairs, no more than there is room for; they begin anew at its end."""
-        rows = (self.seen + torch.arange(len(new.image), device=self.total.device)) % self.size
+        rows = self.places(len(new.image))
         for name, values in new._asdict().items():
             self.get_buffer(name).index_copy_(0, rows, values.to(self.get_buffer(name).dtype))
         self.seen += len(new.image)
@@ -132,7 +136,7 @@ class Keys(NamedTuple):
 
     `own` are the momentum features of the batch [B, ...], `every` those of the batches of all processes, `of` those of all keys [K, ...]:
     of one or the other first, as `rows` says, and from `queued` on of the queue. `same` [B, K] is True where an image and a text belong
-    together.
+    together. `replaced` are the places in the queue that the step will take.
     """
 
     own: Features
@@ -141,10 +145,13 @@ class Keys(NamedTuple):
     rows: Rows
     queued: int
     same: Tensor
+    replaced: Tensor
 
     def contrasted(self, image: Tensor, text: Tensor, temperature: Tensor) -> Contrast:
         """Features [B, E] of the batch and what they are compared by, for a method that compares them otherwise."""
-        return Contrast(image, text, temperature, self.rows, self.same, self.of.image[self.queued :], self.of.text[self.queued :])
+        images, texts = self.of.image[self.queued :], self.of.text[self.queued :]
+        queues = Queues(images, texts, self.every.image, self.every.text, self.replaced)
+        return Contrast(image, text, temperature, self.rows, self.same, queues)
 
 
 class MomentumContrast(nn.Module):
@@ -207,7 +214,7 @@ class MomentumContrast(nn.Module):
         before = torch.zeros(len(ids), len(known.image), dtype=torch.bool, device=ids.device)
         for mine, theirs in ((own.image_ids, known.image_ids), (own.caption_ids, known.caption_ids)):
             before |= (mine[:, None] == theirs[None]) & (mine[:, None] != NOBODY)
-        return Keys(own, every, of, rows, len(met.image), torch.cat([same, before], 1))
+        return Keys(own, every, of, rows, len(met.image), torch.cat([same, before], 1), self.queue.places(len(every.image)))
 
     def loss(self, image: Tensor, text: Tensor, keys: Keys, temperature: Tensor, step: int) -> Tensor:
         """Mean of both directions, for features [B, E] of images and texts.

@@ -126,10 +126,14 @@ class CachedVerdicts(CachedTeacher):
 
 
 class CachedFeatures(CachedTeacher):
-    """`itc_logits`, and the features that they are made of, by picture and by caption: 4 bytes for each entry of a feature."""
+    """`itc_logits`, and the features that they are made of, by picture and by caption: 4 bytes for each entry of a feature.
 
-    def __init__(self, model: Any) -> None:
+    `temperature` says by what similarities are divided, by default the network's own.
+    """
+
+    def __init__(self, model: Any, temperature: Callable[[], Tensor] | None = None) -> None:
         super().__init__(model)
+        self.temperature: Callable[[], Tensor] = temperature or (lambda: model.temp.clamp(0.001, 0.5))
         self.images: Kept = {}
         self.texts: Kept = {}
 
@@ -147,7 +151,7 @@ class CachedFeatures(CachedTeacher):
         everyone = Rows(len(ids))
         image = torch.stack(look_up(self.images, batch["image_ids"].tolist(), images)).to(ids.device)
         text = torch.stack(look_up(self.texts, batch["captions"], texts)).to(ids.device)
-        temperature = self.model.temp.clamp(0.001, 0.5)
+        temperature = self.temperature()
         similar = everyone.gather(image) @ everyone.gather(text).T / temperature
         features = {"image_feature": image, "text_feature": text}
         return Record(itc_logits=similar, contrast=Contrast(image, text, temperature, everyone), **features)

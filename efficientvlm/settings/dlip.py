@@ -66,6 +66,14 @@ class WritingQuirks(DlipQuirks):
     first_token: bool = Field(False, description="the decoder's state is that of its first token, which has seen no word")
 
 
+class ContrastQuirks(DlipQuirks):
+    queued_first: bool = Field(False, description="alignment finds the batch's own keys in the queues already, as wrong partners")
+
+
+class PretrainingQuirks(WritingQuirks, ContrastQuirks):
+    """And all of them."""
+
+
 class Dlip(Repeatable):
     """DLIP's distillation, whatever the task: its terms beside the task's losses, which keep their weight."""
 
@@ -106,12 +114,14 @@ class WritingDlip(Dlip):
 
 
 class ContrastDlip(Dlip):
+    quirks: ContrastQuirks = Field(default_factory=ContrastQuirks)
     teacher_alpha: float = Field(
         0.4, ge=0, le=1, description="alignment: part of the target that the teacher says; the rest is the true partner's"
     )
 
 
 class PretrainingDlip(WritingDlip, ContrastDlip):
+    quirks: PretrainingQuirks = Field(default_factory=PretrainingQuirks)
     kept = ("image_features", "text_features", "alignment")
     weights: AllWeights = Field(default_factory=AllWeights)
 
