@@ -202,9 +202,10 @@ def test_eval_measures_and_writes_what_was_said(captioners, tmp_path):
     assert said.exists() and again["metrics"] == found["metrics"]
     one, other = (run_stage("eval", **asked, decoding="sample", batch_size=size, seed=3)["metrics"] for size in (1, 64))
     assert one == other
-    (tmp_path / "mine.jsonl").write_text('{"image": "x.png", "question": "q"}\n')
-    with pytest.raises(BadInput, match="no file of captions"):
-        run_stage("eval", **asked, captions=str(tmp_path / "mine.jsonl"))
+    for mine in ("question", "caption"):  # neither another file, nor data with captions
+        (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "x.png", mine: "q"}))
+        with pytest.raises(BadInput, match="no file of captions"):
+            run_stage("eval", **asked, captions=str(tmp_path / "mine.jsonl"))
 
 
 def test_eval_counts_meteor_and_spice_where_they_are_asked_for(captioners, tmp_path, monkeypatch):

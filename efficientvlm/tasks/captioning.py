@@ -150,7 +150,7 @@ class Captioning(Learnt, Asked):
         if config.spice:
             java_metrics.check("SPICE", config.spice)
         if config.captions:
-            captions_file(config.captions)
+            captions_file(config.captions, "references")
 
     def also_writes(self, config: CaptionEval) -> list[str]:
         return [config.captions] if config.captions else []
@@ -162,7 +162,7 @@ class Captioning(Learnt, Asked):
         if not said.captions:
             raise BadInput(f"{config.data} has no captions", f"split {config.split} of {source.name}", "use another --data or --split")
         if config.captions:
-            write_captions(captions_file(config.captions), said.rows())
+            write_captions(captions_file(config.captions, "references"), said.rows())
         measured = said.metrics(config.tokenization, title, quiet)
         if config.meteor:
             measured["meteor"] = java_metrics.meteor(said.captions, said.references)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientvlm.checkpoints.files import check_writable, result_path, unwritable, write_atomic
+from efficientvlm.checkpoints.files import check_writable, open_plain, result_path, unwritable, write_atomic
 from efficientvlm.data.batch import uniform
 from efficientvlm.data.kinds.pairs import PairItem, caption_batch
 from efficientvlm.data.opening import usable
@@ -36,6 +36,7 @@ from efficientvlm.training.loop import Batch
 EVAL_BATCH = 64
 SAMPLE = 10_000  # captions whose length is looked at
 SHARE = 0.05  # of longer captions: more are said
+LOOKED_AT = 1 << 20  # bytes of a first line
 INFLUENCE = {"image": ("pixels",)}, {"text": ("text_ids", "text_mask")}
 
 
@@ -261,21 +262,21 @@ def mean_loss(loaded: Loaded, source: Any, batch_size: int, quiet: bool, *, prom
     return total / tokens if tokens else None
 
 
-def captions_file(path: str) -> Path:
-    """The JSONL file that captions are written to: none yet, or one that such captions lie in.
+def captions_file(path: str, *beside: str) -> Path:
+    """The JSONL file that captions are written to: none yet, or one that such captions lie in, with what stands `beside` each.
 
     Raises:
-        BadInput: it is another file, or cannot be written.
+        BadInput: it is another file, such as data with captions where references stand beside, or it cannot be read or written.
     """
-    file = result_path(path, "captions.jsonl")
+    file, keys = result_path(path, "captions.jsonl"), {"image", "caption", *beside}
     if os.path.lexists(file):
-        with open(file, "rb") as opened:
-            first = opened.readline(1 << 20)
+        with open_plain(file) as opened:
+            first = opened.readline(LOOKED_AT)
         try:
-            row = json.loads(first) if first.strip() else {"image": "", "caption": ""}
+            row = json.loads(first) if first.strip() else dict.fromkeys(keys)
         except (ValueError, RecursionError):
             row = None
-        if not (isinstance(row, dict) and {"image", "caption"} <= row.keys()):
+        if not (isinstance(row, dict) and keys <= row.keys()):
             raise BadInput(f"{file} is no file of captions", "it holds something else", "remove it, or give another file")
     check_writable(file)
     return file
