@@ -79,7 +79,7 @@ def test_the_best_pictures_of_a_folder(chain: Path, album: Path, tmp_path: Path,
     tile = drawn.crop((sheets.GAP, sheets.GAP + sheets.LINE, sheets.GAP + 160, sheets.GAP + sheets.LINE + 160))
     difference = torch.tensor(list(tile.tobytes())).sub(torch.tensor(list(first.tobytes()))).abs().float().mean()
     assert difference < 2, "the best picture comes first"
-    plain = predict.run(**asked, rerank=0, top=2, quiet=True)
+    plain = predict.run(**asked, rerank=0, top=2, quiet=True, out=found["out"])  # what it wrote itself is replaced
     said = capsys.readouterr().err
     assert "1 of 7 pictures cannot be read" in said and "predict pictures" not in said, "quiet is about progress"
     assert [row["image"] for row in plain["answers"]] == [
@@ -108,6 +108,7 @@ def test_the_best_texts_of_a_picture(chain: Path, album: Path, tmp_path: Path, c
 def test_wrong_questions_are_refused(chain: Path, album: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no")
+    Image.new("RGB", (9, 9)).save(tmp_path / "own.png")
     (tmp_path / "none.txt").write_text("\n\n")
     asked: dict[str, Any] = {"model": str(chain / "init"), "image": str(album), "text": "a circle", "device": "cpu"}
     before = (album / "0.png").read_bytes()
@@ -121,6 +122,8 @@ def test_wrong_questions_are_refused(chain: Path, album: Path, tmp_path: Path) -
         ({"image": [str(tmp_path / "bad.png"), str(album / "torn.jpg")]}, "none of 2 pictures"),
         ({"out": str(tmp_path / "a.jpg")}, "written as PNG"),
         ({"out": str(album / "0.png")}, "the picture itself"),
+        ({"out": str(tmp_path / "own.png")}, "another picture"),
+        ({"out": str(tmp_path / "bad.png")}, "another picture"),
         ({"top": 0}, "greater than or equal to 1"),
         ({"question": "what?"}, "question: unknown key"),
     ):

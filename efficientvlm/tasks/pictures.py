@@ -7,14 +7,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
-from efficientvlm.checkpoints.files import result_path, unwritable, write_atomic
+from efficientvlm.checkpoints.files import open_plain, result_path, unwritable, write_atomic
 from efficientvlm.data.boxes import PixelBox
 from efficientvlm.data.images import open_image
 from efficientvlm.errors import BadInput
 
 INNER, OUTER = (255, 64, 0), (255, 255, 255)
+MARK, MADE_BY = "Software", "efficientvlm"  # an entry of PNG's own, by which pictures of ours are known
 THICKNESS = 200  # a line is one in so many pixels of the longer side, and two pixels at least
 
 
@@ -30,17 +31,27 @@ def with_box(image: str | Path, box: PixelBox) -> Image.Image:
 
 
 def picture_path(out: str, sources: Sequence[str | Path] = ()) -> Path:
-    """The PNG file that a picture is written to.
+    """The PNG file that a picture is written to: none yet, or one that :func:`write_picture` wrote.
 
     Raises:
-        BadInput: another kind of file, something that is no file, or one of the pictures `sources` themselves.
+        BadInput: another kind of file, something that is no file, one of the pictures `sources` themselves, or any other picture.
     """
     path = result_path(out, "found.png")
     if path.suffix.lower() != ".png":
         raise BadInput(f"--out {out}", "pictures are written as PNG", "give a file that is called .png")
     if any(os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source) for source in sources):
         raise BadInput(f"--out {out}", "it is the picture itself, which is not changed", "give another file")
+    if os.path.lexists(path) and not _is_ours(path):
+        raise BadInput(f"--out {out}", "there is another picture, which evlm predict did not write", "remove it, or give another file")
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with open_plain(path) as file, Image.open(file, formats=["PNG"]) as picture:
+            return bool(picture.info.get(MARK) == MADE_BY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def write_picture(picture: Image.Image, path: Path) -> str:
@@ -49,8 +60,9 @@ def write_picture(picture: Image.Image, path: Path) -> str:
     Raises:
         BadInput: the system refuses it.
     """
-    content = io.BytesIO()
-    picture.save(content, "PNG")
+    content, mark = io.BytesIO(), PngImagePlugin.PngInfo()
+    mark.add_text(MARK, MADE_BY)
+    picture.save(content, "PNG", pnginfo=mark)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content.getvalue())
