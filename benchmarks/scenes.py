@@ -39,7 +39,8 @@ WHAT = {
     METHOD: "shrink, distill, prune with learnt gates and KD, finetune with KD",
     PLAIN: "the shrunk teacher cut by magnitude to the same sparsity, then as many steps without a teacher",
 }
-BLIND = "trained and measured while pictures are painted gray"
+BLIND = {True: "trained and measured while pictures are painted gray", False: "the teacher, measured while pictures are painted gray"}
+"""What a model without pictures is, by whether it was trained so."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,13 @@ class Chain:
         return {**found, "threads": result["machine"]["threads"], "load": note.read_text("utf-8")}
 
 
+def described(run: Run) -> str:
+    """What the model of a row is."""
+    if run.model in run.task.hidden:
+        return BLIND[run.task.learnt]
+    return WHAT.get(run.model) or f"{run.task.other[run.model]} of the recipe"
+
+
 def row(run: Run, root: Path) -> dict[str, Any]:
     """Train, measure on the test split, and say what came out."""
     chain, began = Chain(run.task, run.seed, root), time.process_time()
@@ -208,7 +216,7 @@ def row(run: Run, root: Path) -> dict[str, Any]:
         "cpu_seconds": round(seconds, 1),
         "data": chain.data(f"{run.task.name}-teacher-test", run.model),
         "images": chain.settings(f"{run.task.name}-teacher-test").limit,
-        "what": WHAT.get(run.model, BLIND if run.model in run.task.hidden else f"{run.task.other.get(run.model)} of the recipe"),
+        "what": described(run),
         "commit": code(),
         "torch": manifest.environment()["torch"],
         "date": manifest.now()[:10],

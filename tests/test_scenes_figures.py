@@ -86,6 +86,8 @@ def test_one_seed_is_weak_and_two_torches_are_refused(publishing: Any, tmp_path:
 
 def test_rows_have_baselines_that_do_not_see_the_pictures(scenes: Any) -> None:
     found = [run.key for run in scenes.runs(list(scenes.TASKS), scenes.SEEDS)]
+    blind = {run.task.name: scenes.described(run) for run in scenes.runs(list(scenes.TASKS), [0]) if run.model == "text only"}
+    assert blind["retrieval"].startswith("the teacher") and blind["boxes"].startswith("trained")
     assert len(set(found)) == len(found) and {seed for _, seed, _ in found} == {"0", "1", "2"}
     assert {model for task, _, model in found if task == "statements"} >= {"one image only", "text only"}
     assert all({"teacher", "method", "no-kd", "text only"} <= set(task.models) for task in scenes.TASKS.values())
