@@ -103,3 +103,19 @@ def test_captions(model, settings, batch, name, rule):
         ids = beam(step, given, rules, how["num_beams"], length_rule=rule).ids[:, 0] if searched else continued(step, given, rules)
     ours = torch.cat([expected[:, :length], ids], 1)
     assert torch.equal(F.pad(ours, (0, expected.shape[1] - ours.shape[1])), expected)
+
+
+def test_images_of_another_size(model, settings, batch):
+    """The same weights at 48 px, whose positions are resized."""
+    expected = load_file(FOLDER / "caption_expected.safetensors")
+    larger, pixels = model.resized(48), expected["px48.image"]
+    torch.testing.assert_close(larger.state_dict()["vision_model.embeddings.position_embedding"], expected["px48.pos_embed"], **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(larger.encode_image(pixels).states, expected["px48.image_embeds"], **CLOSE)
+        given = batch["text_ids"][:2, :4].clone()
+        given[:, 0] = 98
+        how = settings["generate"]["beam3"]
+        rules = Rules(END, 0, how["max_length"] - 4, how["min_length"] - 4)
+        ids = beam(stepping(larger, larger.look(pixels)), given, rules, how["num_beams"]).ids[:, 0]
+    wanted = expected["px48.generate.beam3"]
+    assert torch.equal(torch.cat([wanted[:, :4], F.pad(ids, (0, wanted.shape[1] - 4 - ids.shape[1]))], 1), wanted)

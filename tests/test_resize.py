@@ -53,6 +53,24 @@ def test_a_pruned_swin_is_resized() -> None:
         found.run(found.example(1, 5))
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("blip")])
+def test_a_blip_is_resized_with_what_is_left_of_it(name: str) -> None:
+    config = CONFIGS[name].with_kept({"vision.0.head": [0], "vision.1.head": []})
+    model = network(config).eval()
+    side = config.vision_config.image_size
+    assert model.resized(side) is model
+    found = model.resized(2 * side)
+    assert found.config.kept == config.kept and found.config.sizes().image_size == 2 * side and config.sizes().image_size == side
+    table = "vision_model.embeddings.position_embedding"
+    ours, theirs = found.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours if key != table)
+    assert torch.equal(ours[table][:, 0], theirs[table][:, 0]) and ours[table].shape[1] == 4 * theirs[table].shape[1] - 3
+    with torch.no_grad():
+        found.run(found.example(1, 5))
+    with torch.device("meta"):
+        assert network(config).resized(2 * side).state_dict()[table].shape == ours[table].shape
+
+
 SIDE = 64
 
 
@@ -83,7 +101,9 @@ def test_sizes_that_patches_do_not_fill(chain: Path, tmp_path: Path, size: int, 
 
 def test_what_cannot_be_resized(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="keeps the size"):
-        network(CONFIGS["blip-qa"]).resized(4096)
+        network(CONFIGS["clip"]).resized(4096)
+    with pytest.raises(BadInput, match="no multiple of the patch size"):
+        network(CONFIGS["blip-qa"]).resized(4097)
     settings: dict[str, Any] = {"model": str(chain / "distilled"), "teacher": str(chain / "teacher"), "data": SHAPES, **TRAIN}
     with pytest.raises(BadInput, match="image"):
         run_stage("prune", image_size=2 * SIDE, out=str(tmp_path / "out"), **settings)

@@ -7,6 +7,7 @@ IMAGES = {
     "layers": "encoder.layers",
     "post_norm": "post_layernorm",
 }
+POSITIONS = "vision_model.embeddings.position_embedding"
 IMAGE_LAYER = {
     **{"attention": "self_attn", ":qkv": "qkv", ":out": "projection", "attention_norm": "layer_norm1"},
     **{"fc1": "mlp.fc1", "fc2": "mlp.fc2", "ffn_norm": "layer_norm2"},

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficientvlm.families.blip.config import SlicedBlipConfig
+from efficientvlm.families.blip.config import SlicedBlipConfig, check_sizes
 from efficientvlm.families.blip.graphs import blip_graphs
-from efficientvlm.families.blip.names import EMBEDDINGS, HEAD, IMAGE_LAYER, IMAGES, LAYERS, TEXT_LAYER
+from efficientvlm.families.blip.names import EMBEDDINGS, HEAD, IMAGE_LAYER, IMAGES, LAYERS, POSITIONS, TEXT_LAYER
 from efficientvlm.families.blip.start import draw_blip
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of, require
 from efficientvlm.families.towers.attention import Cache, Context
@@ -19,7 +19,16 @@ from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, blank_batch
-from efficientvlm.families.towers.parts import CROSS_ATTENTION, HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
+from efficientvlm.families.towers.parts import (
+    CROSS_ATTENTION,
+    HIDDEN,
+    NOTHING,
+    SELF_ATTENTION,
+    Encoded,
+    activation,
+    resize_positions,
+    tap,
+)
 from efficientvlm.families.towers.vit import Vit
 
 FEATURES = "features"
@@ -101,6 +110,15 @@ class Blip(Writing, TowerNetwork):
     def get_input_embeddings(self) -> nn.Module:
         bert: Bert = self.text_encoder if "text" in self.config.towers else self.text_decoder.bert
         return bert.embeddings.word
+
+    def resized(self, image_size: int) -> Any:
+        """The positions of patches are resized as in the published code; :class:`BadInput` where patches do not fill such images."""
+        if image_size == self.config.vision_config.image_size:
+            return self
+        config = self.config.copy()
+        config.vision_config.image_size = image_size
+        side = image_size // check_sizes(config, "config.json").vision_config.patch_size
+        return self.reshaped(config, lambda state: {POSITIONS: resize_positions(state[POSITIONS][0], side)[None]})
 
     def image_feature(self, states: Tensor) -> Tensor:
         return F.normalize(self.vision_proj(states[:, 0]), dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,16 @@ class TowerNetwork(PreTrainedModel):
         """The network of the layout of transformers' class that computes what this one does, of which nothing was removed; this one where
         it has that layout, or none has."""
         return self
+
+    def reshaped(self, config: Any, tables: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Any:
+        """The network of `config` with these weights, and with what `tables` makes of their state instead of what has another shape there;
+        on the same device."""
+        with torch.device(self.device):
+            new = type(self)(config)
+        if self.device.type != "meta":
+            state = self.state_dict()
+            new.load_state_dict(state | tables(state))
+        return new.train(self.training)
 
     @property
     def images(self) -> Vit | Swin:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
@@ -47,9 +46,4 @@ def resized(model: Any, image_size: int) -> Any:
     config = config_at(model.config, image_size)
     if config is model.config:
         return model
-    with torch.device(model.device):
-        new = type(model)(config)
-    if model.device.type != "meta":
-        state = model.state_dict()
-        new.load_state_dict(state | tables_at(state, config))
-    return new.train(model.training)
+    return model.reshaped(config, lambda state: tables_at(state, config))
