@@ -23,8 +23,7 @@ def ask(name: str, options: dict[str, Any]) -> None:
 
     asked = {key: value for key, value in options.items() if key not in ("json", "task") and value is not None}
     asked["quiet"] = options["quiet"] or options["json"]
-    if options["resume"]:
-        del asked["resume"]
+    asked = {key: value for key, value in asked.items() if (key, value) not in (("resume", True), ("force", False))}
     about = {name: about.asked for name, about in ABOUT.items() if about.asked}
     task = options["task"]
     if task is not None and task not in about:

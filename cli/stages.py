@@ -65,7 +65,7 @@ COMMANDS = {
         "Ask a model about an image file, have it describe pictures, or search them for a text.",
         (
             *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "out"),
-            *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "json", "quiet"),
+            *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "force", "json", "quiet"),
         ),
     ),
     "export": Command(

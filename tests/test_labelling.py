@@ -96,6 +96,12 @@ def test_folders_and_shards_are_described_and_the_file_is_read_as_data(models: P
     names = [f"../album/{name}" for name in ("0.png", "2.png", "4.png", "deeper/1.png", "deeper/3.png", "deeper/5.png")]
     assert [row["image"] for row in written] == names + [f"../album/more.tar/{number}.png" for number in range(3)]
     assert [path.name for path in Path("made").iterdir()] == ["said.jsonl"]
+    with pytest.raises(BadInput, match="is there already") as refused:
+        predict.run(**asked, out="made/said.jsonl")
+    assert "--force" in refused.value.fix and predict.run(**asked, out="made/said.jsonl", force=True)["described"] == 9
+    Path("mine.jsonl").write_text('{"image": "x", "question": "y"}')
+    with pytest.raises(BadInput, match="no file of captions"):
+        predict.run(**asked, out="mine.jsonl", force=True)
     in_memory = predict.run(**asked)
     assert [row["caption"] for row in in_memory["captions"]] == [row["caption"] for row in written] and in_memory["skipped"] == 2
     assert len({row["caption"] for row in written}) > 1

@@ -392,6 +392,7 @@ class CaptionQuestion(Asking, Written):
         None, min_length=1, description="checkpoint that matches images with texts: captions that it finds unfit are dropped (CapFilt)"
     )
     resume: bool = Field(True, description="out: go on where a run was stopped; false: begin anew")
+    force: bool = Field(False, description="out: replace captions that lie there")
     seed: Seed = 0
 
     @field_validator("seed")

@@ -60,12 +60,14 @@ def label(config: CaptionQuestion, loaded: Loaded) -> dict[str, Any]:
 
     Raises:
         BadInput: a picture that was named is missing, damaged or huge; a folder or shard without one; a checkpoint that describes nothing,
-            a filter that compares nothing; an `out` that was begun with other settings.
+            a filter that compares nothing; an `out` that is there, or was begun with other settings.
         Interrupted: asked to stop; the same settings go on.
     """
     describer = Describer(loaded, Manner.of(loaded, config))
     judge = Judge.of(config) if config.filter else None
     out = captions_file(config.out) if config.out else None
+    if out and not config.force and out.exists() and out.stat().st_size:
+        raise BadInput(f"{out} is there already", "captions would take its place", "give --force to replace it, or another --out")
     loaded.model.eval()
     named = [Path(resolve(name)) for name in config.image]
     pictures = Unlabelled(named, captions=judge is not None)
