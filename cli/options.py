@@ -121,6 +121,7 @@ OPTIONS: dict[str, Option] = {
     "top": option(int, "--top", "How many answers or matches to show; 5 by default."),
     "max_tokens": option(int, "--max-tokens", "Longest question; by default as tuned."),
     "rerank": option(int, "--rerank", "Retrieval: so many candidates of a query are ranked anew by matching.", "K"),
+    "rerank_by": option(str, "--rerank-by", "What orders them: matching, or sum of logit and cosine; by default as published.", "RULE"),
     "text_length": option(int, "--text-length", "Tokens a question."),
     "batch_sizes": option(list[int], "--batch-size", "Repeatable; 1 and 8 by default."),
     "rounds": option(int, "--rounds", "Timed rounds; the models take turns."),

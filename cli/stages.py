@@ -64,7 +64,7 @@ COMMANDS = {
     "predict": Command(
         "Ask a model about an image file, have it describe pictures, or search them for a text.",
         (
-            *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "out"),
+            *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "rerank_by", "out"),
             *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "force", "json", "quiet"),
         ),
     ),
