@@ -77,6 +77,8 @@ class Structure:
     max_tokens: int | None = None
     prompt: str | None = None
     caption_tokens: list[int] | None = None
+    gains: ClassVar[frozenset[str]] = frozenset()
+    """Abilities to which a network of another task comes by learning theirs."""
     processor: ClassVar[str] = "CLIPImageProcessor"
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
     rerank_by: ClassVar[str] = "matching"

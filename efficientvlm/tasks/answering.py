@@ -52,10 +52,11 @@ def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = 
 
 def remedy(loaded: Loaded) -> str:
     """How a model that answers no questions comes to answer them; empty where it never will."""
-    heads = getattr(loaded.model.config, "heads", None)
-    if heads is None:
+    config = loaded.model.config
+    heads, gains = getattr(config, "heads", None), getattr(config, "gains", ())
+    if heads is None and "answer" not in gains:
         return ""
-    if "mlm" in heads:
+    if heads is None or "mlm" in heads:
         return "finetune it with --task vqa first"
     return "finetune with --task vqa the pre-trained model it comes from, or this one with a --teacher that answers questions"
 

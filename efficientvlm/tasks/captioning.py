@@ -96,7 +96,8 @@ class Captioning(Learnt, Asked):
         return tuned
 
     def changes(self, added: int) -> str:
-        return f"heads of other tasks are left behind: {added:+,} parameters"
+        what = "heads of other tasks are left behind" if added <= 0 else "a decoder is added, and heads of other tasks are left behind"
+        return f"{what}: {added:+,} parameters"
 
     def configure(self, config: CaptioningSettings, student: Loaded, source: Any) -> None:
         student.config.prompt, student.config.caption_tokens = config.prompt, [config.min_length, config.max_length]

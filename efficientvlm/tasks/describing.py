@@ -162,10 +162,11 @@ def prompt_of(texts: Texts, prompt: str) -> list[int]:
 
 def remedy(loaded: Loaded) -> str:
     """How a model that describes nothing comes to do so; empty where it never will."""
-    heads = getattr(loaded.model.config, "heads", None)
-    if heads is None:
+    config = loaded.model.config
+    heads, gains = getattr(config, "heads", None), getattr(config, "gains", ())
+    if heads is None and "caption" not in gains:
         return ""
-    what = "finetune it" if "mlm" in heads else "finetune the pre-trained model it comes from"
+    what = "finetune it" if heads is None or "mlm" in heads else "finetune the pre-trained model it comes from"
     return f"{what} with --task captioning first"
 
 

@@ -75,7 +75,7 @@ class VQA(Learnt, Asked):
         return tuned
 
     def changes(self, added: int) -> str:
-        return f"an answer decoder is added: {added:+,} parameters in all" if added > 0 else super().changes(added)
+        return f"what it takes to answer is added: {added:+,} parameters in all" if added > 0 else super().changes(added)
 
     def configure(self, config: VQASettings, student: Loaded, source: Any) -> None:
         student.config.answers, student.config.rank_top = answer_list(config, source), config.rank_top

@@ -27,6 +27,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     crossing = ("text", "decoder")
     stock: ClassVar[str] = ""
     able: ClassVar[frozenset[str]] = frozenset()
+    gains = frozenset({"answer", "caption", "embed", "match"})
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
 

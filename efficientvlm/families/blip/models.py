@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
+from efficientvlm.families.blip.gain import gained
 from efficientvlm.families.blip.names import PREDICTIONS
 from efficientvlm.families.blip.network import Blip, starting
 from efficientvlm.families.towers.attention import Context
@@ -38,7 +39,14 @@ class Called(ModelOutput):
 
 
 class StockInterface(Blip):
-    """What calls as of transformers' classes have in common."""
+    """What calls as of transformers' classes have in common, and how one of these networks becomes another."""
+
+    def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
+        """As the base says, with the parts of the network that has the ability: :func:`families.blip.gain.gained`."""
+        kind = next((kind for kind in MODELS if ability in kind.able), None)
+        if kind is None or ability in self.config.abilities():
+            return super().gain(ability, donor, decoder_init)
+        return gained(self, MODELS[kind], donor, decoder_init)
 
     def _called(self, pixels: Tensor, attentions: bool | None, hidden: bool | None) -> tuple[Tensor, dict[str, Any]]:
         """States of images, and what is given of the vision tower."""
