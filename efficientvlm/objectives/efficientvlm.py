@@ -78,7 +78,7 @@ def needs(student: Loaded, teacher: Loaded, settings: Distillation) -> Iterator[
         )
     if settings.kd:
         weighed = [name for name, weight in settings.weights if weight]
-        differing = list(differences(student, teacher))
+        differing = [of_matching(difference, student) for difference in differences(student, teacher)]
         if wrong := [difference for difference in differing if difference.terms & {*weighed}]:
             off = [name for name in weighed if any(name in difference.terms for difference in wrong)]
             fix = f"shrink the student from this teacher, or compare no such layers: {' '.join(f'--set weights.{name}=0' for name in off)}"
@@ -96,6 +96,13 @@ class Difference(NamedTuple):
 
     what: str
     terms: frozenset[str]
+
+
+def of_matching(difference: Difference, student: Loaded) -> Difference:
+    """The same with the terms of fusion where the tower of texts fuses them with images itself, to match them."""
+    if "fusion" in student.sizes.widths or not student.abilities & {"match", "contrast"}:
+        return difference
+    return difference._replace(terms=difference.terms | {name.replace("text_", "fusion_", 1) for name in difference.terms})
 
 
 def differences(student: Loaded, teacher: Loaded) -> Iterator[Difference]:

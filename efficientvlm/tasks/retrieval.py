@@ -57,15 +57,20 @@ class Retrieval(Learnt, Asked):
             yield refusal(teacher.config, "match", f"teacher {teacher.path}")
 
     def adapt(self, config: RetrievalSettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
-        """Heads of other tasks are left behind."""
-        model, _ = super().adapt(config, student, teacher)
-        network, new = model.gain("match")
+        """Heads of other tasks are left behind; where a network of another task may learn this, what it takes is added."""
+        if not self.able(student) and not self.remedy(student):
+            raise self.refusal(student)
+        network, new = student.model.gain("match")
         if "contrast" not in network.config.abilities():
             require(network, "pretrain")
         return network, new
 
+    def remedy(self, loaded: Loaded) -> str:
+        return f"finetune it with --task {self.name} first" if "match" in getattr(loaded.model.config, "gains", ()) else ""
+
     def changes(self, added: int) -> str:
-        return f"heads of other tasks are left behind: {added:+,} parameters"
+        what = "heads of other tasks are left behind" if added <= 0 else "a text encoder takes the place of a decoder, and heads are added"
+        return f"{what}: {added:+,} parameters"
 
     def objective_on(self, config: RetrievalSettings, student: Loaded, source: Any) -> Objective:
         """By what the network can do: BLIP's losses, whose negatives are drawn without an offset in retrieval, or X-VLM's."""

@@ -12,6 +12,9 @@ from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import check_id
 from efficientvlm.families.structure import TwoParts
 
+CROSSING = ("text", "decoder")
+"""Towers that attend to something else."""
+
 
 class SlicedBlipConfig(TwoParts, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
@@ -24,7 +27,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     """
 
     model_type = "evlm_blip"
-    crossing = ("text", "decoder")
+    crossing = CROSSING
     stock: ClassVar[str] = ""
     able: ClassVar[frozenset[str]] = frozenset()
     gains = frozenset({"answer", "caption", "embed", "match"})

@@ -1,9 +1,9 @@
-"""New question-answering BLIPs of named sizes, and the fresh weights of any BLIP."""
+"""New BLIPs of named sizes, and the fresh weights of any BLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,8 @@ from torch import nn
 from transformers import initialization as init
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
-from efficientvlm.families.blip.config import BlipAnswerConfig, crossing_last
+from efficientvlm.errors import BadInput
+from efficientvlm.families.blip.config import CROSSING, KINDS, SlicedBlipConfig, crossing_last
 from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.family import SMALLER
 from efficientvlm.families.towers.bert import Bert, LanguageHead
@@ -27,6 +28,7 @@ Real = Annotated[float, Field(ge=0)]
 class Sizes(Strict):
     """What can be set; the defaults are BLIP-base as published (12 heads, not transformers' 8; norms of vision with 1e-6)."""
 
+    network: Literal["answer", "caption", "match"] = Field("answer", description="what it is for")
     image_size: Pixels = 384
     patch_size: Pixels = 16
     image_mean: Colours = list(CLIP_MEAN)
@@ -53,8 +55,8 @@ class Sizes(Strict):
 SIZES: dict[str, dict[str, Any]] = SMALLER | {"small": SMALLER["small"] | {"text_layers": 6}}
 
 
-def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> BlipAnswerConfig:
-    """Configuration of a new question-answering BLIP, which reads questions after [ENC] and writes answers after [DEC] (BLIP).
+def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
+    """Configuration of a new BLIP, by default for questions, which it reads after [ENC], and writes answers after [DEC] (BLIP).
 
     Args:
         size: tiny, small or base.
@@ -93,8 +95,14 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         "eos_token_id": ids.get("[SEP]", 0),
         "pad_token_id": ids.get("[PAD]", 0),
     }
-    depth = {"text": given.text_layers, "decoder": given.decoder_layers or given.text_layers}
-    return BlipAnswerConfig(
+    kind = next(kind for kind in KINDS if given.network in kind.able)
+    both = {*CROSSING} <= {*kind.towers}
+    if given.decoder_layers not in (None, given.text_layers) and not both:
+        why = f"a network that is to {given.network} has one tower of texts"
+        raise BadInput(f"settings: decoder_layers is {given.decoder_layers}", why, "leave it out, and set text_layers")
+    depth = {tower: given.text_layers for tower in CROSSING if tower in kind.towers}
+    depth |= {"decoder": given.decoder_layers} if both and given.decoder_layers else {}
+    return kind(
         cross_layers=crossing_last(depth, given.fusion_layers),
         vision_config=vision,
         text_config=text,
@@ -102,7 +110,7 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         initializer_range=given.initializer_range,
         image_mean=given.image_mean,
         image_std=given.image_std,
-        decoder_layers=given.decoder_layers if given.decoder_layers != given.text_layers else None,
+        decoder_layers=depth["decoder"] if both and depth["decoder"] != given.text_layers else None,
         question_start_id=ids.get(ENCODE, number - 1),
     )
 

@@ -1,0 +1,97 @@
+"""Every task of BLIP through every stage: a network that was made for questions learns each, with a teacher, gates and a new cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
+from PIL import Image
+
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import load
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
+from efficientvlm.settings.compose import stage_settings
+from efficientvlm.stages import predict
+
+STEPS = {**TRAIN, "max_steps": 2, "data": SHAPES, "eval_limit": 2}
+TASKS: dict[str, dict[str, Any]] = {
+    "captioning": {"captions_per_image": 2, "prompt": "", "min_length": 2, "max_length": 9, "beams": 2},
+    "retrieval": {},
+}
+TOWERS = {"captioning": {"vision", "decoder"}, "retrieval": {"vision", "text"}}
+ASKED: dict[str, dict[str, Any]] = {"captioning": {}, "retrieval": {"text": "a red circle", "top": 1}}
+MEASURED = {"captioning": "cider_d", "retrieval": "mean_recall"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained networks `answer` and, of one layer with cross-attention in two, `few`."""
+    root = tmp_path_factory.mktemp("tasks")
+    sizes = {**SIZES, "vision_layers": 2, "text_layers": 2, "dropout": 0.0}
+    made = {"family": "blip", "size": "tiny", "data": SHAPES}
+    run_stage("init", out=str(root / "answer"), settings=sizes, **made)
+    run_stage("init", out=str(root / "few"), settings={**sizes, "network": "caption", "fusion_layers": 1}, **made)
+    return root
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_stage(task: str, start: Path, tmp_path: Path) -> None:
+    common = {"task": task, **STEPS, **TASKS[task]}
+    folder = {name: str(tmp_path / name) for name in ("teacher", "student", "tuned", "pruned", "cut")}
+    settings = stage_settings("finetune", {**common, "model": str(start / "answer"), "out": folder["teacher"]})
+    made = plan([Step("teacher", "finetune", settings)], QUIET)
+    assert not made.problems.found
+    run_stage("finetune", model=str(start / "answer"), out=folder["teacher"], **common)
+    teacher = load(folder["teacher"])
+    assert set(teacher.model.config.towers) == TOWERS[task] and teacher.model.config.is_stock
+    assert (made.stages[0].after or {})["parameters"]["total"] == teacher.manifest.accounting["parameters"]["total"]
+    run_stage("shrink", model=folder["teacher"], out=folder["student"])
+    taught = {"model": folder["student"], "teacher": folder["teacher"], **common}
+    run_stage("finetune", out=folder["tuned"], **taught)
+    run_stage("prune", out=folder["pruned"], sparsity=0.4, **taught)
+    run_stage("prune", out=folder["cut"], sparsity=0.6, from_gates=folder["pruned"])
+    for name in ("tuned", "pruned"):
+        assert require_complete(folder[name]).metrics["train"]["kd"] > 0
+    for name, wanted in (("pruned", 0.4), ("cut", 0.6)):
+        sparsity = require_complete(folder[name]).accounting["sparsity"]
+        assert sparsity["achieved"] == pytest.approx(wanted, abs=0.01) and set(sparsity["by_tower"]) == TOWERS[task]
+    assert {unit.kind for unit in load(folder["pruned"]).model.units()} == {"head", "cross_head", "neuron"}
+    said = run_stage("eval", model=folder["cut"], data=SHAPES, task=task, split="val", limit=4)
+    assert MEASURED[task] in said["metrics"] and (said["manner"]["length_rule"] == "published" if task == "captioning" else True)
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "red.png")
+    answer = predict.run(model=folder["cut"], image=str(tmp_path / "red.png"), **ASKED[task], device="cpu")
+    assert task == "retrieval" or answer["manner"]["beams"] == 3
+    timed = run_stage("bench", models=[folder["teacher"], folder["cut"]], batch_sizes=[2], rounds=1, warmup_rounds=0)
+    assert timed["models"][1]["parameters_timed"] < timed["models"][0]["parameters_timed"]
+
+
+def test_a_captioner_with_few_cross_layers_goes_on_to_questions(start: Path, tmp_path: Path) -> None:
+    """Padded it is transformers' own; tuned for questions it begins with what read its images."""
+    few = load(str(start / "few"))
+    assert few.abilities == {"caption"} and few.model.config.cross_layers == {"decoder": [1]} and not few.model.config.is_stock
+    run_stage("finetune", model=str(start / "few"), out=str(tmp_path / "tuned"), **STEPS, task="captioning", **TASKS["captioning"])
+    run_stage("export", model=str(tmp_path / "tuned"), out=str(tmp_path / "padded"), format="padded")
+    assert require_complete(str(tmp_path / "padded")).extra["stock_class"] == "BlipForConditionalGeneration"
+    run_stage("finetune", model=str(tmp_path / "tuned"), out=str(tmp_path / "answers"), **STEPS, label_smoothing=0.1)
+    tuned = load(str(tmp_path / "answers")).model.config
+    assert tuned.cross_layers == {"text": [1], "decoder": [1]} and tuned.text_config.label_smoothing == 0.1
+    assert tuned.prompt is None and tuned.answers
+
+
+def test_what_a_network_of_another_task_is_told(start: Path, tmp_path: Path) -> None:
+    model, asked = str(start / "answer"), {"data": SHAPES, "limit": 2}
+    for task in ("captioning", "retrieval"):
+        with pytest.raises(BadInput) as caught:
+            run_stage("eval", model=model, task=task, **asked)
+        assert caught.value.fix == f"finetune it with --task {task} first"
+    with pytest.raises(BadInput) as caught:
+        run_stage("eval", model=str(start / "few"), **asked)
+    assert caught.value.fix == "finetune it with --task vqa first"
+    with pytest.raises(BadInput, match=r"decoder_layers is 3.*one tower of texts"):
+        run_stage(
+            "init", out=str(tmp_path / "y"), family="blip", size="tiny", data=SHAPES, settings={"network": "match", "decoder_layers": 3}
+        )
