@@ -92,6 +92,7 @@ OPTIONS: dict[str, Option] = {
     "vocab_size": option(int, "--vocab-size", "Size of a tokenizer that is trained."),
     "image_size": option(int, "--image-size", "Side of the square images in pixels."),
     "layout": option(str, "--layout", "auto, pretrain, retrieval, vqa, nlvr2, text_assignment, captioning or grounding."),
+    "preset": option(str, "--preset", "Sizes of a known student: dlip-small or dlip-base.", "NAME"),
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
     "mode": option(str, "--mode", MODE),
     "eval.mode": option(str, "--mode", EVAL_MODE),

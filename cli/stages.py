@@ -36,7 +36,8 @@ COMMANDS = {
         ("model", "out", "tokenizer", "layout", *RUN),
     ),
     "shrink": Command(
-        "Make a student of fewer layers from its teacher's weights; half the layers by default.", ("model", "out", "layers", *RUN)
+        "Make a student of fewer layers, columns, heads or neurons from its teacher's weights; half the layers by default.",
+        ("model", "out", "preset", "layers", *RUN),
     ),
     "pretrain": Command("Train on images and their texts (ITC, ITM, MLM, boxes).", ("model", "data", "out", *SAMPLES, *TRAINING, *RUN)),
     "distill": Command(

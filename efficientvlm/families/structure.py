@@ -83,6 +83,8 @@ class Structure:
     """Class of transformers that reads a `preprocessor_config.json` which names none."""
     rerank_by: ClassVar[str] = "matching"
     """What orders the best candidates anew: the matching logit, or its `sum` with the cosine of the features."""
+    together: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Towers whose layers are of one size."""
     usual_momentum: ClassVar[float] = 0.0
     """What the averages of a weight keep of themselves in a step, with which the family learns contrast as published; 0: it has none."""
     usual_losses: ClassVar[tuple[str, ...]] = ()
@@ -139,6 +141,18 @@ class Structure:
         """What every family does in :meth:`with_layers`: what is left goes with its layer, and where that was is noted."""
         source = {tower: list(chosen) for tower, chosen in layers.items()}
         return self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers(), **changes)
+
+    def with_sizes(self, sizes: Mapping[str, Layered], fusion_layers: int | None = None) -> Self:
+        """A copy whose towers have `sizes`, from which nothing was removed; of `fusion_layers` the last so many look across.
+
+        Raises:
+            BadInput: the family cannot be built so.
+        """
+        raise BadInput("this network keeps its width", f"no narrower {self.model_type} is made", "ask for fewer layers, or prune it")
+
+    def layered(self, tower: str, layer: int) -> Layered:
+        """What a layer of `tower` has; the states behind the last one are as wide as those in front of it."""
+        raise NotImplementedError
 
     @property
     def stock_start(self) -> int | None:
@@ -203,10 +217,6 @@ class Layerwise(Structure):
 
     crossing: ClassVar[tuple[str, ...]] = ()
     """Towers with cross-attention."""
-
-    def layered(self, tower: str, layer: int) -> Layered:
-        """What a layer of `tower` has; the states behind the last one are as wide as those in front of it."""
-        raise NotImplementedError
 
     def crosses(self, tower: str, layer: int) -> bool:
         """Whether a layer of `tower` has cross-attention: all of a tower have it or none, unless a family has something else."""

@@ -13,7 +13,6 @@ import torch
 
 from efficientvlm.checkpoints.folder import check_place
 from efficientvlm.compression.anatomy import Groups
-from efficientvlm.compression.layers import shrink_model
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
@@ -118,7 +117,8 @@ def _(job: Beginning, chain: Chain, step: Step, found: Forecast) -> None:
 @weigh.register
 def _(job: Shrinking, chain: Chain, step: Step, found: Forecast) -> None:
     with torch.device("meta"):
-        model = shrink_model(job.teacher.model, job.layers)
+        model, origin = job.student(job.teacher.model)
+    found.notes += [str(origin)] if origin else []
     found.memory = costs.memory(model, job.teacher.model)
     found.notes += [f"{tower} keeps layers {', '.join(map(str, kept)) or 'none'}" for tower, kept in job.layers.items() if kept]
     folder(chain, step, found, job)

@@ -115,7 +115,27 @@ class Prune(Taught, Recut):
 
 class Shrink(Stage):
     model: str
-    layers: dict[str, Count | list[Count]] = Field(default_factory=dict, description="tower → layer count or list; half by default")
+    preset: Literal["dlip-small", "dlip-base"] | None = Field(
+        None, description="sizes of a known student of a BLIP; what is given beside it rules"
+    )
+    layers: dict[str, Count | list[Count]] = Field(
+        default_factory=dict, description="tower → layer count or list; half by default, all where widths or fusion_layers are given"
+    )
+    width: dict[str, Size] = Field(default_factory=dict, description="tower → columns; the teacher's by default")
+    heads: dict[str, Size] = Field(default_factory=dict, description="tower → heads a layer; by default of the teacher's size")
+    neurons: dict[str, Size] = Field(
+        default_factory=dict, description="tower → neurons a layer; by default in the teacher's ratio to the width"
+    )
+    fusion_layers: Size | None = Field(
+        None, ge=1, description="so many of the last layers of a BLIP look at images; the teacher's by default"
+    )
+    channels: Literal["important", "leading"] = Field("important", description="which columns of the teacher's are kept")
+    random: list[str] = Field(default_factory=list, description="towers of which nothing is taken from the teacher")
+
+    @property
+    def narrower(self) -> bool:
+        """Whether more than layers may be left out."""
+        return bool(self.preset or self.width or self.heads or self.neurons or self.random or self.fusion_layers)
 
 
 class Eval(Measuring):

@@ -10,7 +10,7 @@ from transformers import BlipConfig
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import check_id
-from efficientvlm.families.structure import TwoParts
+from efficientvlm.families.structure import Layered, TwoParts
 
 CROSSING = ("text", "decoder")
 """Towers that attend to something else."""
@@ -39,6 +39,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     question_start_id: int | None = None
     answer_start_id: int | None = None
 
+    together = (("text", "decoder"),)
     rerank_by = "sum"
     usual_momentum = 0.995
 
@@ -156,6 +157,21 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         changed.cross_layers = moved(self.cross_layers, layers)
         both = {"text", "decoder"} <= {*self.towers}
         changed.decoder_layers = depth["decoder"] if both and depth["decoder"] != depth["text"] else None
+        return changed
+
+    def with_sizes(self, sizes: Mapping[str, Layered], fusion_layers: int | None = None) -> Self:
+        changed = self.copy(kept=None)
+        for tower, size in sizes.items():
+            part = changed.part(tower)
+            part.hidden_size, part.num_attention_heads, part.intermediate_size = size
+        changed.text_config.encoder_hidden_size = changed.vision_config.hidden_size
+        if fusion_layers is not None:
+            depth = {tower: count for tower, count in self.layers().items() if count and tower in self.crossing}
+            changed.cross_layers = crossing_last(depth, fusion_layers)
+            places = ((tower, layer) for tower, count in depth.items() for layer in range(count))
+            if lost := [tower for tower, layer in places if changed.crosses(tower, layer) and not self.crosses(tower, layer)]:
+                why = f"fewer than {fusion_layers} of its last layers have cross-attention"
+                raise BadInput(f"{lost[0]} cannot have so many fusion layers", why, "ask for fewer")
         return changed
 
     def stock_config(self, neurons: Mapping[str, int]) -> Self:

@@ -43,6 +43,7 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
     model_type = "xvlm"
     crossing = ("fusion", "decoder")
     usual_losses = PRETRAIN_HEADS
+    together = (("text", "fusion", "decoder"),)
 
     image_size: int = 224
     patch_size: int = 16
@@ -191,6 +192,22 @@ class XVLMConfig(Layerwise, PreTrainedConfig):
         sizes = {f"{tower}_layers": len(chosen) for tower, chosen in layers.items()}
         depths = depths_of(self.vision_depths, layers["vision"]) if self.vision_depths else None
         return self.of_layers(layers, **sizes, local_attention_depth=local, vision_depths=depths)
+
+    def with_sizes(self, sizes: Mapping[str, Layered], fusion_layers: int | None = None) -> Self:
+        if fusion_layers is not None:
+            raise BadInput(
+                "fusion_layers is not for this network", "its fusion layers are a tower of their own", "use layers: {fusion: ...}"
+            )
+        if "vision" in sizes and self.vision_depths:
+            why = "its stages differ in width, and each hangs on the one before"
+            raise BadInput("a Swin keeps its width", why, "change its layers, or the towers of texts")
+        names = {"vision": "vision"} | dict.fromkeys(("text", "fusion", "decoder"), "text")
+        fields = {
+            f"{names[tower]}_{name}": value
+            for tower, size in sizes.items()
+            for name, value in zip(("width", "heads", "intermediate"), size, strict=True)
+        }
+        return self.copy(kept=None, **fields)
 
 
 def checked_settings(values: Mapping[str, Any], allowed: Iterable[str] | None = None, why: str = "") -> dict[str, Any]:
