@@ -9,7 +9,7 @@ from toy_family import ToyConfig, ToyModel
 
 from efficientvlm import families
 from efficientvlm.examples.cross_encoder import CrossEncoderConfig, CrossEncoders
-from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipPretrainingConfig, BlipRetrievalConfig
 from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConfig
 from efficientvlm.families.xvlm.config import XVLMConfig
 
@@ -89,6 +89,7 @@ CONFIGS: dict[str, Any] = {
     "blip-qa-crossing-once": tiny_blip(BlipAnswerConfig, cross_layers={"text": [1], "decoder": [1]}),
     "blip-caption": tiny_blip(BlipCaptionConfig),
     "blip-retrieval": tiny_blip(BlipRetrievalConfig),
+    "blip-pretraining": tiny_blip(BlipPretrainingConfig),
 }
 
 
@@ -123,4 +124,5 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def output(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    return model.run(batch)["logits"]
+    record = model.run(batch)
+    return torch.cat([record[name].flatten(1) for name in ("logits", "lm_logits") if name in record], 1)

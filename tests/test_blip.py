@@ -482,7 +482,7 @@ def test_anatomy_covers_every_prunable_tensor(name):
 
 
 def test_sizes_and_abilities():
-    for name, kind, able in zip(NAMES, KINDS, ({"answer"}, {"caption"}, {"embed", "match", "contrast"}), strict=True):
+    for name, kind, able in zip(NAMES, KINDS[:3], ({"answer"}, {"caption"}, {"embed", "match", "contrast"}), strict=True):
         config = CONFIGS[name]
         assert type(config) is kind and config.abilities() == able
         sizes = config.sizes()
@@ -668,4 +668,4 @@ def test_folders_open_in_fresh_processes(blip, tmp_path):
             folders[state].append(f"{config.stock}={folder}")
     programs = {how: (PROCESS.format(open=code), [how, *folders["whole" if how == "stock" else "cut"]]) for how, code in OPEN.items()}
     for how, out in fresh.outputs(programs, tmp_path).items():
-        assert out.split() == [("" if how == "stock" else "Sliced") + kind.stock for kind in KINDS]
+        assert out.split() == [("" if how == "stock" else "Sliced") + kind.stock for kind in KINDS[:3]]

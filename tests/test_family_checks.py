@@ -16,7 +16,7 @@ from efficientvlm.families.loading import image_processor
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
 
-NAMES = ("xvlm", "clip", "siglip", "blip-qa", "blip-caption", "blip-retrieval")
+NAMES = ("xvlm", "clip", "siglip", "blip-qa", "blip-caption", "blip-retrieval", "blip-pretraining")
 TRANSFORMERS = {  # its name of what X-VLM calls otherwise, and the part of the configuration it is in
     "image_size": ("vision_config", "image_size"),
     "patch_size": ("vision_config", "patch_size"),

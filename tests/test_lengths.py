@@ -58,6 +58,8 @@ def test_published_lengths():
         "blip-qa": 35,
         "blip-caption": 40,
         "blip-retrieval": 35,
+        "blip-qa-crossing-once": 35,
+        "blip-pretraining": 30,
     }
 
 

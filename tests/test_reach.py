@@ -52,7 +52,7 @@ def outputs(model, batch):
     """Output of the flows → tensors, those of one half of a comparison apart."""
     want = [tap for tap in ("vision.features", "text.features") if tap in model.taps and hasattr(model, "itm_head")]
     record = model.run(batch, want)
-    return {key: value for key, value in record.items() if key in OUTPUTS or key == "logits"}
+    return {key: value for key, value in record.items() if key in OUTPUTS or key.endswith("logits")}
 
 
 def seen(name, keep):
@@ -68,7 +68,7 @@ def seen(name, keep):
             after = outputs(model, other)
             for key, value in before.items():
                 if not torch.equal(value, after[key]):
-                    output = "logits" if key == "logits" else "itc"
+                    output = {"logits": "logits", "lm_logits": "caption"}.get(key, "itc")
                     found.add((what, output))
     return found
 
@@ -76,7 +76,8 @@ def seen(name, keep):
 def described(name, keep):
     """The same by the flows: the logits of a comparison depend on what either side sees."""
     anatomy = ANATOMIES[name]
-    alias = {"words": "text", "answer": "logits", "caption": "logits", "itm": "logits", "verdict": "logits", "box": "logits"}
+    alias = {"words": "text", **dict.fromkeys(("answer", "itm", "verdict", "box"), "logits")}
+    alias["caption"] = "caption" if "pretraining" in name else "logits"  # there besides matching
     pairs = {
         (alias.get(pair.input, pair.input), alias.get(pair.output, pair.output)) for pair in anatomy.reach.pairs(anatomy.standing(keep))
     }

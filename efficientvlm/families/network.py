@@ -195,7 +195,7 @@ ABILITIES = {
     "compare": ("compare two images with a text", "an X-VLM"),
     "assign": ("say which of two images a text belongs to", "an X-VLM"),
     "ground": ("find what a phrase means", "an X-VLM"),
-    "pretrain": ("be pre-trained with X-VLM's losses", "an X-VLM"),
+    "pretrain": ("be pre-trained", "an X-VLM or BLIP"),
     "contrast": ("be trained with BLIP's losses", "a BLIP"),
 }
 """What a network may be able to do, and which families have networks that are."""

@@ -93,6 +93,8 @@ def _of_comparison(loaded: Loaded, batch: Batch, batch_size: int | None = None) 
         if "match" in model.config.abilities():
             rows = torch.arange(len(images), device=images.device)
             outputs["itm"] = model.match(images, rows, texts, batch["text_mask"])
+        if "caption" in model.config.abilities():
+            outputs["caption"] = model.decode(model.look(batch["pixels"]), batch["text_ids"], batch["text_mask"])
         return outputs, []
 
     return measure(run, batch, {"image": ("pixels",), "text": ("text_ids", "text_mask")}, batch_size)

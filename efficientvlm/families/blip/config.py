@@ -33,6 +33,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     gains = frozenset({"answer", "caption", "embed", "match"})
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[bool] = False
+    """Whether the decoder takes all but its self-attention from the text encoder, and attends to images as that does."""
 
     cross_layers: dict[str, list[int]] | None = None
     decoder_layers: int | None = None
@@ -49,6 +51,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
 
     @property
     def usual_tokens(self) -> int:
+        if self.shares:
+            return 30
         return 40 if "text" not in self.towers else 35  # of captions; of questions and texts to match
 
     @property
@@ -64,11 +68,12 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         return {tower: count if tower in self.towers else 0 for tower, count in depth.items()}
 
     def crosses(self, tower: str, layer: int) -> bool:
+        tower = "text" if self.shares and tower == "decoder" else tower
         return super().crosses(tower, layer) and layer in (self.cross_layers or {}).get(tower, [layer])
 
     def context_width(self, tower: str) -> int:
         """Columns of what `tower` cross-attends to: images, or in a decoder that answers questions the states of the question."""
-        of_text = tower == "decoder" and "text" in self.towers
+        of_text = tower == "decoder" and "text" in self.towers and not self.shares
         return int(self.text_config.hidden_size if of_text else self.vision_config.hidden_size)
 
     @property
@@ -134,22 +139,23 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
         seen = Flow("image", "vision.patches")
         if "text" not in self.towers:
             return [seen, Flow("vision.patches", "decoder", answers), Flow("text", "decoder"), Flow("decoder", "caption")]
-        if "decoder" in self.towers:
+        if "decoder" in self.towers and not self.shares:
             read = [seen, Flow("text", "text.tokens"), Flow("vision.patches", "text.tokens", texts)]
             return [*read, Flow("text.tokens", "decoder", answers), Flow("decoder", "answer")]
         mixing = groups_of(layers, HEAD, "text")
         flows = [seen, Flow("vision.patches", "vision.cls", groups_of(layers, HEAD, "vision")), Flow("vision.cls", "itc")]
         flows += [Flow("text", "text.tokens"), Flow("text.tokens", "text.alone", mixing), Flow("text.alone", "itc")]
-        return [
-            *flows,
-            Flow("text.tokens", "text.seeing", mixing),
-            Flow("vision.patches", "text.seeing", texts),
-            Flow("text.seeing", "itm"),
-        ]
+        flows += [Flow("text.tokens", "text.seeing", mixing), Flow("vision.patches", "text.seeing", texts), Flow("text.seeing", "itm")]
+        if not self.shares:
+            return flows
+        return [*flows, Flow("vision.patches", "decoder", texts), Flow("text", "decoder"), Flow("decoder", "caption")]
 
     def with_layers(self, layers: dict[str, list[int]]) -> Self:
         if empty := [tower for tower in self.towers if not layers[tower]]:
             raise BadInput(f"no {empty[0]} layers", "a BLIP needs at least one in every tower", "ask for 1 or more")
+        if self.shares and layers["text"] != layers["decoder"]:
+            why = f"they share cross-attention and neurons; asked for are {layers['text']} and {layers['decoder']}"
+            raise BadInput("text and decoder keep other layers", why, "ask for the same layers of both")
         changed = self.of_layers(layers)
         depth = {tower: len(chosen) for tower, chosen in layers.items()}
         changed.vision_config.num_hidden_layers = depth["vision"]
@@ -212,6 +218,23 @@ class BlipRetrievalConfig(SlicedBlipConfig):
     towers = ("vision", "text")
 
 
+class BlipPretrainingConfig(SlicedBlipConfig):
+    """Compares, matches and captions; units of what text encoder and decoder share are those of the encoder."""
+
+    model_type = "evlm_blip_pretraining"
+    able = frozenset({"pretrain", "contrast", "embed", "match", "caption"})
+    towers = ("vision", "text", "decoder")
+    shares = True
+    usual_losses = ("itc", "itm", "lm")
+
+    def learns(self) -> frozenset[str]:
+        return frozenset(self.usual_losses)
+
+    def original_counts(self) -> dict[str, int]:
+        counts = super().original_counts()
+        return {group: count for group, count in counts.items() if not group.startswith("decoder.") or group.endswith(f".{HEAD}")}
+
+
 def crossing_last(depth: Mapping[str, int], count: int | None) -> dict[str, list[int]] | None:
     """`cross_layers` where the last `count` layers of every tower have cross-attention, of a tower that has fewer all; None: all have it.
 
@@ -236,7 +259,7 @@ def moved(crossing: Mapping[str, list[int]] | None, layers: Mapping[str, list[in
     return {tower: new for tower, new in found.items() if len(new) < len(layers[tower])} or None
 
 
-KINDS: tuple[type[SlicedBlipConfig], ...] = (BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig)
+KINDS: tuple[type[SlicedBlipConfig], ...] = (BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, BlipPretrainingConfig)
 
 
 def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
@@ -255,6 +278,11 @@ def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         if not crossing or any(not isinstance(layer, int) for layer in crossing) or [*crossing] != sorted({*crossing} & {*range(depth)}):
             why = f"of {depth} layers some have cross-attention, named from 0 on in ascending order"
             raise BadInput(f"{where}: cross_layers.{tower} is {crossing}", why, "correct it")
+    if config.shares and config.decoder_layers not in (None, text.num_hidden_layers):
+        why = f"decoder_layers is {config.decoder_layers}, and they share cross-attention and neurons"
+        raise BadInput(f"{where}: text and decoder differ in depth", why, "leave decoder_layers out")
+    if config.shares and "decoder" in (config.cross_layers or {}):
+        raise BadInput(f"{where}: cross_layers names decoder", "its cross-attention is that of text", "leave it out")
     if "text" in config.towers and config.question_start_id is not None:
         check_id("question_start_id", config.question_start_id, text.vocab_size, where)
     if "decoder" in config.towers:

@@ -49,7 +49,7 @@ class BLIP(Family):
         if kind is None:
             raise BadInput(
                 f"{file}: architectures is {named}",
-                f"opened are {', '.join(kind.stock for kind in KINDS)}",
+                f"opened are {', '.join(kind.stock for kind in KINDS if kind.stock)}",
                 "give a model of one of these classes",
             )
         values |= image_statistics(path, values, (CLIP_MEAN, CLIP_STD), kind.processor)

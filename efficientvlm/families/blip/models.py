@@ -14,8 +14,15 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, SlicedBlipConfig
+from efficientvlm.families.blip.config import (
+    BlipAnswerConfig,
+    BlipCaptionConfig,
+    BlipPretrainingConfig,
+    BlipRetrievalConfig,
+    SlicedBlipConfig,
+)
 from efficientvlm.families.blip.gain import gained
+from efficientvlm.families.blip.heads import tuned, tuned_config
 from efficientvlm.families.blip.names import PREDICTIONS
 from efficientvlm.families.blip.network import Blip, starting
 from efficientvlm.families.towers.attention import Context
@@ -43,7 +50,7 @@ class StockInterface(Blip):
 
     def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
         """As the base says, with the parts of the network that has the ability: :func:`families.blip.gain.gained`."""
-        kind = next((kind for kind in MODELS if ability in kind.able), None)
+        kind = next((kind for kind in MODELS if ability in kind.able and not kind.shares), None)
         if kind is None or ability in self.config.abilities():
             return super().gain(ability, donor, decoder_init)
         return gained(self, MODELS[kind], donor, decoder_init)
@@ -177,8 +184,26 @@ class SlicedBlipForImageTextRetrieval(StockInterface):
         return Called(itm_score=score, question_embeds=read, **given)
 
 
+class SlicedBlipForPretraining(Blip):
+    """Of which transformers has no class; it is not called as those are."""
+
+    config_class = BlipPretrainingConfig
+
+    def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
+        """As the base says: to match, caption or answer it becomes the network of transformers' layout that does that alone; an answer
+        decoder begins with its own, or with the donor's where `decoder_init` is `teacher`."""
+        kind = next((kind for kind in MODELS if ability in kind.able and not kind.shares), None)
+        if kind is None:
+            return super().gain(ability, donor, decoder_init)
+        if ability == "answer" and decoder_init == "teacher":
+            network: tuple[Any, list[str]] = self.gain("match")[0].gain(ability, donor, decoder_init)
+            return network
+        return tuned(self, MODELS[kind](tuned_config(self.config, kind)))
+
+
 MODELS: dict[type[SlicedBlipConfig], type[Any]] = {
     BlipAnswerConfig: SlicedBlipForQuestionAnswering,
     BlipCaptionConfig: SlicedBlipForConditionalGeneration,
     BlipRetrievalConfig: SlicedBlipForImageTextRetrieval,
+    BlipPretrainingConfig: SlicedBlipForPretraining,
 }

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efficientvlm.errors import BadInput
+from efficientvlm.families.anatomy import HEAD as HEADS
 from efficientvlm.families.blip.config import SlicedBlipConfig, check_sizes
 from efficientvlm.families.blip.graphs import blip_graphs
 from efficientvlm.families.blip.names import EMBEDDINGS, HEAD, IMAGE_LAYER, IMAGES, LAYERS, POSITIONS, TEXT_LAYER
-from efficientvlm.families.blip.start import draw_blip
+from efficientvlm.families.blip.shared import BorrowingBert, BorrowingLayer
+from efficientvlm.families.blip.start import TEMPERATURE, draw_blip
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of, require
 from efficientvlm.families.towers.attention import Cache, Context
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
@@ -65,7 +68,7 @@ class Blip(Writing, TowerNetwork):
         towers = self.config.towers
         found = {f"{tower}.{kind}" for tower in towers for kind in (HIDDEN, SELF_ATTENTION)}
         found |= {f"{tower}.{CROSS_ATTENTION}" for tower in towers if tower != "vision"}
-        return frozenset(found | {f"{tower}.{FEATURES}" for tower in towers if "decoder" not in towers})
+        return frozenset(found | {f"{tower}.{FEATURES}" for tower in ("vision", "text") if "embed" in self.config.able})
 
     def __init__(self, config: SlicedBlipConfig) -> None:
         super().__init__(config)
@@ -73,10 +76,13 @@ class Blip(Writing, TowerNetwork):
         if "text" in config.towers:
             self.text_encoder = self._texts("text")
         if "decoder" in config.towers:
-            bert, text = self._texts("decoder"), config.text_config
+            bert, text = self._borrowing() if config.shares else self._texts("decoder"), config.text_config
             shape = (text.hidden_size, text.vocab_size, text.layer_norm_eps, activation(text.hidden_act))
-            self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, tied=bert.embeddings.word, own=not config.ties))
-        else:
+            tied: dict[str, Any] = {} if config.shares else {"tied": bert.embeddings.word, "own": not config.ties}
+            self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, **tied))
+        if config.shares:
+            self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
+        if "embed" in config.able:
             vision, text, outputs = config.vision_config.hidden_size, config.text_config.hidden_size, config.image_text_hidden_size
             self.vision_proj, self.text_proj, self.itm_head = nn.Linear(vision, outputs), nn.Linear(text, outputs), nn.Linear(text, 2)
         self.post_init()
@@ -98,6 +104,15 @@ class Blip(Writing, TowerNetwork):
         layers = [PostNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), TEXT_LAYER, **dropout) for size in sizes]
         table = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps, part.hidden_dropout_prob)
         return Bert(layers, Embeddings(*table, padding=part.pad_token_id, names=EMBEDDINGS), {"layers": "encoder.layer"})
+
+    def _borrowing(self) -> BorrowingBert:
+        """The decoder of a network in which it has only self-attention of its own."""
+        part, kept = self.config.text_config, self.config.kept_indices()
+        dropout, layers = part.attention_probs_dropout_prob, []
+        for number, lender in enumerate(cast(Iterable[PostNormLayer], self.text_encoder.layers)):
+            size = lender.size._replace(heads=len(kept[f"decoder.{number}.{HEADS}"]))
+            layers.append(BorrowingLayer(lender, size, part.layer_norm_eps, TEXT_LAYER, attention_dropout=dropout))
+        return BorrowingBert(self.text_encoder, layers, {"layers": "encoder.layer"})
 
     def _init_weights(self, module: nn.Module) -> None:
         draw_blip(self, module)
@@ -155,13 +170,19 @@ class Blip(Writing, TowerNetwork):
         """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
 
         The taps `vision.features` and `text.features` of a matching network are unit vectors [I, E] and [B, E]; for them texts are read
-        once more, without the image.
+        once more, without the image. A pre-training network matches and adds `lm_logits` [B, L, V], those of captions.
         """
         wanted = check_taps(self, want)
         if "text" not in self.config.towers:
             return self._caption(batch, wanted)
         if "decoder" not in self.config.towers:
             return self._match(batch, wanted)
+        if self.config.shares:
+            record = self._match(batch, wanted)
+            seen = self.attended(record["image_states"], batch.get("image_index"))
+            record["lm_logits"], out = self.follow(batch["text_ids"], batch["text_mask"], seen, keep=kinds_of(wanted, "decoder"))
+            tap(record, "decoder", out, kinds_of(wanted, "decoder"))
+            return record
         record, answers = self.encode(batch, wanted)
         if "answer_ids" in batch:
             self.answer(batch, answers, wanted, record)
@@ -182,10 +203,16 @@ class Blip(Writing, TowerNetwork):
         return logits
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
-        answers, side = {"text", "decoder"} <= {*self.config.towers}, self.config.vision_config.image_size
+        answers, side = "answer" in self.config.able, self.config.vision_config.image_size
         return blank_batch(side, batch_size, text_length, device, texts="question" if answers else "text", answers=answers)
 
+    @property
+    def exportable(self) -> bool:
+        return not self.config.shares
+
     def graphs(self) -> list[Graph]:
+        if not self.exportable:
+            raise BadInput("this model is not tuned for a task", "pre-training is not exported", "finetune it with --task captioning first")
         return blip_graphs(self)
 
     def completed(self) -> Any:

@@ -21,6 +21,9 @@ from efficientvlm.settings.base import Strict, parse
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 
+TEMPERATURE = 0.07
+"""The first temperature of contrast."""
+
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Real = Annotated[float, Field(ge=0)]
 
@@ -28,7 +31,7 @@ Real = Annotated[float, Field(ge=0)]
 class Sizes(Strict):
     """What can be set; the defaults are BLIP-base as published (12 heads, not transformers' 8; norms of vision with 1e-6)."""
 
-    network: Literal["answer", "caption", "match"] = Field("answer", description="what it is for")
+    network: Literal["answer", "caption", "match", "pretrain"] = Field("answer", description="what it is for")
     image_size: Pixels = 384
     patch_size: Pixels = 16
     image_mean: Colours = list(CLIP_MEAN)
@@ -96,11 +99,11 @@ def fresh_config(size: str, changes: Mapping[str, Any], vocab: int | Mapping[str
         "pad_token_id": ids.get("[PAD]", 0),
     }
     kind = next(kind for kind in KINDS if given.network in kind.able)
-    both = {*CROSSING} <= {*kind.towers}
+    both = {*CROSSING} <= {*kind.towers} and not kind.shares
     if given.decoder_layers not in (None, given.text_layers) and not both:
-        why = f"a network that is to {given.network} has one tower of texts"
+        why = f"a network that is to {given.network} has one depth for all texts"
         raise BadInput(f"settings: decoder_layers is {given.decoder_layers}", why, "leave it out, and set text_layers")
-    depth = {tower: given.text_layers for tower in CROSSING if tower in kind.towers}
+    depth = {tower: given.text_layers for tower in CROSSING if tower in kind.towers and not (kind.shares and tower == "decoder")}
     depth |= {"decoder": given.decoder_layers} if both and given.decoder_layers else {}
     return kind(
         cross_layers=crossing_last(depth, given.fusion_layers),
@@ -125,6 +128,8 @@ def draw_blip(model: Any, module: Any) -> None:
     elif isinstance(module, Bert | LanguageHead):
         _draw(module, text)
     elif module is model:
+        if hasattr(model, "temp"):
+            init.constant_(model.temp, TEMPERATURE)
         for part in model.children():
             if isinstance(part, nn.Linear):
                 _draw(part, model.config.initializer_range)
