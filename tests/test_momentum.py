@@ -271,3 +271,20 @@ def test_a_queue_that_whole_batches_do_not_fill_is_refused(finder: Path, tmp_pat
         run_stage("finetune", out=str(tmp_path / "out"), **{**STEPS, "model": str(finder / "finder"), "queue": 10})
     assert "multiple of batch_size 4" in refused.value.why and refused.value.fix == "use 8"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_averages_and_queue(finder: Path, tmp_path: Path) -> None:
+    """In memory and in the state on the disk, beside what training holds anyway."""
+    from efficientvlm.planning.plan import plan
+    from efficientvlm.recipe import Step
+    from efficientvlm.settings.compose import stage_settings
+
+    found = []
+    for name, more in (("averaged", {}), ("plain", {"momentum": 0.0})):
+        settings = {**STEPS, "model": str(finder / "finder"), "out": str(tmp_path / name), **more}
+        made = plan([Step(name, "finetune", stage_settings("finetune", settings))])
+        found.append(made.stages[0])
+    model = load(str(finder / "finder")).model
+    elements = sum(model.get_parameter(name).numel() for name in model.feature_parameters()) + 8 * 2 * (8 + 2)
+    assert found[0].memory["averages"] == 4 * elements and "averages" not in found[1].memory
+    assert found[0].disk["state"] - found[1].disk["state"] == 4 * elements

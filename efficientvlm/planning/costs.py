@@ -82,12 +82,15 @@ def too_much(setting: str, kept: int) -> BadInput | None:
     return BadInput(f"{setting} takes too much memory", f"up to {size(kept)} would be kept; this machine has {size(there)}", "leave it out")
 
 
-def disk(output: Any, *, trained: Any = None, gates: int = 0, dense: bool = False, recut: bool = False) -> dict[str, int]:
+def disk(
+    output: Any, *, trained: Any = None, gates: int = 0, averages: int = 0, dense: bool = False, recut: bool = False
+) -> dict[str, int]:
     """Bytes of the finished folder and, while the stage runs, at its fullest.
 
     Args:
         output: the model that is written.
         trained: the model that is trained, if one is: its state (weights and two moments) is on disk, twice while a new one replaces it.
+        averages: elements that the objective keeps beside the model, in the state too.
         gates, dense: gates, and whether the uncut weights are written beside the output.
         recut: the uncut weights are copied from another run, not kept in a state first.
     """
@@ -95,7 +98,7 @@ def disk(output: Any, *, trained: Any = None, gates: int = 0, dense: bool = Fals
     folder = FLOAT * (elements(output) + gates) + uncut
     if trained is None or recut:
         return {"output": folder, "state": 0, "peak": folder}
-    state = FLOAT * (elements(trained) + MOMENTS * trainable(trained) + (1 + MOMENTS) * gates)
+    state = FLOAT * (elements(trained) + MOMENTS * trainable(trained) + (1 + MOMENTS) * gates + averages)
     return {"output": folder, "state": state, "peak": max(2 * state, state + folder) + uncut}
 
 

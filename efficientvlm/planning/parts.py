@@ -178,6 +178,9 @@ def training(
     spread = config.parallel == "fsdp" and processes > 1
     held = {"gates": sizes.get("gates", 0), "processes": processes, "spread": spread}
     found.memory = costs.memory(student.model, taught, training=True, **held)
+    averages = 0 if chain.problems.of_stage(step.name) else run.task.elements_beside(config, student, run.sources["train"])
+    if averages:
+        costs.add(found.memory, averages=costs.FLOAT * averages)
     folder(chain, step, found, run)
     if teacher is not None and config.keeps_teacher and not chain.problems.of_stage(step.name):
         kept = run.task.bytes_of_cached_teacher(config, teacher, run.sources["train"], found.schedule["images_seen"])
@@ -185,4 +188,4 @@ def training(
         if found.status != "up to date" and (problem := costs.too_much(config.keeps_teacher, kept)):
             chain.problems.add(step.name, problem)
     found.run = None if found.status == "up to date" else run
-    book(chain, step, found, run, result, extra, trained=student.model, **sizes)
+    book(chain, step, found, run, result, extra, trained=student.model, averages=averages, **sizes)
