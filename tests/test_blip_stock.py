@@ -75,8 +75,8 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Name → folder and class of transformers: each network as it lies, and pruned and padded, one of them with few cross layers; one
-    that was shrunk."""
+    """Name → folder and class of transformers: each network as it lies, and pruned and padded, one of them with few cross layers; two
+    that were shrunk, in depth and in width."""
     root = tmp_path_factory.mktemp("stock")
     Image.new("RGB", (90, 60), (200, 30, 10)).save(root / "red.png")
     noise = torch.randint(256, (70, 50, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
@@ -110,8 +110,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, s
             )
         run_stage("export", model=str(root / f"{name}-padded"), out=str(root / f"{name}-out"), format="padded")
         found |= {f"{name}-whole": (root / f"{name}-whole", kind.stock), f"{name}-padded": (root / f"{name}-out", kind.stock)}
-    run_stage("shrink", model=str(root / "vqa-whole"), out=str(root / "vqa-shrunk"))
-    return {**found, "vqa-shrunk": (root / "vqa-shrunk", BlipAnswerConfig.stock)}
+    for form, how in {"vqa-shrunk": {}, "vqa-narrow": {"width": {"vision": 8, "text": 8}}}.items():
+        run_stage("shrink", model=str(root / "vqa-whole"), out=str(root / form), **how)
+        found[form] = (root / form, BlipAnswerConfig.stock)
+    return found
 
 
 def ours(source: Path, kind: str, picture: Path) -> list[Any]:
