@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.compression.surgery import slice_model
+from efficientvlm.compression.widths import resize_model, resolve_sizes
 from efficientvlm.errors import BadInput
+from efficientvlm.families.checks import check_config
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
 from efficientvlm.objectives.captioning import Captions
@@ -105,6 +107,8 @@ def test_every_network_is_compared_where_it_has_the_module(capsys: pytest.Captur
     with pytest.raises(BadInput, match="nothing to learn"):
         distilled(XvlmPretraining(student, losses=("mlm",), seed=0), teacher, settings("pretraining", losses=["mlm"], preset="logit"))
     hard = Captions(blip)
+    with pytest.raises(BadInput, match="text_projection"):
+        distilled(hard, blip, settings("captioning", adapters="text_projection"))
     assert distilled(hard, blip, settings("captioning", kd=0)) is hard
 
 
@@ -123,6 +127,29 @@ def test_heads_meet_by_the_numbers_that_they_had_and_at_equal_distance() -> None
     early = network(CONFIGS["blip-caption"].copy(cross_layers={"decoder": [0]}))
     met = last_layers(early.config, CONFIGS["blip-caption"])["decoder"]
     assert met.attention == [(1, 1), (0, 1)] and met.heads["cross_head"][0][0] and not met.heads["cross_head"][1][0]
+
+
+def test_a_head_follows_the_one_that_it_was_cut_out_of() -> None:
+    """And so it does where the student has fewer layers, or has lost heads since."""
+    teacher = network(CONFIGS["blip-caption"])
+    weak = [unit for unit in teacher.units() if unit.kind in ("head", "cross_head") and unit.index == 0]
+    with torch.no_grad():
+        for site in (site for unit in weak for site in unit.sites):
+            teacher.get_parameter(site.tensor).narrow(site.dim, site.start, site.stop - site.start).mul_(0.01)
+    sizes = resolve_sizes(teacher.config, {"decoder": 16}, {}, {})
+    student, _ = resize_model(teacher, sizes)
+    count, total = (net.config.sizes().heads["decoder"][-1] for net in (student, teacher))
+    assert (count, total) == (2, 3) and student.config.head_source["decoder.1.head"] == [1, 2]
+    met = last_layers(student.config, teacher.config)["decoder"].heads
+    assert met["head"][-1] == met["cross_head"][-1] == ([0, 1], [1, 2])
+    shallow = student.config.with_layers({"vision": [0], "text": [], "decoder": [1]})
+    assert last_layers(shallow, teacher.config)["decoder"].heads["head"][-1] == ([0, 1], [1, 2])
+    assert last_layers(student.config.with_kept({"decoder.1.head": [1]}), teacher.config)["decoder"].heads["head"][-1] == ([0], [2])
+    copied = type(student.config).from_dict(student.config.to_dict())
+    assert copied.head_source == student.config.head_source
+    spoilt = student.config.copy(head_source={"decoder.1.head": ["1"]})
+    with pytest.raises(BadInput, match="head_source"):
+        check_config(spoilt, "config.json")
 
 
 def pairing(mask: Tensor | None, heads: int = 1, kind: str = "cross_head") -> Pairing:

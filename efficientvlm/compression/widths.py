@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficientvlm.compression.importance import importance_scores
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import Unit
+from efficientvlm.families.anatomy import NEURON, Unit
 from efficientvlm.families.structure import Layered, Structure
 
 Channels = Literal["important", "leading"]
@@ -149,10 +149,10 @@ def resize_model(
         torch.manual_seed(seed)
         student = type(model)(config)
     own, target = model.state_dict(), student.state_dict()
-    places, origin = _of_units(model, student), Origin()
+    (places, heads), origin, towers = _of_units(model, student), Origin(), {*redrawn}
+    student.config.head_source = {group: found for group, found in heads.items() if group.partition(".")[0] not in towers} or None
     places |= _of_streams(model, sizes, own, places, channels)
     state: dict[str, Tensor] = {}
-    towers = {*redrawn}
     for name, empty in target.items():
         tensor = None if model.tower_of(name) in towers else _taken(own.get(name), name, empty, places)
         origin.add(name, tensor, own.get(name))
@@ -186,26 +186,32 @@ def _reasons(config: Structure, sizes: Mapping[str, Layered], redrawn: Iterable[
     return found
 
 
-def _of_units(model: Any, student: Any) -> dict[Axis, Tensor]:
-    """Axis of the student → place of each entry there in the teacher's tensor, -1 for none, of the axes of heads and neurons."""
+def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, list[int]]]:
+    """Axis of the student → place of each entry there in the teacher's tensor, -1 for none, of the axes of heads and neurons; and group →
+    the teacher's heads that are kept, where some are not."""
     groups = _by_group(model.units())
     units = [unit for group in groups.values() for unit in group]
     scores = dict(zip(((unit.group, unit.index) for unit in units), importance_scores("magnitude", model, units).tolist(), strict=True))
     target = student.state_dict()
     places: dict[Axis, Tensor] = {}
+    heads: dict[str, list[int]] = {}
     for group, wanted in _by_group(student.units()).items():
         there = groups.get(group, [])
         if len(there) < len(wanted):
             why = f"{len(wanted)} are asked for, and the teacher has {len(there)} left"
             raise BadInput(f"{group}: too few are there", why, "ask for fewer, or begin with a network that was not pruned")
         best = sorted(there, key=lambda unit: -scores[unit.group, unit.index])[: len(wanted)]
-        for new, old in zip(wanted, sorted(best, key=lambda unit: unit.index), strict=True):
+        best.sort(key=lambda unit: unit.index)
+        alike = best and wanted[0].sites[0].stop - wanted[0].sites[0].start == best[0].sites[0].stop - best[0].sites[0].start
+        if alike and len(best) < len(there) and wanted[0].kind != NEURON:
+            heads[group] = [unit.index for unit in best]
+        for new, old in zip(wanted, best, strict=True):
             for here, before in zip(new.sites, old.sites, strict=True):
                 axis = here.tensor, here.dim
                 index = places.setdefault(axis, torch.full((target[here.tensor].shape[here.dim],), -1))
                 if here.stop - here.start == before.stop - before.start:
                     index[here.start : here.stop] = torch.arange(before.start, before.stop)
-    return places
+    return places, heads
 
 
 def _by_group(units: Iterable[Unit]) -> dict[str, list[Unit]]:

@@ -79,6 +79,11 @@ def _check_sources(config: Structure, where: str) -> None:
     if not fine:
         why = "they name the layers of the teacher that each tower has, and how many the teacher had"
         raise BadInput(f"{where}: layer_source is {shorten(source)} of {shorten(of)}", why, CORRECT)
+    heads = {} if config.head_source is None else config.head_source
+    lists = isinstance(heads, Mapping) and all(isinstance(found, list) for found in heads.values())
+    if not lists or not all(_whole(head, 0) for found in heads.values() for head in found):
+        why = "it names the heads of the teacher that those of a layer were cut out of, in lists"
+        raise BadInput(f"{where}: head_source is {shorten(heads)}", why, CORRECT)
 
 
 def check_channels(name: str, values: Any, where: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow
 
+T = TypeVar("T")
 DAMAGED = "restore config.json, or make the folder again"
 
 
@@ -62,6 +63,7 @@ class Structure:
 
     `kept` maps a group (`vision.3.neuron`) to the original indices still present, as ranges (`0-3,7`); groups not named are whole.
     `layer_source` maps a tower to the layers of the network this one was shrunk from, which had `layer_source_of` layers there.
+    `head_source` maps a group to the heads of that network that its heads were cut out of, where it had more of them.
     `answers` is a closed list of answers, `rank_top` how many of them are ranked by their whole text. `max_tokens` is the length of texts
     that it was tuned with, by default that of the published method (`usual_tokens`), or all positions. `prompt` is what captions begin
     with, `caption_tokens` are the fewest and the most tokens of those that it writes, by default as in the published method.
@@ -72,6 +74,7 @@ class Structure:
     kept: dict[str, str] | None = None
     layer_source: dict[str, list[int]] | None = None
     layer_source_of: dict[str, int] | None = None
+    head_source: dict[str, list[int]] | None = None
     answers: list[str] | None = None
     rank_top: int = 128
     max_tokens: int | None = None
@@ -140,7 +143,8 @@ class Structure:
     def of_layers(self, layers: Mapping[str, list[int]], **changes: Any) -> Self:
         """What every family does in :meth:`with_layers`: what is left goes with its layer, and where that was is noted."""
         source = {tower: list(chosen) for tower, chosen in layers.items()}
-        return self.copy(kept=kept_of_layers(self.kept, layers), layer_source=source, layer_source_of=self.layers(), **changes)
+        moved: dict[str, Any] = {"kept": kept_of_layers(self.kept, layers), "head_source": kept_of_layers(self.head_source, layers)}
+        return self.copy(layer_source=source, layer_source_of=self.layers(), **moved, **changes)
 
     def with_sizes(self, sizes: Mapping[str, Layered], fusion_layers: int | None = None) -> Self:
         """A copy whose towers have `sizes`, from which nothing was removed; of `fusion_layers` the last so many look across.
@@ -289,8 +293,8 @@ def kept_ranges(counts: Mapping[str, int], kept: Mapping[str, list[int]]) -> dic
     return {group: format_ranges(indices) for group, indices in kept.items() if len(indices) < counts[group]} or None
 
 
-def kept_of_layers(named: Mapping[str, str] | None, layers: Mapping[str, list[int]]) -> dict[str, str] | None:
-    """`kept` of the network that has only `layers` (tower → old numbers in their new order)."""
+def kept_of_layers(named: Mapping[str, T] | None, layers: Mapping[str, list[int]]) -> dict[str, T] | None:
+    """`kept`, or anything by group, of the network that has only `layers` (tower → old numbers in their new order)."""
     moved = {}
     for group, ranges in (named or {}).items():
         tower, number, kind = group.split(".")

@@ -135,13 +135,17 @@ def needs(student: Loaded, teacher: Loaded, settings: Dlip) -> Iterator[BadInput
         fix = "use a student whose features are as long, or --set weights.alignment=0"
         yield BadInput("teacher and student cannot be aligned", why, fix)
     if settings.adapters == "text_projection" and (None in lengths or lengths[0] != lengths[1]):
-        why = "the networks' own projections of texts are to bring their states together, and one has none, or they differ in length"
-        yield BadInput("adapters=text_projection", why, "use adapters=learned")
+        yield _unprojected()
     if student.sizes.patch_size != teacher.sizes.patch_size and "fusion_cross_attention" in weighed:
         for loaded in (student, teacher):
             if loaded.sizes.window is not None or loaded.sizes.image_size % loaded.sizes.patch_size:
                 why = f"{loaded.path} has no grid of patches that the maps of the other could be brought to"
                 yield BadInput("teacher and student have other patches", why, "use --set weights.fusion_cross_attention=0")
+
+
+def _unprojected() -> BadInput:
+    why = "the networks' own projections of texts are to bring their states together, and one has none, or they differ in length"
+    return BadInput("adapters=text_projection", why, "use adapters=learned")
 
 
 def _length(model: Any, projection: str) -> int | None:
@@ -171,7 +175,7 @@ def distilled(hard: Any, teacher: Any, settings: Dlip) -> Objective:
     Example: `distilled(Captions(student), teacher, settings)(batch, step=0)["loss"].backward()`
 
     Raises:
-        BadInput: nothing is left to compare.
+        BadInput: nothing is left to compare, or to bring it together.
     """
     if not settings.kd:
         return hard
@@ -188,6 +192,8 @@ def distilled(hard: Any, teacher: Any, settings: Dlip) -> Objective:
     terms, projections = list(found.values()), {}
     if settings.adapters == "learned":
         projections = learned(terms, student, teacher)
+    elif None in (_length(student, "text_proj"), _length(teacher, "text_proj")):  # the task may have left them behind
+        raise _unprojected()
     else:
         terms = [_by_text_projections(term, student, teacher) for term in terms]
     return Distilled(
@@ -209,8 +215,8 @@ def last_layers(student: Any, teacher: Any) -> dict[str, TowerMap]:
     """The last layer of every tower that both networks have, and which of its heads meet.
 
     Of `attention` the first pair is of self-attention, the last of cross-attention: of the last layers that have one. Heads are told apart
-    by the numbers that they had before any were removed. Where the student had more or fewer of them than the teacher, head i of S follows
-    head i · T // S of T.
+    by the numbers that they had before any were removed. Where the student had fewer of them than the teacher, or more, a head follows the
+    one that it was cut out of, or else head i of S follows head i · T // S of T.
     """
     maps, sizes = {}, (student.sizes(), teacher.sizes())
     kept, of_teacher = student.kept_indices(), teacher.kept_indices()
@@ -226,7 +232,10 @@ def last_layers(student: Any, teacher: Any) -> dict[str, TowerMap]:
                 continue
             mine, others = sizes[0].heads[tower][layer], sizes[1].heads[tower][other]
             ours, theirs = kept[f"{tower}.{layer}.{kind}"], of_teacher[f"{tower}.{other}.{kind}"]
-            met = [(at, theirs.index(head * others // mine)) for at, head in enumerate(ours) if head * others // mine in theirs]
+            followed = (student.head_source or {}).get(f"{tower}.{layer}.{kind}", ())
+            if len(followed) != mine or max(followed) >= others:
+                followed = [head * others // mine for head in range(mine)]
+            met = [(at, theirs.index(followed[head])) for at, head in enumerate(ours) if followed[head] in theirs]
             heads[kind] = [([], []) for _ in range(count)]
             heads[kind][layer] = ([at for at, _ in met], [at for _, at in met])
             pairs.append((layer, other))

@@ -86,7 +86,17 @@ def _parts(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], tower: str) -> P
 def _config(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], plan: Mapping[str, Parts], lent: Lent | None) -> SlicedBlipConfig:
     """The configuration of the new network: what was removed stays removed where its layer goes."""
     values = {name: value for name, value in old.to_dict().items() if name not in ("architectures", "model_type", "transformers_version")}
-    other = ("kept", "cross_layers", "decoder_layers", "layer_source", "layer_source_of", "answers", "prompt", "caption_tokens")
+    other = (
+        "kept",
+        "cross_layers",
+        "decoder_layers",
+        "layer_source",
+        "layer_source_of",
+        "head_source",
+        "answers",
+        "prompt",
+        "caption_tokens",
+    )
     config = kind(**{**values, **dict.fromkeys(other)})
     depth = {tower: old.layers()[parts.layers] for tower, parts in plan.items()}
     crossing = {
