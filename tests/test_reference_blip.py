@@ -13,14 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from rebuilt import rebuilt, tokens
-from test_reference import PAIRS, VOCABULARY, pairs, questions, told, written
+from rebuilt import rebuilt, tokens, values
+from test_reference import NEGATIVES, PAIRS, VOCABULARY, pairs, questions, told, written
+from torch.nn import functional as F
 
-from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, SlicedBlipConfig
+from efficientvlm.families.blip.config import (
+    BlipAnswerConfig,
+    BlipCaptionConfig,
+    BlipPretrainingConfig,
+    BlipRetrievalConfig,
+    SlicedBlipConfig,
+)
 from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.towers.decoding import Rules, beam, stepping
+from efficientvlm.objectives.blip_pretraining import BlipPretraining
 from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.generation import Generation
+from efficientvlm.objectives.momentum import Features, MomentumContrast
 from efficientvlm.objectives.terms import compared, tower_maps
 from efficientvlm.tasks.ranking import generate, rank
 
@@ -42,7 +51,7 @@ def networks(kind: type[SlicedBlipConfig]) -> Iterator[tuple[str, Any]]:
     text |= {"attention_probs_dropout_prob": 0.0, "layer_norm_eps": 1e-12}
     config = kind(vision_config=vision | {"image_size": 16, "patch_size": 4, "layer_norm_eps": 1e-6}, text_config=text, question_start_id=4)
     half: Any = {tower: [1, 3] if tower == "vision" else [1] if count else [] for tower, count in config.layers().items()}
-    once = {tower: [1] for tower in ("text", "decoder") if tower in kind.towers}
+    once = {tower: [1] for tower in ("text", "decoder") if tower in kind.towers and not (kind.shares and tower == "decoder")}
     for name, chosen in {"teacher": config, "student": config.with_layers(half), "once": config.copy(cross_layers=once)}.items():
         yield name, rebuilt(MODELS[kind](chosen))
 
@@ -87,6 +96,32 @@ def captioning() -> Iterator[tuple[str, float]]:
     yield from distances(records)
 
 
+def contrasting() -> Iterator[tuple[str, float]]:
+    """A step with averages that lag behind and pairs that wait, before any task and in retrieval."""
+    for kind, losses, online in ((BlipPretrainingConfig, ("itc", "itm", "lm"), False), (BlipRetrievalConfig, ("itc", "itm"), True)):
+        batch, records, what = pairs(), {}, "retrieval" if online else "pretraining"
+        for name, model in networks(kind):
+            contrast = MomentumContrast(model, momentum=0.9, queue=8, alpha=0.4, ramp=4)
+            for place in contrast.encoder.places.values():
+                contrast.encoder.get_buffer(place).mul_(0.95)
+            waiting = [F.normalize(values(f"waiting {part}", (6, model.config.feature_width)), dim=-1) for part in ("image", "text")]
+            contrast.queue.put(Features(*waiting, torch.arange(6), torch.arange(6) + 100))
+            objective = BlipPretraining(model, losses=losses, seed=0, contrast=contrast, online=online)
+            objective.begin_step(2)
+            want = [term.tap for term in objective.terms]
+            found, record, _ = objective.passes(model, batch, 2, want, drawn=NEGATIVES)
+            for loss, value in found.items():
+                yield from told(f"{what} {name} {loss}", value)
+            objective.total(found).backward()
+            yield from told(f"{what} {name} gradient", model.vision_proj.weight.grad)
+            yield from told(f"{what} {name} itm logits", record["itm_logits"])
+            objective.after_step(2)
+            yield from told(f"{what} {name} queue", contrast.queue.image)
+            records[name] = model, objective, record
+        for key, value in distances(records):
+            yield f"{what} {key}", value
+
+
 def distances(records: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Of both students from the teacher."""
     teacher, _, said = records["teacher"]
@@ -97,7 +132,7 @@ def distances(records: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from told(f"{name} {term.weight}", compared(term, record, said, maps))
 
 
-PARTS = (answering, captioning)
+PARTS = (answering, captioning, contrasting)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)

@@ -181,6 +181,10 @@ class Structure:
         """
         return kept_indices(self.original_counts(), self.kept)
 
+    def borrowed(self) -> dict[str, str]:
+        """Group that a layer has no units of its own for → the group whose units it uses there."""
+        return {}
+
     def with_kept(self, kept: Mapping[str, list[int]]) -> Self:
         """A copy whose groups hold exactly `kept`; groups not named stay as they are."""
         return self.copy(kept=kept_ranges(self.original_counts(), {**self.kept_indices(), **kept}))

@@ -219,7 +219,7 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
     ours, theirs = student_config.layers(), teacher_config.layers()
     source = getattr(student_config, "layer_source", None) or {}
     source_of = getattr(student_config, "layer_source_of", None) or {}
-    kept, teacher_kept = student_config.kept_indices(), teacher_config.kept_indices()
+    kept, teacher_kept = _used(student_config), _used(teacher_config)
     maps = {}
     for tower in ours:
         if not ours[tower] or not theirs.get(tower):
@@ -236,6 +236,12 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
         hidden, attention = layer_map(layers)
         maps[tower] = TowerMap(list(hidden.items()), list(attention.items()), heads)
     return maps
+
+
+def _used(config: Any) -> dict[str, list[int]]:
+    """Indices still present, also by the name of a group whose units are those of another."""
+    kept: dict[str, list[int]] = config.kept_indices()
+    return kept | {group: kept[owner] for group, owner in config.borrowed().items()}
 
 
 def _spread(teacher_config: Any, tower: str, count: int) -> list[int]:

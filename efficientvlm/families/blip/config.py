@@ -234,6 +234,10 @@ class BlipPretrainingConfig(SlicedBlipConfig):
         counts = super().original_counts()
         return {group: count for group, count in counts.items() if not group.startswith("decoder.") or group.endswith(f".{HEAD}")}
 
+    def borrowed(self) -> dict[str, str]:
+        groups = [group for group in self.original_counts() if group.startswith("text.") and not group.endswith(f".{HEAD}")]
+        return {group.replace("text", "decoder", 1): group for group in groups}
+
 
 def crossing_last(depth: Mapping[str, int], count: int | None) -> dict[str, list[int]] | None:
     """`cross_layers` where the last `count` layers of every tower have cross-attention, of a tower that has fewer all; None: all have it.
