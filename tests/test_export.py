@@ -390,6 +390,12 @@ def test_what_stock_classes_cannot_say_is_named(family: Any, config: Any, keep: 
     assert "--format onnx" in caught.value.fix
 
 
+def test_a_network_before_its_task_is_named() -> None:
+    with pytest.raises(BadInput, match="not tuned for a task") as caught:
+        stock.uniform(small(CONFIGS["blip-pretraining"]), "model")
+    assert caught.value.fix == "finetune it for a task first"
+
+
 def test_uneven_layers_are_named() -> None:
     model = small(tiny_clip())
     keep = [unit.kind != NEURON or unit.layer == 0 or unit.index < 2 for unit in model.units()]

@@ -41,7 +41,7 @@ def uniform_config(config: Any, name: str) -> Any:
     Raises:
         BadInput: naming the first head, neuron count or depth that transformers' configurations cannot express.
     """
-    if not hasattr(config, "stock_config"):
+    if not hasattr(config, "stock_config") or _untuned(config):
         raise no_class(name, config)
     return config.stock_config(_neurons(config, name))
 
@@ -75,7 +75,13 @@ def _obstacle(name: str, why: str) -> BadInput:
 
 def no_class(name: str, config: Any) -> BadInput:
     """What to say where transformers has no class for this network at all."""
-    return _obstacle(name, config.foreign or f"transformers has no class for this {config.model_type} network")
+    problem = _obstacle(name, config.foreign or f"transformers has no class for this {config.model_type} network")
+    return BadInput(problem.what, problem.why, "finetune it for a task first") if _untuned(config) else problem
+
+
+def _untuned(config: Any) -> bool:
+    """Whether transformers has a class for what the network becomes."""
+    return bool(config.foreign) and "pretrain" in config.abilities()
 
 
 def class_of(folder: Path, config: Any) -> str | None:

@@ -230,6 +230,10 @@ class BlipPretrainingConfig(SlicedBlipConfig):
     def learns(self) -> frozenset[str]:
         return frozenset(self.usual_losses)
 
+    @property
+    def foreign(self) -> str:
+        return "it is not tuned for a task, and each of its classes is for one"
+
     def original_counts(self) -> dict[str, int]:
         counts = super().original_counts()
         return {group: count for group, count in counts.items() if not group.startswith("decoder.") or group.endswith(f".{HEAD}")}

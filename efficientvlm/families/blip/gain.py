@@ -86,18 +86,9 @@ def _parts(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], tower: str) -> P
 def _config(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], plan: Mapping[str, Parts], lent: Lent | None) -> SlicedBlipConfig:
     """The configuration of the new network: what was removed stays removed where its layer goes."""
     values = {name: value for name, value in old.to_dict().items() if name not in ("architectures", "model_type", "transformers_version")}
-    other = (
-        "kept",
-        "cross_layers",
-        "decoder_layers",
-        "layer_source",
-        "layer_source_of",
-        "head_source",
-        "answers",
-        "prompt",
-        "caption_tokens",
-    )
-    config = kind(**{**values, **dict.fromkeys(other)})
+    of_layers = ("kept", "cross_layers", "decoder_layers", "layer_source", "layer_source_of", "head_source")
+    of_the_task = ("answers", "prompt", "caption_tokens", "max_tokens")
+    config = kind(**{**values, **dict.fromkeys(of_layers + of_the_task)})
     depth = {tower: old.layers()[parts.layers] for tower, parts in plan.items()}
     crossing = {
         tower: [layer for layer in range(depth[tower]) if old.crosses(parts.cross or parts.layers, layer)] for tower, parts in plan.items()
