@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import RESULTS, ROOT, as_csv, csv_of, rows_of, with_block
+from published import RESULTS, ROOT, as_csv, csv_of, published_rows, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import require_complete
@@ -24,7 +24,7 @@ from efficientvlm.report.structure import KINDS
 from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import run_script
 
-NAME = "scenes_kept"
+NAME = "kept"
 PAGE, PICTURE = Path("docs/scenes.md"), Path("docs/scenes_kept.png")
 PRUNED = "-pruned"
 TOWERS = ("vision", "text", "fusion", "decoder")
@@ -143,15 +143,12 @@ def publish(runs: Path | None = None, root: Path = ROOT) -> list[Path]:
         path = root / csv_of(NAME, processor())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, as_csv(list(records(runs))))
-    tables: Sequence[Path] = sorted((root / RESULTS).glob(f"{NAME}_*.csv"))
-    if len(tables) != 1:
-        fix = "give the folder that benchmarks/scenes.py wrote, or move the others away"
-        raise BadInput(f"{len(tables)} CSVs of what was kept", "one machine's is published", fix)
-    lines = quickstart(root) + rows_of(tables[0])
-    page = with_block((root / PAGE).read_text("utf-8"), "kept", block(lines, RESULTS / tables[0].name))
+    rows, name = published_rows(root, NAME, fix="give the folder that benchmarks/scenes.py wrote, or move the others away")
+    lines = quickstart(root) + rows
+    page = with_block((root / PAGE).read_text("utf-8"), "kept", block(lines, name))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
-    return [root / PAGE, root / PICTURE, tables[0]]
+    return [root / PAGE, root / PICTURE, root / name]
 
 
 def main() -> int:

@@ -21,13 +21,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
+from published import ROOT, as_csv, code, csv_of, published_rows, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.checkpoints.manifest import MANIFEST, now, peak_memory_bytes
 from efficientvlm.control import Control
-from efficientvlm.errors import BadInput
 from efficientvlm.families.towers import attention
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.runtime.hardware import machine_of
@@ -169,10 +168,7 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one, or a page without the two markers.
     """
-    tables = sorted((root / RESULTS).glob("latency_*.csv"))
-    if len(tables) != 1:
-        raise BadInput(f"{len(tables)} CSVs of latencies", "one machine's is published", "move the others away")
-    records, name = rows_of(tables[0]), RESULTS / tables[0].name
+    records, name = published_rows(root, "latency")
     blocks = {PAGE: table(records, name), "README.md": summary(records, name)}
     pages = {root / page: with_block((root / page).read_text("utf-8"), "latency", text) for page, text in blocks.items()}
     for path, text in pages.items():

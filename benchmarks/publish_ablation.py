@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import RESULTS, ROOT, rows_of, with_block
+from published import ROOT, published_rows, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
@@ -193,14 +193,11 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one (which machine's is published?), or a page without the two markers.
     """
-    tables = sorted(path for path in (root / RESULTS).glob("vqa_ablation_*.csv") if "latency" not in path.name)
-    if len(tables) != 1:
-        fix = "run benchmarks/vqa_ablation.py, or move the others away"
-        raise BadInput(f"{len(tables)} CSVs of the ablation", "one machine's is published", fix)
-    found = groups(rows_of(tables[0]))
+    rows, name = published_rows(root, "vqa_ablation", but="latency", fix="run benchmarks/vqa_ablation.py, or move the others away")
+    found = groups(rows)
     check(found)
-    timed = rows_of(tables[0].with_name(tables[0].name.replace("vqa_ablation_", "vqa_ablation_latency_")))
-    page = with_block((root / PAGE).read_text("utf-8"), "ablation", block(found, RESULTS / tables[0].name))
+    timed = rows_of(root / name.with_name(name.name.replace("vqa_ablation_", "vqa_ablation_latency_")))
+    page = with_block((root / PAGE).read_text("utf-8"), "ablation", block(found, name))
     for what, path in PICTURES.items():
         plot(found, timed, what, root / path)
     readme = with_block((root / "README.md").read_text("utf-8"), "ablation", summary(found))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from published import RESULTS, ROOT, rows_of, with_block
+from published import ROOT, published_rows, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
@@ -156,14 +155,10 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
     """
-    tables: Sequence[Path] = sorted((root / RESULTS).glob("scenes_*.csv"))
-    if len(tables) != 1:
-        fix = "run benchmarks/scenes.py, or move the others away"
-        raise BadInput(f"{len(tables)} CSVs of the scenes", "one machine's is published", fix)
-    lines = rows_of(tables[0])
+    lines, name = published_rows(root, "scenes", fix="run benchmarks/scenes.py, or move the others away")
     if len(versions := {line["torch"] for line in lines}) > 1:
         raise BadInput("the runs cannot be compared", f"torch {', '.join(sorted(versions))}", "run them again with one version")
-    page = with_block((root / PAGE).read_text("utf-8"), "scenes", block(lines, RESULTS / tables[0].name))
+    page = with_block((root / PAGE).read_text("utf-8"), "scenes", block(lines, name))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
     return [root / PAGE, root / PICTURE]

@@ -64,6 +64,18 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
 
 
+def published_rows(root: Path, name: str, *, but: str = "", fix: str = "move the others away") -> tuple[list[dict[str, str]], Path]:
+    """The lines of the one CSV of the benchmark `name` below `root`, and its path below it; `but` begins what follows the name in others.
+
+    Raises:
+        BadInput: there is none or more than one.
+    """
+    found = sorted(path for path in (root / RESULTS).glob(f"{name}_*.csv") if not but or not path.name.startswith(f"{name}_{but}"))
+    if len(found) != 1:
+        raise BadInput(f"{len(found)} CSVs of {name.replace('_', ' ')}", "one machine's is published", fix)
+    return rows_of(found[0]), RESULTS / found[0].name
+
+
 def with_block(readme: str, name: str, text: str) -> str:
     """`readme` with `text` between the two markers of the block `name`, each of which must stand there once."""
     begin, end = markers(name)

@@ -25,7 +25,7 @@ import torch
 from latency import ANSWERS, SPECIAL, TEXT_LENGTH, VOCABULARY
 from peaks import MIB, planned
 from peaks import run as evlm
-from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
+from published import ROOT, as_csv, code, csv_of, published_rows, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import require_complete
@@ -236,11 +236,8 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one, or a page without the two markers.
     """
-    tables = sorted((root / RESULTS).glob("swin_[!s]*.csv"))
-    if len(tables) != 1:
-        raise BadInput(f"{len(tables)} CSVs of a Swin", "one machine's is published", "move the others away")
-    page = root / PAGE
-    write_atomic(page, with_block(page.read_text("utf-8"), "swin", table(rows_of(tables[0]), RESULTS / tables[0].name)).encode())
+    page, text = root / PAGE, table(*published_rows(root, "swin", but="stages"))
+    write_atomic(page, with_block(page.read_text("utf-8"), "swin", text).encode())
     return [page]
 
 
