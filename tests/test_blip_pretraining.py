@@ -94,6 +94,15 @@ def test_the_network_of_a_task_does_what_the_whole_one_does(ability: str) -> Non
     assert whole_sized.config.kept is None
 
 
+def test_retrieval_goes_on_with_the_temperature_of_pre_training() -> None:
+    """Its network has none, as in transformers."""
+    model = network(CONFIGS["blip-pretraining"])
+    assert BlipPretraining(model.gain("match")[0], losses=("itc",), seed=0).temp.item() == pytest.approx(0.07)
+    with torch.no_grad():
+        model.temp.fill_(0.03)
+    assert BlipPretraining(model.gain("match")[0], losses=("itc",), seed=0).temp.item() == pytest.approx(0.03)
+
+
 def test_a_decoder_of_answers_begins_with_what_fits() -> None:
     """Keys and values of questions are new where these are not as wide as images."""
     model = network(CONFIGS["blip-pretraining"])

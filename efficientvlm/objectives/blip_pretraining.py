@@ -37,7 +37,7 @@ RUNS = ("itm_positive", "itm_negative")
 OFFSET = 1e-4
 """What BLIP's pre-training adds to the weights that negatives are drawn with."""
 TEMPERATURE = 0.07
-"""The first temperature of a network that has none of its own."""
+"""The first temperature of a network that has none of its own, and does not say what it was pre-trained with."""
 LIMITS = 0.001, 0.5
 """Of a temperature."""
 
@@ -112,7 +112,8 @@ class BlipPretraining(Contrasting):
         self.hard_negatives, self.negatives, self.online, self.smoothing = hard_negatives, negatives, online, smoothing
         self.loss_weights, self.told = dict(weights or {}), False
         if not hasattr(model, "temp"):
-            self.temp = nn.Parameter(next(model.parameters()).new_tensor(TEMPERATURE))
+            first = getattr(model.config, "contrast_temperature", None) or TEMPERATURE
+            self.temp = nn.Parameter(next(model.parameters()).new_tensor(first))
         self.terms = tuple(term for term in self.terms if not term.loss or term.loss in self.losses)
         self.outputs = FEATURES if "itc" in self.losses else frozenset()
 

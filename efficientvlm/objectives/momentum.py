@@ -225,9 +225,10 @@ class MomentumContrast(nn.Module):
         hard = hard / hard.sum(1, keepdim=True)
         losses = []
         for ours, averaged, others in ((image, keys.own.image, keys.of.text), (text, keys.own.text, keys.of.image)):
-            with torch.no_grad():
-                targets = alpha * (averaged @ others.T / temperature).softmax(1) + (1 - alpha) * hard
-            losses.append(contrast_loss(ours.float() @ others.T / temperature, targets))
+            with torch.autocast(image.device.type, enabled=False):  # in bfloat16 close keys would be equal
+                with torch.no_grad():
+                    targets = alpha * (averaged @ others.T / temperature).softmax(1) + (1 - alpha) * hard
+                losses.append(contrast_loss(ours.float() @ others.T / temperature, targets))
         return (losses[0] + losses[1]) / 2
 
     def describe(self, step: int) -> dict[str, float]:

@@ -20,10 +20,10 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     """What the three networks share; `towers` says which of vision, text, decoder one of them has.
 
     `cross_layers` names by tower the layers that have cross-attention; of a tower that it does not name all have it, as in transformers'
-    classes. `decoder_layers` is the depth of a decoder that has another
-    one than the question encoder (transformers knows one depth for both). `question_start_id` takes the place of the first token of a text
-    that is read together with an image (BLIP: [ENC]); None leaves it, as transformers does. `answer_start_id` does so for a text that the
-    decoder goes on with (BLIP: [DEC]), by default the text configuration's `bos_token_id`.
+    classes. `contrast_temperature` is what similarities were divided by at the end of its pre-training. `decoder_layers` is the depth of a
+    decoder that has another one than the question encoder (transformers knows one depth for both). `question_start_id` takes the place of
+    the first token of a text that is read together with an image (BLIP: [ENC]); None leaves it, as transformers does. `answer_start_id`
+    does so for a text that the decoder goes on with (BLIP: [DEC]), by default the text configuration's `bos_token_id`.
     """
 
     model_type = "evlm_blip"
@@ -38,6 +38,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
 
     cross_layers: dict[str, list[int]] | None = None
     decoder_layers: int | None = None
+    contrast_temperature: float | None = None
     question_start_id: int | None = None
     answer_start_id: int | None = None
 
@@ -281,6 +282,9 @@ def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
             f"they are no multiple of the patch size {vision.patch_size}",
             "correct image_size",
         )
+    given = config.contrast_temperature
+    if given is not None and not (type(given) in (int, float) and 0 < given < 100):
+        raise BadInput(f"{where}: contrast_temperature is {given}", "similarities are divided by it", "correct it, or leave it out")
     for tower, crossing in (config.cross_layers or {}).items():
         depth = config.layers().get(tower, 0) if tower in config.crossing else 0
         if not crossing or any(not isinstance(layer, int) for layer in crossing) or [*crossing] != sorted({*crossing} & {*range(depth)}):

@@ -37,6 +37,8 @@ def tuned(model: Any, network: Any) -> tuple[Any, list[str]]:
         else:
             new.append(name)
     network.load_state_dict(state)
+    if not model.temp.is_meta:
+        network.config.contrast_temperature = round(float(model.temp.detach()), 6)
     return network.to(device=model.device, dtype=model.dtype).train(model.training), new
 
 
