@@ -12,7 +12,9 @@ from test_blip import cut, example, whole
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.surgery import pad_model
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip.config import BlipAnswerConfig
+from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig
+from efficientvlm.families.blip.models import MODELS
+from efficientvlm.objectives.terms import tower_maps
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 STATES = {"whole": whole, "cut": lambda name: cut(build(name)[0])}
@@ -84,6 +86,15 @@ def test_layers_without_cross_attention_and_of_other_depth():
     assert new and said(captioner).isfinite().all()
     answers = captioner.gain("answer")[0].config
     assert answers.layers() == {"vision": 2, "text": 1, "decoder": 1} and answers.decoder_layers is None
+
+
+def test_where_layers_were_in_a_teacher_goes_with_them():
+    shallow = whole("blip-caption").config.with_layers({"vision": [1], "text": [], "decoder": [0]})
+    answerer, _ = MODELS[BlipCaptionConfig](shallow).gain("answer")
+    assert answerer.config.layer_source == {"vision": [1], "text": [0], "decoder": [0]}
+    assert answerer.config.layer_source_of == {"vision": 2, "text": 2, "decoder": 2}
+    maps = tower_maps(answerer.config, whole("blip-qa").config)
+    assert [maps[tower].attention for tower in ("vision", "text", "decoder")] == [[(0, 1)], [(0, 0)], [(0, 0)]]
 
 
 def test_an_answer_decoder_comes_from_a_teacher_that_fits():

@@ -100,21 +100,24 @@ def _config(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], plan: Mapping[s
     if depth.keys() == TEXTS.keys() and depth["decoder"] != depth["text"]:
         config.decoder_layers = depth["decoder"]
     config.cross_layers = {tower: layers for tower, layers in crossing.items() if len(layers) < depth[tower]} or None
-    return config.with_kept(dict(_kept(old, plan, lent)))
+    origins = {"vision": "vision", **{tower: parts.layers for tower, parts in plan.items()}}
+    for name in ("layer_source", "layer_source_of"):
+        known = getattr(old, name) or {}
+        setattr(config, name, {tower: known[origin] for tower, origin in origins.items() if origin in known} or None)
+    config.head_source = dict(_moved(old.head_source or {}, plan)) or None
+    of_lent = {group: units for group, units in lent.config.kept_indices().items() if group.startswith("decoder.")} if lent else {}
+    return config.with_kept({**dict(_moved(old.kept_indices(), plan)), **of_lent})
 
 
-def _kept(old: SlicedBlipConfig, plan: Mapping[str, Parts], lent: Lent | None) -> Iterator[tuple[str, list[int]]]:
-    """What is left of every group of the new network that comes from somewhere."""
-    for group, indices in old.kept_indices().items():
+def _moved(groups: Mapping[str, list[int]], plan: Mapping[str, Parts]) -> Iterator[tuple[str, list[int]]]:
+    """What is known of groups of the old network, for those of the new one that come from them."""
+    for group, known in groups.items():
         tower, layer, unit = group.split(".")
         if tower == "vision":
-            yield group, indices
+            yield group, known
         for new, parts in plan.items():
             if tower == (parts.cross if unit == CROSS_HEAD else parts.layers):
-                yield f"{new}.{layer}.{unit}", indices
-    for group, indices in lent.config.kept_indices().items() if lent else ():
-        if group.startswith("decoder."):
-            yield group, indices
+                yield f"{new}.{layer}.{unit}", known
 
 
 def _source(name: str, plan: Mapping[str, Parts]) -> str:
