@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from efficientvlm.data.draw import seed_of
 from efficientvlm.families.network import Record, check_taps, kinds_of
+from efficientvlm.families.towers.attention import Context
 from efficientvlm.families.towers.parts import Encoded
 from efficientvlm.objectives.losses import (
     Contrast,
@@ -167,7 +168,9 @@ class BlipPretraining(Contrasting):
         if "itm" in runs:
             losses |= self._match(model, batch, step, image.states, record, kinds_of(wanted - alone, "text"), temperature, drawn)
         if "lm" in runs:
-            record["lm_logits"], out = model.follow(ids, mask, model.attended(image.states), keep=kinds_of(wanted, "decoder"))
+            projected = record.get("context") if model.config.shares else None  # by the same cross-attention, for matching
+            seen = model.attended(image.states) if projected is None else _first(projected, count)
+            record["lm_logits"], out = model.follow(ids, mask, seen, keep=kinds_of(wanted, "decoder"))
             _tap(record, "decoder", out)
             record["predicts"] = F.pad(mask[:, 1:], (0, 1)).bool()
             if own:
@@ -197,7 +200,8 @@ class BlipPretraining(Contrasting):
         texts, of_image = everyone.reach(ids, negatives[1])
         masks, _ = everyone.reach(mask, negatives[1])
         text_rows, image_rows = torch.cat([rows, rows, of_image]), torch.cat([rows, of_text, rows])
-        fused = model.read(texts[text_rows], masks[text_rows], model.text_encoder.context(images, rows=image_rows), keep)
+        context = record["context"] = model.text_encoder.context(images, rows=image_rows)
+        fused = model.read(texts[text_rows], masks[text_rows], context, keep)
         for run, part in zip(RUNS, (slice(0, count), slice(count, 3 * count)), strict=True):
             _tap(record, "text", fused, part, run)
             record[f"text_mask@{run}"] = masks[text_rows][part]
@@ -228,6 +232,11 @@ class BlipPretraining(Contrasting):
             self.told = True
             why = "all others of their batch have their picture or their caption"
             say(f"matching: step {step} lacks {lacking} of {len(known)} negatives, and so may later ones: {why}; larger batches have more")
+
+
+def _first(context: Context, count: int) -> Context:
+    """Keys and values of the first `count` images, one after another."""
+    return Context([pair and (pair[0][:count], pair[1][:count]) for pair in context.kv])
 
 
 def loss_of(tap: str) -> str:
