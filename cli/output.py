@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from efficientvlm.checkpoints.lineage import Node
     from efficientvlm.checkpoints.manifest import Manifest
 
+PLURAL = {"head": "heads", "cross_head": "cross heads", "second_cross_head": "cross heads for the second image", "neuron": "neurons"}
+"""Kinds of what can be removed."""
 DEEPEST = 20  # generations that are drawn one beside the other
 
 
@@ -187,6 +189,6 @@ def _unit_lines(manifest: Manifest) -> list[str]:
     layers: dict[str, list[str]] = {}
     for group, count in units.items():
         tower, layer, kind = group.split(".", 2)
-        plural = {"head": "heads", "cross_head": "cross heads", "neuron": "neurons"}.get(kind, kind)
+        plural = PLURAL.get(kind, kind)
         layers.setdefault(printable(f"{tower} {layer}"), []).append(f"{count['kept']}/{count['of']} {plural}")
     return [f"{layer}: {', '.join(parts)}" for layer, parts in layers.items()]

@@ -9,7 +9,13 @@ from toy_family import ToyConfig, ToyModel
 
 from efficientvlm import families
 from efficientvlm.examples.cross_encoder import CrossEncoderConfig, CrossEncoders
-from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipPretrainingConfig, BlipRetrievalConfig
+from efficientvlm.families.blip.config import (
+    BlipAnswerConfig,
+    BlipCaptionConfig,
+    BlipComparisonConfig,
+    BlipPretrainingConfig,
+    BlipRetrievalConfig,
+)
 from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConfig
 from efficientvlm.families.xvlm.config import XVLMConfig
 
@@ -90,6 +96,7 @@ CONFIGS: dict[str, Any] = {
     "blip-caption": tiny_blip(BlipCaptionConfig),
     "blip-retrieval": tiny_blip(BlipRetrievalConfig),
     "blip-pretraining": tiny_blip(BlipPretrainingConfig),
+    "blip-two-images": tiny_blip(BlipComparisonConfig),
 }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
 from efficientvlm.compression.reach import Pair
 from efficientvlm.errors import BadInput, TargetMissed
-from efficientvlm.families.anatomy import KINDS, NEURON, Unit
+from efficientvlm.families.anatomy import CROSS_HEAD, KINDS, NEURON, SECOND_CROSS_HEAD, Unit
 
 
 def target_at(step: int, warmup_steps: int, target: float, start: float = 0.0) -> float:
@@ -97,7 +97,8 @@ class Scope:
         """One budget over all towers, or a budget of its own for each tower of `tower_sparsity` and one at `sparsity` for the others.
 
         Args:
-            kinds, towers: what may be removed. The sparsity is always a part of *all* prunable elements of the budget's towers.
+            kinds, towers: what may be removed; cross-attention heads are those for either image. The sparsity is always a part of *all*
+                prunable elements of the budget's towers.
             min_heads, min_neurons: floors of a layer and kind (no more than it has).
             round_to: the neurons a layer keeps are a multiple of this, or all of them.
             allow_blind: whether an input may be cut off from an output.
@@ -121,7 +122,7 @@ class Scope:
         for names, name, value in parts:
             size = sum(whole[tower] for tower in names)
             targets.append(Target(name if own else "all", names, value, size, size - sum(anatomy.totals.get(tower, 0) for tower in names)))
-        chosen = set(kinds)
+        chosen = {*kinds} | ({SECOND_CROSS_HEAD} if CROSS_HEAD in kinds else set())
         active = np.array([unit.tower in allowed and unit.kind in chosen for unit in anatomy.units], dtype=bool)
         return cls(anatomy, active, tuple(targets), min_heads, min_neurons, round_to, allow_blind)
 

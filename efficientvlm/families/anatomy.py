@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 HEAD, CROSS_HEAD, NEURON = "head", "cross_head", "neuron"
-KINDS = (HEAD, CROSS_HEAD, NEURON)
+SECOND_CROSS_HEAD = "second_cross_head"
+"""A head that attends to the second of two images, in a layer whose `CROSS_HEAD` attend to the first."""
+KINDS = (HEAD, CROSS_HEAD, SECOND_CROSS_HEAD, NEURON)
 
 
 class Site(NamedTuple):

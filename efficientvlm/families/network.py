@@ -192,7 +192,7 @@ ABILITIES = {
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
     "caption": ("describe images", "an X-VLM or BLIP"),
-    "compare": ("compare two images with a text", "an X-VLM"),
+    "compare": ("compare two images with a text", "an X-VLM or BLIP"),
     "assign": ("say which of two images a text belongs to", "an X-VLM"),
     "ground": ("find what a phrase means", "an X-VLM"),
     "pretrain": ("be pre-trained", "an X-VLM or BLIP"),

@@ -9,11 +9,11 @@ from efficientvlm.families.network import Record
 from efficientvlm.objectives.losses import choice_loss
 from efficientvlm.objectives.objective import Objective, Pass
 from efficientvlm.objectives.teachers import CachedVerdicts
-from efficientvlm.objectives.terms import Term, logits, of_fused
+from efficientvlm.objectives.terms import Term, attention, logits, of_fused
 
 
 class Comparison(Objective):
-    """Cross-entropy of false and true (X-VLM, NLVR2).
+    """Cross-entropy of false and true (X-VLM and BLIP, NLVR2).
 
     Use it to tune a network that reads two images on statements about them; `distillation.Distilled` adds a teacher.
 
@@ -21,19 +21,22 @@ class Comparison(Objective):
     pair_index and labels [S]; text_ids and text_mask [S, L].
     Returns `task`, and the same as `loss`.
 
-    Source: X-VLM (Zeng et al. 2022), fine-tuning on NLVR2; the terms are those of EfficientVLM (Wang et al. 2022).
+    Source: X-VLM (Zeng et al. 2022) and BLIP (Li et al. 2022), fine-tuning on NLVR2; the terms are those of EfficientVLM (Wang et
+    al. 2022).
 
     Example: `Comparison(model)(batch, step=0)["loss"].backward()`
     """
 
     terms: tuple[Term, ...] = (
         *of_fused("text_mask"),
+        Term("text_cross_attention", "text.cross_attention", attention, "text_mask"),
         Term("logits", "logits", logits),
     )
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.terms = tuple(term for term in self.terms if not term.tower or term.tap in model.taps)
 
     def cached(self, teacher: Any) -> CachedVerdicts:
         """`teacher`, which answers for `logits` alone and sees a sample once."""

@@ -6,7 +6,7 @@ is repaired unless `quirks` say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from efficientvlm.objectives.distances import (
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import LiveTeacher
-from efficientvlm.objectives.terms import Distance, Pairing, Term, TowerMap, has_layers, logits
+from efficientvlm.objectives.terms import Distance, Pairing, Term, TowerMap, has_layers, heads_of, kinds_of_map, logits
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.dlip import Dlip
 
@@ -231,16 +231,21 @@ def last_layers(student: Any, teacher: Any) -> dict[str, TowerMap]:
             if layer is None or other is None:
                 continue
             mine, others = sizes[0].heads[tower][layer], sizes[1].heads[tower][other]
-            ours, theirs = kept[f"{tower}.{layer}.{kind}"], of_teacher[f"{tower}.{other}.{kind}"]
-            followed = (student.head_source or {}).get(f"{tower}.{layer}.{kind}", ())
-            if len(followed) != mine or max(followed) >= others:
-                followed = [head * others // mine for head in range(mine)]
-            met = [(at, theirs.index(followed[head])) for at, head in enumerate(ours) if followed[head] in theirs]
+            ours, theirs = (heads_of(known, f"{tower}.{at}", kind) or [] for known, at in ((kept, layer), (of_teacher, other)))
+            followed = [_followed(student, f"{tower}.{layer}.{one}", mine, others) for one in kinds_of_map(kind)]
+            wanted = [(image, followed[image][head]) for image, head in ours]
+            met = [(at, theirs.index(head)) for at, head in enumerate(wanted) if head in theirs]
             heads[kind] = [([], []) for _ in range(count)]
             heads[kind][layer] = ([at for at, _ in met], [at for _, at in met])
             pairs.append((layer, other))
         maps[tower] = TowerMap([(count, total)], pairs, heads)
     return maps
+
+
+def _followed(student: Any, group: str, heads: int, others: int) -> Sequence[int]:
+    """Which of the teacher's `others` heads each of the `heads` of `group` follows: the one that it was cut out of, or by their places."""
+    noted: Sequence[int] = (student.head_source or {}).get(group, ())
+    return noted if len(noted) == heads and max(noted) < others else [head * others // heads for head in range(heads)]
 
 
 def _last(kept: Mapping[str, list[int]], tower: str, count: int, kind: str) -> int | None:

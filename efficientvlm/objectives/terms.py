@@ -5,7 +5,7 @@ Distances are computed in float32. Over several processes a mean is one over all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from efficientvlm.compression.layers import layer_map
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import CROSS_HEAD, HEAD
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, SECOND_CROSS_HEAD
 from efficientvlm.families.network import Record
 from efficientvlm.families.structure import odd_layers
 from efficientvlm.runtime import ranks
@@ -230,7 +230,9 @@ def tower_maps(student_config: Any, teacher_config: Any) -> dict[str, TowerMap]:
             layers = [max(0, layer) for layer in _spread(teacher_config, tower, ours[tower])]
         heads: dict[str, list[tuple[list[int], list[int]]]] = {}
         for kind in (HEAD, CROSS_HEAD):
-            pairs = [(kept.get(f"{tower}.{i}.{kind}"), teacher_kept.get(f"{tower}.{layer}.{kind}")) for i, layer in enumerate(layers)]
+            pairs = [
+                (heads_of(kept, f"{tower}.{i}", kind), heads_of(teacher_kept, f"{tower}.{layer}", kind)) for i, layer in enumerate(layers)
+            ]
             if any(ours is not None and theirs is not None for ours, theirs in pairs):  # else there is no such attention
                 heads[kind] = [_shared(ours or [], theirs or []) for ours, theirs in pairs]
         hidden, attention = layer_map(layers)
@@ -242,6 +244,21 @@ def _used(config: Any) -> dict[str, list[int]]:
     """Indices still present, also by the name of a group whose units are those of another."""
     kept: dict[str, list[int]] = config.kept_indices()
     return kept | {group: kept[owner] for group, owner in config.borrowed().items()}
+
+
+def heads_of(kept: Mapping[str, Sequence[int]], layer: str, kind: str) -> list[tuple[int, int]] | None:
+    """Of each head in a map of `layer` (`text.3`) the image that it attends to, 0 or 1, and its original index; None: there is no such map.
+
+    A map of cross-attention to two images has the heads for the first in front.
+    """
+    if f"{layer}.{kind}" not in kept:
+        return None
+    return [(image, head) for image, one in enumerate(kinds_of_map(kind)) for head in kept.get(f"{layer}.{one}", ())]
+
+
+def kinds_of_map(kind: str) -> tuple[str, ...]:
+    """The kinds of heads in a map of `kind`, by image."""
+    return (CROSS_HEAD, SECOND_CROSS_HEAD) if kind == CROSS_HEAD else (kind,)
 
 
 def _spread(teacher_config: Any, tower: str, count: int) -> list[int]:
@@ -285,7 +302,7 @@ def _by_layer(term: Term, layers: Sequence[int]) -> set[str]:
     return {f"{tap}.{layer}{at}{run}" for layer in layers} or {term.tap}
 
 
-def _shared(ours: list[int], theirs: list[int]) -> tuple[list[int], list[int]]:
+def _shared(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     place = {index: at for at, index in enumerate(theirs)}
     pairs = [(at, place[index]) for at, index in enumerate(ours) if index in place]
     return [a for a, _ in pairs], [b for _, b in pairs]

@@ -18,6 +18,7 @@ Structure = dict[str, tuple[list[int], int]]
 
 COLOURS = ("#2a6fbb", "#d9822b", "#2e9e6b", "#8a5cc2", "#b8475a", "#5f6b7a")
 GREY, INK = "#aeb6c1", "#1f2733"
+CROSSING = ("cross_head", "second_cross_head")
 HOW_TO_READ = "A row is a layer: squares are its attention heads, the bar its neurons. Filled is kept, hollow is removed."
 
 
@@ -39,11 +40,14 @@ def structure_figure(structures: Mapping[str, Structure], path: Path, captions: 
     towers = list(dict.fromkeys(tower for blocks in drawings for tower in blocks))
     rows = {tower: max(len(blocks.get(tower, [])) for blocks in drawings) for tower in towers}
     heads = max((of for _, structure in columns for group, (_, of) in structure.items() if not group.endswith(".neuron")), default=1)
-    crossed = any(group.endswith(".cross_head") for _, structure in columns for group in structure)
+    crossed, twice = (any(group.endswith(f".{kind}") for _, structure in columns for group in structure) for kind in CROSSING)
 
     line = max(1.0, heads / 7)  # height of a line of text, in heads
-    places = {"head": 0.0, "neuron": max(heads, 5 * line) + line, "cross_head": max(heads, 5 * line) + 9.5 * line}
-    span = max(places["cross_head"] + max(heads, 5 * line) if crossed else places["neuron"] + 7.5 * line, 12 * line)
+    wide = max(heads, 5 * line)
+    places = {"head": 0.0, "neuron": wide + line, "cross_head": wide + 9.5 * line}
+    places["second_cross_head"] = places["cross_head"] + max(heads, 8 * line) + line
+    last = "second_cross_head" if twice else "cross_head"
+    span = max(places[last] + wide if crossed else places["neuron"] + 7.5 * line, 12 * line)
     left, top, gap = 4.5 * line, 5.3 * line, 2 * line
     width = left + len(columns) * (span + gap)
     height = top + sum(rows.values()) + 2.1 * line * len(towers) + 0.6 * line
@@ -109,7 +113,8 @@ class _Pen:
 
     def block(self, layers: list[Layer], x: float, y: float, colour: str) -> None:
         """One tower of one model, its first layer at (x, y) and the counts above it."""
-        for kind, name in (("head", "heads"), ("neuron", "neurons"), ("cross_head", "cross-attention")):
+        names = {"head": "heads", "neuron": "neurons", "cross_head": "cross-attention", "second_cross_head": "to the second image"}
+        for kind, name in names.items():
             start = x + self.places[kind]
             present = [layer[kind] for layer in layers if kind in layer]
             if present:

@@ -9,7 +9,12 @@ from efficientvlm.report.charts import bar, bullet, percent
 from efficientvlm.report.markup import Html, table, tag
 from efficientvlm.report.story import Chapter, Story, origins
 
-KINDS = {"head": "heads", "cross_head": "cross-attention heads", "neuron": "neurons"}
+KINDS = {
+    "head": "heads",
+    "cross_head": "cross-attention heads",
+    "second_cross_head": "cross-attention heads for the second image",
+    "neuron": "neurons",
+}
 CELL, A_ROW = 14, 16
 Counts = dict[str, tuple[list[int] | None, int, int]]
 """Group → original indices kept (None: not known), how many are kept, how many there were."""

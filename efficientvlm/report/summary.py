@@ -219,7 +219,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     add("  questions that cannot be answered", every(lambda m: _percent(m["unanswerable"])))
     add(f"  of the {reference}'s", every(lambda m: _percent(m["accuracy_of_reference"])), last=True)
     add(f"layers ({'/'.join(towers)})", every(lambda m: "/".join(str(m["layers"].get(tower, 0)) for tower in towers)), last=True)
-    for title, kind in (("heads kept", "head"), ("cross-attention heads kept", "cross_head"), ("neurons kept", "neuron")):
+    titles = {"heads kept": "head", "cross-attention heads kept": "cross_head", "those for the second image kept": "second_cross_head"}
+    for title, kind in (titles | {"neurons kept": "neuron"}).items():
         having = [tower for tower in towers if any(kind in model["kept"].get(tower, {}) for model in models.values())]
         if having:
             table.add_row(Text(title))

@@ -155,6 +155,7 @@ class NLVR2Weights(Strict):
     fusion_hidden: float = Field(0.165, ge=0)
     fusion_self_attention: float = Field(0.165, ge=0)
     fusion_cross_attention: float = Field(0.165, ge=0)
+    text_cross_attention: float = Field(0.165, ge=0, description="of a family whose text tower sees the images")
 
 
 class Distillation(Repeatable):

@@ -40,7 +40,7 @@ METRIC = (
 
 
 class NLVR2(Learnt, Asked):
-    """Cross-entropy of false and true; two images go through the vision tower in one pass (X-VLM)."""
+    """Cross-entropy of false and true; two images go through the vision tower in one pass (X-VLM, BLIP)."""
 
     name, kind, needs = "nlvr2", STATEMENTS, ("compare",)
     also = ("consistency",)
@@ -48,19 +48,19 @@ class NLVR2(Learnt, Asked):
     timed_as = "tensors of two images and a statement to true or false, a statement a sample; random pixels and tokens"
 
     def remedy(self, loaded: Loaded) -> str:
-        heads = getattr(loaded.model.config, "heads", None)
-        return "finetune it with --task nlvr2 first" if heads else ""
+        heads, gains = getattr(loaded.model.config, "heads", None), getattr(loaded.model.config, "gains", ())
+        return "finetune it with --task nlvr2 first" if heads or "compare" in gains else ""
 
     # learning
 
     def adapt(self, config: NLVR2Settings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
-        """Fusion layers are doubled where they are single, heads of other tasks are left behind, and the head is new."""
+        """What sees an image is doubled where it is single, heads of other tasks are left behind, and the head is new."""
         adapted: tuple[Any, list[str]] = student.model.gain("compare")
         return adapted
 
     def changes(self, added: int) -> str:
-        what = "every fusion layer is there for each of two images, which share keys and values; heads of other tasks are left behind"
-        return f"{what}, one that says true or false is new: {added:+,} parameters"
+        what = "there is cross-attention to each of two images; heads of other tasks are left behind, one that says true or false is new"
+        return f"{what}: {added:+,} parameters"
 
     def objective(self, config: NLVR2Settings, student: Loaded) -> Comparison:
         return Comparison(student.model)

@@ -7,8 +7,8 @@ from typing import ClassVar, Self
 
 from transformers import BlipConfig
 
-from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
+from efficientvlm.errors import BadInput, shorten
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, SECOND_CROSS_HEAD, Flow, groups_of
 from efficientvlm.families.checks import check_id
 from efficientvlm.families.structure import Layered, TwoParts
 
@@ -30,7 +30,7 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     crossing = CROSSING
     stock: ClassVar[str] = ""
     able: ClassVar[frozenset[str]] = frozenset()
-    gains = frozenset({"answer", "caption", "embed", "match"})
+    gains = frozenset({"answer", "caption", "embed", "match", "compare"})
     processor: ClassVar[str] = "BlipImageProcessor"
     towers: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[bool] = False
@@ -96,6 +96,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
     @property
     def foreign(self) -> str:
         """What transformers has no word for even where nothing was removed and all layers have cross-attention; empty: nothing."""
+        if not self.stock:
+            return f"transformers has no class of a BLIP that is to {', '.join(sorted(self.able))}"
         layers, vision = self.layers(), self.vision_config.hidden_size
         depth = {tower: layers[tower] for tower in self.towers if tower != "vision"}
         if len({*depth.values(), self.text_config.num_hidden_layers}) > 1:
@@ -244,6 +246,50 @@ class BlipPretrainingConfig(SlicedBlipConfig):
         return {group.replace("text", "decoder", 1): group for group in groups}
 
 
+class BlipComparisonConfig(SlicedBlipConfig):
+    """Reads a text together with two images (NLVR2): a layer that sees images has cross-attention for each of them.
+
+    `merging_layers` are the layers in which a Linear makes one of what both give; in the others it is averaged. By default they are those
+    that see images in the upper half of the text tower, as in the published network of twelve layers.
+    """
+
+    model_type = "evlm_blip_comparison"
+    able = frozenset({"compare"})
+    gains = frozenset()
+    towers = ("vision", "text")
+
+    merging_layers: list[int] | None = None
+
+    @property
+    def merging(self) -> list[int]:
+        """The layers in which a Linear makes one of two."""
+        depth = self.layers()["text"]
+        upper = [layer for layer in range(depth // 2, depth) if self.crosses("text", layer)]
+        return upper if self.merging_layers is None else self.merging_layers
+
+    def original_counts(self) -> dict[str, int]:
+        """As the base says, with heads for the second image behind those for the first."""
+        counts: dict[str, int] = {}
+        for group, count in super().original_counts().items():
+            counts[group] = count
+            if group.endswith(f".{CROSS_HEAD}"):
+                counts[group.replace(CROSS_HEAD, SECOND_CROSS_HEAD)] = count
+        return counts
+
+    def flows(self) -> list[Flow]:
+        layers, counts = self.layers(), self.original_counts()
+        flows = [Flow("text", "text.tokens"), Flow("text.tokens", "text.seeing", groups_of(layers, HEAD, "text"))]
+        for image, kind in (("left", CROSS_HEAD), ("right", SECOND_CROSS_HEAD)):
+            through = tuple(group for group in groups_of(layers, kind, "text") if group in counts)
+            flows += [Flow(f"{image} image", f"vision.{image}"), Flow(f"vision.{image}", "text.seeing", through)]
+        return [*flows, Flow("text.seeing", "verdict")]
+
+    def with_layers(self, layers: dict[str, list[int]]) -> Self:
+        changed, merging = super().with_layers(layers), self.merging
+        changed.merging_layers = [place for place, layer in enumerate(layers["text"]) if layer in merging]
+        return changed
+
+
 def crossing_last(depth: Mapping[str, int], count: int | None) -> dict[str, list[int]] | None:
     """`cross_layers` where the last `count` layers of every tower have cross-attention, of a tower that has fewer all; None: all have it.
 
@@ -268,7 +314,13 @@ def moved(crossing: Mapping[str, list[int]] | None, layers: Mapping[str, list[in
     return {tower: new for tower, new in found.items() if len(new) < len(layers[tower])} or None
 
 
-KINDS: tuple[type[SlicedBlipConfig], ...] = (BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig, BlipPretrainingConfig)
+KINDS: tuple[type[SlicedBlipConfig], ...] = (
+    BlipAnswerConfig,
+    BlipCaptionConfig,
+    BlipRetrievalConfig,
+    BlipPretrainingConfig,
+    BlipComparisonConfig,
+)
 
 
 def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
@@ -295,6 +347,12 @@ def check_sizes(config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         raise BadInput(f"{where}: text and decoder differ in depth", why, "leave decoder_layers out")
     if config.shares and "decoder" in (config.cross_layers or {}):
         raise BadInput(f"{where}: cross_layers names decoder", "its cross-attention is that of text", "leave it out")
+    merging = getattr(config, "merging_layers", None)
+    if merging is not None:
+        known = [layer for layer in range(config.layers()["text"]) if config.crosses("text", layer)]
+        if not isinstance(merging, list) or any(type(layer) is not int for layer in merging) or merging != sorted({*merging} & {*known}):
+            why = f"it names layers that see images, of {known}, in ascending order"
+            raise BadInput(f"{where}: merging_layers is {shorten(merging)}", why, "correct it")
     if "text" in config.towers and config.question_start_id is not None:
         check_id("question_start_id", config.question_start_id, text.vocab_size, where)
     if "decoder" in config.towers:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
-from efficientvlm.families.anatomy import CROSS_HEAD
+from efficientvlm.families.anatomy import CROSS_HEAD, SECOND_CROSS_HEAD
 from efficientvlm.families.blip.config import SlicedBlipConfig
 from efficientvlm.families.blip.names import EMBEDDINGS, LAYERS, PREDICTIONS, TEXT_LAYER
 from efficientvlm.families.structure import odd_layers
@@ -39,7 +39,8 @@ def gained(model: Any, made: type[Any], donor: Any = None, decoder_init: str = "
 
     A tower is taken as it is where there is one of its kind. Else a text encoder begins with the decoder, and a decoder with the text
     encoder. What attends to images goes on with what did, and with what attends to questions only where nothing else fits, or the other way
-    round. What fits nowhere is fresh, random from torch's generator, and so are heads.
+    round. What fits nowhere is fresh, random from torch's generator, and so are heads. Where two images are compared, both are attended to
+    as one was, and what was removed of that is missing in both; what makes one of what both give is fresh (BLIP, NLVR2).
 
     Args:
         donor: a network that answers, or None.
@@ -61,6 +62,7 @@ def gained(model: Any, made: type[Any], donor: Any = None, decoder_init: str = "
             state[name] = lent.tensors[name]
             continue
         own = OUTPUT[1] if name == OUTPUT[0] and network.config.ties else name
+        own = _of_one_image(own)
         source = _source(own, plan)
         found = given.get(source)
         fits = found is not None and found.shape == tensor.shape
@@ -104,12 +106,12 @@ def _config(old: SlicedBlipConfig, kind: type[SlicedBlipConfig], plan: Mapping[s
     for name in ("layer_source", "layer_source_of"):
         known = getattr(old, name) or {}
         setattr(config, name, {tower: known[origin] for tower, origin in origins.items() if origin in known} or None)
-    config.head_source = dict(_moved(old.head_source or {}, plan)) or None
+    config.head_source = dict(_moved(old.head_source or {}, kind, plan)) or None
     of_lent = {group: units for group, units in lent.config.kept_indices().items() if group.startswith("decoder.")} if lent else {}
-    return config.with_kept({**dict(_moved(old.kept_indices(), plan)), **of_lent})
+    return config.with_kept({**dict(_moved(old.kept_indices(), kind, plan)), **of_lent})
 
 
-def _moved(groups: Mapping[str, list[int]], plan: Mapping[str, Parts]) -> Iterator[tuple[str, list[int]]]:
+def _moved(groups: Mapping[str, list[int]], kind: type[SlicedBlipConfig], plan: Mapping[str, Parts]) -> Iterator[tuple[str, list[int]]]:
     """What is known of groups of the old network, for those of the new one that come from them."""
     for group, known in groups.items():
         tower, layer, unit = group.split(".")
@@ -118,6 +120,13 @@ def _moved(groups: Mapping[str, list[int]], plan: Mapping[str, Parts]) -> Iterat
         for new, parts in plan.items():
             if tower == (parts.cross if unit == CROSS_HEAD else parts.layers):
                 yield f"{new}.{layer}.{unit}", known
+                if unit == CROSS_HEAD and "compare" in kind.able:
+                    yield f"{new}.{layer}.{SECOND_CROSS_HEAD}", known
+
+
+def _of_one_image(name: str) -> str:
+    """What tensor `name` of cross-attention to two images is called in that to one, which both begin with."""
+    return name.replace(f"{CROSS}first.", CROSS).replace(f"{CROSS}second.", CROSS)
 
 
 def _source(name: str, plan: Mapping[str, Parts]) -> str:

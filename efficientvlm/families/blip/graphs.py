@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from efficientvlm.families.graphs import caption_graphs, matching_graphs, vqa_graphs
+from efficientvlm.families.graphs import caption_graphs, compare_graphs, matching_graphs, vqa_graphs
 from efficientvlm.families.network import Graph
 from efficientvlm.families.towers.attention import Context
 
 
 def blip_graphs(model: Any) -> list[Graph]:
-    """`question` and `answer`; or `image` and `decoder`; or `image`, `text` and `match`."""
+    """`question` and `answer`; or `image` and `decoder`; or `image`, `text` and `match`; or `compare`."""
+    if "compare" in model.config.able:
+        return compare_graphs(model)
     if "text" not in model.config.towers:
         return caption_graphs(model)
     return vqa_graphs(model) if "decoder" in model.config.towers else _matching(model)

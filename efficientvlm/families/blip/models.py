@@ -17,6 +17,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.blip.config import (
     BlipAnswerConfig,
     BlipCaptionConfig,
+    BlipComparisonConfig,
     BlipPretrainingConfig,
     BlipRetrievalConfig,
     SlicedBlipConfig,
@@ -191,14 +192,20 @@ class SlicedBlipForPretraining(Blip):
 
     def gain(self, ability: str, donor: Any = None, decoder_init: str = "auto") -> tuple[Any, list[str]]:
         """As the base says: to match, caption or answer it becomes the network of transformers' layout that does that alone; an answer
-        decoder begins with its own, or with the donor's where `decoder_init` is `teacher`."""
+        decoder begins with its own, or with the donor's where `decoder_init` is `teacher`. To compare it begins with what matches."""
         kind = next((kind for kind in MODELS if ability in kind.able and not kind.shares), None)
         if kind is None:
             return super().gain(ability, donor, decoder_init)
-        if ability == "answer" and decoder_init == "teacher":
+        if ability == "compare" or (ability == "answer" and decoder_init == "teacher"):
             network: tuple[Any, list[str]] = self.gain("match")[0].gain(ability, donor, decoder_init)
             return network
         return tuned(self, MODELS[kind](tuned_config(self.config, kind)))
+
+
+class BlipForComparison(Blip):
+    """Of two images and a text; transformers has no class of it, so that it is not called as those are."""
+
+    config_class = BlipComparisonConfig
 
 
 MODELS: dict[type[SlicedBlipConfig], type[Any]] = {
@@ -206,4 +213,5 @@ MODELS: dict[type[SlicedBlipConfig], type[Any]] = {
     BlipCaptionConfig: SlicedBlipForConditionalGeneration,
     BlipRetrievalConfig: SlicedBlipForImageTextRetrieval,
     BlipPretrainingConfig: SlicedBlipForPretraining,
+    BlipComparisonConfig: BlipForComparison,
 }

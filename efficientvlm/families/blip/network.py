@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import HEAD as HEADS
-from efficientvlm.families.blip.config import SlicedBlipConfig, check_sizes
+from efficientvlm.families.anatomy import SECOND_CROSS_HEAD
+from efficientvlm.families.blip.config import BlipComparisonConfig, SlicedBlipConfig, check_sizes
 from efficientvlm.families.blip.graphs import blip_graphs
 from efficientvlm.families.blip.names import EMBEDDINGS, HEAD, IMAGE_LAYER, IMAGES, LAYERS, POSITIONS, TEXT_LAYER
 from efficientvlm.families.blip.shared import BorrowingBert, BorrowingLayer
 from efficientvlm.families.blip.start import TEMPERATURE, draw_blip
 from efficientvlm.families.network import Graph, Record, check_taps, kinds_of, require
-from efficientvlm.families.towers.attention import Cache, Context
+from efficientvlm.families.towers.attention import Cache, Context, Second
 from efficientvlm.families.towers.bert import Bert, Embeddings, LanguageHead
 from efficientvlm.families.towers.decoding import Writing
 from efficientvlm.families.towers.layers import PostNormLayer, PreNormLayer, Size
-from efficientvlm.families.towers.network import TowerNetwork, blank_batch
+from efficientvlm.families.towers.network import TowerNetwork, blank_batch, blank_pairs
 from efficientvlm.families.towers.parts import (
     CROSS_ATTENTION,
     HIDDEN,
@@ -82,6 +83,9 @@ class Blip(Writing, TowerNetwork):
             self.text_decoder = Decoder(bert, LanguageHead(*shape, HEAD, **tied))
         if config.shares:
             self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
+        if "compare" in config.able:
+            width = config.text_config.hidden_size
+            self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
         if "embed" in config.able:
             vision, text, outputs = config.vision_config.hidden_size, config.text_config.hidden_size, config.image_text_hidden_size
             self.vision_proj, self.text_proj, self.itm_head = nn.Linear(vision, outputs), nn.Linear(text, outputs), nn.Linear(text, 2)
@@ -100,6 +104,12 @@ class Blip(Writing, TowerNetwork):
         shape = part.hidden_size, part.num_attention_heads
         crossing = [self.config.crosses(tower, layer) for layer in range(self.config.layers()[tower])]
         sizes = [Size.of(kept, f"{tower}.{layer}", *shape, context * crosses) for layer, crosses in enumerate(crossing)]
+        if isinstance(self.config, BlipComparisonConfig):
+            merging = self.config.merging
+            for layer, size in enumerate(sizes):
+                if crossing[layer]:
+                    second = Second(len(kept[f"{tower}.{layer}.{SECOND_CROSS_HEAD}"]), layer in merging)
+                    sizes[layer] = size._replace(second=second)
         dropout = {"dropout": part.hidden_dropout_prob, "attention_dropout": part.attention_probs_dropout_prob}
         layers = [PostNormLayer(size, part.layer_norm_eps, activation(part.hidden_act), TEXT_LAYER, **dropout) for size in sizes]
         table = (part.vocab_size, part.max_position_embeddings, part.hidden_size, part.layer_norm_eps, part.hidden_dropout_prob)
@@ -170,9 +180,14 @@ class Blip(Writing, TowerNetwork):
         """Next-token `logits` [A, L, V] of answers or captions, or the matching `logits` [B, 2] (no, yes) of image and text.
 
         The taps `vision.features` and `text.features` of a matching network are unit vectors [I, E] and [B, E]; for them texts are read
-        once more, without the image. A pre-training network matches and adds `lm_logits` [B, L, V], those of captions.
+        once more, without the image. A pre-training network matches and adds `lm_logits` [B, L, V], those of captions. A network that
+        compares reads texts about pairs of images (`data.kinds.statements.statement_batch`): `logits` [S, 2] of false and true; its states
+        of images are those of all first, then of all second images, and maps of cross-attention have the heads for the first image in front
+        of those for the second.
         """
         wanted = check_taps(self, want)
+        if "compare" in self.config.able:
+            return self._compare(batch, wanted)
         if "text" not in self.config.towers:
             return self._caption(batch, wanted)
         if "decoder" not in self.config.towers:
@@ -204,6 +219,8 @@ class Blip(Writing, TowerNetwork):
 
     def example(self, batch_size: int, text_length: int, device: Any = "cpu") -> dict[str, Any]:
         answers, side = "answer" in self.config.able, self.config.vision_config.image_size
+        if "compare" in self.config.able:
+            return blank_pairs(side, batch_size, text_length, device)
         return blank_batch(side, batch_size, text_length, device, texts="question" if answers else "text", answers=answers)
 
     @property
@@ -258,6 +275,12 @@ class Blip(Writing, TowerNetwork):
             record[f"vision.{FEATURES}"] = self.image_feature(record["image_states"])
         if f"text.{FEATURES}" in wanted:
             record[f"text.{FEATURES}"] = self.embed_texts(ids, mask)[1]
+        return record
+
+    def _compare(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:
+        both = {"pixels": torch.cat([batch["pixels"], batch["second_pixels"]]), "image_index": batch.get("pair_index")}
+        record, states = self._read_with_image(both, batch["text_ids"], batch["text_mask"], wanted)
+        record["logits"] = self.cls_head(states[:, 0])
         return record
 
     def _caption(self, batch: dict[str, Any], wanted: frozenset[str]) -> Record:

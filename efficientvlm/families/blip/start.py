@@ -31,7 +31,7 @@ Real = Annotated[float, Field(ge=0)]
 class Sizes(Strict):
     """What can be set; the defaults are BLIP-base as published (12 heads, not transformers' 8; norms of vision with 1e-6)."""
 
-    network: Literal["answer", "caption", "match", "pretrain"] = Field("answer", description="what it is for")
+    network: Literal["answer", "caption", "match", "pretrain", "compare"] = Field("answer", description="what it is for")
     image_size: Pixels = 384
     patch_size: Pixels = 16
     image_mean: Colours = list(CLIP_MEAN)
@@ -131,7 +131,7 @@ def draw_blip(model: Any, module: Any) -> None:
         if hasattr(model, "temp"):
             init.constant_(model.temp, TEMPERATURE)
         for part in model.children():
-            if isinstance(part, nn.Linear):
+            if isinstance(part, nn.Linear | nn.Sequential):
                 _draw(part, model.config.initializer_range)
 
 

@@ -115,6 +115,13 @@ class Shared(NamedTuple):
     reads: tuple[int, ...]
 
 
+class Second(NamedTuple):
+    """What a cross-attention has for the second of two images: `heads`, and whether what both give is `merged` by a Linear or averaged."""
+
+    heads: int
+    merged: bool
+
+
 class Cache:
     """Keys and values of the tokens decoded so far, layer by layer."""
 
@@ -223,11 +230,7 @@ class Attention(Named):
         """
         if kv is None:
             return self._nothing(x, mask, maps)
-        q, dropout = self.q(x), self.dropout if self.training else 0.0
-        if sharing is not None:
-            return self.out(sharing.apart(self._share(q, kv, mask, dropout, maps, sharing)))
-        k, v = kv if rows is None else (take(kv[0], rows), take(kv[1], rows))
-        return self._out(attend(self._split(q), k, v, mask, dropout, maps))
+        return self.out(self._gathered(self.q(x), kv, mask, rows, maps, sharing))
 
     def sites(self, prefix: str, position: int, lender: str = "") -> tuple[Site, ...]:
         """Where the head at `position` lies; `prefix` is the name of this module, `lender` of the one that has its keys and values."""
@@ -241,6 +244,14 @@ class Attention(Named):
         rows = tuple(Site(f"{name}.{kind}", 0, at, at + self.head_dim) for name, at in parts for kind in ("weight", "bias"))
         return (*rows, Site(f"{prefix}.{self.name_of('out')}.weight", 1, start, start + self.head_dim))
 
+    def _gathered(self, q: Tensor, kv: KeyValue, mask: Tensor | None, rows: Tensor | None, maps: Maps, sharing: Sharing | None) -> Tensor:
+        """What queries [B, T, H * D] of all heads get of `kv`, as :meth:`forward` says: [B, T, H * D]."""
+        dropout = self.dropout if self.training else 0.0
+        if sharing is not None:
+            return sharing.apart(self._share(q, kv, mask, dropout, maps, sharing))
+        k, v = kv if rows is None else (take(kv[0], rows), take(kv[1], rows))
+        return attend(self._split(q), k, v, mask, dropout, maps).transpose(1, 2).flatten(2)
+
     def _share(self, q: Tensor, kv: KeyValue, mask: Tensor | None, dropout: float, maps: Maps, sharing: Sharing) -> Tensor:
         seen = None if mask is None else sharing.together(mask[:, 0].expand(-1, q.shape[1], -1), True)[:, None]
         found: Maps = None if maps is None else []
@@ -250,10 +261,14 @@ class Attention(Named):
         return out
 
     def _nothing(self, x: Tensor, mask: Tensor | None, maps: Maps) -> Tensor:
-        """What an attention without heads gives; its map is [B, 0, T, S]."""
+        """What an attention without heads gives."""
+        return self.out(self._empty(x, mask, maps))
+
+    def _empty(self, x: Tensor, mask: Tensor | None, maps: Maps) -> Tensor:
+        """`x`, and the map [B, 0, T, S] of an attention without heads."""
         if maps is not None:
             maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], mask.shape[-1] if mask is not None else x.shape[1]))
-        return self.out(x)
+        return x
 
     def _out(self, heads: Tensor) -> Tensor:
         """[B, H, T, D] to [B, T, W]."""
@@ -261,3 +276,62 @@ class Attention(Named):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+
+class PairAttention(Attention):
+    """Cross-attention to two images at once: heads for the first and heads for the second, and what both give together.
+
+    Its keys and values, and its maps, are those of the heads for the first image and behind them those for the second; the images have as
+    many tokens. With `merged` one Linear makes one of both outputs (role `merge`), else they are averaged.
+
+    Source: BLIP (Li et al. 2022), NLVR2.
+    """
+
+    first = Part[Attention]()
+    second = Part[Attention]()
+    merge = Part[nn.Linear]()
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        *,
+        second: Second,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        Named.__init__(self)
+        self.heads, self.head_dim, self.dropout, self.fused, self.shared = heads + second.heads, head_dim, dropout, False, None
+        self.merged, self.counts = second.merged, (heads, second.heads)
+        self.put(first=Attention(width, context_width, heads, head_dim, dropout, names=names))
+        self.put(second=Attention(width, context_width, second.heads, head_dim, dropout, names=names))
+        if second.merged:
+            self.put(merge=nn.Linear(2 * width, width))
+
+    def project(self, context: Tensor, lender: Attention | None = None) -> KeyValue | None:
+        """As the base says, for `context` [2, B, S, W] of the first and second images."""
+        found = [kv for part, states in zip(self._parts, context, strict=True) if (kv := part.project(states)) is not None]
+        return (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1)) if found else None
+
+    def forward(
+        self,
+        x: Tensor,
+        kv: KeyValue | None,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        maps: Maps = None,
+        sharing: Sharing | None = None,
+    ) -> Tensor:
+        if kv is None:
+            given = [self._empty(x, mask, maps)] * 2
+        else:
+            q = torch.cat([part.q(x) for part in self._parts if part.heads], -1)
+            given = list(self._gathered(q, kv, mask, rows, maps, sharing).split([count * self.head_dim for count in self.counts], -1))
+        outputs = [part.out(heads if part.heads else x) for part, heads in zip(self._parts, given, strict=True)]
+        return self.merge(torch.cat(outputs, -1)) if self.merged else (outputs[0] + outputs[1]) / 2
+
+    @property
+    def _parts(self) -> tuple[Attention, Attention]:
+        return self.first, self.second

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Site
-from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps, Shared
+from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, SECOND_CROSS_HEAD, Site
+from efficientvlm.families.towers.attention import Attention, Cache, Context, Maps, PairAttention, Second, Shared
 from efficientvlm.families.towers.parts import (
     CROSS_ATTENTION,
     HIDDEN,
@@ -28,7 +28,7 @@ class Size(NamedTuple):
     """Sizes of one layer: its columns, those of a head, what is left of its heads and neurons.
 
     `cross_heads` is None where there is no cross-attention; it attends to states of `context_width` columns, with keys and values of its
-    own or `shared` ones.
+    own or `shared` ones. With `second`, `cross_heads` are those for the first of two images.
     """
 
     width: int
@@ -38,6 +38,7 @@ class Size(NamedTuple):
     cross_heads: int | None = None
     context_width: int = 0
     shared: Shared | None = None
+    second: Second | None = None
 
     @classmethod
     def of(cls, kept: Mapping[str, list[int]], group: str, width: int, heads: int, context_width: int = 0) -> Size:
@@ -119,6 +120,10 @@ class Layer(Named):
             role = "attention" if kind == HEAD else "cross_attention"
             attention: Attention = getattr(self, role)
             name = self.name_of(role)
+            if isinstance(attention, PairAttention):
+                image = "second" if kind == SECOND_CROSS_HEAD else "first"
+                of_image: Attention = getattr(attention, image)
+                return of_image.sites(f"{prefix}.{name}.{image}", position)
             if kind == HEAD or self.size.shared is None:
                 return attention.sites(f"{prefix}.{name}", position)
             return attention.sites(f"{prefix}.{name}", position, f"{prefix.rpartition('.')[0]}.{self.size.shared.at}.{name}")
@@ -148,7 +153,11 @@ class PostNormLayer(Layer):
         super().__init__(size, activation, names)
         self.put(attention=self._attention(size.heads, size.width, attention_dropout))
         self.put(attention_norm=nn.LayerNorm(size.width, eps))
-        if size.cross_heads is not None:
+        if size.cross_heads is not None and size.second is not None:
+            sizes = (size.width, size.context_width, size.cross_heads, size.head_width, attention_dropout)
+            self.put(cross_attention=PairAttention(*sizes, second=size.second, names=self._of_attention))
+            self.put(cross_attention_norm=nn.LayerNorm(size.width, eps))
+        elif size.cross_heads is not None:
             self.put(cross_attention=self._attention(size.cross_heads, size.context_width, attention_dropout, shared=size.shared))
             self.put(cross_attention_norm=nn.LayerNorm(size.width, eps))
         self._add_neurons()
@@ -192,7 +201,8 @@ class Layers(nn.ModuleList):
     def context(self, states: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values of `states` [C, S, W] for the cross-attention of every layer, None for one without.
 
-        Layers that share them attend to a part of `states` each, in turn: of two, the first to the first half.
+        Layers that share them attend to a part of `states` each, in turn: of two, the first to the first half. A layer with heads for two
+        images attends to both halves.
         """
         found: list[tuple[Tensor, Tensor] | None]
         parts, found = states.unflatten(0, (self.contexts, -1)), []  # `chunk` would fix the number of images of an exported graph
@@ -202,12 +212,13 @@ class Layers(nn.ModuleList):
                 continue
             shared = layer.size.shared
             lender = layer if shared is None else cast(Layer, self[shared.at])
-            part = parts[0 if shared is None else number - shared.at]
+            part = parts if layer.size.second else parts[0 if shared is None else number - shared.at]
             found.append(layer.cross_attention.project(part, lender.cross_attention))
         return found
 
     @property
     def contexts(self) -> int:
         """How many sets of states the layers attend to."""
-        sizes = [layer.size.shared for layer in cast(Iterable[Layer], self)]
-        return 1 + max((number - shared.at for number, shared in enumerate(sizes) if shared is not None), default=0)
+        sizes = [layer.size for layer in cast(Iterable[Layer], self)]
+        places = [number - size.shared.at for number, size in enumerate(sizes) if size.shared is not None]
+        return 1 + max([*places, *(1 for size in sizes if size.second)], default=0)
