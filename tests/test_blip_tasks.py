@@ -21,10 +21,15 @@ STEPS = {**TRAIN, "max_steps": 2, "data": SHAPES, "eval_limit": 2}
 TASKS: dict[str, dict[str, Any]] = {
     "captioning": {"captions_per_image": 2, "prompt": "", "min_length": 2, "max_length": 9, "beams": 2},
     "retrieval": {},
+    "nlvr2": {},
 }
-TOWERS = {"captioning": {"vision", "decoder"}, "retrieval": {"vision", "text"}}
-ASKED: dict[str, dict[str, Any]] = {"captioning": {}, "retrieval": {"text": "a red circle", "top": 1}}
-MEASURED = {"captioning": "cider_d", "retrieval": "mean_recall"}
+TOWERS = {"captioning": {"vision", "decoder"}, "retrieval": {"vision", "text"}, "nlvr2": {"vision", "text"}}
+ASKED: dict[str, dict[str, Any]] = {
+    "captioning": {},
+    "retrieval": {"text": "a red circle", "top": 1},
+    "nlvr2": {"statement": "both are red"},
+}
+MEASURED = {"captioning": "cider_d", "retrieval": "mean_recall", "nlvr2": "statement_accuracy"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def test_every_stage(task: str, start: Path, tmp_path: Path) -> None:
     assert not made.problems.found
     run_stage("finetune", model=str(start / "answer"), out=folder["teacher"], **common)
     teacher = load(folder["teacher"])
-    assert set(teacher.model.config.towers) == TOWERS[task] and teacher.model.config.is_stock
+    assert set(teacher.model.config.towers) == TOWERS[task] and teacher.model.config.is_stock == (task != "nlvr2")
     assert (made.stages[0].after or {})["parameters"]["total"] == teacher.manifest.accounting["parameters"]["total"]
     run_stage("shrink", model=folder["teacher"], out=folder["student"])
     taught = {"model": folder["student"], "teacher": folder["teacher"], **common}
@@ -59,12 +64,16 @@ def test_every_stage(task: str, start: Path, tmp_path: Path) -> None:
     for name, wanted in (("pruned", 0.4), ("cut", 0.6)):
         sparsity = require_complete(folder[name]).accounting["sparsity"]
         assert sparsity["achieved"] == pytest.approx(wanted, abs=0.01) and set(sparsity["by_tower"]) == TOWERS[task]
-    assert {unit.kind for unit in load(folder["pruned"]).model.units()} == {"head", "cross_head", "neuron"}
+    two = task == "nlvr2"
+    kinds = {"head", "cross_head", "neuron"} | ({"second_cross_head"} if two else set())
+    assert {unit.kind for unit in load(folder["pruned"]).model.units()} == kinds
     said = run_stage("eval", model=folder["cut"], data=SHAPES, task=task, split="val", limit=4)
     assert MEASURED[task] in said["metrics"] and (said["manner"]["length_rule"] == "published" if task == "captioning" else True)
     Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "red.png")
-    answer = predict.run(model=folder["cut"], image=str(tmp_path / "red.png"), **ASKED[task], device="cpu")
-    assert task == "retrieval" or answer["manner"]["beams"] == 3
+    picture = str(tmp_path / "red.png")
+    answer = predict.run(model=folder["cut"], image=[picture, picture] if two else picture, **ASKED[task], device="cpu")
+    assert task != "captioning" or answer["manner"]["beams"] == 3
+    assert not two or answer["answer"] in ("true", "false")
     timed = run_stage("bench", models=[folder["teacher"], folder["cut"]], batch_sizes=[2], rounds=1, warmup_rounds=0)
     assert timed["models"][1]["parameters_timed"] < timed["models"][0]["parameters_timed"]
 
@@ -84,14 +93,14 @@ def test_a_captioner_with_few_cross_layers_goes_on_to_questions(start: Path, tmp
 
 def test_what_a_network_of_another_task_is_told(start: Path, tmp_path: Path) -> None:
     model, asked = str(start / "answer"), {"data": SHAPES, "limit": 2}
-    for task in ("captioning", "retrieval"):
+    for task in TASKS:
         with pytest.raises(BadInput) as caught:
             run_stage("eval", model=model, task=task, **asked)
         assert caught.value.fix == f"finetune it with --task {task} first"
     with pytest.raises(BadInput) as caught:
         run_stage("eval", model=str(start / "few"), **asked)
     assert caught.value.fix == "finetune it with --task vqa first"
-    with pytest.raises(BadInput, match=r"decoder_layers is 3.*one tower of texts"):
+    with pytest.raises(BadInput, match=r"decoder_layers is 3.*one depth for all texts"):
         run_stage(
             "init", out=str(tmp_path / "y"), family="blip", size="tiny", data=SHAPES, settings={"network": "match", "decoder_layers": 3}
         )

@@ -233,8 +233,10 @@ def _of_streams(
             continue
         done |= {*_companions(model.config, tower)}
         axes = [axis for axis in stream(model, tower) if axis not in taken]
-        columns = torch.arange(new.width) if channels == "leading" else _strongest(axes, own, new.width)
-        found |= dict.fromkeys(axes, columns)
+        columns = torch.arange(new.width) if channels == "leading" else _strongest(axes, own, old.width, new.width)
+        for name, dim in axes:
+            times = own[name].shape[dim] // old.width  # several outputs of the width may lie side by side
+            found[name, dim] = torch.cat([columns + at * old.width for at in range(times)])
     return found
 
 
@@ -257,12 +259,13 @@ def stream(model: Any, tower: str) -> list[Axis]:
     ]
 
 
-def _strongest(axes: Iterable[Axis], own: Mapping[str, Tensor], count: int) -> Tensor:
-    """The `count` columns of a stream with the largest squared weights, each tensor counted alike, ascending."""
+def _strongest(axes: Iterable[Axis], own: Mapping[str, Tensor], width: int, count: int) -> Tensor:
+    """The `count` of the `width` columns of a stream with the largest squared weights, each tensor counted alike, ascending."""
     total: Tensor | None = None
     for name, dim in axes:
         squares = own[name].detach().double().square().movedim(dim, 0).flatten(1).sum(1) if own[name].dim() > 1 else None
         if squares is not None:
+            squares = squares.unflatten(0, (-1, width)).sum(0)
             part = (squares / squares.mean().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
             total = part if total is None else total + part
     assert total is not None  # every stream enters a matrix

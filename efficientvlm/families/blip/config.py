@@ -289,6 +289,11 @@ class BlipComparisonConfig(SlicedBlipConfig):
         changed.merging_layers = [place for place, layer in enumerate(layers["text"]) if layer in merging]
         return changed
 
+    def with_sizes(self, sizes: Mapping[str, Layered], fusion_layers: int | None = None) -> Self:
+        changed = super().with_sizes(sizes, fusion_layers)
+        changed.merging_layers = [layer for layer in self.merging if changed.crosses("text", layer)]
+        return changed
+
 
 def crossing_last(depth: Mapping[str, int], count: int | None) -> dict[str, list[int]] | None:
     """`cross_layers` where the last `count` layers of every tower have cross-attention, of a tower that has fewer all; None: all have it.
