@@ -16,7 +16,14 @@ from efficientvlm.compression.importance import importance_scores
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.compression.widths import resize_model, resolve_sizes, stream
 from efficientvlm.errors import BadInput
-from efficientvlm.families.blip.config import BlipAnswerConfig, BlipCaptionConfig, BlipRetrievalConfig
+from efficientvlm.families.blip.config import (
+    BlipAnswerConfig,
+    BlipCaptionConfig,
+    BlipComparisonConfig,
+    BlipPretrainingConfig,
+    BlipRetrievalConfig,
+    check_sizes,
+)
 from efficientvlm.families.blip.models import MODELS
 from efficientvlm.settings.stages import Shrink
 from efficientvlm.stages.shrink import wanted
@@ -37,6 +44,19 @@ def test_a_student_of_the_same_size_is_its_teacher(kind: Any) -> None:
     assert not origin.cut and not origin.random
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, student.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", [BlipComparisonConfig, BlipPretrainingConfig])
+def test_outputs_side_by_side_and_shared_layers_become_narrower(kind: Any) -> None:
+    """What merges two images reads two outputs of the text's width; layers of a decoder that are the encoder's are named once."""
+    teacher = blip(kind)
+    student, origin = resize_model(teacher, resolve_sizes(teacher.config, {"text": 16}, {}, {}), 1, channels="leading")
+    assert not origin.random and check_sizes(student.config, "config.json").cross_layers == {"text": [1]}
+    if kind is BlipComparisonConfig:
+        assert student.config.merging == [1]
+        ours, theirs = (model.text_encoder.encoder.layer[1].crossattention.merge.weight for model in (student, teacher))
+        assert torch.equal(ours, theirs[:16].unflatten(1, (2, 24))[..., :16].flatten(1))
+    assert torch.isfinite(student.run(teacher.example(2, 5))["logits"]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -175,7 +175,8 @@ class SlicedBlipConfig(TwoParts, BlipConfig):
             part.hidden_size, part.num_attention_heads, part.intermediate_size = size
         changed.text_config.encoder_hidden_size = changed.vision_config.hidden_size
         if fusion_layers is not None:
-            depth = {tower: count for tower, count in self.layers().items() if count and tower in self.crossing}
+            own = [tower for tower in self.crossing if not (self.shares and tower == "decoder")]
+            depth = {tower: count for tower, count in self.layers().items() if count and tower in own}
             changed.cross_layers = crossing_last(depth, fusion_layers)
             places = ((tower, layer) for tower, count in depth.items() for layer in range(count))
             if lost := [tower for tower, layer in places if changed.crosses(tower, layer) and not self.crosses(tower, layer)]:
