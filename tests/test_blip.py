@@ -247,9 +247,10 @@ def test_taps_that_are_not_there_and_questions_it_cannot_answer(name):
         assert model.gain("answer") == (model, [])
     else:
         with pytest.raises(BadInput, match="cannot answer questions"):
-            model.gain("answer")
-        with pytest.raises(BadInput, match="cannot answer questions"):
             model.encode(batch)
+        assert "answer" in model.gain("answer")[0].config.abilities()
+    with pytest.raises(BadInput, match="cannot find what a phrase means"):
+        model.gain("ground")
 
 
 def test_start_tokens_are_the_configured_ones():
