@@ -12,6 +12,7 @@ import pytest
 import torch
 from compression_cases import CONFIGS, network
 from conftest import SHAPES, SIZES, TRAIN, run_stage
+from safetensors import safe_open
 from test_momentum import finder  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.family import XVLM
+from efficientvlm.objectives.blip_pretraining import BlipPretraining
 from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.distances import alignment, divergence, maps_divergence, of_last_word, of_words
 from efficientvlm.objectives.dlip import TABLE, distilled, last_layers, needs
@@ -34,6 +36,7 @@ from efficientvlm.runtime.exchange import Rows
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.dlip import PRESETS, AllWeights
 from efficientvlm.settings.methods import METHODS
+from efficientvlm.training.state import newest
 
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 TASKS = METHODS["dlip"]
@@ -90,12 +93,17 @@ def terms_of(hard: Any, teacher: Any, task: str, **changes: Any) -> dict[str, st
 
 def test_every_network_is_compared_where_it_has_the_module(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = xvlm(), xvlm(1)
-    found = terms_of(XvlmPretraining(student, losses=("itc", "itm", "mlm"), seed=0), teacher, "pretraining")
     contrast = {"image_features": "image_feature", "text_features": "text_feature", "alignment": "contrast"}
     fused = {"fused_feature": "hidden", "fusion_self_attention": "self_attention", "fusion_cross_attention": "cross_attention"}
+    found = terms_of(XvlmPretraining(student, losses=("itc", "itm", "mlm"), seed=0), teacher, "pretraining")
     assert found == contrast | {name: f"fusion.{kind}@itm_positive" for name, kind in fused.items()}
     said = capsys.readouterr().err
     assert said.startswith("distillation: left out") and "lm_logits (decoder)" in said and said.count("\n") == 1
+    blip = network(CONFIGS["blip-pretraining"])
+    found = terms_of(BlipPretraining(blip, losses=("itc", "itm", "lm"), seed=0), blip, "pretraining")
+    writing = {"decoder_state": "decoder.hidden", "lm_logits": "lm_logits", "decoder_self_attention": "decoder.self_attention"}
+    assert found == contrast | writing | {name: f"text.{kind}@itm_positive" for name, kind in fused.items()}
+    assert capsys.readouterr().err == ""
     blip = network(CONFIGS["blip-qa"])
     decoder = {"decoder_state": "decoder.hidden", "lm_logits": "logits", "decoder_self_attention": "decoder.self_attention"}
     seeing = {name: f"text.{kind}" for name, kind in fused.items()}
@@ -301,17 +309,31 @@ def narrow(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 SHORT: dict[str, Any] = {**TRAIN, "max_steps": 4, "log_every": 1, "data": SHAPES, "distillation": "dlip"}
 
 
-def test_interrupted_and_spread_over_processes_it_is_the_same_run(chain: Path, narrow: Path, tmp_path: Path) -> None:
-    """Projections lie in the training state; contrast spans the pairs of all processes."""
-    chosen = {**SHORT, "task": "retrieval", "model": str(narrow), "teacher": str(chain / "init"), "batch_size": 8}
+@pytest.fixture(scope="module")
+def blips(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `teacher` and `student`, narrower and shallower, of a BLIP before any task, without dropout."""
+    root = tmp_path_factory.mktemp("blips")
+    sizes = {**SIZES, "dropout": 0.0, "network": "pretrain"}
+    run_stage("init", out=str(root / "teacher"), family="blip", size="tiny", data=SHAPES, settings=sizes)
+    run_stage("shrink", out=str(root / "student"), model=str(root / "teacher"), layers={"vision": 2}, width={"vision": 8, "text": 8})
+    return root
+
+
+def test_interrupted_and_spread_over_processes_it_is_the_same_run(blips: Path, tmp_path: Path) -> None:
+    """All nine terms. Projections lie in the training state; contrast spans the pairs of all processes."""
+    chosen = {**SHORT, "model": str(blips / "student"), "teacher": str(blips / "teacher"), "batch_size": 8, "queue": 16}
     whole, broken, two = (str(tmp_path / name) for name in ("whole", "broken", "two"))
-    run_stage("finetune", out=whole, **chosen)
-    assert nursery.finish(nursery.start("finetune", fault=("stops_at", [1]), out=broken, **chosen)) == [75]
-    nursery.whole("finetune", out=broken, **chosen)
+    run_stage("distill", out=whole, **chosen)
+    assert nursery.finish(nursery.start("distill", fault=("stops_at", [1]), out=broken, **chosen)) == [75]
+    state = newest(Path(broken, "training_state"))
+    assert state is not None
+    with safe_open(state / "state.safetensors", "pt") as file:
+        assert sum(name.startswith("module/projections.") for name in file.keys()) == 4  # of the fused feature and the decoder's states
+    nursery.whole("distill", out=broken, **chosen)
     assert Path(whole, "model.safetensors").read_bytes() == Path(broken, "model.safetensors").read_bytes()
-    nursery.whole("finetune", processes=2, out=two, **chosen)
+    nursery.whole("distill", processes=2, out=two, **chosen)
     one, both = (require_complete(out).metrics["train"] for out in (whole, two))
-    assert both == pytest.approx(one, rel=1e-4, abs=1e-5) and "kd_fused_feature" in one
+    assert both == pytest.approx(one, rel=1e-4, abs=1e-5) and {f"kd_{row.weight}" for row in TABLE} <= one.keys()
 
 
 def test_it_teaches_every_stage_of_a_task(chain: Path, narrow: Path, tmp_path: Path) -> None:
