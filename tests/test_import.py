@@ -19,10 +19,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLI
 from efficientvlm.control import Control
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
+from efficientvlm.families.published import read_published
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_file, read_folder
 from efficientvlm.families.xvlm.family import XVLM
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.families.xvlm.start import from_towers
 from efficientvlm.loaded import load
 from efficientvlm.settings import layouts
@@ -611,7 +611,7 @@ def test_values_are_read_only_of_a_file_whose_names_and_shapes_will_do(tmp_path,
         read.append(values)
         return read_file(path, values=values)
 
-    monkeypatch.setattr("efficientvlm.families.xvlm.published.read_file", watched)
+    monkeypatch.setattr("efficientvlm.families.published.read_file", watched)
     save_tokenizer(tokenizer, tmp_path / "tokens")
     whole = published(vocab=len(tokenizer))
     files = {

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import attach
 from efficientvlm.compression.sparsity import Scope
+from efficientvlm.families.published import read_published
 from efficientvlm.families.towers.decoding import Rules, beam, continued, stepping
 from efficientvlm.families.xvlm.names import published_name
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.objectives.captioning import Captions
 from efficientvlm.objectives.efficientvlm import distilled, released, released_rows
 from efficientvlm.objectives.losses import caption_loss

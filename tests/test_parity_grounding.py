@@ -13,8 +13,8 @@ from test_parity_xvlm import FOLDER, agree
 from torch import Tensor
 
 from efficientvlm.data.boxes import in_pixels, iou
+from efficientvlm.families.published import read_published
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.objectives.grounding import Grounding
 from efficientvlm.objectives.losses import giou
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from efficientvlm.compression.gates import attach, open_probability, published_gates
 from efficientvlm.families.anatomy import CROSS_HEAD, NEURON, Unit
+from efficientvlm.families.published import read_published
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.losses import negative_weights, positives
 from efficientvlm.objectives.terms import compared, tower_maps

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from efficientvlm.families.published import read_published
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.objectives.efficientvlm import distilled, released
 from efficientvlm.objectives.losses import answer_loss, itc_loss, negative_weights, positives
 from efficientvlm.objectives.terms import compared, tower_maps

@@ -15,8 +15,8 @@ from test_import import published, safe
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.image_settings import default_settings
+from efficientvlm.families.published import read_published
 from efficientvlm.families.xvlm.network import XVLMModel
-from efficientvlm.families.xvlm.published import read_published
 from efficientvlm.loaded import load, resized
 from efficientvlm.planning.chain import Planned
 from efficientvlm.planning.plan import plan

@@ -62,6 +62,12 @@ class Family:
         """
         raise NotImplementedError
 
+    translate: Callable[[Any], tuple[Any, dict[str, Any]]]
+    """Only of a family of published files: configuration and state of the network in a :class:`published.Published`.
+
+    :class:`BadInput` for an entry of unknown meaning, one that is missing or of another shape, or a setting that the file decides.
+    """
+
     def build(self, config: Any) -> Any:
         """A model with fresh weights of the (possibly sliced) shapes in `config`."""
         return self.models[type(config)](config)

@@ -1,4 +1,4 @@
-"""import: a published X-VLM or EfficientVLM file, or a Hugging Face folder, becomes a checkpoint folder."""
+"""import: a published X-VLM, EfficientVLM or BLIP file, or a Hugging Face folder, becomes a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
-from efficientvlm.data.tokenizer import load_tokenizer
+from efficientvlm.data.tokenizer import load_tokenizer, with_special
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import ABILITIES
-from efficientvlm.families.xvlm.config import XVLMConfig
-from efficientvlm.families.xvlm.published import Report, read_published
+from efficientvlm.families.published import Report, read_published
 from efficientvlm.loaded import shapes
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.stages import ImportConfig
@@ -43,10 +42,12 @@ def run(config: ImportConfig, control: Control) -> Manifest:
         tokenizer, values, state, report = read(config)
         able = sorted(values.abilities())
         _tell(report, able, control)
-        family = families.get("xvlm")
+        family = families.get(report.family)
         model = shapes(family, values)
         model.load_state_dict(state, strict=True, assign=True)
+        model.tie_weights()
         extra = {"layout": report.layout, "tensors": report.mapped, "ignored": report.ignored, "assumed": report.assumed}
+        extra |= {"added_tokens": report.added} if report.added else {}
         return write(output, family, model, tokenizer, control=control, origin="imported", extra=extra)
 
 
@@ -60,7 +61,8 @@ def prepare(config: ImportConfig, workspace: Workspace) -> Beginning:
     def network() -> tuple[Any, Any, Any, list[str]]:
         tokenizer, values, _, report = read(config, weights=False)
         remark = f"{report.layout} layout, {report.mapped} tensors; values are not looked at before the import"
-        return families.get("xvlm"), shapes(families.get("xvlm"), values), tokenizer, [remark]
+        family = families.get(report.family)
+        return family, shapes(family, values), tokenizer, [remark]
 
     return Beginning(network, inputs={"model": config.model, "tokenizer": config.tokenizer})
 
@@ -73,18 +75,31 @@ def read(config: ImportConfig, *, weights: bool = True) -> tuple[Any, Any, dict[
     """
     tokenizer = load_tokenizer(resolve(str(config.tokenizer)), bert=True)
     path = resolve(config.model)
+    added: list[str] = []
 
-    def of_one_vocabulary(found: XVLMConfig) -> None:
-        if len(tokenizer) != found.vocab_size:
-            why = f"{path} embeds {found.vocab_size}: they are not of one vocabulary"
+    def vocabulary(found: Any, report: Report) -> dict[str, int]:
+        embedded, family = found.sizes().vocab_size, families.get(report.family)
+        absent = [token for token in family.extra_tokens if token not in tokenizer.get_vocab()]
+        if len(tokenizer) + len(absent) == embedded:
+            added.extend(absent)
+            with_special(tokenizer, absent)
+        if len(tokenizer) != embedded:
+            why = f"{path} embeds {embedded}: they are not of one vocabulary"
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens", why, "give the tokenizer the model was trained with")
+        if missing := [token for token in absent if token not in added]:
+            raise BadInput(f"the tokenizer has no {missing[0]}", f"{path} is of a {family.name}, which needs it", "give its own tokenizer")
+        return dict(tokenizer.get_vocab())
 
-    return tokenizer, *read_published(path, config.layout, config.settings, values=weights, check=of_one_vocabulary)
+    values, state, report = read_published(path, config.layout, config.settings, vocabulary=vocabulary, values=weights)
+    report.added = added
+    return tokenizer, values, state, report
 
 
 def _tell(report: Report, able: Sequence[str], control: Control) -> None:
     can = ", ".join(ABILITIES[name][0] for name in able)
     say(f"import: {report.layout} layout, {report.mapped} tensors; it can {can}", quiet=control.quiet)
+    if report.added:
+        say(f"import: added to the tokenizer, as published: {', '.join(report.added)}", quiet=control.quiet)
     for reason, names in report.ignored.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         say(f"import: ignored {shown} ({reason})", quiet=control.quiet)

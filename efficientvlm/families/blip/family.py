@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
 from efficientvlm.families.blip.config import (
@@ -14,11 +16,13 @@ from efficientvlm.families.blip.config import (
     check_sizes,
 )
 from efficientvlm.families.blip.models import MODELS
+from efficientvlm.families.blip.published import translate
 from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import image_statistics, open_config, read_json
+from efficientvlm.families.published import Published
 
 
 class BLIP(Family):
@@ -56,6 +60,9 @@ class BLIP(Family):
         config = self._checked(open_config(kind, values, file), str(file))
         check_shapes(self, config, path)
         return config
+
+    def translate(self, file: Published) -> tuple[SlicedBlipConfig, dict[str, Tensor]]:
+        return translate(file, self._checked)
 
     def _checked(self, config: SlicedBlipConfig, where: str) -> SlicedBlipConfig:
         check_config(config, where)

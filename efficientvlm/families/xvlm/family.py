@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import open_config, read_json
+from efficientvlm.families.published import Published
 from efficientvlm.families.xvlm.config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
 from efficientvlm.families.xvlm.network import XVLMModel
+from efficientvlm.families.xvlm.published import translate
 
 
 class XVLM(Family):
@@ -37,3 +41,6 @@ class XVLM(Family):
         check_sizes(config)
         check_shapes(self, config, path)
         return config
+
+    def translate(self, file: Published) -> tuple[XVLMConfig, dict[str, Tensor]]:
+        return translate(file)

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.published import FIX, HEAD_WIDTH, grid_of, require_usual_heads
 from efficientvlm.families.weights import AGAIN
 from efficientvlm.families.xvlm.config import CAPTION_HEAD, XVLMConfig, check_sizes
 from efficientvlm.families.xvlm.resize import config_at
-from efficientvlm.settings.layouts import LAYOUTS
 
-HEAD_WIDTH = 64
-FIX = f"give a published X-VLM or EfficientVLM file: {', '.join(sorted({layout.name for layout in LAYOUTS}))}"
 HEADS = {
     "itc": ("vision_proj.", "text_proj.", "temp"),
     "itm": ("itm_head.",),
@@ -80,10 +78,8 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
         raise BadInput(f"settings.{fixed[0]} cannot be set", "the file has a Swin tower, whose shapes decide", "leave it out")
     assumed = {name: guess for name, guess in guesses.items() if name not in given}
     for tower in ("vision", "text"):
-        width, name = known[f"{tower}_width"], f"{tower}_heads"
-        if name in assumed and (not width or width % HEAD_WIDTH):
-            why = f"{width} columns are no multiple of {HEAD_WIDTH}, and the file does not say how many heads share them"
-            raise BadInput(f"{path}: how many {tower} heads?", why, f"give --set settings.{name}=N")
+        if f"{tower}_heads" in assumed:
+            require_usual_heads(path, tower, known[f"{tower}_width"])
     native = XVLMConfig(**{**guesses, **known, **given, "image_size": known["image_size"]})
     check_sizes(native)
     return Described(native, config_at(native, given.get("image_size", native.image_size)), assumed)
@@ -91,10 +87,7 @@ def config_of(path: Path, state: Mapping[str, Tensor], depths: list[int], given:
 
 def _vit_of(path: Path, shape: Callable[..., torch.Size]) -> dict[str, Any]:
     """What the shapes of a CLIP ViT say."""
-    patches = shape("vision.position_embedding")[0] - 1
-    grid = math.isqrt(max(patches, 0))
-    if not grid or grid * grid != patches:
-        raise BadInput(f"{path} cannot be imported", f"its {patches} patches make no square", "give a model of square images")
+    grid = grid_of(path, shape("vision.position_embedding")[0])
     width, _, patch_size, _ = shape("vision.patch_embedding.weight", 4)
     neurons = shape("vision.layers.0.ffn.fc1.weight")[0]
     return {"image_size": grid * patch_size, "patch_size": patch_size, "vision_width": width, "vision_intermediate": neurons}
