@@ -9,6 +9,7 @@ import typer
 
 from efficientvlm.cli import options as o
 from efficientvlm.cli import output
+from efficientvlm.cli.shapes import Asked, refuse, shapes
 from efficientvlm.control import Control
 from efficientvlm.errors import printable
 
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
     from efficientvlm.planning.plan import Plan
     from efficientvlm.recipe import Step
 
+STUDENTS = "Students of a model"
+
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see evlm recipes ls), or a YAML file.", metavar="RECIPE")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe (see evlm recipes ls), or a YAML file.", metavar="[RECIPE]", show_default=False)
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder that holds the folders of all stages.", metavar="DIR")] = None,
     assignments: Annotated[
         list[str] | None,
@@ -29,12 +34,65 @@ def plan(
         int, typer.Option("--measure", help="Time so many training steps of every stage; 0 says nothing of time.", min=0)
     ] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Hash the files of all checkpoints that are read, and the data.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="List students of this checkpoint.", metavar="DIR", rich_help_panel=STUDENTS)
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option("--parameters", help="Share of parameters.", min=0, max=1, rich_help_panel=STUDENTS)
+    ] = None,
+    macs: Annotated[float | None, typer.Option("--macs", help="Share of multiply-adds.", min=0, max=1, rich_help_panel=STUDENTS)] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="How far both may be off; 0.005 by default.", min=0, max=1, rich_help_panel=STUDENTS),
+    ] = None,
+    pass_name: Annotated[
+        str | None,
+        typer.Option(
+            "--pass",
+            help="Whose multiply-adds: retrieval, dual, fused, caption, answer or pretraining; the first that the model makes by default.",
+            metavar="NAME",
+            rich_help_panel=STUDENTS,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Side of the images; the model's by default.", min=1, rich_help_panel=STUDENTS)
+    ] = None,
+    text_length: Annotated[
+        int | None, typer.Option("--text-length", help="Tokens of a text; 30 by default.", min=1, rich_help_panel=STUDENTS)
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--of",
+            help="Of what parameters are a share: network (default), encoders (of images and texts), or so many, of which encoders are.",
+            metavar="NAME|NUMBER",
+            rich_help_panel=STUDENTS,
+        ),
+    ] = None,
+    equal_widths: Annotated[
+        bool, typer.Option("--equal-widths", help="Only students whose images are as wide as their texts.", rich_help_panel=STUDENTS)
+    ] = False,
+    top: Annotated[int | None, typer.Option("--top", help="List so many; 20 by default.", min=1, rich_help_panel=STUDENTS)] = None,
     resume: o.Resume = True,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Show sizes, memory, steps and disk of every stage of a recipe, and all that is wrong with it; nothing is trained or written."""
+    """Show sizes, memory, steps and disk of every stage of a recipe, and all that is wrong with it; nothing is trained or written.
+
+    With --model, list the students of other width that have given shares of its parameters and multiply-adds.
+    """
+    asked = Asked(parameters, macs, tolerance, pass_name, image_size, text_length, of, equal_widths, top)
+    if (recipe is None) == (model is None):
+        raise typer.BadParameter("give a recipe to plan, or --model to list its students", param_hint="RECIPE")
+    if model is not None:
+        ours = {"--out": out, "--set": assignments, "--measure": measure, "--verify": verify}
+        if given := [flag for flag, value in ours.items() if value]:
+            raise typer.BadParameter(f"{given[0]} is about a recipe", param_hint=given[0])
+        shapes(model, asked, json=json)
+        return
+    assert recipe is not None
+    refuse(asked)
     from efficientvlm import recipe as recipes
 
     loaded = recipes.load_recipe(recipe)

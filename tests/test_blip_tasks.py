@@ -57,6 +57,9 @@ def test_every_stage(task: str, start: Path, tmp_path: Path) -> None:
     run_stage("shrink", model=folder["teacher"], out=folder["student"])
     taught = {"model": folder["student"], "teacher": folder["teacher"], **common}
     run_stage("finetune", out=folder["tuned"], **taught)
+    if task == "nlvr2":
+        with pytest.raises(BadInput, match="read both images"):
+            run_stage("finetune", out=str(tmp_path / "refused"), quirks={"second_image": True}, **taught)
     run_stage("prune", out=folder["pruned"], sparsity=0.4, **taught)
     run_stage("prune", out=folder["cut"], sparsity=0.6, from_gates=folder["pruned"])
     for name in ("tuned", "pruned"):

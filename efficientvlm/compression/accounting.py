@@ -6,7 +6,7 @@ Works on the meta device as well, where it allocates nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,13 +86,18 @@ def count_macs(model: Any, *, text_length: int = 12) -> dict[str, Any]:
     """
     with torch.random.fork_rng(devices=[]):
         batch = model.example(1, text_length, next(model.parameters()).device)
+    by_tower = count_macs_of(model, lambda: model.run(batch))
+    sizes = [value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4]
+    total = sum(by_tower.values())
+    return {"total": total, "by_tower": by_tower, "image_size": sizes[0] if sizes else 0, "text_length": text_length}
+
+
+def count_macs_of(model: Any, act: Callable[[], object]) -> dict[str, int]:
+    """Multiply-accumulates of what `act` computes with `model`, by tower, as :func:`count_macs` counts them."""
     counter = FlopCounterMode(display=False)
     with _frozen(model), _Ledger(model, counter) as ledger, sdpa_kernel(SDPBackend.MATH), counter:
-        model.run(batch)
-    sizes = [value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4]
-    by_tower = {tower: flops // 2 for tower, flops in ledger.flops.items() if flops}
-    total = counter.get_total_flops() // 2
-    return {"total": total, "by_tower": by_tower, "image_size": sizes[0] if sizes else 0, "text_length": text_length}
+        act()
+    return {tower: flops // 2 for tower, flops in ledger.flops.items() if flops}
 
 
 @contextmanager

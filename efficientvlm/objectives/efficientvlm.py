@@ -76,6 +76,9 @@ def needs(student: Loaded, teacher: Loaded, settings: Distillation) -> Iterator[
         yield BadInput(
             "teacher and student have different tokenizers", f"{teacher.path} and {student.path}", "shrink the student from this teacher"
         )
+    if getattr(settings.quirks, "second_image", False) and not student.sizes.heads.get("fusion"):
+        why = f"layers of {student.path} read both images, so that none is of the second one"
+        yield BadInput("quirks.second_image", why, "leave it out")
     if settings.kd:
         weighed = [name for name, weight in settings.weights if weight]
         differing = [of_matching(difference, student) for difference in differences(student, teacher)]
