@@ -216,6 +216,9 @@ def test_alignment_shares_the_target_among_pairs_that_belong_together() -> None:
             target = alpha * (taught[row] @ keys.T / 0.5).softmax(0) + (1 - alpha) * hard
             expected -= float((target * (feature[row] @ keys.T / 0.5).log_softmax(0)).sum()) / 6
     found = alignment(ours, theirs, Term("", "contrast", alignment), pairing(None), alpha=alpha)  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = alignment(ours, theirs, Term("", "contrast", alignment), pairing(None), alpha=alpha)  # type: ignore[arg-type]
+    assert coarse == found, "close keys are told apart in bfloat16 too"
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 

@@ -77,10 +77,11 @@ def alignment(ours: Contrast, theirs: Contrast, term: Term, pairing: Pairing, *,
             images, texts = torch.cat([images, image_queue.float()]), torch.cat([texts, text_queue.float()])
         hard = same / same.sum(1, keepdim=True)
     total = torch.zeros((), device=hard.device)
-    for feature, taught, keys in ((ours.image, theirs.image, texts), (ours.text, theirs.text, images)):
-        with torch.no_grad():
-            target = alpha * (taught.float() @ keys.T / ours.temperature).softmax(1) + (1 - alpha) * hard
-        total = total - (target * (feature.float() @ keys.T / ours.temperature).log_softmax(1)).sum() / 2
+    with torch.autocast(hard.device.type, enabled=False):  # in bfloat16 close keys would be equal
+        for feature, taught, keys in ((ours.image, theirs.image, texts), (ours.text, theirs.text, images)):
+            with torch.no_grad():
+                target = alpha * (taught.float() @ keys.T / ours.temperature).softmax(1) + (1 - alpha) * hard
+            total = total - (target * (feature.float() @ keys.T / ours.temperature).log_softmax(1)).sum() / 2
     return total / ranks.share_of(len(hard))
 
 
