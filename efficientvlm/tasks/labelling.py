@@ -204,6 +204,8 @@ class Labeller:
         """Say what was left out; :class:`BadInput` where that is all."""
         counts = lines.counts
         if not counts["described"]:
+            if isinstance(lines, GrowingLines):
+                lines.discard()  # nothing to go on from
             raise BadInput(
                 f"none of {len(pictures):,} pictures can be read", f"the first, {self.first_lost}", "give pictures, e.g. PNG or JPEG"
             )
