@@ -1,4 +1,4 @@
-"""A published X-VLM file without its values: a view of one number under every name."""
+"""Published files of an X-VLM and of a BLIP without their values: a view of one number under every name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import torch
 
+from efficientvlm.families.blip.family import BLIP
+from efficientvlm.families.blip.names import LAYERS
+from efficientvlm.families.blip.published import STACKS, VISION, VISION_LAYER
+from efficientvlm.families.blip.start import fresh_config
 from efficientvlm.families.xvlm.config import XVLMConfig
 from efficientvlm.families.xvlm.names import BERT, BERT_LAYER, CLIP, CLIP_LAYER, published_name
 from efficientvlm.families.xvlm.network import XVLMModel
@@ -46,3 +50,23 @@ def write_tokenizer(folder: Path, tokens: int = XVLMConfig.vocab_size) -> Path:
     words += [f"unused{number}" for number in range(tokens - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
+
+
+def write_blip_stand_in(path: Path, **sizes: int) -> Path:
+    """The pre-training file of BLIP-base, or of one of other `sizes`."""
+    config = fresh_config("base", {"network": "pretrain", "image_size": 224, **sizes}, sizes.get("vocab_size", 30524))
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in BLIP().build(config).state_dict().items()}
+    outside = {ours: theirs for theirs, ours in VISION.items()}
+    parts = {ours: theirs for theirs, ours in VISION_LAYER.items()}
+    found = {}
+    for name, shape in shapes.items():
+        inner = name.removeprefix("vision_model.")
+        called = f"visual_encoder.{outside[inner]}" if inner in outside else name
+        if name.startswith(place := f"{LAYERS['vision']}."):
+            number, part = name.removeprefix(place).split(".", 1)
+            part, _, kind = part.rpartition(".")
+            called = f"{STACKS['vision']}.{number}.{parts[part]}.{kind}"
+        found[called] = torch.zeros(()).expand(shape)
+    torch.save({"model": found}, path)  # noqa: TID251  as published
+    return path

@@ -1,11 +1,16 @@
-"""The recipes of DLIP: those at full size, and the small ones of made scenes."""
+"""The recipes of DLIP: those at full size, planned on a file without its values, and the small ones of made scenes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_in import write_blip_stand_in, write_tokenizer
 
+from efficientvlm.control import Control
+from efficientvlm.planning import activations
+from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, load_recipe, names, validate
 
 RECIPES = [name for name in names() if name.startswith("dlip/")]
@@ -14,6 +19,8 @@ LARGE = [name for name in RECIPES if name not in SCENES]
 GENERAL = ("pretrained", "student", "distilled")
 COMMON = ("start", *GENERAL)
 MADE = "shapes:difficulty=2,size=64"
+NARROW = {"vision_width": 128, "vision_heads": 2, "vision_intermediate": 128, "text_width": 128, "text_heads": 2, "text_intermediate": 128}
+HALF = ["student.preset=null", "student.width={vision: 64, text: 64}", "student.layers={vision: 12, text: 6, decoder: 6}"]
 REPLICATED: dict[str, Any] = {
     "distillation": "dlip",
     "epochs": 20,
@@ -37,6 +44,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "captioning-teacher": {"image_size": 384, "lr": 1e-5, "epochs": 5, "label_smoothing": 0.1, "prompt": "a picture of "},
     "vqa-teacher": {"image_size": 480, "lr": 2e-5, "epochs": 10, "label_smoothing": 0.1, "rank_top": 128},
 }
+MILLIONS = {"pretrained": 252.44, "distilled": 51.71, "retrieval-teacher": 223.74, "captioning-teacher": 223.97, "vqa-teacher": 361.48}
+"""Parameters of the published networks, and of the student in their layout, by arithmetic."""
 
 
 def steps(name: str, *more: str) -> list[Step]:
@@ -44,6 +53,33 @@ def steps(name: str, *more: str) -> list[Step]:
     recipe = load_recipe(name)
     own = [f"{stage['name']}.data={MADE}" for stage in recipe.stages if stage.get("data")]
     return validate(recipe, [*own, *([f"data={MADE}"] if "data" in recipe.defaults else []), *more])
+
+
+def planned(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str, **sizes: int) -> Plan:
+    write_blip_stand_in(folder / "model_base_capfilt_large.pth", **sizes)
+    write_tokenizer(folder / "bert-base-uncased")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(activations, "training", lambda run, images: 0)  # a step of each stage, which takes some seconds
+    made = plan(steps(name, *more), Control(quiet=True))
+    assert not made.problems.found, made.problems.found
+    assert not Path("runs").exists()
+    return made
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_is_planned_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrower network of the same layers."""
+    for stage in planned(name, tmp_path, monkeypatch, *HALF, **NARROW).stages:
+        if stage.stage == "prune":
+            assert stage.after and 0.3 <= stage.after["sparsity"] < 0.31
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_networks_at_full_size_are_as_large_as_the_published_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in planned(name, tmp_path, monkeypatch).stages:
+        if stage.name in MILLIONS:
+            assert stage.after and stage.after["parameters"]["total"] / 1e6 == pytest.approx(MILLIONS[stage.name], abs=0.01)
 
 
 @pytest.mark.parametrize("name", LARGE)

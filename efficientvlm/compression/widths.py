@@ -172,7 +172,7 @@ def _taken(tensor: Tensor | None, name: str, target: Tensor, places: Mapping[Axi
         index = places.get((name, dim))
         if (index is None and tensor.shape[dim] != size) or (index is not None and bool((index < 0).any())):
             return None
-        if index is not None and not torch.equal(index, torch.arange(tensor.shape[dim])):
+        if index is not None and not torch.equal(index, torch.arange(tensor.shape[dim], device="cpu")):
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
@@ -191,7 +191,9 @@ def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, l
     the teacher's heads that are kept, where some are not."""
     groups = _by_group(model.units())
     units = [unit for group in groups.values() for unit in group]
-    scores = dict(zip(((unit.group, unit.index) for unit in units), importance_scores("magnitude", model, units).tolist(), strict=True))
+    shapes = next(model.parameters()).is_meta  # of which any will do
+    values = [0.0] * len(units) if shapes else importance_scores("magnitude", model, units).tolist()
+    scores = dict(zip(((unit.group, unit.index) for unit in units), values, strict=True))
     target = student.state_dict()
     places: dict[Axis, Tensor] = {}
     heads: dict[str, list[int]] = {}
@@ -208,9 +210,9 @@ def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, l
         for new, old in zip(wanted, best, strict=True):
             for here, before in zip(new.sites, old.sites, strict=True):
                 axis = here.tensor, here.dim
-                index = places.setdefault(axis, torch.full((target[here.tensor].shape[here.dim],), -1))
+                index = places.setdefault(axis, torch.full((target[here.tensor].shape[here.dim],), -1, device="cpu"))
                 if here.stop - here.start == before.stop - before.start:
-                    index[here.start : here.stop] = torch.arange(before.start, before.stop)
+                    index[here.start : here.stop] = torch.arange(before.start, before.stop, device="cpu")
     return places, heads
 
 
@@ -233,7 +235,8 @@ def _of_streams(
             continue
         done |= {*_companions(model.config, tower)}
         axes = [axis for axis in stream(model, tower) if axis not in taken]
-        columns = torch.arange(new.width) if channels == "leading" else _strongest(axes, own, old.width, new.width)
+        leading = channels == "leading" or any(own[name].is_meta for name, _ in axes)
+        columns = torch.arange(new.width, device="cpu") if leading else _strongest(axes, own, old.width, new.width)
         for name, dim in axes:
             times = own[name].shape[dim] // old.width  # several outputs of the width may lie side by side
             found[name, dim] = torch.cat([columns + at * old.width for at in range(times)])
