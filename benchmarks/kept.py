@@ -70,7 +70,8 @@ def quickstart(root: Path) -> Lines:
             for kind in KINDS:
                 if line.get(f"{tower}_{kind}_of"):
                     counts = {"kept": line[f"{tower}_{kind}_kept"], "of": line[f"{tower}_{kind}_of"]}
-                    found.append({"task": "easy-VQA", "seed": line["seed"], "tower": tower, "kind": kind, **counts})
+                    common = {"task": "easy-VQA", "seed": line["seed"], "sparsity": line["sparsity"]}
+                    found.append({**common, "tower": tower, "kind": kind, **counts})
     return found
 
 
@@ -115,18 +116,20 @@ def block(lines: Lines, name: Path) -> str:
     """The table by task and its seeds, and the picture."""
     kept = parts(lines)
     groups = places(kept)
-    heads = ("task", "seeds", *(f"{tower}: {KINDS[kind]}" for tower, kind in groups))
+    heads = ("task", "seeds", "sparsity", *(f"{tower}: {KINDS[kind]}" for tower, kind in groups))
     out = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for task in dict.fromkeys(task for task, _, _ in kept):
+        sparsity = 100 * mean(float(line["sparsity"]) for line in lines if line["task"] == task)
         values = [kept.get((task, *group)) for group in groups]
         cells = [f"{100 * mean(some):.0f}" if some else "–" for some in values]
-        out.append(f"| {' | '.join([task, str(max(len(some or ()) for some in values)), *cells])} |")
+        out.append(f"| {' | '.join([task, str(max(len(some or ()) for some in values)), f'{sparsity:.0f} %', *cells])} |")
     return "\n".join(
         [
             *out,
             "",
-            "In per cent of what the student had, means of the seeds; of easy-VQA by the quickstart. A difference between two tasks that",
-            f"is smaller than that between two seeds of one says nothing. Every run: [{name.name}](../{name.as_posix()}).",
+            "In per cent of what the student had, means of the seeds; of easy-VQA by the quickstart. Only tasks of one sparsity can be",
+            "compared, and a difference that is smaller than that between two seeds of one task says nothing.",
+            f"Every run: [{name.name}](../{name.as_posix()}).",
             "",
             f"![What every tower kept, by task]({PICTURE.name})",
         ]
