@@ -32,7 +32,7 @@ COMMANDS = {
         ("out", "family", "size", "vision_from", "text_from", "tokenizer", "data", "columns", "vocab_size", "image_size", *RUN),
     ),
     "import": Command(
-        "Read a published X-VLM or EfficientVLM file, or a Hugging Face folder of CLIP, SigLIP or BLIP.",
+        "Read a published X-VLM, EfficientVLM or BLIP file, or a Hugging Face folder of CLIP, SigLIP or BLIP.",
         ("model", "out", "tokenizer", "layout", *RUN),
     ),
     "shrink": Command(
