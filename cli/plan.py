@@ -49,7 +49,7 @@ def plan(
         str | None,
         typer.Option(
             "--pass",
-            help="Whose multiply-adds: retrieval, dual, fused, caption, answer or pretraining; the first that the model makes by default.",
+            help="Whose multiply-adds: reranked, dual, fused, caption, answer or all; the first that the model makes by default.",
             metavar="NAME",
             rich_help_panel=STUDENTS,
         ),

@@ -149,7 +149,7 @@ def test_without_data_random_inputs_tell(name: str) -> None:
         inputs = of_anything(loaded)["inputs"]
         found.append({what for what, part in inputs.items() if any(part["outputs"].values())})
     reached = {pair.input for pair in anatomy.reach.pairs(closed)}
-    images = {"left image", "right image"} if name == "xvlm-two-images" else {"image"}
+    images = {"left image", "right image"} if name.endswith("-two-images") else {"image"}
     assert found == [{*images, "text"}, reached]
 
 

@@ -60,6 +60,7 @@ def test_published_lengths():
         "blip-retrieval": 35,
         "blip-qa-crossing-once": 35,
         "blip-pretraining": 30,
+        "blip-two-images": 35,
     }
 
 

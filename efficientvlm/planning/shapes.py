@@ -36,12 +36,12 @@ class Pass(NamedTuple):
 
 
 PASSES = {
-    "retrieval": Pass(("image", "text", "match"), "an image, a text by itself, and the text with the image", ("match",)),
+    "reranked": Pass(("image", "text", "match"), "an image, a text by itself, and the text with the image", ("match",)),
     "dual": Pass(("image", "text"), "an image, and a text by itself", ("embed",)),
     "fused": Pass(("image", "match"), "an image, and a text with the image", ("match",)),
     "caption": Pass(("caption",), "an image, and its text as the decoder reads it", ("caption",)),
     "answer": Pass(("answer",), "an image, a question with the image, and one token of an answer", ("answer",)),
-    "pretraining": Pass(
+    "all": Pass(
         ("image", "text", "match", "caption"),
         "an image, a text by itself, with the image, and as the decoder reads it",
         ("match", "caption"),
