@@ -1,6 +1,6 @@
 """How fast does a BLIP of full size write, beside the published way and beside transformers' own class?
 
-python benchmarks/generation.py [--work FOLDER] [--side 384] [--size base] [--rounds 3] [--case 8x3] [--publish]
+python benchmarks/generation.py [--side 384] [--size base] [--rounds 3] [--case 8x3] [--publish]
 
 BLIP's captioner with random weights describes random pictures in 16 tokens behind a prompt of 4, none of which may end before, so that all
 ways write the same tokens, which is checked. The ways take turns in one process with one thread:
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
-from published import RESULTS, ROOT, as_csv, code, csv_of, rows_of, with_block
+from published import ROOT, as_csv, code, csv_of, published_rows, rows_of, with_block
 from torch import Tensor
 
 from efficientvlm.checkpoints.files import write_atomic
@@ -265,11 +265,9 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one, or a page without the two markers.
     """
-    tables = sorted((root / RESULTS).glob("generation_*.csv"))
-    if len(tables) != 1:
-        raise BadInput(f"{len(tables)} CSVs of generation", "one machine's is published", "move the others away")
+    rows, name = published_rows(root, "generation")
     page = root / PAGE
-    text = table(rows_of(tables[0]), RESULTS / tables[0].name)
+    text = table(rows, name)
     write_atomic(page, with_block(page.read_text("utf-8"), "generation", text).encode())
     return [page]
 

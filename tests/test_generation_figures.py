@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from doc_pages import script
+from doc_pages import ROOT, script
 
 from efficientvlm.errors import BadInput
 
@@ -36,3 +37,18 @@ def test_all_ways_write_the_same_and_the_published_one_projects_at_every_token(t
     monkeypatch.setattr(benchmark, "ways", lambda *given: other)
     with pytest.raises(BadInput, match="writes something else"):
         benchmark.measure(ours, stock, "1x1", 1)
+
+
+def test_the_page_shows_what_the_csv_says(tmp_path: Path) -> None:
+    benchmark = script("benchmarks/generation.py")
+    (tmp_path / "docs").mkdir()
+    shutil.copyfile(ROOT / benchmark.PAGE, tmp_path / benchmark.PAGE)
+    shutil.copytree(ROOT / "benchmarks/results", tmp_path / "benchmarks/results")
+    (page,) = benchmark.publish(tmp_path)
+    assert page.read_text("utf-8") == (ROOT / benchmark.PAGE).read_text("utf-8")
+    (path,) = (tmp_path / "benchmarks/results").glob("generation_*.csv")
+    head, *lines = path.read_text("utf-8").splitlines()
+    assert {line.partition(",")[0] for line in lines} == set(benchmark.CASES)
+    path.write_text("\n".join([head, *(line.replace(",16,", ",99,") for line in lines)]) + "\n")
+    benchmark.publish(tmp_path)
+    assert "99 tokens" in page.read_text("utf-8")
