@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_parity_xvlm import CLOSE, FOLDER, agree
 from torch import Tensor
 
+from efficientvlm.families import published
 from efficientvlm.families.published import read_published
 from efficientvlm.families.towers.swin import resize_bias_table
-from efficientvlm.families.xvlm import published
 from efficientvlm.families.xvlm.names import published_name
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
