@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nursery
 import pytest
 from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
 from PIL import Image
@@ -79,6 +80,38 @@ def test_every_stage(task: str, start: Path, tmp_path: Path) -> None:
     assert not two or answer["answer"] in ("true", "false")
     timed = run_stage("bench", models=[folder["teacher"], folder["cut"]], batch_sizes=[2], rounds=1, warmup_rounds=0)
     assert timed["models"][1]["parameters_timed"] < timed["models"][0]["parameters_timed"]
+
+
+def test_a_narrow_network_learns_statements_from_its_teacher(start: Path, tmp_path: Path) -> None:
+    """By what its modules say, all of it or the verdict alone, which a teacher may have said before."""
+    common = {"task": "nlvr2", **STEPS, "log_every": 1, "augment": "none"}
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    run_stage("finetune", model=str(start / "answer"), out=teacher, **common)
+    run_stage("shrink", model=teacher, out=student, layers={"vision": 1}, width={"vision": 8, "text": 8})
+    taught = {"model": student, "teacher": teacher, "distillation": "dlip", **common}
+    run_stage("finetune", out=str(tmp_path / "all"), **taught)
+    found = {name for name in require_complete(tmp_path / "all").metrics["train"] if name.startswith("kd_")}
+    states = {"image_features", "fused_feature"}
+    assert found == {f"kd_{name}" for name in {*states, "fusion_self_attention", "fusion_cross_attention", "verdict"}}
+    for cached in (False, True):
+        run_stage("finetune", out=str(tmp_path / str(cached)), preset="logit", cache_teacher=cached, **taught)
+    live, kept = (require_complete(tmp_path / name).metrics["train"] for name in ("False", "True"))
+    assert kept == pytest.approx(live, rel=1e-5) and kept["kd_verdict"] > 0 and "kd_image_features" not in kept
+
+
+@pytest.mark.slow
+def test_statements_interrupted_and_spread_over_processes_are_the_same_run(start: Path, tmp_path: Path) -> None:
+    common = {"task": "nlvr2", **STEPS, "max_steps": 4, "log_every": 1, "batch_size": 8}
+    teacher, whole, broken, two = (str(tmp_path / name) for name in ("teacher", "whole", "broken", "two"))
+    run_stage("finetune", model=str(start / "answer"), out=teacher, **common)
+    taught = {"model": teacher, "teacher": teacher, "sparsity": 0.4, **common}
+    run_stage("prune", out=whole, **taught)
+    assert nursery.finish(nursery.start("prune", fault=("stops_at", [1]), out=broken, **taught)) == [75]
+    nursery.whole("prune", out=broken, **taught)
+    assert Path(whole, "model.safetensors").read_bytes() == Path(broken, "model.safetensors").read_bytes()
+    nursery.whole("prune", processes=2, out=two, **taught)
+    one, both = (require_complete(out).metrics["train"] for out in (whole, two))
+    assert both == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 def test_a_captioner_with_few_cross_layers_goes_on_to_questions(start: Path, tmp_path: Path) -> None:

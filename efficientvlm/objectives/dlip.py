@@ -67,6 +67,7 @@ def modules(offered: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         "fusion encoder": ("fusion.*@itm_positive", "text.*@itm_positive", "fusion.*", *(("text.*",) if sees else ())),
         "decoder": ("decoder.*", "fusion.*"),
         "image and text encoder": (),
+        "classifier": (),
     }
 
 
@@ -88,6 +89,10 @@ def _said(settings: Dlip, tap: str, mask: str) -> dict[str, Any]:
     return {"distance": all_logits} if settings.quirks.unmasked_padding else {"distance": logits, "mask": "predicts"}
 
 
+def _concluded(settings: Dlip, tap: str, mask: str) -> dict[str, Any]:
+    return {"distance": logits}
+
+
 def _maps(settings: Dlip, tap: str, mask: str) -> dict[str, Any]:
     mean = settings.heads == "mean"
     how: dict[str, Any] = {"temperature": settings.attention_temperature, "mean": mean, "shrunk": settings.quirks.shrunk_maps}
@@ -104,8 +109,9 @@ TABLE = (
     Row("fusion_self_attention", "fusion encoder", _maps, "self_attention"),
     Row("fusion_cross_attention", "fusion encoder", _maps, "cross_attention"),
     Row("decoder_self_attention", "decoder", _maps, "self_attention"),
+    Row("verdict", "classifier", _concluded, outputs=("logits",)),
 )
-"""The nine terms, in the order of the replication."""
+"""The nine terms, in the order of the replication, and ours for statements about two images."""
 
 
 def needs(student: Loaded, teacher: Loaded, settings: Dlip) -> Iterator[BadInput]:

@@ -1,4 +1,4 @@
-"""Settings of DLIP's distillation: a weight for each of its nine terms, presets of them, and how what differs in size meets."""
+"""Settings of DLIP's distillation: a weight for each of its terms, presets of them, and how what differs in size meets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from efficientvlm.settings.common import Repeatable
 
 PRESETS = {
     "feature": ("image_features", "text_features", "fused_feature", "decoder_state"),
-    "logit": ("alignment", "lm_logits"),
+    "logit": ("alignment", "lm_logits", "verdict"),
     "attention": ("fusion_self_attention", "fusion_cross_attention", "decoder_self_attention"),
 }
-"""Kind of information → the terms that transfer it; each term is of one kind."""
+"""Kind of information → the terms that transfer it; each term is of one kind. The verdict on two images is ours."""
 
 
 class ImageWeights(Strict):
@@ -55,6 +55,12 @@ class CaptionWeights(WritingWeights, ImageWeights):
     """Weights of the terms that captions have."""
 
 
+class VerdictWeights(FusedWeights):
+    """Weights of the terms that statements about two images have."""
+
+    verdict: float = Field(1.0, ge=0, description="what is concluded: KL over false and true, which none of the nine terms compares")
+
+
 class DlipQuirks(Strict):
     """Weak spots of the recipe that was replicated, all off."""
 
@@ -93,7 +99,9 @@ class Dlip(Repeatable):
     )
     quirks: DlipQuirks = Field(default_factory=DlipQuirks)
     cache_teacher: Annotated[bool, Aside(same_bits=False)] = Field(
-        False, description="run the teacher once a sample and keep what it says in memory; for features and alignment, or lm_logits alone"
+        False,
+        description="run the teacher once a sample and keep what it says in memory; for features and alignment, or lm_logits or the "
+        "verdict alone",
     )
 
     @field_validator("weights")
@@ -111,6 +119,13 @@ class WritingDlip(Dlip):
     scale_by_temperature: bool = Field(False, description="multiply lm_logits by T²")
     decoder_state: Literal["words", "last"] = Field("words", description="words at which its states are compared: all, or the last")
     quirks: WritingQuirks = Field(default_factory=WritingQuirks)
+
+
+class NLVR2Dlip(Dlip):
+    kept, keeps_texts = ("verdict",), True
+    weights: VerdictWeights = Field(default_factory=VerdictWeights)
+    temperature: float = Field(1.0, gt=0, description="of the verdict")
+    scale_by_temperature: bool = Field(False, description="multiply the verdict by T²")
 
 
 class ContrastDlip(Dlip):

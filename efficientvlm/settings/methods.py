@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Strict
 from efficientvlm.settings.common import Repeatable, Taught
-from efficientvlm.settings.dlip import CaptioningDlip, PretrainingDlip, RetrievalDlip, VQADlip
+from efficientvlm.settings.dlip import CaptioningDlip, NLVR2Dlip, PretrainingDlip, RetrievalDlip, VQADlip
 
 
 class GateQuirks(Strict):
@@ -232,7 +232,13 @@ METHODS: dict[str, dict[str, type[Taught]]] = {
         "grounding": GroundingDistillation,
         "captioning": CaptioningDistillation,
     },
-    "dlip": {"pretraining": PretrainingDlip, "vqa": VQADlip, "retrieval": RetrievalDlip, "captioning": CaptioningDlip},
+    "dlip": {
+        "pretraining": PretrainingDlip,
+        "vqa": VQADlip,
+        "nlvr2": NLVR2Dlip,
+        "retrieval": RetrievalDlip,
+        "captioning": CaptioningDlip,
+    },
 }
 """Method of distillation → task → what only the method knows, on that task."""
 
