@@ -46,7 +46,7 @@ class Files(Generic[T]):
     ) -> None:
         self.kind, self.name, self.size = kind, spec, image_size
         self.skips = Skips(spec, max_bad)
-        self.table, hold_out = open_table(spec, split, self.skips)
+        self.table, hold_out = open_table(spec, split, self.skips, kind.of_folder)
         rows = len(self.table) + self.skips.count
         if not rows:
             raise BadInput(f"data {spec}", f"its split {split} has no rows", "check the file, or use another split")

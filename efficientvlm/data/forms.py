@@ -29,7 +29,11 @@ MOST_FILES = 100_000
 PATTERN = re.compile(r"[*?\[{]")
 
 
-def open_table(spec: str, split: str, skips: Skips) -> tuple[Table, bool]:
+Pictures = Callable[[Path, Skips], Table | None]
+"""What makes rows of a folder that holds pictures alone, with no file that says what they show; None where there is no picture."""
+
+
+def open_table(spec: str, split: str, skips: Skips, pictures: Pictures = image_folder) -> tuple[Table, bool]:
     """The rows of one split, and whether the caller must still hold out its validation part.
 
     A single file, a pattern of shards, a folder of pictures or a `save_to_disk` folder serves train and val together and, whole, as test.
@@ -49,7 +53,7 @@ def open_table(spec: str, split: str, skips: Skips) -> tuple[Table, bool]:
         raise BadInput(f"data {spec} cannot be read", "permission denied", "check the folder's permissions")
     if (folder / "state.json").is_file():
         return SavedTable(folder), split != "test"
-    found = _parts(folder, skips)
+    found = _parts(folder, skips, pictures)
     if isinstance(found, Rows):
         found = {role: [Part(role, partial(found.of, role))] for role in found.splits}
     elif not isinstance(found, dict):
@@ -172,7 +176,7 @@ def open_files(paths: list[Path], skips: Skips) -> Table:
     )
 
 
-def _parts(folder: Path, skips: Skips) -> dict[str, list[Part]] | Rows | Table:
+def _parts(folder: Path, skips: Skips, pictures: Pictures) -> dict[str, list[Part]] | Rows | Table:
     """What a folder holds: parts by split (several may claim one), a table whose rows are split by folder, or a table that is whole."""
     if (folder / "dataset_dict.json").is_file():
         saved = {path.name: path for path in sorted(folder.iterdir()) if (path / "state.json").is_file()}
@@ -197,7 +201,7 @@ def _parts(folder: Path, skips: Skips) -> dict[str, list[Part]] | Rows | Table:
             return _claims((shards[0].stem, name, partial(open_files, shards, skips)) for name, shards in files.items())
     for place in places:
         subfolders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if claims := _claims((path.name, path.name, partial(_whole, path, skips)) for path in subfolders):
+        if claims := _claims((path.name, path.name, partial(_whole, path, skips, pictures)) for path in subfolders):
             if not (table := _table(place, skips)):
                 if rest := [path.name for path in subfolders if not split_of(path.name)]:
                     skips.note(f"{shorten(', '.join(rest), 100)}: passed over, as other folders are named after splits")
@@ -210,7 +214,7 @@ def _parts(folder: Path, skips: Skips) -> dict[str, list[Part]] | Rows | Table:
     for place in places:
         if table := _table(place, skips):
             return table
-    return image_folder(folder, skips) or {}
+    return pictures(folder, skips) or {}
 
 
 def _claims(found: Iterable[tuple[str, str, Callable[[], Table]]]) -> dict[str, list[Part]]:
@@ -276,11 +280,11 @@ def _by_folder(table: Table, folder: Path) -> Rows | Table:
     return Rows(table, known)
 
 
-def _whole(folder: Path, skips: Skips) -> Table:
+def _whole(folder: Path, skips: Skips, pictures: Pictures) -> Table:
     """A folder that is a split: its table, or pictures alone."""
     if (folder / "state.json").is_file():
         return SavedTable(folder)
-    table = _table(folder, skips) or image_folder(folder, skips)
+    table = _table(folder, skips) or pictures(folder, skips)
     if table is None:
         raise BadInput(f"data {folder}", f"it holds no {', '.join(SUFFIXES)} file and no pictures", "fill or remove the folder")
     return table

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from efficientvlm.data.folders import image_folder
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.skips import Skips
+from efficientvlm.data.tables import MemoryTable
 from efficientvlm.errors import BadInput
 
 if TYPE_CHECKING:
@@ -55,6 +59,14 @@ class Kind(Generic[Item, Content]):
             BadInput: it cannot be used; names `where`.
         """
         raise NotImplementedError
+
+    def of_folder(self, folder: Path, skips: Skips) -> MemoryTable | None:
+        """The rows of a folder of pictures without a file that says what they show; None where it holds no picture.
+
+        Raises:
+            BadInput: nothing is said of them that this kind needs.
+        """
+        return image_folder(folder, skips)
 
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[Content]]) -> Item:
         """The sample `key`: its pictures in the order of their roles, and every usable row that has them.
