@@ -191,6 +191,9 @@ def test_the_command_says_what_was_cut_and_the_student_goes_on(tmp_path: Path, e
     assert code == 0, err
     done = require_complete(tmp_path / "narrow")
     assert done.extra["origin"]["cut"] and not done.extra["origin"]["random"] and "are cut out of its" in err
+    whole = require_complete(start).accounting
+    part, cost = (100 * done.accounting[kind]["total"] / whole[kind]["total"] for kind in ("parameters", "macs"))
+    assert f"{part:.1f} % of the teacher's parameters, {cost:.1f} % of its multiply-adds for one request at 32 px" in err
     assert done.extra["layers"]["vision"] == [0, 1], "where widths are given, layers stay"
     code, _, err = evlm("prune", "--model", tmp_path / "narrow", "--task", "none", "--set", "method=magnitude", "--out", tmp_path / "cut")
     assert code == 0, err

@@ -54,7 +54,22 @@ def run(config: Shrink, control: Control) -> Manifest:
             say(f"shrink: {origin}", quiet=control.quiet)
         kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": teacher.image_processor}
         extra = {"layers": job.layers, **({"origin": origin.said()} if origin else {})}
-        return write(output, teacher.family, student, **kept, control=control, extra=extra)
+        manifest = write(output, teacher.family, student, **kept, control=control, extra=extra)
+    if of_whole := shares(manifest.accounting, teacher.manifest.accounting):
+        say(f"shrink: {of_whole}", quiet=control.quiet)
+    return manifest
+
+
+def shares(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What part of a teacher's parameters and multiply-adds a student has, by their accountings, and by which rule; empty where one of
+    them counts otherwise."""
+    (mine, other), (macs, of_macs) = ([of.get(kind) or {} for of in (ours, theirs)] for kind in ("parameters", "macs"))
+    rule = ("image_size", "text_length")
+    if not (other.get("total") and of_macs.get("total")) or any(macs.get(name) != of_macs.get(name) for name in rule):
+        return ""
+    request = f"one request at {macs['image_size']} px with {macs['text_length']} tokens"
+    part, cost = mine["total"] / other["total"], macs["total"] / of_macs["total"]
+    return f"{100 * part:.1f} % of the teacher's parameters, {100 * cost:.1f} % of its multiply-adds for {request}"
 
 
 def prepare(config: Shrink, workspace: Workspace) -> Shrinking:
