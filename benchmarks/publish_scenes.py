@@ -54,6 +54,8 @@ def doubts(models: dict[str, Lines]) -> list[str]:
             found.append(f"the teacher's recall at 1 is {100 * min(firsts):.1f} %, less than {100 * FOUND:.0f}")
     elif metric != "cider_d" and min(of(teacher, "value")) < GOOD:
         found.append(f"the teacher reaches {100 * min(of(teacher, 'value')):.1f} %, less than {100 * GOOD:.0f}")
+    if PLAIN in models and mean(of(models[PLAIN], "value")) > mean(of(teacher, "value")):
+        found.append("the teacher, which was trained for fewer steps than no-kd, is behind it")
     for name, lines in models.items():
         if "hide=" in lines[0]["data"] and mean(of(teacher, "value")) - mean(of(lines, "value")) < WORSE:
             found.append(f"{name} is less than {100 * WORSE:.0f} points worse than the teacher")
