@@ -49,7 +49,8 @@ def layers(texts: list[str]) -> dict[str, int | list[int]]:
 
 DATA = "easy-vqa, shapes[:key=value,...], a file, a folder, a pattern of shards, hub:NAME, or stream: before one."
 MODE = "rank: choose from the answer list; generate: write freely."
-METHOD = "How a teacher is followed: efficientvlm, layer by layer, or dlip, by what modules say."
+METHOD = "How a teacher is followed: efficientvlm, layer by layer; dlip, by what modules say; dime-fm, by embeddings of unpaired data."
+LEARNT = "vqa, nlvr2, retrieval, captioning, grounding or embedding"
 EVAL_MODE = f"{MODE[:-1]}. Grounding: box, or gradcam: where a network that matches looks."
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print settings and plan as JSON, and all that is wrong; do nothing.", rich_help_panel=RUN)
@@ -76,12 +77,15 @@ OPTIONS: dict[str, Option] = {
         "ROLE=NAME",
         read=lambda texts: pairs(texts, "--column"),
     ),
+    "sentences": option(str, "--sentences", "Embedding: texts, none of which need belong to a picture.", "DATA"),
     "val": option(str, "--val", "Validation data; by default held-out training images.", "DATA"),
     "split": option(str, "--split", "train, val or test."),
     "export.split": option(str, "--split", "What accuracy is measured on: val or test."),
     "limit": option(int, "--limit", "Use only so many images."),
     "task": option(str, "--task", "What is learnt or measured: vqa, nlvr2, retrieval, captioning or grounding.", "TASK"),
-    "prune.task": option(str, "--task", "What is learnt: vqa, nlvr2, retrieval, captioning, grounding or pretraining; or none.", "TASK"),
+    "finetune.task": option(str, "--task", f"What is learnt: {LEARNT}.", "TASK"),
+    "distill.task": option(str, "--task", "What is learnt: pretraining, or embedding.", "TASK"),
+    "prune.task": option(str, "--task", f"What is learnt: {LEARNT}, or pretraining; or none.", "TASK"),
     "answers": option(str, "--answers", "File with one answer a line.", "FILE"),
     "family": option(str, "--family", "xvlm or blip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),

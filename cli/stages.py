@@ -41,18 +41,18 @@ COMMANDS = {
     ),
     "pretrain": Command("Train on images and their texts (ITC, ITM, MLM, boxes).", ("model", "data", "out", *SAMPLES, *TRAINING, *RUN)),
     "distill": Command(
-        "Pre-train a student with its teacher beside it (hidden states, attention maps, logits).",
-        ("model", "teacher", "data", "out", *SAMPLES, *TRAINING, *KNOWLEDGE, *RUN),
+        "Pre-train a student with its teacher beside it (hidden states, attention maps, logits, embeddings).",
+        ("model", "teacher", "data", "out", "task", "sentences", *SAMPLES, *TRAINING, *KNOWLEDGE, *RUN),
     ),
     "prune": Command(
         "Remove attention heads and neurons while the task is learnt; the result is really smaller.\n\n"
         "With --from-gates, --model, --task and --data default to those of that run. "
         "With --task none nothing is learnt and no data is needed.",
-        ("model", "teacher", "data", "out", "task", *SAMPLES, "answers", *UNITS, *TRAINING, *KNOWLEDGE, *RUN),
+        ("model", "teacher", "data", "out", "task", "sentences", *SAMPLES, "answers", *UNITS, *TRAINING, *KNOWLEDGE, *RUN),
     ),
     "finetune": Command(
         "Train a task, with or without a teacher, from any stage's output.",
-        ("model", "teacher", "data", "out", "task", *SAMPLES, "answers", *TRAINING, *KNOWLEDGE, *RUN),
+        ("model", "teacher", "data", "out", "task", "sentences", *SAMPLES, "answers", *TRAINING, *KNOWLEDGE, *RUN),
     ),
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.families.network import Record
-from efficientvlm.objectives.dime_fm import Embedded, rows_of
+from efficientvlm.objectives.dime_fm import rows_of
+from efficientvlm.objectives.embedding import Embedded
 from efficientvlm.objectives.terms import compared
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.exchange import Rows
@@ -30,11 +31,10 @@ def settings(**chosen: object) -> DimeFm:
 
 def values(student: Tensor, teacher: Tensor, text: Tensor, *, own: bool = False, said: Tensor | None = None, **chosen: object) -> Record:
     """Every term of a student's images and, where given, sentences `said`, by the name of its weight."""
-    place = Rows.of_one if own else Rows
-    where = {"images": place(len(student)), "texts": place(len(text))}
-    ours = Embedded(student, text if said is None else said, **where, reads=said is not None)
-    records = Record(embedded=ours), Record(embedded=Embedded(teacher, text, **where))
-    return Record({term.weight: compared(term, *records, {}) for term in rows_of(settings(**chosen))})
+    places = Rows(len(student)), Rows(len(text))
+    records = Record(embedded=Embedded(student, said, *places)), Record(embedded=Embedded(teacher, text, *places))
+    rows = rows_of(settings(**chosen, quirks={"own_batch": own}))
+    return Record({term.weight: compared(term, *records, {}) for term in rows})
 
 
 def total(found: Record) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from efficientvlm.data.draw import generator
 from efficientvlm.errors import BadInput
@@ -63,24 +64,22 @@ class IndexPlan:
         self.length, self.batch_size, self.seed, self.world, self.rank = length, batch_size, seed, world, rank
         self.batches_per_epoch = max(1, length // batch_size)
         self._epoch = -1
-        self._order: list[int] = []
+        self._order = np.empty(0, np.int64)
 
     def batch(self, step: int) -> list[int]:
         """Indices that this process reads at `step` (from 0, over all epochs)."""
         epoch, position = divmod(step, self.batches_per_epoch)
         order = self._permutation(epoch)
-        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen: list[int] = order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
         if len(chosen) % self.world:
             missing = -len(chosen) % self.world
             chosen = chosen + [chosen[i % len(chosen)] for i in range(missing)]
         share = len(chosen) // self.world
         return chosen[self.rank * share : (self.rank + 1) * share]
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            order: list[int] = generator(self.seed, "plan", epoch).permutation(self.length).astype(np.int64).tolist()
-            self._epoch, self._order = epoch, order
-            return order
+            self._epoch, self._order = epoch, generator(self.seed, "plan", epoch).permutation(self.length).astype(np.int64)
         return self._order
 
 

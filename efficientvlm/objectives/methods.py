@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from efficientvlm.errors import BadInput
-from efficientvlm.objectives import dlip, efficientvlm
+from efficientvlm.objectives import dime_fm, dlip, efficientvlm
 from efficientvlm.objectives.objective import Objective
 
 
@@ -20,4 +20,4 @@ class Method(Protocol):
         """The losses `hard` of the student, mixed with what the network `teacher` says, as `settings` ask."""
 
 
-METHODS: dict[str, Method] = {"efficientvlm": efficientvlm, "dlip": dlip}
+METHODS: dict[str, Method] = {"efficientvlm": efficientvlm, "dlip": dlip, "dime-fm": dime_fm}

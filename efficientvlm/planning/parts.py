@@ -21,7 +21,7 @@ from efficientvlm.planning.checks import place
 from efficientvlm.recipe import Step
 from efficientvlm.runtime import ranks
 from efficientvlm.stages.cutting import DENSE, GATES
-from efficientvlm.stages.learning import Learning, freeze
+from efficientvlm.stages.learning import Learning
 from efficientvlm.stages.results import MACHINE, ResultFile
 from efficientvlm.stages.workspace import Job
 
@@ -166,7 +166,7 @@ def training(
     with torch.device("meta"):  # the student that is trained is one of its own: what is frozen there learns in later stages
         trained = replace(run.student, model=run.student.family.build(run.student.model.config))
     if not chain.problems.of_stage(step.name):  # it may lack the towers
-        freeze(trained, run.config.freeze)
+        run.task.freeze(run.config, trained)
     result, run = result or run.student, replace(run, student=trained)
     config, student, teacher = run.config, run.student, run.teacher
     found.structure = found.structure or "exact"

@@ -98,7 +98,7 @@ def _composed(
 ) -> type[Strict]:
     """One class of settings; where two of its parts have a group of the same name, the groups are one as well."""
     _, task, method = variant
-    fields: dict[str, Any] = {"task": _one_of(base, "task", tasks, base.model_fields["task"].default)}
+    fields: dict[str, Any] = {"task": _one_of(base, "task", tasks, task or base.model_fields["task"].default)}
     if methods:
         fields["distillation"] = _one_of(base, "distillation", methods, method)
     elif task and issubclass(base, Taught):

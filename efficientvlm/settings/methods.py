@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Aside, Strict
 from efficientvlm.settings.common import Repeatable, Taught
+from efficientvlm.settings.dime_fm import DimeFm
 from efficientvlm.settings.dlip import CaptioningDlip, NLVR2Dlip, PretrainingDlip, RetrievalDlip, VQADlip
 
 
@@ -239,6 +240,7 @@ METHODS: dict[str, dict[str, type[Taught]]] = {
         "retrieval": RetrievalDlip,
         "captioning": CaptioningDlip,
     },
+    "dime-fm": {"embedding": DimeFm},
 }
 """Method of distillation → task → what only the method knows, on that task."""
 

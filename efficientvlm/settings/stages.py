@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
 from efficientvlm.settings.common import Learning, Measuring, Samples, Stage, Taught
-from efficientvlm.settings.methods import GateQuirks, Gates
+from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
 
 
 class InitConfig(Stage):
@@ -39,13 +39,22 @@ class Pretrain(Learning):
     task: str = "pretraining"
 
 
-class Distill(Taught):
+class Following(Taught):
+    """A stage with a teacher: its task is by default one that its method of distillation knows."""
+
+    @classmethod
+    def task_of(cls, values: Mapping[str, Any]) -> Any:
+        usual, known = super().task_of(values), METHODS.get(str(values.get("distillation")), {})
+        return usual if "task" in values or not known or usual in known else next(iter(known))
+
+
+class Distill(Following):
     stage: ClassVar[str] = "distill"
     task: str = "pretraining"
     teacher: str
 
 
-class Finetune(Taught):
+class Finetune(Following):
     stage: ClassVar[str] = "finetune"
     task: str = "vqa"
 
@@ -58,7 +67,7 @@ class Recut(Strict):
     )
 
 
-class Prune(Taught, Recut):
+class Prune(Following, Recut):
     model: str = Field("", description="as elsewhere; not needed with from_gates")
     data: DataName = Field("", description="as elsewhere; not needed with from_gates, or where task is none")
     task: str = Field("vqa", description="none: cut by the weights alone, without training")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Aside, Count, Seed, Size, Strict
+from efficientvlm.settings.base import Aside, Count, DataName, Seed, Size, Strict
 from efficientvlm.settings.common import Asking, Learning, Measuring, OnTask
 from efficientvlm.settings.methods import MaskQuirks, VQAPruningQuirks, VQAQuirks
 
@@ -410,6 +410,26 @@ class CaptionQuestion(Asking, Written):
         return filter
 
 
+class EmbeddingSettings(Learning):
+    """Embeddings: images and sentences that are no pairs come to lie where a teacher puts them."""
+
+    data: DataName = Field(description="pictures, of which nothing need be said: as elsewhere, or a folder or tar shards of them")
+    sentences: DataName = Field(description="texts, of which none need belong to a picture: a .txt file with one a line, or as elsewhere")
+    sentence_columns: dict[str, str] = Field(default_factory=dict, description="role → column name of the sentences")
+    sentence_limit: Count | None = Field(None, ge=1, description="use only so many sentences, drawn at random; of a stream the first")
+    sentence_batch_size: Count | None = Field(None, ge=2, description="sentences a step, over all processes; by default batch_size")
+    learn_texts: bool = Field(False, description="the tower of texts learns as well; else it is the teacher's, and stays as it is")
+    eval_sentences: Annotated[Count, Aside()] = Field(1000, ge=1, description="validation: sentences that the nearest one is looked for in")
+
+    @property
+    def sentences_a_step(self) -> int:
+        return self.sentence_batch_size or self.batch_size
+
+
+class EmbeddingPruning(EmbeddingSettings):
+    learn_texts: bool = Field(True, description="the tower of texts learns as well, and may be pruned; else it stays as it is")
+
+
 class Untrained(Learning):
     """No task: cut by the weights alone, without training."""
 
@@ -422,6 +442,7 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
     "retrieval": {"finetune": RetrievalSettings, "prune": RetrievalSettings, "eval": RetrievalEval},
     "grounding": {"finetune": GroundingSettings, "prune": GroundingSettings, "eval": GroundingEval},
     "captioning": {"finetune": CaptioningSettings, "prune": CaptioningPruning, "eval": CaptionEval},
+    "embedding": {"distill": EmbeddingSettings, "finetune": EmbeddingSettings, "prune": EmbeddingPruning},
     "none": {"prune": Untrained},
 }
 """Task → stage that learns or measures it → what only the task knows there."""
@@ -449,5 +470,6 @@ ABOUT = {
     ),
     "grounding": About({"box_accuracy": "box accuracy"}, ("phrases", "images"), asked=GroundingQuestion),
     "captioning": About({"cider_d": "CIDEr-D"}, ("images",), "image-to-text", CaptionQuestion, parts=False),
+    "embedding": About({"sentence_agreement": "nearest sentence as the teacher's"}, ("images", "sentences")),
     "pretraining": About({}),
 }

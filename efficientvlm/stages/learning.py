@@ -13,6 +13,7 @@ from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.influence import MEASURING
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
+from efficientvlm.data.draw import seed_of
 from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.plan import Plan, plan_for
 from efficientvlm.data.reading import Reading, all_read, titled
@@ -66,18 +67,22 @@ def prepare(config: settings.Learning, workspace: Workspace) -> Learning:
     teacher = workspace.checkpoint(spec) if spec else None
     workspace.check(problems(config, task, student, teacher))
     sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
+    beside = {role: workspace.data(other.config, other.kind, "train", None) for role, other in task.beside(config).items()}
     with torch.device("meta"):
         model, new = task.adapt(config, student, teacher)
     student.model = model.eval()
     keep_length(student, config.max_tokens)
-    data = {"data": sources["train"], **({"val": sources["val"]} if config.val else {})}
+    data = {"data": sources["train"], **({"val": sources["val"]} if config.val else {}), **beside}
     inputs = {"model": config.model, "teacher": spec, **task.files(config)}
-    return Learning(config, task, student, teacher, new, sources, inputs=inputs, data=data)
+    return Learning(config, task, student, teacher, new, sources | beside, inputs=inputs, data=data)
 
 
 @dataclass(frozen=True)
 class Learning(Job):
-    """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster."""
+    """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster.
+
+    `sources` are the samples that are read, by split; what is learnt from beside them, by role.
+    """
 
     config: settings.Learning
     task: Learnt
@@ -108,6 +113,13 @@ class Learning(Job):
     def plan(self) -> Plan:
         return plan_for(self.sources["train"], self.config.batch_size, self.config.seed, ranks.world(), ranks.rank())
 
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """Of what is read beside the samples: each has an order of its own."""
+        places, seed = (ranks.world(), ranks.rank()), self.config.seed
+        beside = self.task.beside(self.config)
+        return {role: plan_for(self.sources[role], other.batch_size, seed_of(seed, role), *places) for role, other in beside.items()}
+
     @property
     def steps(self) -> int:
         return self.config.steps(self.plan.batches_per_epoch)
@@ -115,14 +127,14 @@ class Learning(Job):
     def objective(self, distil: bool = True) -> Objective:
         """The task's losses and, if there is a teacher and `distil`, KD on the student, whose configuration learns what the data decide.
 
-        Towers in `freeze` are frozen.
+        What the task takes out of training is frozen.
         """
         torch.manual_seed(self.config.seed)
         teacher = self.teacher if distil else None
         for loaded in filter(None, (self.student, teacher)):
             if loaded.model.device != self.hardware.device:
                 loaded.model.to(self.hardware.device)
-        freeze(self.student, self.config.freeze)
+        self.task.freeze(self.config, self.student)
         self.task.configure(self.config, self.student, self.sources["train"])
         hard = self.task.objective_on(self.config, self.student, self.sources["train"])
         if teacher is None:
@@ -135,9 +147,10 @@ class Learning(Job):
 
     def feed(self, step: int) -> Sequence[Batch]:
         """Training batches by step."""
-        source, plan = self.sources["train"], self.plan
-        items = ranks.together(lambda: [source[index] for index in plan.batch(step)])
-        return self.task.batches(self.config, self.student, items, self.texts, step)
+        plans = {"train": self.plan, **self.plans}
+        read = ranks.together(lambda: {role: [self.sources[role][at] for at in plan.batch(step)] for role, plan in plans.items()})
+        batches = self.task.batches(self.config, self.student, read.pop("train"), self.texts, step)
+        return self.task.completed(self.config, self.student, batches, read, self.texts, step) if read else batches
 
     @cached_property
     def reading(self) -> Reading:
@@ -160,6 +173,7 @@ class Learning(Job):
                 control.quiet,
                 asked=self.task.kind is QUESTIONS,
             )
+        self.task.begin(self.config, self.student, self.teacher, self.sources)
         keep_skipped(output, self.sources, control.quiet)
         if ranks.is_main():
             for remark in titled(output.stage, self.reading):
@@ -184,7 +198,7 @@ class Learning(Job):
 
     def _finish(self, output: Output, control: Control, spent: Spent, *, extra: dict[str, Any] | None = None) -> Manifest:
         config, source, quiet, student = self.config, self.sources["val"], control.quiet, self.student
-        val = validated(config, lambda: self.task.validate(config, student, source, quiet), quiet)
+        val = validated(config, lambda: self.task.validate_on(config, student, self.teacher, self.sources, quiet), quiet)
         extra = dict(extra or {})
         if output.stage in MEASURING:
             extra["influence"] = observed(output.stage, config, lambda: self.task.influence(config, student, source), quiet)
@@ -220,14 +234,3 @@ def unknown_towers(student: Loaded, towers: Sequence[str]) -> Iterator[BadInput]
     if missing := [tower for tower in towers if tower not in student.model.config.layers()]:
         why = f"{student.path} has {', '.join(student.model.config.layers())}"
         yield BadInput(f"freeze names {', '.join(missing)}", why, "name towers that it has")
-
-
-def freeze(student: Loaded, towers: Sequence[str]) -> None:
-    """Take the weights of `towers` out of training; the heads on them still learn.
-
-    Contrast with a frozen vision tower is locked-image tuning (LiT, Zhai et al. 2022): where pretrained towers meet few pairs it learns
-    faster, and a step goes back through the text tower alone.
-    """
-    for name, parameter in student.model.named_parameters():
-        if student.model.tower_of(name) in towers:
-            parameter.requires_grad_(False)

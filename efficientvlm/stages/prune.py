@@ -136,14 +136,15 @@ class Pruning(Learning):
         return objective
 
     def scores(self) -> Tensor:
-        """Importance of every unit; Taylor's gradients are of the task loss over the first `calibration_batches` batches."""
+        """Importance of every unit; Taylor's gradients are of the task loss over the first `calibration_batches` batches, or of what the
+        teacher says where the task has none."""
         from efficientvlm.compression.importance import importance_scores  # Torch-Pruning takes seconds to import
 
         config, model = self.config, self.student.model
         assert config.method != "l0"
         if config.method == "taylor":
             model.eval()
-            task = self.objective(distil=False)
+            task = self.objective(distil=not self.task.own_losses)
             device = next(model.parameters()).device
             for step in range(config.calibration_batches):
                 for batch in self.feed(step):

@@ -68,12 +68,17 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     check_task(config, pruned)
     keep_length(pruned, config.max_tokens)
     source = workspace.data(config, task.kind, "val", pruned.preprocessing)
+    beside = {role: workspace.data(other.config, other.kind, "train", None) for role, other in task.beside(config).items()}
+    teacher = config.teacher if not task.own_losses and config.eval_limit != 0 else None
+    if teacher:
+        workspace.check(task.teacher_problems(config, workspace.checkpoint(teacher)))
     dense = DENSE in pruned.manifest.files
     if not dense:
         check_sparsity(config, pruned, learnt=learnt)
     whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
     scope, keep = choose(config, whole, tensors, dense=dense) if learnt else (scope_of(config, whole.model), None)
-    return Recut(config, task, pruned, whole, dense, scope, keep, inputs={"model": start}, data={"data": source})
+    read: dict[str, Any] = {"inputs": {"model": start, "teacher": teacher}, "data": {"data": source, **beside}}
+    return Recut(config, task, pruned, whole, dense, scope, keep, **read)
 
 
 def run(config: Prune, control: Control) -> Manifest:
@@ -85,7 +90,8 @@ def run(config: Prune, control: Control) -> Manifest:
         BadInput, TargetMissed: as :func:`prepare`.
     """
     job = prepare(config, Workspace(control.quiet))
-    config, task, pruned, source, keep = job.config, job.task, job.pruned, job.data["data"], job.keep
+    config, task, pruned, keep = job.config, job.task, job.pruned, job.keep
+    sources = {"val" if role == "data" else role: source for role, source in job.data.items()}
     assert keep is not None
     output = open_output(config, "prune", control, inputs_of(job))
     if output.up_to_date:
@@ -99,8 +105,9 @@ def run(config: Prune, control: Control) -> Manifest:
         save_tensors(load_file(pruned.path / GATES), output.staging / GATES)
         pruned.model = slice_model(pruned.model, keep)
         keep_length(pruned, config.max_tokens)
-        val = validated(config, lambda: task.validate(config, pruned, source, control.quiet), control.quiet)
-        extra["influence"] = observed("prune", config, lambda: task.influence(config, pruned, source), control.quiet)
+        teacher = load(spec) if (spec := job.inputs["teacher"]) else None
+        val = validated(config, lambda: task.validate_on(config, pruned, teacher, sources, control.quiet), control.quiet)
+        extra["influence"] = observed("prune", config, lambda: task.influence(config, pruned, sources["val"]), control.quiet)
         return write(
             output,
             pruned.family,
@@ -108,7 +115,7 @@ def run(config: Prune, control: Control) -> Manifest:
             pruned.tokenizer,
             control=control,
             image_processor=pruned.image_processor,
-            sources={"val": source},
+            sources=sources,
             metrics={"val": val},
             extra=extra,
         )
@@ -117,7 +124,7 @@ def run(config: Prune, control: Control) -> Manifest:
 def settled(config: Prune, earlier: Manifest) -> Prune:
     """`config` with what it leaves out of model, task and data taken from the run that is cut again, whose manifest is `earlier`.
 
-    So are the settings that only the task has: it may measure by them.
+    So are the settings that only the task has: it may measure by them; and the teacher, where it measures by that.
 
     Raises:
         BadInput: it names another model, or its settings do not belong to that task.
@@ -132,6 +139,9 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
         names = {"quirks", *own.model_fields} - (Prune.model_fields.keys() - {"quirks"})
         known |= {name: earlier.config[name] for name in names if name in earlier.config and name not in given}
+    task = TASKS.get(str(given.get("task") or known.get("task")))
+    if isinstance(task, Learnt) and not task.own_losses:
+        known |= {name: earlier.config[name] for name in ("teacher",) if earlier.config.get(name) and name not in given}
     whole: Prune = stage_settings("prune", {**given, **known, "model": start}, f"the re-cut of {start}")
     return whole
 

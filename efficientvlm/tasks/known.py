@@ -9,6 +9,7 @@ from efficientvlm.loaded import Loaded
 from efficientvlm.settings.common import Learning
 from efficientvlm.tasks.assignment import Assignment
 from efficientvlm.tasks.captioning import Captioning
+from efficientvlm.tasks.embedding import Embedding
 from efficientvlm.tasks.grounding import Grounding
 from efficientvlm.tasks.nlvr2 import NLVR2
 from efficientvlm.tasks.pretraining import Pretraining
@@ -23,6 +24,7 @@ TASKS: dict[str, Task] = {
     "retrieval": Retrieval(),
     "grounding": Grounding(),
     "captioning": Captioning(),
+    "embedding": Embedding(),
     "pretraining": Pretraining(),
 }
 """In the order in which they stand for a network that does several and was trained for none of them."""

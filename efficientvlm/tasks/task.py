@@ -5,8 +5,8 @@ A stage asks the task and never its name. `docs/add-a-task.md` says what a new o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -147,9 +147,22 @@ class Task:
         return []
 
 
+class Beside(NamedTuple):
+    """Samples that a task learns from beside its own, as an independent stream: `batch_size` of them a step, over all processes.
+
+    `config` has the settings of data that say where they are.
+    """
+
+    kind: Kind[Any, Any]
+    config: Any
+    batch_size: int
+
+
 class Learnt(Task):
     """A task that a network can learn."""
 
+    own_losses = True
+    """Whether there is something to learn without a teacher."""
     grows: tuple[str, ...] = ()
     """Settings with which the memory of a step grows, besides those of every task."""
 
@@ -200,9 +213,36 @@ class Learnt(Task):
         """Training batches of one step; each is one update, and says how many samples it holds."""
         raise NotImplementedError
 
+    def beside(self, config: Any) -> dict[str, Beside]:
+        """Role → samples of another kind that are learnt from at the same time, in an order and number of their own."""
+        return {}
+
+    def completed(
+        self, config: Any, student: Loaded, batches: list[Batch], beside: Mapping[str, Sequence[Any]], texts: Texts, step: int
+    ) -> list[Batch]:
+        """`batches` with the samples of :meth:`beside` at this step, by role; called where there are any, and like :meth:`batches`."""
+        raise NotImplementedError
+
+    def freeze(self, config: Any, student: Loaded) -> None:
+        """Take out of training what is not to be learnt: the weights of the towers in `freeze`; the heads on them still learn.
+
+        Contrast with a frozen vision tower is locked-image tuning (LiT, Zhai et al. 2022): where pretrained towers meet few pairs it
+        learns faster, and a step goes back through the text tower alone.
+        """
+        for name, parameter in student.model.named_parameters():
+            if student.model.tower_of(name) in config.freeze:
+                parameter.requires_grad_(False)
+
+    def begin(self, config: Any, student: Loaded, teacher: Loaded | None, sources: Mapping[str, Any]) -> None:
+        """What is to be found out before training begins, with all weights there; :class:`BadInput` if there is no use in it."""
+
     def validate(self, config: Any, student: Loaded, source: Any, quiet: bool) -> dict[str, Any]:
         """Metrics on held-out data at the end of a training stage."""
         raise NotImplementedError
+
+    def validate_on(self, config: Any, student: Loaded, teacher: Loaded | None, sources: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+        """The same where it takes more: the teacher, and all that is read, by role."""
+        return self.validate(config, student, sources["val"], quiet)
 
     def influence(self, config: Any, student: Loaded, source: Any) -> Influence:
         """What the inputs do to the outputs, on some of the held-out samples."""

@@ -1,0 +1,51 @@
+"""Sentences alone, which need not say anything of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from efficientvlm.data.cells import check_size, shown
+from efficientvlm.data.kinds.kind import Kind, Picture, Row
+from efficientvlm.data.shapes import Shapes
+from efficientvlm.errors import BadInput
+
+
+@dataclass(slots=True)
+class SentenceItem:
+    """A text."""
+
+    id: str
+    text: str
+
+
+class Sentences(Kind[SentenceItem, str]):
+    """Role sentence."""
+
+    name, holds, pictures = "sentences", "sentences", ()
+    roles = {"sentence": ("sentence", "text", "caption")}
+    required = ("sentence",)
+
+    def content(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> str:
+        text = values.get("sentence")
+        if not isinstance(text, str) or not text.strip():
+            raise BadInput(where, f"its {columns['sentence']} is no text ({shown(text)})", "write a text, or remove the row")
+        check_size([text], where, columns["sentence"])
+        return text.strip()
+
+    def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[str]]) -> SentenceItem:
+        return SentenceItem(key, rows[0].content)
+
+    def texts(self, contents: Sequence[str]) -> Iterator[str]:
+        yield from contents
+
+    def drawn(self, shapes: Shapes[SentenceItem], index: int, key: str) -> SentenceItem:
+        return SentenceItem(key, self.contents_at(shapes, index)[0])
+
+    def contents_at(self, shapes: Shapes[SentenceItem], index: int) -> list[str]:
+        said = shapes.captions(shapes.scene(index)[1], shapes.words(index, "pair"))
+        return [said[index % len(said)]]
+
+
+SENTENCES = Sentences()

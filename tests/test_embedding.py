@@ -1,0 +1,129 @@
+"""Embeddings are learnt from images and sentences that are no pairs: streams, teachers, what stays as it is, pruning, two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nursery
+import pytest
+import torch
+from clip_folder import byte_pairs, write_clip
+from conftest import QUIET, run_stage
+from safetensors.torch import load_file
+
+from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.errors import BadInput
+from efficientvlm.loaded import load
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
+from efficientvlm.settings.compose import stage_settings
+
+DATA: dict[str, Any] = {"data": "shapes:difficulty=2,size=40", "sentences": "shapes:difficulty=2,size=33,seed=7"}
+STEPS = {"max_steps": 5, "batch_size": 8, "sentence_batch_size": 6, "log_every": 1, "eval_limit": 4, "eval_sentences": 7, "lr": 1e-3}
+COMMON: dict[str, Any] = {**DATA, **STEPS, "distillation": "dime-fm"}
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP as `teacher`, and as `student` one with half of its layers of vision."""
+    root = tmp_path_factory.mktemp("towers")
+    run_stage("import", model=str(write_clip(root / "folder", byte_pairs())), out=str(root / "teacher"))
+    run_stage("shrink", model=str(root / "teacher"), out=str(root / "student"), layers={"vision": 1, "text": 2})
+    return root
+
+
+def given(root: Path, **more: Any) -> dict[str, Any]:
+    return {**COMMON, "model": str(root / "student"), "teacher": str(root / "teacher"), **more}
+
+
+def test_a_tower_of_images_learns_and_that_of_texts_stays(towers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = run_stage("distill", out=str(out), **given(towers))
+    assert manifest.config["task"] == "embedding"  # the only one that the method knows
+    assert set(manifest.metrics["train"]) >= {"kd_vl", "kd_pvl", "kd", "loss"}
+    val = manifest.metrics["val"]
+    assert (val["images"], val["sentences"]) == (4, 7) and val["text_cosine"] == pytest.approx(1, abs=1e-5)
+    assert -1 <= val["image_cosine"] <= 1 and 0 <= val["sentence_agreement"] <= val["sentence_in_five"] <= 1
+    assert [record.split for record in manifest.data] == ["train", "val", "sentences"]
+    before, after = (load(str(path)).model.state_dict() for path in (towers / "student", out))
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"vision_model", "visual_projection"}
+
+
+@pytest.mark.slow
+def test_streams_of_other_lengths_are_resumed_to_the_bit(towers: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = given(towers, task="embedding", augment="paper", limit=20, save_every=1, max_steps=9)
+    nursery.whole("finetune", out=str(whole), **settings)
+    assert nursery.finish(nursery.start("finetune", fault=("stops_at", [3]), out=str(parts), **settings)) == [75]
+    nursery.whole("finetune", out=str(parts), **settings)
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert require_complete(whole).metrics == require_complete(parts).metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn_texts", [False, True])
+def test_two_processes_learn_as_one(towers: Path, tmp_path: Path, learn_texts: bool) -> None:
+    weights = {"udist": 0.1, "feature_mse": 1.0, "cosine": 0.5, "interactive": 0.2, "affinity": 0.3}
+    settings = given(towers, task="embedding", learn_texts=learn_texts, weights=weights, widths=[4])
+    for processes in (1, 2):
+        nursery.whole("finetune", processes=processes, out=str(tmp_path / str(processes)), **settings)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+    first, second = (require_complete(tmp_path / name).metrics["train"] for name in ("1", "2"))
+    for name in (name for name in first if name.startswith("kd") or name == "loss"):
+        assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_both_towers_are_pruned_without_a_label(towers: Path, tmp_path: Path) -> None:
+    weights = {"vl": 0.0, "pvl": 0.0, "affinity": 1.0}
+    out, again = tmp_path / "pruned", tmp_path / "again"
+    settings = given(towers, task="embedding", sparsity=0.4, weights=weights) | {"model": str(towers / "teacher"), "max_steps": 8}
+    manifest = run_stage("prune", out=str(out), **settings)
+    assert manifest.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.02)
+    assert manifest.metrics["train"]["kd_affinity"] and manifest.metrics["val"]["sentences"] == 7
+    before, after = (load(str(path)) for path in (towers / "teacher", out))
+    kept, whole = after.model.config.kept_indices(), before.model.config.kept_indices()
+    assert {name.partition(".")[0] for name in kept if kept[name] != whole[name]} == {"vision", "text"}
+    assert run_stage("prune", out=str(again), from_gates=str(out), sparsity=0.3).accounting["sparsity"]["achieved"] < 0.35
+    taylor = run_stage("prune", out=str(tmp_path / "taylor"), method="taylor", calibration_batches=2, **settings)
+    assert taylor.accounting["sparsity"]["achieved"] == pytest.approx(0.4, abs=0.02)
+
+
+def refused(stage: str, tmp_path: Path, **settings: Any) -> BadInput:
+    with pytest.raises(BadInput) as found:
+        run_stage(stage, out=str(tmp_path / "out"), **settings)
+    return found.value
+
+
+def test_what_cannot_be_learnt_is_refused(towers: Path, tmp_path: Path) -> None:
+    alone = {name: value for name, value in given(towers, task="embedding").items() if name not in ("teacher", "distillation")}
+    assert "no teacher" in refused("finetune", tmp_path, **alone).what
+    short = tmp_path / "short"
+    run_stage("shrink", model=str(towers / "teacher"), out=str(short))
+    other = refused("distill", tmp_path, **given(towers) | {"model": str(short)})
+    assert "learn_texts=true" in other.fix and "sentences" in other.what
+    assert run_stage("distill", out=str(tmp_path / "both"), **given(towers, learn_texts=True) | {"model": str(short)}).metrics["val"]
+    assert "widths 9" in refused("distill", tmp_path, **given(towers, widths=[9])).what
+    assert "gates" in refused("prune", tmp_path, **given(towers, learn_texts=False, task="embedding", sparsity=0.2)).why
+    assert "stream:" in refused("distill", tmp_path, **given(towers) | {"sentences": "stream:x.jsonl"}).what
+
+
+@pytest.mark.slow
+def test_sentences_that_a_student_reads_otherwise_are_found_out(towers: Path, tmp_path: Path) -> None:
+    learnt = tmp_path / "learnt"
+    run_stage("distill", out=str(learnt), **given(towers, learn_texts=True, max_steps=20, lr=0.05))
+    assert "does not read sentences" in refused("distill", tmp_path, **given(towers) | {"model": str(learnt)}).what
+
+
+def test_a_plan_counts_what_is_learnt(towers: Path) -> None:
+    steps = [
+        Step("distilled", "distill", stage_settings("distill", {"out": "a", **given(towers)})),
+        Step("pruned", "prune", stage_settings("prune", {"out": "b", **given(towers, task="embedding", sparsity=0.2), "model": "a"})),
+    ]
+    made = plan(steps, QUIET, measure=1)
+    assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
+    assert all(stage.memory and stage.time for stage in made.stages)
