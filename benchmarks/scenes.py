@@ -94,9 +94,9 @@ def runs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
 class Chain:
     """The stages of a recipe with one seed, and others like them. What recipes of one seed share is made once."""
 
-    def __init__(self, task: Task, seed: int, root: Path) -> None:
-        self.task, self.seed, self.root = task, seed, root / str(seed)
-        loaded = recipes.load_recipe(str(RECIPES / f"scenes-{task.name}.yaml"))
+    def __init__(self, recipe: Path, seed: int, root: Path) -> None:
+        self.seed, self.root = seed, root / str(seed)
+        loaded = recipes.load_recipe(str(recipe))
         self.steps = {step.name: step for step in recipes.validate(loaded, [f"seed={seed}"], out=str(self.root))}
 
     def settings(self, name: str) -> Any:
@@ -120,6 +120,24 @@ class Chain:
                 self.made(other)
         run_stage(self.steps[name].stage, config, Control())
         return str(config.out)
+
+    def timed(self, out: str, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Latency of `models` and their speed-up over the first, timed in turns; with the load before that."""
+        load, note = round(os.getloadavg()[0], 1), (self.root / out).with_suffix(".load")
+        if not (self.root / out).exists() or not note.exists():
+            note.write_text(str(load), "utf-8")
+        result = self.run("bench", out, models=list(models.values()), **TIMED)
+        about = {"threads": result["machine"]["threads"], "load": note.read_text("utf-8")}
+        by_folder = {row["model"]: row for row in result["latency"]}
+        return {name: {**by_folder[folder], **about} for name, folder in models.items()}
+
+
+class Scenes(Chain):
+    """The rows of one task and seed."""
+
+    def __init__(self, task: Task, seed: int, root: Path) -> None:
+        super().__init__(RECIPES / f"scenes-{task.name}.yaml", seed, root)
+        self.task = task
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -172,14 +190,7 @@ class Chain:
 
     def speed(self, name: str) -> dict[str, Any]:
         """Latency of a model that sees its pictures, and its speed-up over the teacher, both timed in turns; the load before that."""
-        models = {name: self.model(name) for name in WHAT}
-        out, load = self.root / f"{self.task.name}-speed.json", round(os.getloadavg()[0], 1)
-        note = out.with_suffix(".load")
-        if not out.exists() or not note.exists():
-            note.write_text(str(load), "utf-8")
-        result = self.run("bench", out.name, models=list(models.values()), **TIMED)
-        found = next(row for row in result["latency"] if row["model"] == models[name])
-        return {**found, "threads": result["machine"]["threads"], "load": note.read_text("utf-8")}
+        return self.timed(f"{self.task.name}-speed.json", {name: self.model(name) for name in WHAT})[name]
 
 
 def described(run: Run) -> str:
@@ -191,7 +202,7 @@ def described(run: Run) -> str:
 
 def row(run: Run, root: Path) -> dict[str, Any]:
     """Train, measure on the test split, and say what came out."""
-    chain, began = Chain(run.task, run.seed, root), time.process_time()
+    chain, began = Scenes(run.task, run.seed, root), time.process_time()
     model, teacher = (checkpoint.require_complete(chain.model(name)).accounting for name in (run.model, TEACHER))
     seconds = time.process_time() - began
     metrics, best, metric = chain.tested(run.model), chain.tested(TEACHER), run.task.metric

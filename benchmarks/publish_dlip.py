@@ -1,0 +1,233 @@
+"""Publish what `dlip.py` has measured so far: tables with verdicts and a plot. Nothing is measured or typed here.
+
+python benchmarks/publish_dlip.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+
+from publish_scenes import Lines, by_model, doubts, of
+from published import RESULTS, ROOT, published_rows, rows_of, with_block
+
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.errors import BadInput
+from efficientvlm.script import run_script
+
+PAGE, PICTURE = Path("docs/dlip.md"), Path("docs/dlip.png")
+TEACHER, STUDENT, ALONE, BASE = "teacher", "small", "small, no teacher", "base"
+TASKS = ("retrieval", "captions", "answers")
+NAMES = {"mean_recall": "mean recall", "cider_d": "CIDEr-D", "accuracy": "accuracy"}
+KEPT, LEAST, SMALL, FAST, BASE_KEPT = 0.95, 0.9, 0.224, 2.7, 0.99
+"""The target: this part of the teacher in the mean of the tasks, and in each of them; at most this part of its parameters of each, so many
+times as fast in the mean at batch 8. And what the larger student keeps in the mean."""
+TIE = 0.01
+"""Of the teacher's: what one seed does not tell apart."""
+COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", ALONE: "#d9822b", BASE: "#3f8f5f", "small, pruned": "#8b5fbf"}
+OTHERS = "#aeb6c1"
+
+Kept = dict[str, dict[str, float]]
+"""Task → model → part of the teacher's metric, mean of the seeds."""
+
+
+def kept(lines: Lines) -> Kept:
+    return {task: {name: mean(of(some, "of_teacher")) for name, some in by_model(lines, task).items()} for task in tasks_of(lines)}
+
+
+def tasks_of(lines: Lines) -> list[str]:
+    there = {line["task"] for line in lines}
+    return [task for task in TASKS if task in there]
+
+
+def verdict(lines: Lines) -> list[str]:
+    """What the students reach of the target, each a sentence; what is not measured is said."""
+    found = kept(lines)
+    said = []
+    for name, wanted in ((STUDENT, KEPT), (BASE, BASE_KEPT)):
+        measured = {task: some[name] for task, some in found.items() if name in some}
+        if missing := [task for task in TASKS if task not in measured]:
+            said.append(f"`{name}`: not measured yet on {', '.join(missing)}, so that nothing is said of the target")
+            continue
+        whole = mean(measured.values())
+        text = f"`{name}` keeps {100 * whole:.1f} % of the teacher in the mean of the tasks (target: {100 * wanted:g} %)"
+        if name == STUDENT:
+            own = [line for line in lines if line["model"] == name]
+            worst, size = min(measured.values()), max(of(own, "parameters_of_teacher"))
+            fast = mean(mean(of(by_model(own, task)[name], "batch_8_speedup")) for task in TASKS)
+            reached = whole > wanted and worst >= LEAST and size <= SMALL and fast >= FAST
+            text += f", {100 * worst:.1f} % in the worst of them ({100 * LEAST:g} %), with at most {100 * size:.1f} % of its parameters"
+            text += f" ({100 * SMALL:g} %), and is {fast:.2f} times as fast at batch 8 ({FAST})"
+        else:
+            reached = whole >= wanted
+        said.append(f"{text}: {'reached' if reached else 'missed'}")
+    for task in found:
+        models = by_model(lines, task)
+        if STUDENT in models and ALONE in models:
+            said.append(f"{task}: {against(models)}")
+        said += [f"{task} does not count: {doubt}" for doubt in (doubts(models) if TEACHER in models else ["the teacher was not measured"])]
+        if "text only" not in models:
+            said.append(f"{task} does not count yet: no model without pictures stands beside it")
+    return [f"{text[0].upper()}{text[1:]}." for text in said]
+
+
+def against(models: dict[str, Lines]) -> str:
+    """How the student does beside the one without a teacher."""
+    own, other = of(models[STUDENT], "of_teacher"), of(models[ALONE], "of_teacher")
+    gap = mean(own) - mean(other)
+    text = f"with a teacher the student keeps {abs(100 * gap):.1f} points {'more' if gap > 0 else 'less'} than without one"
+    if min(len(own), len(other)) < 2:
+        return f"{text}, which one seed does not prove"
+    spread = max(max(some) - min(some) for some in (own, other))
+    return f"{text}{', a tie beside the spread of the seeds' if abs(gap) <= spread else ''}"
+
+
+def findings(found: Kept) -> Iterator[tuple[str, str]]:
+    """The four findings of the paper, and what is seen of each here, task by task."""
+    rules = (
+        ("vision and text are to be shrunk in balance", ("both narrower", "vision narrower", "text narrower"), TASKS),
+        ("a moderate number of fusion layers is enough", ("fusion 2", "fusion 3"), TASKS),
+        ("a decoder needs a distillation of its own", (STUDENT, "no decoder terms"), ("captions",)),
+        ("pretrained weights matter for vision more than for text", ("text random", "vision random"), TASKS),
+    )
+    for rule, names, tasks in rules:
+        for task in tasks:
+            if not {*names} <= {*found.get(task, {})}:
+                continue
+            first, *others = (found[task][name] for name in names)
+            gap = first - max(others)
+            holds = gap > TIE if rule.startswith(("a decoder", "pretrained")) else gap >= -TIE
+            numbers = ", ".join(f"{name} {100 * found[task][name]:.1f} %" for name in names)
+            yield rule, f"{task}: {'holds' if holds else 'a tie' if abs(gap) <= TIE else 'does not hold'} ({numbers})"
+
+
+def main_table(lines: Lines, task: str) -> list[str]:
+    """Markdown rows of a task, one a model of the part `main`."""
+    models = {name: some for name, some in by_model(lines, task).items() if some[0]["part"] == "main"}
+    metric = NAMES[next(iter(models.values()))[0]["metric"]]
+    head = (
+        "model",
+        f"{metric} (× 100)",
+        "seeds: worst to best",
+        "of the teacher's",
+        "parameters",
+        "without embeddings",
+        "faster at batch 8",
+    )
+    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name, some in models.items():
+        values, speed = [100 * value for value in of(some, "value")], of(some, "batch_8_speedup")
+        seeds = f"{min(values):.1f} to {max(values):.1f} ({len(values)})" if len(values) > 1 else "one seed"
+        parts = ("of_teacher", "parameters_of_teacher", "without_embeddings_of_teacher")
+        shares = [f"{100 * mean(of(some, part)):.1f} %" for part in parts]
+        cells = (name, f"{mean(values):.1f}", seeds, *shares, f"{mean(speed):.2f} ×" if speed else "–")
+        out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
+def other_table(lines: Lines, part: str) -> list[str]:
+    """Markdown rows of the rows of a part: what they keep of the teacher in each task, and the student of the recipe first."""
+    found, tasks = kept(lines), tasks_of(lines)
+    names = list(dict.fromkeys(line["model"] for line in lines if line["part"] == part))
+    if not names:
+        return []
+    out = [f"| model | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
+    for name in (STUDENT, *names):
+        cells = (f"{100 * found[task][name]:.1f} %" if name in found[task] else "–" for task in tasks)
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return out
+
+
+def start_table(lines: Lines) -> list[str]:
+    """How much students agree with their teacher as they were cut, and later; means of the seeds."""
+    head = ("columns", "steps", "seeds", "same word", "image cosine", "text cosine", "loss of words", "the teacher's")
+    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name, steps in dict.fromkeys((line["model"], line["steps"]) for line in lines):
+        some = [line for line in lines if (line["model"], line["steps"]) == (name, steps)]
+        words, *rest = (mean(of(some, column)) for column in ("words", "image", "text", "loss", "teacher_loss"))
+        out.append(f"| {name} | {steps} | {len(some)} | {100 * words:.1f} % | {' | '.join(f'{value:.3f}' for value in rest)} |")
+    return out
+
+
+def block(lines: Lines, name: Path, starts: Lines, start_name: Path) -> str:
+    """What stands between the markers of the page."""
+    parts: list[str] = [*(f"- {text}" for text in verdict(lines)), ""]
+    for task in tasks_of(lines):
+        first = next(line for line in lines if line["task"] == task)
+        parts += [f"### {task}", "", f"Data: `{first['data']}`, {first['images']} test images.", "", *main_table(lines, task), ""]
+    titles = {"information": "### Kinds of information alone", "modules": "### Modules"}
+    for part, title in titles.items():
+        if rows := other_table(lines, part):
+            parts += [title, "", "Part of the teacher's metric that is kept; one seed.", "", *rows, ""]
+    if said := [*findings(kept(lines))]:
+        parts += ["| finding of the paper | here |", "| --- | --- |"]
+        parts += [
+            f"| {rule} | {'; '.join(text for other, text in said if other == rule)} |" for rule in dict.fromkeys(rule for rule, _ in said)
+        ]
+        parts += [""]
+    if starts:
+        about = (
+            f"Students of the recipe as they were cut out of the teacher, and after {max(int(line['steps']) for line in starts)} steps of "
+        )
+        about += f"distillation, on {starts[0]['scenes']} test scenes: [{start_name.name}](../{start_name.as_posix()})."
+        parts += ["### Which columns a student begins with", "", about, "", *start_table(starts), ""]
+    loads = of(lines, "load")
+    timed = f" Timed with {lines[0]['threads']} thread(s), load of the machine {min(loads):g} to {max(loads):g}." if loads else ""
+    parts += [f"Every run: [{name.name}](../{name.as_posix()}).{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
+    return "\n".join(parts)
+
+
+def plot(lines: Lines, path: Path) -> None:
+    """A panel a task of what is kept over what is left of the parameters, and one of all other rows, side by side for the tasks."""
+    from matplotlib.figure import Figure
+
+    tasks, found = tasks_of(lines), kept(lines)
+    names = list(dict.fromkeys(line["model"] for line in lines if line["part"] != "main"))
+    panels = len(tasks) + bool(names)
+    figure = Figure(figsize=(4.2 * panels, 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for place, task in zip(axes, tasks, strict=False):
+        for name, some in by_model(lines, task).items():
+            if name in COLOURS:
+                sizes = [100 * part for part in of(some, "parameters_of_teacher")]
+                place.scatter(sizes, [100 * part for part in of(some, "of_teacher")], color=COLOURS[name], s=26, label=name, zorder=3)
+            elif some[0]["part"] == "main":
+                place.axhline(100 * found[task][name], color=OTHERS, linewidth=0.9, linestyle=":", label=name)
+        place.set(title=task, xlabel="parameters (% of the teacher's)", ylabel="kept (% of the teacher's)", xlim=(0, 108))
+        place.set_ylim(bottom=0)
+        place.grid(alpha=0.25)
+        place.legend(frameon=False, loc="lower right", fontsize=8)
+    if names:
+        for number, task in enumerate(tasks):
+            places = [row + 0.8 * number / len(tasks) for row, name in enumerate(names) if name in found[task]]
+            axes[-1].barh(places, [100 * found[task][name] for name in names if name in found[task]], 0.8 / len(tasks), label=task)
+        axes[-1].set_yticks([row + 0.3 for row in range(len(names))], names, fontsize=7)
+        axes[-1].set(title="variations", xlabel="kept (% of the teacher's)")
+        axes[-1].invert_yaxis()
+        axes[-1].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def publish(root: Path = ROOT) -> list[Path]:
+    """Write the block of the page and the plot below `root` from the CSVs there; the files written.
+
+    Raises:
+        BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
+    """
+    lines, name = published_rows(root, "dlip", but="start", fix="run benchmarks/dlip.py, or move the others away")
+    if len(versions := {line["torch"] for line in lines}) > 1:
+        raise BadInput("the runs cannot be compared", f"torch {', '.join(sorted(versions))}", "run them again with one version")
+    beside = RESULTS / name.name.replace("dlip_", "dlip_start_", 1)
+    page = with_block((root / PAGE).read_text("utf-8"), "dlip", block(lines, name, rows_of(root / beside), beside))
+    plot(lines, root / PICTURE)
+    write_atomic(root / PAGE, page.encode())
+    return [root / PAGE, root / PICTURE]
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.exit(run_script(publish))
