@@ -87,7 +87,7 @@ OPTIONS: dict[str, Option] = {
     "distill.task": option(str, "--task", "What is learnt: pretraining, or embedding.", "TASK"),
     "prune.task": option(str, "--task", f"What is learnt: {LEARNT}, or pretraining; or none.", "TASK"),
     "answers": option(str, "--answers", "File with one answer a line.", "FILE"),
-    "family": option(str, "--family", "xvlm or blip."),
+    "family": option(str, "--family", "xvlm, blip or clip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),
     "vision_from": option(str, "--vision-from", "Folder of a CLIP or DINOv2 image model.", "DIR"),
     "text_from": option(str, "--text-from", "Folder of a BERT model.", "DIR"),

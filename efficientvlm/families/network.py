@@ -122,6 +122,19 @@ class Embeds(Askable, Protocol):
         """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]."""
 
 
+class Aligns(Embeds, Protocol):
+    """`align`: trained by contrast alone, of the features of pairs."""
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits [I, T] of unit vectors [I, E] and [T, E]."""
+
+    def loss(self, logits: Tensor, same: Tensor | None = None) -> Tensor:
+        """Of logits [B, B]; `same` [B, B] is True where image and text belong together, by default those of one pair."""
+
+    def limit_scale(self) -> None:
+        """Keep the factor of similarities where training keeps it, behind an update."""
+
+
 class Averages(Embeds, Protocol):
     """Whose features are learnt, and compared with those of its averaged weights."""
 
@@ -189,6 +202,7 @@ def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
 
 ABILITIES = {
     "embed": ("compare images with texts by their features", "an X-VLM, CLIP, SigLIP or BLIP"),
+    "align": ("be trained on pairs by contrast alone", "a CLIP or SigLIP"),
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
     "caption": ("describe images", "an X-VLM or BLIP"),

@@ -13,7 +13,7 @@ from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
 
 
 class InitConfig(Stage):
-    family: Literal["xvlm", "blip"] = "xvlm"
+    family: Literal["xvlm", "blip", "clip"] = "xvlm"
     size: Literal["tiny", "small", "base"] | None = Field(None, description="random weights of a named size")
     vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP or DINOv2 vision model")
     text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")

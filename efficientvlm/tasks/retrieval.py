@@ -18,6 +18,7 @@ from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.families.network import refusal, require
 from efficientvlm.loaded import Loaded, longest, texts_of
 from efficientvlm.objectives.blip_pretraining import BlipPretraining
+from efficientvlm.objectives.contrastive import Contrastive
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.xvlm_pretraining import XvlmPretraining
 from efficientvlm.runtime.progress import Bar, say
@@ -49,15 +50,24 @@ class Retrieval(Learnt, Asked):
     def problems(self, config: RetrievalSettings, student: Loaded) -> Iterator[BadInput]:
         if config.batch_size < 2:
             yield BadInput("batch_size 1", "matching needs another pair as negative", "use 2 or more")
-        yield from contrast_problems(config, student)
+        if "align" in student.abilities:
+            if config.momentum or config.queue:
+                yield BadInput("momentum and queue", f"{student.path} contrasts the pairs of a batch alone", "leave them out")
+        else:
+            yield from contrast_problems(config, student)
 
     def teacher_problems(self, config: RetrievalSettings, teacher: Loaded) -> Iterator[BadInput]:
         yield from super().teacher_problems(config, teacher)
-        if self.able(teacher) and "match" not in teacher.abilities:
+        if self.able(teacher) and not teacher.abilities & {"match", "align"}:
             yield refusal(teacher.config, "match", f"teacher {teacher.path}")
 
     def adapt(self, config: RetrievalSettings, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
-        """Heads of other tasks are left behind; where a network of another task may learn this, what it takes is added."""
+        """Heads of other tasks are left behind; where a network of another task may learn this, what it takes is added.
+
+        One that is trained by contrast alone stays as it is.
+        """
+        if "align" in student.abilities:
+            return student.model, []
         if not self.able(student) and not self.remedy(student):
             raise self.refusal(student)
         network, new = student.model.gain("match")
@@ -73,7 +83,10 @@ class Retrieval(Learnt, Asked):
         return f"{what}: {added:+,} parameters"
 
     def objective_on(self, config: RetrievalSettings, student: Loaded, source: Any) -> Objective:
-        """By what the network can do: BLIP's losses, whose negatives are drawn without an offset in retrieval, or X-VLM's."""
+        """By what the network can do: contrast alone (CLIP, SigLIP), BLIP's losses, whose negatives are drawn without an offset in
+        retrieval, or X-VLM's."""
+        if "align" in student.abilities:
+            return Contrastive(student.model)
         contrast = contrast_of(config, student, source)
         common: dict[str, Any] = {"losses": ("itc", "itm"), "hard_negatives": config.hard_negatives, "contrast": contrast}
         if "contrast" in student.abilities:
@@ -81,11 +94,11 @@ class Retrieval(Learnt, Asked):
         return XvlmPretraining(student.model, seed=config.seed, **common)
 
     def notes(self, config: RetrievalSettings, student: Loaded, source: Any) -> dict[str, Any]:
-        made = averaged(config, student, source)
+        made = None if "align" in student.abilities else averaged(config, student, source)
         return {"contrast": made._asdict()} if made else {}
 
     def elements_beside(self, config: RetrievalSettings, student: Loaded, source: Any) -> int:
-        return elements_beside(config, student, source)
+        return 0 if "align" in student.abilities else elements_beside(config, student, source)
 
     def batches(self, config: RetrievalSettings, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
         return [pair_batch(items, texts, seed=config.seed, step=step, **augmentation(config), task=True)]

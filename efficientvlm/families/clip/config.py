@@ -38,7 +38,7 @@ class TwoTowers(TwoParts):
         return {name: self.part(name).num_hidden_layers for name in TOWERS}
 
     def abilities(self) -> frozenset[str]:
-        return frozenset({"embed"})
+        return frozenset({"embed", "align"})
 
     def flows(self) -> list[Flow]:
         """The pooled position of a tower sees the others by self-attention alone; SigLIP's pooling of the image is never pruned."""

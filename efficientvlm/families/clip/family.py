@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.checks import check_config, check_id
+from efficientvlm.families.clip.fresh import fresh_config
 from efficientvlm.families.clip.network import MODELS
 from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
@@ -19,6 +21,11 @@ class CLIP(Family):
     name = "clip"
     model_types = tuple(CONFIGS)
     models = MODELS
+
+    def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> Any:
+        config = fresh_config(size, changes, vocab)
+        check_config(config, "settings")
+        return config
 
     def read_config(self, path: Path) -> Any:
         """Stock configurations too; `image_mean` and `image_std` are then those of the folder's image processor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from efficientvlm.families.towers.network import TowerNetwork, asked
 from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
 from efficientvlm.families.towers.text import Text
 from efficientvlm.families.towers.vit import Pooling, Vit
+
+MOST_SCALE = math.log(100)
 
 
 @dataclass
@@ -97,9 +100,13 @@ class Comparing(TowerNetwork):
         """Logits [I, T] of unit vectors [I, E] and [T, E]."""
         raise NotImplementedError
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """What the family is trained with, of the logits [B, B] of pairs."""
+    def loss(self, logits: Tensor, same: Tensor | None = None) -> Tensor:
+        """What the family is trained with, of the logits [B, B] of pairs; `same` [B, B] is True where image and text belong together, by
+        default those of one pair."""
         raise NotImplementedError
+
+    def limit_scale(self) -> None:
+        """Keep the factor of similarities where training keeps it, behind an update."""
 
     def forward(
         self,
@@ -201,10 +208,16 @@ class SlicedCLIPModel(Comparing):
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         return self.logit_scale.exp() * image @ text.T
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """Mean of the cross-entropies over texts and over images."""
-        right = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    def loss(self, logits: Tensor, same: Tensor | None = None) -> Tensor:
+        """Mean of the cross-entropies over texts and over images; partners of one image or text share its target."""
+        right = torch.eye(len(logits), device=logits.device) if same is None else same.float()
+        by_image, by_text = (F.cross_entropy(of, to / to.sum(1, keepdim=True)) for of, to in ((logits, right), (logits.T, right.T)))
+        return (by_image + by_text) / 2
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """To 100 at most, as published."""
+        self.logit_scale.clamp_(max=MOST_SCALE)
 
 
 class SlicedSiglipModel(Comparing):
@@ -249,9 +262,9 @@ class SlicedSiglipModel(Comparing):
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         return self.logit_scale.exp() * image @ text.T + self.logit_bias
 
-    def loss(self, logits: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, same: Tensor | None = None) -> Tensor:
         """Of every pair by itself: does it belong together?"""
-        belongs = 2 * torch.eye(len(logits), device=logits.device) - 1
+        belongs = 2 * (torch.eye(len(logits), device=logits.device) if same is None else same.float()) - 1
         return -F.logsigmoid(belongs * logits).sum(-1).mean()
 
     def _seen(self, states: Tensor) -> Tensor:
