@@ -36,6 +36,11 @@ def pairs(texts: list[str], flag: str) -> dict[str, str]:
     return found
 
 
+def number_or_word(text: str) -> int | str:
+    """A number as one; the settings say which words there are."""
+    return int(text) if text.isdecimal() else text
+
+
 def layers(texts: list[str]) -> dict[str, int | list[int]]:
     """`vision=6` is a count, `text=1,3,5` (or `5,` for a single one) are layers counted from 0."""
     found: dict[str, int | list[int]] = {}
@@ -155,6 +160,7 @@ OPTIONS: dict[str, Option] = {
     "lr": option(float, "--lr", "Peak learning rate.", panel=TRAINING),
     "seed": option(int, "--seed", "Every random draw follows from it.", panel=RUN),
     "device": option(str, "--device", "auto, cpu, cuda, mps, ...", panel=RUN),
+    "workers": option(str, "--workers", "Processes that read pictures: auto, or a number.", "N", RUN, read=number_or_word),
     "precision": option(str, "--precision", "fp32 or bf16.", panel=RUN),
     "set": option(list[str], "--set", "Any setting by its name, e.g. weights.text_hidden=0.5.", "KEY=VALUE", RUN),
     "dry_run": Option(DryRun, default=False),

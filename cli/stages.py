@@ -12,7 +12,7 @@ from efficientvlm.cli.options import OPTIONS, Option
 HOW = ("set", *CONTROL)
 RUN = ("seed", "device", "precision", *HOW)
 SAMPLES = ("columns", "val", "limit")
-TRAINING = ("epochs", "max_steps", "batch_size", "lr")
+TRAINING = ("epochs", "max_steps", "batch_size", "lr", "workers")
 KNOWLEDGE = ("distillation", "kd", "temperature", "cache_teacher")
 CAPTIONS = (
     *("decoding", "prompt", "min_length", "max_length", "repetition_penalty", "beams", "length_rule", "length_penalty"),
@@ -56,7 +56,22 @@ COMMANDS = {
     ),
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",
-        ("model", "data", "out", "task", "split", "columns", "limit", "answers", "captions", "mode", "rerank", "batch_size", *RUN),
+        (
+            "model",
+            "data",
+            "out",
+            "task",
+            "split",
+            "columns",
+            "limit",
+            "answers",
+            "captions",
+            "mode",
+            "rerank",
+            "batch_size",
+            "workers",
+            *RUN,
+        ),
     ),
     "bench": Command(
         "Measure latency and size of one or more models side by side.",

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from efficientvlm.settings.base import Aside, Strict
-from efficientvlm.settings.common import Data, Learning, Machine, Measuring, Samples, Stage, Taught, Train
+from efficientvlm.settings.common import Data, Learning, Machine, Measuring, Read, Samples, Stage, Taught, Train
 from efficientvlm.settings.compose import of
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import STAGES
@@ -23,6 +23,7 @@ SHARED = {
     Machine: "Hardware",
     Data: "Data",
     Samples: "Samples",
+    Read: "Reading",
     Train: "Training",
     Learning: "Stages that train",
     Taught: "Stages that may have a teacher",
@@ -116,6 +117,8 @@ def values(kind: Any) -> str:
         return values(inside[0])
     if origin is typing.Literal:
         return ", ".join(str(value) for value in inside)
+    if origin is tuple:
+        return f"[{', '.join(map(values, inside))}]"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(values(part) for part in inside if part is not type(None))
     if origin is list:

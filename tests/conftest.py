@@ -16,8 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands that tests
 import torch
 
 from efficientvlm.control import Control
+from efficientvlm.data import ahead
 from efficientvlm.settings.compose import stage_settings
 
+ahead.MOST = 0  # with `auto` no workers: tests that want some say so
 QUIET = Control(quiet=True)
 SIZES = {
     "vision_width": 16,

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -236,3 +237,21 @@ def fails_on(rank: int) -> None:
 
     if ranks.rank() == rank:
         plan.IndexPlan.batch = broken  # type: ignore[assignment, method-assign]
+
+
+def loses_a_worker_at(step: int) -> None:
+    """One of the processes that read pictures is killed before a step."""
+
+    def kill(now: int) -> None:
+        if now == step:
+            worker = min(members(os.getpid()) - {os.getpid()})
+            os.kill(worker, signal.SIGKILL)
+
+    _before_step(kill)
+
+
+def members(run: int) -> set[int]:
+    """The process `run`, its children and all that is of its session, as far as they run."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid=,sid=,stat="], capture_output=True, text=True).stdout.splitlines()
+    found = (row.split()[:4] for row in rows)
+    return {int(pid) for pid, parent, session, state in found if str(run) in (pid, parent, session) and not state.startswith("Z")}

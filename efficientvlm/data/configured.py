@@ -9,11 +9,17 @@ from efficientvlm.data.opening import is_built_in, open_data
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.stream import PREFIX as STREAM
 from efficientvlm.data.stream import check_settings
+from efficientvlm.data.transforms import Crop
 from efficientvlm.settings.base import settings_of
 
 
 def open_split(config: Any, kind: Kind[Any, Any], split: str, image_size: Preprocessing | None) -> Any:
-    """The samples of `split`, images prepared as `image_size` says; `val` names a validation file of its own."""
+    """The samples of `split`, images prepared as `image_size` says; `val` names a validation file of its own.
+
+    What a stage trains on is prepared for the augmentation that follows.
+    """
+    if split == "train" and image_size is not None and hasattr(config, "augment"):
+        image_size = image_size.for_training(config.augment)
     return open_data(kind, **which(config, split), **settings_of(config, "columns", "limit", "max_bad"), image_size=image_size)
 
 
@@ -34,4 +40,4 @@ def which(config: Any, split: str) -> dict[str, Any]:
 def augmentation(config: Any) -> dict[str, Any]:
     """How training images are changed, as arguments of a collator; those of a user's own are mirrored only when asked for."""
     mirror = config.mirror if config.mirror is not None else is_built_in(config.data)
-    return {"augment_kind": config.augment, "mirror": mirror}
+    return {"augment_kind": Crop(config.crop_scale) if config.augment == "crop" else config.augment, "mirror": mirror}

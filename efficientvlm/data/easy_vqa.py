@@ -59,6 +59,7 @@ class EasyVQA:
         if limit is not None and limit < len(self._ids):
             self.notes.append(f"{limit:,} of {len(self._ids):,} images, drawn at random (seed 0)")
             self._ids = [self._ids[index] for index in some_of(len(self._ids), limit)]
+        self.by_one = True  # pictures are few, and decoded once
         self._pixels: Pixels | None = None
         self._lock = threading.Lock()
 

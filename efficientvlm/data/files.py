@@ -68,7 +68,7 @@ class Files(Generic[T]):
         self.skips.settle(rows)
         if not self._keys and (keys or not groups):
             raise BadInput(f"data {spec} has no usable sample", "\n  ".join(["", *self.skips.lines()]), "mend the rows")
-        self._bad: set[int] = set()
+        self.skips.samples = len(self._keys)
 
     @property
     def licence(self) -> str:
@@ -93,7 +93,7 @@ class Files(Generic[T]):
             try:
                 return self._read(place)
             except BadInput as error:
-                self._skip(place, error)
+                self.skips.add(error, place=place)
             place = int(generator(SPLIT_SEED, "instead", self._keys[index], attempt).integers(len(self)))
         raise BadInput(f"data {self.name}", f"of {ATTEMPTS} pictures drawn none could be read", "mend the data")
 
@@ -104,7 +104,7 @@ class Files(Generic[T]):
             try:
                 found.append(self._read(index))
             except BadInput as error:
-                self._skip(index, error)
+                self.skips.add(error, place=index)
         return found
 
     def texts(self) -> Iterator[str]:
@@ -123,12 +123,6 @@ class Files(Generic[T]):
             pictures.append(Picture(pixels, size, self.size))
         said = [Row(content, self.table.where(row)) for row, content in zip(rows, self._contents[index], strict=True)]
         return self.kind.item(self._keys[index], pictures, said)
-
-    def _skip(self, index: int, error: BadInput) -> None:
-        self.skips.add(error)
-        self._bad.add(index)
-        if len(self._bad) >= len(self):
-            raise BadInput(f"data {self.name} has no usable sample", "\n  ".join(["", *self.skips.lines()]), "mend the pictures")
 
     def _groups(self) -> dict[str, list[int]]:
         """Rows by image: by the image_id column, else by the path of the image or the hash of its bytes."""

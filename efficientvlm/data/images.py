@@ -21,6 +21,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of picture files, in lower case."""
 LARGEST_PICTURE = 200_000_000  # bytes
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # no EPS: Pillow hands that to another program
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 warnings.filterwarnings("ignore", module="PIL")  # of what cannot be read an error says so, once and with its place
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -48,8 +49,9 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
             if image.mode == "F" or (image.mode == "I" and ";16" not in stored):
                 why = "its pixels are numbers of 32 bits, and nothing says which of them is white"
                 raise BadInput(where, why, "save it with 8 or 16 bits")
+            full = _reduce(image, size) if isinstance(size, Preprocessing) else None
             picture = to_rgb(ImageOps.exif_transpose(image), stored)
-            return prepared(picture, size, where), picture.size
+            return prepared(picture, size, where), full or picture.size
     except BadInput:
         raise
     except Image.DecompressionBombError:
@@ -57,6 +59,16 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
     except Exception as error:  # noqa: BLE001  on damaged bytes Pillow raises whatever its decoders stumble over
         reason = f"it cannot be read as a picture ({str(error).split(' <')[0] or type(error).__name__})"
         raise BadInput(where, f"{file}: {reason}" if file else reason, "replace or remove it") from None
+
+
+def _reduce(image: Image.Image, how: Preprocessing) -> tuple[int, int] | None:
+    """Have a JPEG decoded at a reduced size where `how` allows that; the upright width and height that it has then nevertheless."""
+    width, height = image.size
+    turned = image.getexif().get(ORIENTATION) in SIDEWAYS
+    least = how.decoded(*((height, width) if turned else (width, height)))
+    if least is None or image.format != "JPEG" or image.draft(image.mode, least[::-1] if turned else least) is None:
+        return None
+    return (height, width) if turned else (width, height)
 
 
 def _bytes_of(source: str | Path | bytes, where: str) -> IO[bytes]:

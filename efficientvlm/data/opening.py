@@ -100,6 +100,15 @@ class Subset(Source[Item]):
         return self.source[self.indices[index]]
 
     @property
+    def workers(self) -> int:
+        return int(getattr(self.source, "workers", 0))
+
+    @workers.setter
+    def workers(self, workers: int) -> None:
+        own: Any = self.source
+        own.workers = workers
+
+    @property
     def notes(self) -> list[str]:
         return [*notes(self.source), f"{len(self):,} of {len(self.source):,} images, drawn at random (seed 0)"]
 

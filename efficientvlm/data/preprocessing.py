@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ MAX_SIDE = 16_384
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALVES = (0.5, 0.5, 0.5)
+MARGIN = 7, 8
+"""A picture that is to be cropped is larger than what the model reads in this proportion, as published: 256 for 224."""
+SHARP = 2
+"""Sides of a JPEG that is decoded at a reduced size are so many times those that it is scaled down to, at least."""
 
 _SQUARE = {"height": 224, "width": 224}
 _COMMON = {"do_resize": True, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
@@ -54,17 +58,37 @@ class Preprocessing:
     """Picture to uint8 `[side, side, 3]`: resized, then cut out of the middle.
 
     `resize` is (height, width), the length of the shortest edge, or None; without `crop` what was resized has the `side` already.
+    Training may ask for another form of the same, see :meth:`for_training`.
     """
 
     side: int
     resize: tuple[int, int] | int | None = None
     crop: bool = False
     resample: int = BICUBIC
+    whole: bool = field(default=False, kw_only=True)
+    """The picture keeps its aspect: its shortest edge has the `side`, and nothing is cut off."""
+    reduced: bool = field(default=False, kw_only=True)
+    """A large JPEG is decoded at a half, a quarter or an eighth of its size, still at least twice as large as it is to be."""
 
     @classmethod
     def squash(cls, side: int) -> Preprocessing:
         """To a square whatever the aspect, as X-VLM and BLIP are published."""
         return cls(side, (side, side))
+
+    def for_training(self, augment: str) -> Preprocessing:
+        """How pictures are prepared that `augment` then changes: for `crop` whole and somewhat larger, and where it crops at random exact
+        pixels are not needed."""
+        if augment == "crop":
+            side = round(self.side * MARGIN[1] / MARGIN[0])
+            return Preprocessing(side, side, False, self.resample, whole=True, reduced=True)
+        return replace(self, reduced=True) if augment == "paper" else self
+
+    def decoded(self, width: int, height: int) -> tuple[int, int] | None:
+        """The least width and height at which a picture of that size may be decoded; None: its own."""
+        if not self.reduced or self.resize is None:
+            return None
+        wide, high = self._resized(width, height)
+        return SHARP * wide, SHARP * high
 
     def pixels(self, image: Image.Image, where: str) -> Pixels:
         """`image`, in mode RGB, as the model reads it.
@@ -80,7 +104,7 @@ class Preprocessing:
         if self.crop:
             left, top = self._corner(size)
             image = image.crop((left, top, left + self.side, top + self.side))  # what lies outside is black, as there
-        if image.size != (self.side, self.side):
+        if not self.whole and image.size != (self.side, self.side):
             sizes = f"it has {image.width} x {image.height} pixels, the model reads {self.side} x {self.side}"
             why = f"{sizes} and its image processor resizes nothing"
             raise BadInput(where, why, f"resize it, or set do_resize in {FILE}")

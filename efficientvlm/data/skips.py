@@ -7,8 +7,10 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from efficientvlm.checkpoints.files import open_plain
+from efficientvlm.data.ledger import Book
 from efficientvlm.errors import BadInput
 
 SHARE = 100  # by default one sample in so many may be bad
@@ -18,7 +20,7 @@ SHOWN = 5
 LONGEST_LINE = 2**20
 
 
-class Skips:
+class Skips(Book):
     """The bad samples of one source, each counted once however often it is met.
 
     Args:
@@ -26,27 +28,38 @@ class Skips:
     """
 
     def __init__(self, name: str, limit: int | None = None) -> None:
+        super().__init__()
         self.name, self.limit = name, limit
         self.count = 0
         self.allowed = limit  # None until the number of samples is known
         self.reasons: dict[str, str] = {}
         self.notes: list[str] = []
         """How the data was read where that was a guess, and what was passed over: a sentence each."""
+        self.samples: int | None = None
+        """How many there are, where that is known once the source is open."""
+        self._places: set[int] = set()
         self._met: set[bytes] = set()  # hashes, for there may be more samples than reasons that are remembered
         self._first: BadInput | None = None
         self._file: Path | None = None
         self._untold: dict[str, str] | None = None
         self._lock = threading.Lock()
 
-    def add(self, error: BadInput, samples: int = 1) -> None:
-        """Count the sample that `error` names; `samples` where one cause costs several.
+    def add(self, error: BadInput, samples: int = 1, place: int | None = None) -> None:
+        """Count the sample that `error` names; `samples` where one cause costs several, `place` where it stands in a source that is open.
 
         Raises:
-            BadInput: one more than may be skipped.
+            BadInput: one more than may be skipped, or the last one that was left.
         """
+        self.tell("bad", error.what, error.why, error.fix, samples, place)
         with self._lock:
-            if not self._is_new(error.what):
-                return
+            self._count(error, samples)
+            if place is not None:
+                self._places.add(place)
+            if self.samples and len(self._places) >= self.samples:
+                raise BadInput(f"data {self.name} has no usable sample", "\n  ".join(["", *self.lines()]), "mend the pictures")
+
+    def _count(self, error: BadInput, samples: int) -> None:
+        if self._is_new(error.what):
             self._first = self._first or error
             self.count += samples
             if len(self.reasons) < REMEMBERED:
@@ -58,6 +71,7 @@ class Skips:
 
     def note(self, text: str) -> None:
         """Say `text` of the source, once."""
+        self.tell("note", text)
         if text not in self.notes:
             self.notes.append(text)
 
@@ -76,6 +90,16 @@ class Skips:
             self.reasons = known | new
             self._file = path
             self._write(new)
+
+    def enter(self, *entry: Any) -> None:
+        if entry[0] == "note":
+            self.note(entry[1])
+        else:
+            _, what, why, fix, samples, place = entry
+            self.add(BadInput(what, why, fix), samples, place)
+
+    def lend(self) -> None:
+        self._file = self._untold = None
 
     def collect(self) -> None:
         """Keep what is skipped from now on for :meth:`hand_over`, in a process that writes nothing."""

@@ -20,6 +20,7 @@ from efficientvlm.data.files import find_columns, several
 from efficientvlm.data.forms import braces, paths_of
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.kinds.kind import Kind, Picture, Row
+from efficientvlm.data.ledger import Book
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.stream_rows import Raw, read_file
@@ -34,10 +35,11 @@ ATTEMPTS = 100
 T = TypeVar("T")
 
 
-class Stream(Generic[T]):
+class Stream(Book, Generic[T]):
     """The training part of a stream, endlessly: after its last row it begins again, in another order.
 
-    Every row is a sample of its own. `len` counts the samples passed so far.
+    Every row is a sample of its own. `len` counts the samples passed so far. Each of several workers goes through all of it, and decodes
+    the pictures of its own samples alone; what comes through the network is read by one process.
     """
 
     endless = True
@@ -55,6 +57,7 @@ class Stream(Generic[T]):
         max_bad: int | None = None,
         shuffle_buffer: int = 1000,
     ) -> None:
+        super().__init__()
         self.kind, self.name, self.size = kind, without_secrets(spec), image_size
         self.seed, self.limit, self.buffer_size = seed, limit, shuffle_buffer
         self._what = spec.removeprefix(PREFIX)
@@ -74,7 +77,14 @@ class Stream(Generic[T]):
         free = [role for role in kind.roles if role not in self.columns and role not in (columns or {})]
         self._late = {name for role in free for name in kind.roles[role]}  # would have been taken, had they come earlier
         self._lock = threading.Lock()
+        self._passed = 0  # by workers
+        self._lent = False
         self._rewind()
+
+    @property
+    def by_one(self) -> bool:
+        """It comes through the network, which workers do not need."""
+        return self._what.startswith(hub.PREFIX) or "://" in self._what
 
     @property
     def fingerprint(self) -> str:
@@ -85,12 +95,20 @@ class Stream(Generic[T]):
         return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()
 
     def __len__(self) -> int:
-        return self._position
+        return max(self._position, self._passed)
+
+    def enter(self, *entry: Any) -> None:
+        self._passed = max(self._passed, entry[0])
+
+    def lend(self) -> None:
+        self._lent = True  # the place in open files would be that of all
 
     def __getitem__(self, index: int) -> T:
         """The sample at `index`; a smaller index than the last one reads the stream anew."""
+        self.tell(index + 1)
         with self._lock:
-            if index < self._position:
+            if index < self._position or self._lent:
+                self._lent = False
                 self._rewind()
             while self._position <= index:
                 raw = self._next()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from efficientvlm.data.cells import LONGEST_TEXT
+from efficientvlm.data.ledger import Book
 from efficientvlm.data.tokenizer import ends_of, guarded
 from efficientvlm.errors import BadInput, shorten
 
@@ -17,7 +18,7 @@ CACHED_TEXTS = 200_000
 AT_A_TIME = 1_000_000  # characters: what a tokenizer makes of them takes about 100 bytes each
 
 
-class Texts:
+class Texts(Book):
     """Strings to padded token ids, each distinct string tokenised once.
 
     A text begins with `cls` and ends with `sep`: BERT's [CLS] and [SEP], or the tokens that another tokenizer puts there; `cls` is None
@@ -25,6 +26,7 @@ class Texts:
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int = 40) -> None:
+        super().__init__()
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.cls, self.sep = ends_of(tokenizer)
         self._head = [] if self.cls is None else [self.cls]
@@ -52,19 +54,36 @@ class Texts:
         Raises:
             BadInput: a string of more than 100,000 characters, or one on which the tokenizer fails.
         """
+        known, new = self._new(texts)
+        for some in _portions(new) if new else ():
+            with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
+                encoded = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+            self._learn(known, some, encoded["input_ids"])
+        found = [known[text] for text in texts]
+        self.tell("ids", list(texts), found)
+        return found
+
+    def _new(self, texts: Sequence[str]) -> tuple[dict[str, list[int]], list[str]]:
+        """The ids that are known, and those of `texts` that are not there; where all would be too many, what was known is forgotten."""
         known = self._ids
         new = list({text for text in texts if text not in known})
-        if new:
-            if len(known) + len(new) > CACHED_TEXTS:
-                known = self._ids = {}  # a new one: another thread may be reading the old
-                new = list(set(texts))
-            for some in _portions(new):
-                with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
-                    encoded = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-                known.update(zip(some, encoded["input_ids"], strict=True))
-                self.read += sum(map(len, encoded["input_ids"]))
-                self.unread += sum(ids.count(self.unknown) for ids in encoded["input_ids"])
-        return [known[text] for text in texts]
+        if new and len(known) + len(new) > CACHED_TEXTS:
+            known = self._ids = {}  # a new one: another thread may be reading the old
+            new = list(set(texts))
+        return known, new
+
+    def _learn(self, known: dict[str, list[int]], texts: Sequence[str], found: Sequence[list[int]]) -> None:
+        known.update(zip(texts, found, strict=True))
+        self.read += sum(map(len, found))
+        self.unread += 0 if self.unknown is None else sum(ids.count(self.unknown) for ids in found)
+
+    def enter(self, *entry: Any) -> None:
+        if entry[0] == "ids":
+            given = dict(zip(entry[1], entry[2], strict=True))
+            known, new = self._new(entry[1])
+            self._learn(known, new, [given[text] for text in new])
+        else:
+            self._keep_cut(entry[1])
 
     def identities(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
         """What each string is to the tokenizer, equal where case and spacing alone differ; None for a string that it cannot read: one
@@ -97,10 +116,15 @@ class Texts:
         return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
     def _note_cut(self, texts: Sequence[str], known: Sequence[list[int]], room: int) -> None:
-        for text, ids in zip(texts, known, strict=True):
-            if len(ids) > room and len(self.cut) < CACHED_TEXTS:
+        if cut := [(text, len(ids) + self.max_tokens - room) for text, ids in zip(texts, known, strict=True) if len(ids) > room]:
+            self.tell("cut", cut)
+            self._keep_cut(cut)
+
+    def _keep_cut(self, cut: Sequence[tuple[str, int]]) -> None:
+        for text, length in cut:
+            if len(self.cut) < CACHED_TEXTS:
                 self.cut.add(text)
-                self.longest = max(self.longest, len(ids) + self.max_tokens - room)
+                self.longest = max(self.longest, length)
 
 
 def _portions(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Augmentation of uint8 images, with boxes that follow: `light` for small pictures, `paper` as X-VLM trains."""
+"""Augmentation of uint8 images, with boxes that follow: `light` for small pictures, `paper` as X-VLM trains, `crop` as CLIP does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from efficientvlm.data.items import Pixels
+from efficientvlm.data.preprocessing import MARGIN
 from efficientvlm.errors import BadInput
 
-Augment = Literal["none", "light", "paper"]
 Boxes = NDArray[np.float32]
 SIDE_WORDS = (
     *("left", "right", "leftmost", "rightmost", "leftward", "rightward", "leftwards", "rightwards"),
@@ -22,12 +22,23 @@ SIDE_WORDS = (
 SIDES = re.compile(rf"\b({'|'.join(SIDE_WORDS)})\b", re.IGNORECASE)
 MAX_SHIFT = 0.1
 PRETRAIN_SCALE, TASK_SCALE = (0.2, 1.0), (0.5, 1.0)
+CROP_SCALE = (0.08, 1.0)
+ASPECTS = 3 / 4, 4 / 3
 COLOUR_OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
 GEOMETRIC_OPERATIONS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 OPERATIONS, MAGNITUDE = 2, 0.7  # 7 of 10
 ENHANCE, SHEAR, ROTATE = 0.1 + 1.8 * MAGNITUDE, 0.3 * MAGNITUDE, 30 * MAGNITUDE
 TRANSLATE = 10 / 224 * MAGNITUDE  # of the side; 7 pixels at 224
 FILL = (128, 128, 128)
+
+
+class Crop(NamedTuple):
+    """Random crops of `scale` of the area, and nothing else but mirroring."""
+
+    scale: tuple[float, float] = CROP_SCALE
+
+
+Augment = Literal["none", "light", "paper"] | Crop
 
 
 class Augmented(NamedTuple):
@@ -56,6 +67,8 @@ def augment(
 ) -> Augmented:
     """`image` augmented as `kind` says; `task` selects the milder crop of `paper`. With `whole`, every box stays inside, all of it.
 
+    :class:`Crop` takes a picture as `Preprocessing.for_training` makes it, larger than what comes out.
+
     Raises:
         BadInput: an unknown `kind`.
     """
@@ -65,7 +78,9 @@ def augment(
         return light(image, rng, boxes, flip_ok, whole=whole)
     if kind == "paper":
         return paper(image, rng, boxes, flip_ok, scale=TASK_SCALE if task else PRETRAIN_SCALE, whole=whole)
-    raise BadInput(f"augmentation {kind}", "", "use none, light or paper")
+    if isinstance(kind, Crop):
+        return crop(image, rng, boxes, flip_ok, scale=kind.scale, whole=whole)
+    raise BadInput(f"augmentation {kind}", "", "use none, light, paper or crop")
 
 
 def light(image: Pixels, rng: np.random.Generator, boxes: Boxes | None = None, flip_ok: bool = True, *, whole: bool = False) -> Augmented:
@@ -107,22 +122,55 @@ def paper(
     `whole` all of them, and no geometric operation in RandAugment, so that the boxes stay true.
     """
     height, width = image.shape[:2]
+    picture, placed = _cropped(image, rng, boxes, flip_ok, scale, whole, (width, height), Image.Resampling.BICUBIC)
+    return _moved(np.array(rand_augment(picture, rng, geometric=not len(placed))), placed)
+
+
+def crop(
+    image: Pixels,
+    rng: np.random.Generator,
+    boxes: Boxes | None = None,
+    flip_ok: bool = True,
+    *,
+    scale: tuple[float, float] = CROP_SCALE,
+    whole: bool = False,
+) -> Augmented:
+    """A random crop of `scale` of the area, with boxes as :func:`paper`, resized to a square of 7/8 of the shortest edge; half mirrored.
+
+    As published for CLIP and DIME-FM (Resize 256, RandomResizedCrop 224, flip), on pictures whose shortest edge is 256 for a model that
+    reads 224; edges of the crop need not lie between pixels here.
+    """
+    side = round(min(image.shape[:2]) * MARGIN[0] / MARGIN[1])
+    picture, placed = _cropped(image, rng, boxes, flip_ok, scale, whole, (side, side), Image.Resampling.BILINEAR)
+    return _moved(np.array(picture), placed)
+
+
+def _cropped(
+    image: Pixels,
+    rng: np.random.Generator,
+    boxes: Boxes | None,
+    flip_ok: bool,
+    scale: tuple[float, float],
+    whole: bool,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+) -> tuple[Image.Image, Boxes]:
+    """A part of `image` as a picture of `size`, maybe mirrored, and where the boxes are in it."""
+    height, width = image.shape[:2]
     placed = _as_boxes(boxes)
     if len(placed):
         kept = placed if whole else placed[int(rng.integers(len(placed)))][None]
         left, top, right, bottom = _crop_around(rng, _around(kept))
     else:
         left, top, right, bottom = _crop(rng, scale, width / height)
-    picture = Image.fromarray(image).resize(
-        (width, height), Image.Resampling.BICUBIC, box=(left * width, top * height, right * width, bottom * height)
-    )
+    picture = Image.fromarray(image).resize(size, resample, box=(left * width, top * height, right * width, bottom * height))
     if len(placed):
         span = np.array([right - left, bottom - top], np.float32)
         placed = np.concatenate([(placed[:, :2] - np.array([left, top], np.float32)) / span, placed[:, 2:] / span], 1)
     if flip_ok and rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         placed[:, 0] = 1 - placed[:, 0]
-    return _moved(np.array(rand_augment(picture, rng, geometric=not len(placed))), placed)
+    return picture, placed
 
 
 def rand_augment(picture: Image.Image, rng: np.random.Generator, *, geometric: bool = True) -> Image.Image:
@@ -159,14 +207,16 @@ def _operate(picture: Image.Image, name: str, sign: int) -> Image.Image:
 
 
 def _crop(rng: np.random.Generator, scale: tuple[float, float], aspect: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom as fractions: `scale` of the area, sides in a ratio of 3:4 to 4:3; everything if ten draws do not fit."""
+    """Left, top, right, bottom as fractions: `scale` of the area, sides in a ratio of 3:4 to 4:3; the most of the middle that has such a
+    ratio if ten draws do not fit."""
     for _ in range(10):
-        area, ratio = rng.uniform(*scale), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area, ratio = rng.uniform(*scale), np.exp(rng.uniform(np.log(ASPECTS[0]), np.log(ASPECTS[1])))
         width, height = float(np.sqrt(area * ratio / aspect)), float(np.sqrt(area / ratio * aspect))
         if width <= 1 and height <= 1:
             left, top = float(rng.random()) * (1 - width), float(rng.random()) * (1 - height)
             return left, top, left + width, top + height
-    return 0.0, 0.0, 1.0, 1.0
+    width, height = min(1.0, ASPECTS[1] / aspect), min(1.0, aspect / ASPECTS[0])
+    return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2
 
 
 def _crop_around(rng: np.random.Generator, inner: NDArray[np.float32]) -> tuple[float, float, float, float]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficientvlm.data.kinds.kind import Kind, Picture, Row
+from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.planning.live import fullest, valueless
 from efficientvlm.planning.measure import ready
 from efficientvlm.runtime import ranks
@@ -36,7 +37,8 @@ def training(run: Learning, images: int) -> int:
 def stand_in(run: Learning, images: int) -> Learning:
     """`run` on grey pictures, `images` a step, such as takes most."""
     config, source = run.config, run.sources["train"]
-    grey = Grey(source, images, run.student.sizes.image_size, run.task.kind)
+    side = Preprocessing.squash(run.student.sizes.image_size).for_training(config.augment).side
+    grey = Grey(source, images, side, run.task.kind)
     return replace(run, config=config.model_copy(update={**config.fullest(), "batch_size": images}), sources={**run.sources, "train": grey})
 
 

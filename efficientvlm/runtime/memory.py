@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ SIGNS = (
     "failed to allocate memory",
     "alloc_failed",
     "bad_alloc",
+    "unable to allocate shared memory",
+)
+WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([\w ]+)|exited unexpectedly(?: with exit code (\d+))?)"
 )
 
 
@@ -37,6 +42,10 @@ def enough_memory(phase: str, lower: str, more: Callable[[], str] = lambda: "") 
     try:
         yield
     except Exception as error:
+        if isinstance(error, RuntimeError) and (died := WORKER.search(str(error))):
+            how = f"signal: {died[1].strip()}" if died[1] else f"exit code {died[2]}" if died[2] else "it is gone"
+            why = f"{how}; the system does that where memory is short, shared memory too"
+            raise OutOfMemory("a process that reads pictures was killed", why, f"lower workers (0: none), or {lower}{more()}") from None
         if not out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory in {phase}", reason(error), lower + more()) from error

@@ -172,11 +172,11 @@ def on_main(function: Callable[[], T], read: Callable[[Any], T] = lambda value: 
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again below, once the others know
             failure = error
     plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-    answer = tell({"value": plain, "error": _described(failure)})
+    answer = tell({"value": plain, "error": described(failure)})
     if failure is not None:
         raise failure
     if answer["error"]:
-        raise _rebuilt(answer["error"])
+        raise rebuilt(answer["error"])
     return value if is_main() else read(answer["value"])
 
 
@@ -199,13 +199,14 @@ def together(function: Callable[[], T]) -> T:
     source = int(first)
     if source == launched():
         return value
-    described = tell(_described(failure), source)
+    told = tell(described(failure), source)
     if failure is not None and source == rank():
         raise failure
-    raise _rebuilt(described)
+    raise rebuilt(told)
 
 
-def _described(error: BaseException | None) -> list[str] | None:
+def described(error: BaseException | None) -> list[str] | None:
+    """An error as text, for another process."""
     if error is None:
         return None
     if isinstance(error, EvlmError):
@@ -213,7 +214,8 @@ def _described(error: BaseException | None) -> list[str] | None:
     return [type(error).__name__, f"another process failed: {type(error).__name__}", " ".join(str(error).split()), ""]
 
 
-def _rebuilt(described: list[str]) -> BaseException:
+def rebuilt(described: list[str]) -> BaseException:
+    """The error that :func:`described` has described."""
     name, *parts = described
     if name == "KeyboardInterrupt":
         return KeyboardInterrupt()

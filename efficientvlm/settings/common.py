@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator, field_validator
 
 from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict
+
+MOST_WORKERS = 256
+
+
+def _workers(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    if value == "auto" or (isinstance(value, int) and 0 <= value <= MOST_WORKERS):
+        return value
+    raise ValueError(f"it is auto, or a number of processes from 0 to {MOST_WORKERS}")
+
+
+Workers = Annotated[Literal["auto"] | int, WrapValidator(_workers), Aside()]
 
 
 class Train(Strict):
@@ -30,7 +41,12 @@ class Train(Strict):
         "ddp", description="over several processes: a copy of everything in each, or spread over them"
     )
     freeze: list[str] = Field([], description="towers whose weights stay as they are")
-    augment: Literal["none", "light", "paper"] = Field("light", description="light: flip and shift; paper: crop, flip, RandAugment")
+    augment: Literal["none", "light", "paper", "crop"] = Field(
+        "light",
+        description="light: flip and shift; paper: crop, flip, RandAugment; crop: a random part of the picture, which is as large as the "
+        "model reads and a seventh more, resized, and flip, as CLIP and DIME-FM are published",
+    )
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="crop: least and most part of the area")
     mirror: bool | None = Field(
         None,
         description="augmentation mirrors half of the images, less those whose texts hold left, right, leftmost, rightmost, leftward(s), "
@@ -45,6 +61,15 @@ class Train(Strict):
         None, ge=1, description="validation images at a time; by default 100 with questions, 64 with captions, batch_size in pre-training"
     )
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _parts_of_its_augmentation(cls, scale: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("it is a least and a most part, above 0 and up to 1")
+        if scale != cls.model_fields["crop_scale"].default and info.data.get("augment", "crop") != "crop":
+            raise ValueError("it goes with augment crop")
+        return scale
+
     @field_validator("decay")
     @classmethod
     def _of_its_schedule(cls, decay: float, info: ValidationInfo) -> float:
@@ -55,6 +80,16 @@ class Train(Strict):
     def steps(self, per_epoch: int) -> int:
         """Length of the schedule, where an epoch has `per_epoch` steps."""
         return self.max_steps or max(1, round(self.epochs * per_epoch))
+
+
+class Read(Strict):
+    """How pictures are read."""
+
+    workers: Workers = Field(
+        "auto",
+        description="processes that read pictures ahead of their use, with the same result for any number; 0: none; auto: one a core that "
+        "nothing else keeps busy, at most 8, so on the CPU those that torch has no thread for, by default none",
+    )
 
 
 class Samples(Strict):
@@ -103,7 +138,7 @@ class OnTask(Strict):
         return values.get("task", cls.model_fields["task"].default)
 
 
-class Learning(OnTask, Stage, Data, Train):
+class Learning(OnTask, Stage, Data, Train, Read):
     """A stage that trains."""
 
     model: str
@@ -166,7 +201,7 @@ class Repeatable(Taught):
             yield "quirks.unmasked_padding=false"
 
 
-class Measuring(OnTask, Machine, Samples):
+class Measuring(OnTask, Machine, Samples, Read):
     """A stage that measures."""
 
     model: str

@@ -8,6 +8,7 @@ from typing import Any
 
 from efficientvlm.checkpoints.files import expanded
 from efficientvlm.control import Control
+from efficientvlm.data.ahead import how_many
 from efficientvlm.data.opening import record
 from efficientvlm.loaded import Loaded, check_precision, keep_length, load
 from efficientvlm.runtime.hardware import autocast, pick_device
@@ -67,6 +68,7 @@ def run(config: Measuring, control: Control) -> dict[str, Any]:
     say_notes(source, config.split, control.quiet)
     device = pick_device(config.device)
     loaded.model.to(device)
+    source.workers = how_many(config.workers, device)
     began = time.monotonic()
     with enough_memory("evaluation", f"lower batch_size (now {config.batch_size})"), autocast(device, config.precision):
         found = task.evaluate(config, loaded, source, title=f"eval {config.split}", quiet=control.quiet)

@@ -13,6 +13,7 @@ from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.influence import MEASURING
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.control import Control
+from efficientvlm.data.ahead import how_many, wanted, workers_of
 from efficientvlm.data.draw import seed_of
 from efficientvlm.data.kinds.questions import QUESTIONS
 from efficientvlm.data.plan import Plan, plan_for
@@ -41,6 +42,8 @@ from efficientvlm.stages.teaching import doubt
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.known import learnt_by
 from efficientvlm.tasks.task import Learnt
+from efficientvlm.training.feed import Feed
+from efficientvlm.training.feed import Job as Step
 from efficientvlm.training.loop import Batch, Spent, accelerator, train
 
 
@@ -146,11 +149,28 @@ class Learning(Job):
         return self.objective()
 
     def feed(self, step: int) -> Sequence[Batch]:
-        """Training batches by step."""
-        plans = {"train": self.plan, **self.plans}
-        read = ranks.together(lambda: {role: [self.sources[role][at] for at in plan.batch(step)] for role, plan in plans.items()})
-        batches = self.task.batches(self.config, self.student, read.pop("train"), self.texts, step)
-        return self.task.completed(self.config, self.student, batches, read, self.texts, step) if read else batches
+        """Training batches by step, made by this process."""
+        return self.task.settled(ranks.together(lambda: self.made((step, self.indices(step)))), step)
+
+    def indices(self, step: int) -> dict[str, list[int]]:
+        """Role → what this process reads of that source at a step."""
+        return {role: plan.batch(step) for role, plan in {"train": self.plan, **self.plans}.items()}
+
+    def made(self, step: Step) -> list[Batch]:
+        """Training batches of a step with its indices, as far as one process makes them by itself: a worker may."""
+        number, indices = step
+        items = {role: [self.sources[role][index] for index in wanted(some)] for role, some in indices.items()}
+        batches = self.task.batches(self.config, self.student, items.pop("train"), self.texts, number)
+        return self.task.completed(self.config, self.student, batches, items, self.texts, number) if items else batches
+
+    def fed(self) -> Feed:
+        """Training batches step after step, made by so many workers as the settings say; validation data will be read by as many."""
+        workers, read = how_many(self.config.workers, self.hardware.device), ("train", *self.plans)
+        for source in self.sources.values():
+            source.workers = workers
+        assert self.texts  # a worker counts for what is there before it
+        least, pin = min(workers_of(self.sources[role]) for role in read), self.hardware.device.type == "cuda"
+        return Feed(self.indices, self.made, self.task.settled, workers=least, pin=pin)
 
     @cached_property
     def reading(self) -> Reading:
@@ -181,7 +201,7 @@ class Learning(Job):
         with learning(self.config, output, self.task.grows):
             return train(
                 objective,
-                self.feed,
+                self.fed(),
                 objective.optimizers(self.config, self.new),
                 steps=self.steps,
                 options=self.config,

@@ -13,9 +13,9 @@ from torch import Tensor
 from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.data import reading
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.answer_list import read_answers
 from efficientvlm.data.kinds.questions import vqa_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.families.network import refusal
@@ -45,8 +45,8 @@ def longest_answer(manifest: Manifest) -> int:
 
 def evaluation_batches(source: Any, texts: Texts, count: int, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
     """All questions of the first `count` images, in order; images that cannot be read are left out."""
-    for start in range(0, count, batch_size):
-        if items := usable(source, range(start, min(count, start + batch_size))):
+    for items in usable_batches(source, range(0, count, batch_size), count):
+        if items:
             yield vqa_batch(items, texts, seed=0, step=0, train=False)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
@@ -58,8 +58,10 @@ class Assignment(Learnt):
             say(f"validate: {rest:,} of {len(source):,} images are left out, as batches are of {size}", quiet=quiet)
         right = told = left_out = images = 0
         total = 0.0
-        for start in counted(range(0, len(source) - size + 1, size), "validate", len(source), quiet):
-            items = [item for item in usable(source, range(start, start + size)) if item.captions]
+        starts = range(0, len(source) - size + 1, size)
+        read = usable_batches(source, starts, len(source))
+        for start, found in zip(counted(starts, "validate", len(source), quiet), read, strict=True):
+            items = [item for item in found if item.captions]
             if len(items) < FEWEST:
                 continue
             batch = on_device(pair_batch(items, texts, seed=0, step=start, augment_kind="none", task=True), model.device)

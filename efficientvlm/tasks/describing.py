@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientvlm.checkpoints.files import check_writable, open_plain, result_path, unwritable, write_atomic
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import uniform
 from efficientvlm.data.kinds.pairs import PairItem, caption_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.reading import Reading
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
@@ -212,8 +212,9 @@ class Said:
 
 def batches(source: Any, batch_size: int, title: str, quiet: bool) -> Iterator[list[PairItem]]:
     """All images of `source` that have captions, in order, with progress; those that cannot be read are left out."""
-    for start in counted(range(0, len(source), batch_size), title, len(source), quiet):
-        if items := [item for item in usable(source, range(start, min(len(source), start + batch_size))) if item.captions]:
+    starts = range(0, len(source), batch_size)
+    for _, found in zip(counted(starts, title, len(source), quiet), usable_batches(source, starts, len(source)), strict=True):
+        if items := [item for item in found if item.captions]:
             yield items
 
 

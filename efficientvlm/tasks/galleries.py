@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import stack
 from efficientvlm.data.opening import usable
 from efficientvlm.errors import BadInput
@@ -25,8 +26,10 @@ class Pictures:
 
     def batches(self, progress: Any) -> Iterator[tuple[Sequence[str], Tensor, Sequence[Any]]]:
         """Ids, pixels [B, 3, H, W] and captions."""
-        for start in range(0, self.count, self.batch_size):
-            if items := self.items(start):
+        starts = range(0, self.count, self.batch_size)
+        for start, items in zip(starts, self.ahead(starts), strict=True):
+            self._last = start, items
+            if items:
                 self.places += [(start, at) for at in range(len(items))]
                 yield [item.id for item in items], stack([item.image for item in items]), [item.captions for item in items]
             progress(min(self.count, start + self.batch_size))
@@ -43,6 +46,11 @@ class Pictures:
         if self._last is None or self._last[0] != start:
             self._last = start, self.read(range(start, min(self.count, start + self.batch_size)))
         return self._last[1]
+
+    def ahead(self, starts: range) -> Iterator[list[Any]]:
+        """What :meth:`read` gives of each batch, by the workers of the source."""
+        for found in usable_batches(self.source, starts, self.count):
+            yield [item for item in found if item.captions]
 
     def read(self, numbers: range) -> list[Any]:
         return [item for item in usable(self.source, numbers) if item.captions]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device, stack
 from efficientvlm.data.boxes import PixelBox, in_pixels
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.images import open_sized
 from efficientvlm.data.kinds.expressions import EXPRESSIONS, ExpressionItem, asking_batch, expression_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
@@ -212,8 +212,9 @@ def measured_on(
     locate = locate or said_by(loaded, texts, cut=not published)
     found: list[Found] = []
     images = 0
-    for start in counted(range(0, len(source), batch_size), title, len(source), quiet):
-        if not (items := usable(source, range(start, min(len(source), start + batch_size)))):
+    starts = range(0, len(source), batch_size)
+    for _, items in zip(counted(starts, title, len(source), quiet), usable_batches(source, starts, len(source)), strict=True):
+        if not items:
             continue
         images += len(items)
         meant = [(item, expression) for item in items for expression in item.expressions]

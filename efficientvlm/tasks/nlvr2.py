@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.statements import STATEMENTS, Statement, TwoImageItem, statement_batch
-from efficientvlm.data.opening import usable
 from efficientvlm.data.reading import counts_of, of_read
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
@@ -130,8 +130,9 @@ class NLVR2(Learnt, Asked):
 
 def batches_of(source: Any, texts: Texts, batch_size: int, progress: Callable[[int], object]) -> Iterator[Batch]:
     """All statements of `source`, in order; pairs of which a picture cannot be read are left out."""
-    for start in range(0, len(source), batch_size):
-        if items := usable(source, range(start, min(len(source), start + batch_size))):
+    starts = range(0, len(source), batch_size)
+    for start, items in zip(starts, usable_batches(source, starts, len(source)), strict=True):
+        if items:
             yield statement_batch(items, texts, seed=0, step=0, train=False)
         progress(min(len(source), start + batch_size))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch, region_batch
-from efficientvlm.data.opening import drawn, usable
+from efficientvlm.data.opening import drawn
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, texts_of
@@ -90,11 +91,19 @@ class Pretraining(Learnt):
         batches = [] if alone else [pair_batch(items, texts, masks="mlm" in losses, **settings)]
         regions = config.region_probability if "box" in losses else 0.0
         described = [item for item in items if item.regions]
-        if alone or (ranks.any_of(bool(described)) and generator(config.seed, step, "region step").random() < regions):
+        drawn = generator(config.seed, step, "region step").random() < regions
+        if alone or (drawn and (described or ranks.world() > 1)):
             some = described or items[:1]  # a process without regions takes part with a whole image
             grid = student.sizes.image_size // student.sizes.patch_size
             batches.insert(0, region_batch(some, texts, **settings, regions_per_image=config.regions_per_image, patch_grid=grid))
+        if drawn and not alone:
+            batches[0]["regions"] = bool(described)
         return batches
+
+    def settled(self, batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+        """A region step is made where regions are described in the share of any process."""
+        described = batches[0].pop("regions", None)
+        return batches if described is None or ranks.any_of(described) else batches[-1:]
 
     def bytes_of_cached_teacher(self, config: PretrainingSettings, teacher: Loaded, source: Any, images_seen: int) -> int:
         return bytes_of_features(teacher, source, images_seen)
@@ -120,8 +129,8 @@ class Pretraining(Learnt):
         whole = count - count % size  # an incomplete batch would have other negatives than the rest
         if whole < held_out:
             say(f"validate: {whole:,} of {held_out:,} images, drawn at random (eval_limit, whole batches of {size})", quiet=quiet)
-        for start in counted(range(0, count - size + 1, size), "validate", count, quiet):
-            items = usable(source, range(start, start + size))
+        starts = range(0, count - size + 1, size)
+        for start, items in zip(counted(starts, "validate", count, quiet), usable_batches(source, starts, count), strict=True):
             if len(items) < min(2, size):
                 continue  # matching needs another pair
             images += len(items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class Files(Pictures):
         super().__init__(None, len(paths), batch_size)
         self.paths, self.preprocessing = paths, preprocessing
         self.lost: dict[Path, BadInput] = {}
+
+    def ahead(self, starts: range) -> Iterator[list[PairItem]]:
+        yield from (self.items(start) for start in starts)
 
     def read(self, numbers: range) -> list[PairItem]:
         """Those that can be read; the others are kept with what is wrong."""

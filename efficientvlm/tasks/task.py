@@ -210,8 +210,16 @@ class Learnt(Task):
         return 0
 
     def batches(self, config: Any, student: Loaded, items: Sequence[Any], texts: Texts, step: int) -> list[Batch]:
-        """Training batches of one step; each is one update, and says how many samples it holds."""
+        """Training batches of one step; each is one update, and says how many samples it holds.
+
+        A process of its own may make them, ahead of their use: they follow from what is given here alone, what is noted in objects is lost
+        (but for what `texts` and sources count), and no other process of the run can be asked. See :meth:`settled`.
+        """
         raise NotImplementedError
+
+    def settled(self, batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+        """What all processes of a run learn together of the batches that each has made; they may ask one another here."""
+        return batches
 
     def beside(self, config: Any) -> dict[str, Beside]:
         """Role → samples of another kind that are learnt from at the same time, in an order and number of their own."""

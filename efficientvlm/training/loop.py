@@ -22,6 +22,7 @@ from efficientvlm.runtime.interrupt import stop_flag
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.common import Train
 from efficientvlm.training.conditions import changes, conditions, described
+from efficientvlm.training.feed import Feed
 from efficientvlm.training.meter import Meter
 from efficientvlm.training.state import Spent, append, cut_metrics, restore, save, tensors_of
 
@@ -114,7 +115,7 @@ def rate(step: int, steps: int, options: Train) -> float:
 
 def train(
     objective: Trainable,
-    feed: Callable[[int], Sequence[Batch]],
+    feed: Feed,
     optimizers: Sequence[Optimizer],
     *,
     steps: int,
@@ -127,7 +128,7 @@ def train(
 ) -> Spent:
     """Minimise `objective(batch, step)["loss"]` for `steps` steps, from the saved state if `output` holds one.
 
-    `feed(step)` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch, process), so a resumed
+    `feed` gives the batches of a step; each is one optimizer update. Dropout is seeded by (seed, step, batch, process), so a resumed
     run equals an uninterrupted one bit for bit on the CPU. Over several processes the losses are means over all of them, and so are the
     gradients; the main process writes. `before_save` runs on every process before a state is saved.
 
@@ -139,7 +140,7 @@ def train(
     torches = [optimizer.torch for optimizer in optimizers]
     spent = restore(output.state_dir, objective, torches, steps)
     begun, before = spent.steps, spent.seconds
-    now = conditions(options, output.stage, hardware.device)
+    now = conditions(options, output.stage, hardware.device) | {"workers": feed.workers}
     changed = changes(spent.conditions, now, output.stage, begun, steps)
     spent.conditions, spent.changes = now, spent.changes + [change.model_dump() for change in changed]
     sharded = sharding_of(options)
@@ -153,7 +154,9 @@ def train(
         say("\n  ".join([f"{title}: resuming at step {begun} of {steps}", *map(described, changed)]), quiet=quiet)
     meter = Meter(spent.open_line, hardware.device)
     started = time.monotonic()
-    with stop_flag() as flag, Bar(title, steps, start=begun, quiet=quiet) as bar:
+    if feed.workers and begun < steps:
+        say(f"{title}: pictures are read by {feed.workers} process{'es' * (feed.workers > 1)} beside this one (workers)", quiet=quiet)
+    with stop_flag() as flag, feed.begun(begun, steps), Bar(title, steps, start=begun, quiet=quiet) as bar:
         for step in range(begun, steps):
             logged = (step + 1) % options.log_every == 0 or step + 1 == steps
             meter.watch(logged)
