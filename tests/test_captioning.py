@@ -291,6 +291,7 @@ def test_a_plan_and_latencies(captioners, chain):
     assert timed["timed"] == Captioning.timed_as and [model["trained"] for model in timed["models"]] == [True, False]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(chain, captioners, tmp_path):
     run_stage("init", out=str(tmp_path / "calm"), size="tiny", data=SHAPES, settings=SIZES | {"dropout": 0.0})
     settings = {**pruning(chain, captioners), "model": str(tmp_path / "calm"), "max_steps": 3, "log_every": 1}

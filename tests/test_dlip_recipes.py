@@ -66,7 +66,7 @@ def planned(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str
     return made
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [LARGE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_it_is_planned_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrower network of the same layers."""
     for stage in planned(name, tmp_path, monkeypatch, *HALF, **NARROW).stages:

@@ -469,7 +469,7 @@ def test_what_could_go_either_way_is_no_difference() -> None:
     assert choose.margins.tolist() == pytest.approx([0.5 / 3, 0.0])  # the first row ended before the scores were equal
 
 
-@pytest.mark.parametrize("swin", [False, True], ids=["vit", "swin"])
+@pytest.mark.parametrize("swin", [pytest.param(False, marks=pytest.mark.slow), True], ids=["vit", "swin"])
 def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(swin: bool, chain: Path, tmp_path: Path) -> None:
     config = CONFIGS["xvlm-swin" if swin else "xvlm"].copy(heads=["itc", "itm"], decoder_layers=0, vocab_size=90, max_positions=40)
     source, out = checkpoint(tmp_path / "model", family("xvlm"), small(config)), str(tmp_path / "onnx")
@@ -492,7 +492,7 @@ def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(
     assert [row["score"] for row in found[0]] == pytest.approx([row["score"] for row in found[1]], abs=1e-3)
 
 
-@pytest.mark.parametrize("name, int8", [("clip", True), ("siglip", False), ("blip-retrieval", False)])
+@pytest.mark.parametrize("name, int8", [("clip", True), pytest.param("siglip", False, marks=pytest.mark.slow), ("blip-retrieval", False)])
 def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool, tmp_path: Path) -> None:
     config = CONFIGS[name]
     config = copy.deepcopy(config)

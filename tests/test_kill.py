@@ -143,7 +143,14 @@ def test_a_run_stopped_at_an_epoch_boundary_and_in_between(stage: str, chain: Pa
 
 
 @pytest.mark.parametrize(
-    ("stage", "evaluation"), [("pretrain", {}), ("distill", {}), ("prune", {"eval_batch_size": 2}), ("finetune", {"eval_limit": 0})]
+    ("stage", "evaluation"),
+    [
+        ("prune", {"eval_batch_size": 2}),
+        *(
+            pytest.param(stage, settings, marks=pytest.mark.slow)
+            for stage, settings in (("pretrain", {}), ("distill", {}), ("finetune", {"eval_limit": 0}))
+        ),
+    ],
 )
 def test_finished_training_is_never_stranded(stage: str, evaluation: dict[str, Any], chain: Path, tmp_path: Path) -> None:
     """Killed in validation, and out of memory there: what was learnt is kept, the end needs no step, and validation can be left out."""

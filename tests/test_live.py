@@ -80,7 +80,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("stage", list(STEPS))
+@pytest.mark.parametrize("stage", ["prune", *(pytest.param(stage, marks=pytest.mark.slow) for stage in STEPS if stage != "prune")])
 def test_the_same_is_counted_with_values(chain: Any, tmp_path: Any, stage: str) -> None:
     """Of a real step on real weights, of every kind of objective: within a hundredth, as negatives and masks are other draws."""
     settings = {name: str(chain / value) if name == "teacher" else value for name, value in STEPS[stage].items()}

@@ -129,6 +129,7 @@ def test_the_task_and_the_method_on_the_family_of_the_example(pairs: str, tmp_pa
     through_every_stage(pairs, pairs, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_method_teaches_known_tasks_across_widths(chain: Path, tmp_path: Path) -> None:
     """A student of other width than its teacher, which the published method refuses."""
     narrow = {"size": "tiny", "tokenizer": str(chain / "init"), "settings": {"image_size": 64, "vision_width": 24, "text_width": 24}}
@@ -183,6 +184,7 @@ def test_a_caption_of_two_pictures_matches_both() -> None:
     assert loss.item() == pytest.approx((4 * yes + 2 * no) / 6, rel=1e-5)  # 3 own pictures, and that of the neighbour with the same caption
 
 
+@pytest.mark.slow
 def test_pre_training_is_pruned_like_any_task(chain: Path, tmp_path: Path) -> None:
     taught = {"model": str(chain / "student"), "teacher": str(chain / "init"), "data": SHAPES, "task": "pretraining", **TRAIN}
     run_stage("prune", out=str(tmp_path / "pruned"), sparsity=0.4, region_probability=1.0, **taught)
