@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device, stack
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator, some_of
@@ -133,8 +134,8 @@ class Embedding(Learnt):
             batch = on_device(_said(items, texts), device)
             read += [(_texts_of(student, batch), said.sentences(batch))] if items else []
         seen: list[tuple[Tensor, Tensor]] = []
-        for start in counted(range(0, len(source), size), "validate", len(source), quiet):
-            items = usable(source, range(start, min(len(source), start + size)))
+        starts = range(0, len(source), size)
+        for _, items in zip(counted(starts, "validate", len(source), quiet), usable_batches(source, starts, len(source)), strict=True):
             if items:
                 batch = on_device({"pixels": stack([item.image for item in items]), "image_ids": [item.id for item in items]}, device)
                 seen.append((student.model.embed_images(batch["pixels"])[1], said.images(batch)))
