@@ -84,6 +84,11 @@ class Files(Generic[T]):
                     digest.update(_file_digest(where))
         return digest.hexdigest()
 
+    @property
+    def origin(self) -> str:
+        """sha256 over the data files alone: the same for all splits and parts of them."""
+        return self.table.digest
+
     def __len__(self) -> int:
         return len(self._keys)
 

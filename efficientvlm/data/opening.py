@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from efficientvlm.data.draw import some_of
 from efficientvlm.data.items import Item, Source
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
+from efficientvlm.data.skips import Skips
 from efficientvlm.errors import BadInput, without_secrets
 
 T = TypeVar("T")
@@ -36,7 +39,7 @@ def open_data(
 
     Args:
         spec: `easy-vqa`, `shapes[:key=value,...]`, a file, a pattern of shards or a folder, `hub:NAME`, or `stream:` before any of these
-            but the built-in ones; a stream is for training only.
+            but the built-in ones; a stream is for training only. Sentences may also be plain text, one a line.
         split: train, val or test; without a validation file of its own, val is `val_fraction` of the training images, always the same ones.
         columns: role → column of the user's own data.
         limit: at most so many images, drawn at random with `seed`; of a stream the first.
@@ -61,6 +64,13 @@ def open_data(
         from efficientvlm.data.stream import Stream
 
         return Stream(kind, spec, shuffle_buffer=shuffle_buffer, **own)
+    if kind.plain and not spec.startswith(HUB):
+        from efficientvlm.data.lines import Lines, text_files
+
+        if text_files(spec, split, Skips(spec)):
+            if columns:
+                raise BadInput(f"data {spec}", "a plain text file has no columns", "leave --column out")
+            return Lines(kind, spec, split, val_fraction=val_fraction, limit=limit, seed=seed, max_bad=max_bad)
     from efficientvlm.data.files import Files
 
     return Files(kind, spec, split, val_fraction=val_fraction, **own)
@@ -70,9 +80,53 @@ def _easy_vqa(kind: Kind[Any, Any], split: str, **options: Any) -> Source[Any]:
     from efficientvlm.data.easy_vqa import EasyVQA
     from efficientvlm.data.kinds.questions import QUESTIONS
 
-    if kind is not QUESTIONS:
-        raise BadInput("data easy-vqa", f"it has questions but no {kind.holds}", f"use shapes, or {kind.holds} of your own")
-    return EasyVQA(split, **options)
+    source = EasyVQA(split, **options)
+    if kind is QUESTIONS:
+        return source
+    seen: Source[Any] = Seen(kind, source)
+    return seen
+
+
+class Seen(Source[Item]):
+    """The pictures of a source of questions, as samples of a kind that needs no more."""
+
+    def __init__(self, kind: Kind[Item, Any], source: Source[Any]) -> None:
+        """:class:`BadInput` if `kind` needs more."""
+        self.kind, self.source = kind, source
+        if kind.shown("", np.zeros((1, 1, 3), np.uint8)) is None:
+            raise BadInput(f"data {source.name}", f"it has questions but no {kind.holds}", f"use shapes, or {kind.holds} of your own")
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def licence(self) -> str:
+        return self.source.licence
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def notes(self) -> list[str]:
+        return notes(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        item = self.source[index]
+        found = self.kind.shown(item.id, item.image)
+        assert found is not None
+        return found
+
+    def texts(self) -> Iterator[str]:
+        return iter(())
+
+    def contents(self) -> Iterator[list[Any]]:
+        for _ in range(len(self)):
+            yield [None]
 
 
 class Subset(Source[Item]):
@@ -92,6 +146,10 @@ class Subset(Source[Item]):
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+    @property
+    def origin(self) -> str:
+        return origin(self.source)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,6 +190,15 @@ def notes(source: Source[Any]) -> list[str]:
     """How a source was read where that was a guess or a part of it, a sentence each."""
     own: Any = source
     return list(own.skips.notes if hasattr(own, "skips") else getattr(own, "notes", ()))
+
+
+def origin(source: Source[Any]) -> str:
+    """sha256 (hex) of what the samples come from, whatever split or part of it is read and in whatever form.
+
+    Of pictures in files of their own only the names count, and in a folder without a table their sizes.
+    """
+    own: Any = source
+    return str(getattr(own, "origin", None) or source.fingerprint)
 
 
 def is_built_in(spec: str) -> bool:

@@ -129,6 +129,12 @@ class Shapes(Generic[T]):
         self.side = side_of(image_size) or DEFAULT_SIZE
 
     @property
+    def origin(self) -> str:
+        """sha256 of what the scenes follow from, the same at every size of picture; a smaller set begins a larger one."""
+        said = {name: value for name, value in vars(self.settings).items() if name != "size"}
+        return hashlib.sha256(f"shapes {VERSION} {said!r}".encode()).hexdigest()
+
+    @property
     def fingerprint(self) -> str:
         text = f"shapes {VERSION} {self.settings!r} {self.side}"
         for name in ("alike", "exact", "hide"):

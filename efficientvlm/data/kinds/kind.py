@@ -51,6 +51,8 @@ class Kind(Generic[Item, Content]):
     """Roles of the pictures of a row: none, one or several."""
     listed: ClassVar[str] = ""
     """Role of a column that lists all of them, in the place of a column for each; empty where there is none."""
+    plain: ClassVar[bool] = False
+    """Whether a line of a plain text file is a sample."""
 
     def content(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Content:
         """What a row says beside its pictures, checked before training starts; `values` by role, `columns` role → column.
@@ -75,6 +77,10 @@ class Kind(Generic[Item, Content]):
             BadInput: something does not fit the pictures.
         """
         raise NotImplementedError
+
+    def shown(self, key: str, pixels: Pixels) -> Item | None:
+        """The sample that a picture is of which nothing is said; None where this kind needs more."""
+        return None
 
     def texts(self, contents: Sequence[Content]) -> Iterator[str]:
         """Every string in what the rows of a sample say."""

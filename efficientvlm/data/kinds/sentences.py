@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +15,21 @@ from efficientvlm.errors import BadInput
 
 @dataclass(slots=True)
 class SentenceItem:
-    """A text."""
+    """A text; its id follows from the text alone, so that equal sentences have one id wherever they stand."""
 
     id: str
     text: str
 
 
-class Sentences(Kind[SentenceItem, str]):
-    """Role sentence."""
+def sentence(text: str) -> SentenceItem:
+    """`text` with its id."""
+    return SentenceItem(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(), text)
 
-    name, holds, pictures = "sentences", "sentences", ()
+
+class Sentences(Kind[SentenceItem, str]):
+    """Role sentence; of a plain text file a line."""
+
+    name, holds, pictures, plain = "sentences", "sentences", (), True
     roles = {"sentence": ("sentence", "text", "caption")}
     required = ("sentence",)
 
@@ -35,13 +41,13 @@ class Sentences(Kind[SentenceItem, str]):
         return text.strip()
 
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[str]]) -> SentenceItem:
-        return SentenceItem(key, rows[0].content)
+        return sentence(rows[0].content)
 
     def texts(self, contents: Sequence[str]) -> Iterator[str]:
         yield from contents
 
     def drawn(self, shapes: Shapes[SentenceItem], index: int, key: str) -> SentenceItem:
-        return SentenceItem(key, self.contents_at(shapes, index)[0])
+        return sentence(self.contents_at(shapes, index)[0])
 
     def contents_at(self, shapes: Shapes[SentenceItem], index: int) -> list[str]:
         said = shapes.captions(shapes.scene(index)[1], shapes.words(index, "pair"))
