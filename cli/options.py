@@ -73,7 +73,8 @@ OPTIONS: dict[str, Option] = {
     "out": option(str, "--out", "Folder to write.", "DIR"),
     "eval.out": RESULT,
     "bench.out": RESULT,
-    "predict.out": option(str, "--out", "PNG file of what was found; captioning: JSONL file.", "FILE"),
+    "predict.out": option(str, "--out", "PNG file of what was found; captioning: JSONL file; zeroshot: CSV file.", "FILE"),
+    "sheet": option(str, "--sheet", "Zeroshot: PNG file of the pictures by class.", "FILE"),
     "data": option(str, "--data", DATA, "DATA"),
     "columns": option(
         list[str],
@@ -91,7 +92,14 @@ OPTIONS: dict[str, Option] = {
     "finetune.task": option(str, "--task", f"What is learnt: {LEARNT}.", "TASK"),
     "distill.task": option(str, "--task", "What is learnt: pretraining, or embedding.", "TASK"),
     "prune.task": option(str, "--task", f"What is learnt: {LEARNT}, or pretraining; or none.", "TASK"),
+    "eval.task": option(str, "--task", "What is measured: vqa, nlvr2, retrieval, captioning, grounding, zeroshot or linear-probe.", "TASK"),
     "answers": option(str, "--answers", "File with one answer a line.", "FILE"),
+    "classes": option(str, "--classes", "Zeroshot: file of class names; by default as the data call them.", "FILE"),
+    "predict.classes": option(list[str], "--classes", "Zeroshot: name of a class, or file of names. Repeatable.", "NAME|FILE"),
+    "templates": option(
+        list[str], "--template", "Zeroshot: sentence with {} for the class, clip-7, clip-18, or a file. Repeatable.", "TEXT|FILE"
+    ),
+    "train": option(str, "--train", "Linear probe: data it learns from; by default the split train of --data.", "DATA"),
     "family": option(str, "--family", "xvlm, blip or clip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),
     "vision_from": option(str, "--vision-from", "Folder of a CLIP or DINOv2 image model.", "DIR"),

@@ -10,7 +10,10 @@ from efficientvlm.cli import output
 from efficientvlm.cli.stages import command
 from efficientvlm.errors import BadInput
 
-SHOWN = ("answer", "probability", "answers", "caption", "captions", "described", "skipped", "kept", "dropped", "out")
+SHOWN = (
+    *("answer", "probability", "answers", "caption", "captions", "described", "classified", "skipped", "kept", "dropped"),
+    *("out", "sheet"),
+)
 """What people see of an answer, where it is there."""
 
 

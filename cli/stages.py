@@ -57,20 +57,8 @@ COMMANDS = {
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",
         (
-            "model",
-            "data",
-            "out",
-            "task",
-            "split",
-            "columns",
-            "limit",
-            "answers",
-            "captions",
-            "mode",
-            "rerank",
-            "batch_size",
-            "workers",
-            *RUN,
+            *("model", "data", "out", "task", "split", "columns", "limit", "answers", "captions", "mode", "rerank"),
+            *("classes", "templates", "train", "batch_size", "workers", *RUN),
         ),
     ),
     "bench": Command(
@@ -78,9 +66,10 @@ COMMANDS = {
         ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
     ),
     "predict": Command(
-        "Ask a model about an image file, have it describe pictures, or search them for a text.",
+        "Ask a model about an image file, have it describe or classify pictures, or search them for a text.",
         (
-            *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "rerank_by", "out"),
+            *("model", "image", "task", "question", "statement", "text", "texts", "mode", "top", "rerank", "rerank_by"),
+            *("classes", "templates", "out", "sheet"),
             *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "force", "json", "quiet"),
         ),
     ),

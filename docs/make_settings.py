@@ -98,8 +98,19 @@ def flat(kind: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for name, info in kind.model_fields.items():
         group = info.annotation
-        found |= flat(group, f"{prefix}{name}.") if isinstance(group, type) and issubclass(group, BaseModel) else {prefix + name: info}
+        found |= flat(group, f"{prefix}{name}.") if is_group(group) else {prefix + name: info}
+        if typing.get_origin(group) is dict and is_group(each := plain(typing.get_args(group)[1])):
+            found |= flat(each, f"{prefix}{name}.NAME.")
     return found
+
+
+def is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def plain(kind: Any) -> Any:
+    """A type without what is annotated of it."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def usual(info: FieldInfo) -> Any:
@@ -124,7 +135,7 @@ def values(kind: Any) -> str:
     if origin is list:
         return f"list of {values(inside[0])}"
     if origin is dict:
-        return f"name: {values(inside[1])}"
+        return f"name: {'settings' if is_group(plain(inside[1])) else values(inside[1])}"
     return {int: "whole number", float: "number", str: "text", bool: "true, false", Any: "any"}[kind]
 
 

@@ -1,15 +1,17 @@
-"""A file of JSON lines that grows while it is made, and goes on where a run was stopped, however it was."""
+"""A file of lines that grows while it is made, and goes on where a run was stopped, however it was."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from efficientvlm.checkpoints.files import fsync_dir, make_folders, read_limited, result_path, unreadable, unwritable, write_atomic
 from efficientvlm.checkpoints.lock import fcntl
@@ -19,20 +21,41 @@ ENDING, STATE = ".unfinished", ".unfinished.json"
 LARGEST_STATE = 1_000_000
 
 
+class Form(NamedTuple):
+    """How rows stand in a file, and what stands above them."""
+
+    text: Callable[[Mapping[str, Any]], str]
+    head: str = ""
+
+
+def csv_of(columns: Sequence[str]) -> Form:
+    """A table of `columns`, called by their names in its first line; a cell without a value is empty."""
+
+    def line(cells: Sequence[Any]) -> str:
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerow(cells)
+        return file.getvalue()
+
+    return Form(lambda row: line([row.get(name, "") for name in columns]), line(columns))
+
+
+JSON_LINES = Form(lambda row: json.dumps(dict(row), ensure_ascii=False) + "\n")
+
+
 class GrowingLines:
-    """JSON lines for the file `path`, which appears with all of them or not at all.
+    """Lines, JSON by default, for the file `path`, which appears with all of them or not at all.
 
     Until then they lie in `path.unfinished`, and how far they go stands in `path.unfinished.json`: what was written after the last
     :meth:`add`, half a line included, is cut off when the work goes on, so that nothing is there twice and nothing is missing.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], *, resume: bool = True) -> None:
+    def __init__(self, path: Path, run: Mapping[str, Any], *, resume: bool = True, form: Form = JSON_LINES) -> None:
         """`run` are the settings that the lines follow from; without `resume`, what another run has left is thrown away.
 
         Raises:
             BadInput: what is there was begun with other settings, is damaged, or is being written; or the system refuses to write.
         """
-        self.path, self.run = path, json.loads(json.dumps(run))
+        self.path, self.run, self.form = path, json.loads(json.dumps(run)), form
         self.lines, self.state = (path.with_name(path.name + ending) for ending in (ENDING, STATE))
         self.done, self.last = 0, ""
         """Units of work that are finished, and the name of the last of them."""
@@ -48,15 +71,16 @@ class GrowingLines:
             size = self._take_up() if resume else 0
             self._file.truncate(size)
             self._file.seek(size)
+            if not size:
+                self._write(form.head)
         except BaseException:
             self._file.close()
             raise
 
     def add(self, rows: Sequence[Mapping[str, Any]], done: int, last: str, counts: Mapping[str, int]) -> None:
         """Write what came out of the units up to number `done`, the last of which is called `last`; `counts` are those of all so far."""
-        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
         try:
-            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._write("".join(map(self.form.text, rows)))
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done, self.last, self.counts = done, last, Counter(counts)
@@ -64,6 +88,9 @@ class GrowingLines:
             write_atomic(self.state, json.dumps(state).encode())
         except OSError as error:
             raise unwritable(self.lines, error) from None
+
+    def _write(self, text: str) -> None:
+        self._file.write(text.encode("utf-8", "backslashreplace"))
 
     def finish(self) -> None:
         """Let the file appear at `path`, in the place of what is there."""

@@ -119,6 +119,15 @@ class Files(Generic[T]):
     def contents(self) -> Iterator[list[Any]]:
         yield from self._contents
 
+    def values_of(self, role: str) -> list[Any]:
+        """All cells of a role, of rows that another split has or that were not drawn too."""
+        return self._said.get(role, [])
+
+    def listed_in(self, role: str) -> list[str]:
+        """The classes that the data's own schema lists for a role; none where there is no such list."""
+        names: list[str] = getattr(self.table, "class_names", {}).get(self.columns.get(role), [])
+        return names
+
     def _read(self, index: int) -> T:
         """The sample, or :class:`BadInput` if a picture of it cannot be read."""
         first, *_ = rows = self._rows[index]

@@ -112,7 +112,7 @@ class SavedTable:
             raise BadInput(f"data {path}", f"datasets cannot open it ({one_line(error)})", "save or copy it again") from None
 
     def _keep(self, data: Any) -> None:
-        from datasets import Image
+        from datasets import ClassLabel, Image
 
         self.columns: list[str] = list(data.column_names)
         self.licence: str = data.info.license or "unknown"
@@ -122,6 +122,8 @@ class SavedTable:
             elif isinstance(inner_of(feature), Image):
                 data = data.cast_column(name, [Image(decode=False)])
         self._data, self._readers = data, readers(data.features)
+        self.class_names = {name: list(feature.names) for name, feature in data.features.items() if isinstance(feature, ClassLabel)}
+        """Column of class labels → all of their names."""
         self._alone: dict[str, Any] = {}
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from efficientvlm.data.text_tables import caption_lines, is_unicode, opened
 from efficientvlm.errors import BadInput, shorten
 
 LARGEST_TEXT = 10_000_000
-TEXTS = (".txt", ".json")
+TEXTS = (".txt", ".json", ".cls")
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 Place = tuple[int, int]
@@ -192,7 +192,7 @@ def check_size(ending: str, size: int, where: str) -> None:
 
 
 def text_columns(parts: dict[str, bytes], where: str) -> dict[str, Any]:
-    """Columns of a sample's `.txt` (column text, a line or a list of them) and `.json` (its keys, but not `image`)."""
+    """Columns of a sample's `.txt` (column text, a line or a list of them), `.cls` (column cls) and `.json` (its keys, but not `image`)."""
     row: dict[str, Any] = {}
     try:
         if ".json" in parts:
@@ -205,6 +205,8 @@ def text_columns(parts: dict[str, bytes], where: str) -> dict[str, Any]:
         if ".txt" in parts:
             lines = caption_lines(parts[".txt"])
             row["text"] = lines[0] if len(lines) == 1 else lines
+        if ".cls" in parts:
+            row["cls"] = parts[".cls"].decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BadInput(where, "its text is not UTF-8", "save it as UTF-8") from None
     except (ValueError, RecursionError) as error:

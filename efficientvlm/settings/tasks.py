@@ -430,6 +430,86 @@ class EmbeddingPruning(EmbeddingSettings):
     learn_texts: bool = Field(True, description="the tower of texts learns as well, and may be pruned; else it stays as it is")
 
 
+PLACE = "{}"
+"""Where a class stands in a template."""
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "clip-7": (
+        *("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game."),
+        *("art of the {}.", "a photo of the small {}."),
+    ),
+    "clip-18": tuple(
+        sentence
+        for article in ("a", "the")
+        for sentence in (
+            *(f"a {kind}photo of {article} {{}}." for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ")),
+            *(f"a {kind}photo of {article} {{}}." for kind in ("bad ", "good ")),
+            *(f"a photo of {article} {size} {{}}." for size in ("small", "big")),
+        )
+    ),
+}
+"""Lists of templates that were published with CLIP: of seven for photos (ImageNet), of eighteen for small pictures (CIFAR)."""
+Listed = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+"""Several texts; a single one will do."""
+OF_TEMPLATES = f"sentences with {PLACE} for the class, known lists ({', '.join(TEMPLATES)}), or files with one a line"
+CLASSES = "file of class names: one a line, or a class, a tab and its name; by default as the data call them"
+
+
+class Labelled(Strict):
+    """A data set that is measured beside another one."""
+
+    data: DataName
+    split: Literal["train", "val", "test"] = "test"
+    classes: str | None = Field(None, min_length=1, description="file of class names; by default that of all")
+    templates: Listed | None = Field(None, min_length=1, description="by default those of all")
+    columns: dict[str, str] | None = Field(None, description="by default those of all")
+
+
+class ZeroshotEval(Measuring):
+    """Classes that are told from their names."""
+
+    classes: str | None = Field(None, min_length=1, description=CLASSES)
+    candidates: Literal["known", "present"] = Field("known", description="among which is chosen: all classes known, or those with an image")
+    templates: Listed = Field(["a photo of a {}."], min_length=1, description=OF_TEMPLATES)
+    also: dict[str, Annotated[Labelled, BeforeValidator(lambda given: {"data": given} if isinstance(given, str) else given)]] = Field(
+        default_factory=dict, description="name → data, or its settings: further sets, of which the mean is taken"
+    )
+    set_metrics: str | None = Field(
+        None,
+        min_length=1,
+        description="CSV file, columns set and metric: by what each set is judged; that of --data is called data",
+    )
+
+    @field_validator("also")
+    @classmethod
+    def _of_other_names(cls, also: dict[str, Labelled]) -> dict[str, Labelled]:
+        if "data" in also:
+            raise ValueError("data is the name of the set that --data names; use another name")
+        return also
+
+
+class ZeroshotQuestion(Asking):
+    folders = True
+
+    image: Pictures = Field(min_length=1, examples=["pictures"], description="files of pictures, or folders or tar shards of them")
+    classes: Listed = Field(min_length=1, examples=[["dog", "cat"]], description="names of classes, or files with one a line")
+    templates: Listed = Field(["a photo of a {}."], min_length=1, description=OF_TEMPLATES)
+    top: Count = Field(5, ge=1, description="classes that are given of a picture, best first")
+    out: str | None = Field(None, description="CSV file, a line a picture; a run that was stopped goes on with it")
+    sheet: str | None = Field(None, description="PNG file for a sheet of the pictures by class")
+    resume: bool = Field(True, description="out: go on where a run was stopped; false: begin anew")
+    force: bool = Field(False, description="out: replace what lies there")
+
+
+class LinearProbeEval(Measuring):
+    """Classes that a linear classifier tells by the features of images."""
+
+    train: DataName | None = Field(None, description="data that the classifier learns from; by default --data, its split train")
+    c: float | None = Field(
+        None, gt=0, le=1e12, description="inverse strength of the penalty on weights; by default the best of 1e-6 to 1e6 on a held-out part"
+    )
+    max_iterations: Count = Field(1000, ge=1, description="of L-BFGS")
+
+
 class Untrained(Learning):
     """No task: cut by the weights alone, without training."""
 
@@ -443,6 +523,8 @@ TASKS: dict[str, dict[str, type[OnTask]]] = {
     "grounding": {"finetune": GroundingSettings, "prune": GroundingSettings, "eval": GroundingEval},
     "captioning": {"finetune": CaptioningSettings, "prune": CaptioningPruning, "eval": CaptionEval},
     "embedding": {"distill": EmbeddingSettings, "finetune": EmbeddingSettings, "prune": EmbeddingPruning},
+    "zeroshot": {"eval": ZeroshotEval},
+    "linear-probe": {"eval": LinearProbeEval},
     "none": {"prune": Untrained},
 }
 """Task → stage that learns or measures it → what only the task knows there."""
@@ -471,5 +553,7 @@ ABOUT = {
     "grounding": About({"box_accuracy": "box accuracy"}, ("phrases", "images"), asked=GroundingQuestion),
     "captioning": About({"cider_d": "CIDEr-D"}, ("images",), "image-to-text", CaptionQuestion, parts=False),
     "embedding": About({"sentence_agreement": "nearest sentence as the teacher's"}, ("images", "sentences")),
+    "zeroshot": About({"top1_accuracy": "zero-shot accuracy"}, ("images",), "zero-shot-image-classification", ZeroshotQuestion),
+    "linear-probe": About({"probe_accuracy": "linear-probe accuracy"}),
     "pretraining": About({}),
 }

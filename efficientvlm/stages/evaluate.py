@@ -45,8 +45,10 @@ def prepare(config: Measuring, workspace: Workspace) -> Evaluation:
         keep_length(loaded, config.max_tokens)
         task.check(config, loaded)
         able = True
-    source = workspace.data(config, task.kind, config.split, loaded.preprocessing)
-    return Evaluation(task, loaded, able, inputs={"model": config.model, **task.files(config)}, data={"data": source})
+    data = {"data": workspace.data(config, task.kind, config.split, loaded.preprocessing)}
+    for role, other in task.reads(config).items():
+        data[role] = workspace.data(other, task.kind, other.split, loaded.preprocessing)
+    return Evaluation(task, loaded, able, inputs={"model": config.model, **task.files(config)}, data=data)
 
 
 def run(config: Measuring, control: Control) -> dict[str, Any]:
@@ -59,21 +61,26 @@ def run(config: Measuring, control: Control) -> dict[str, Any]:
     """
     job = prepare(config, Workspace(control.quiet))
     task, source = job.task, job.data["data"]
+    others = {role: other for role, other in job.data.items() if other is not source}
     file = ResultFile.open(config, "eval", digests_of(job), force=control.force)
     if file.finished and all(expanded(path).is_file() for path in task.also_writes(config)):
         say("\n  ".join([f"eval: {file.path} is up to date", *file.differing]), quiet=control.quiet)
         return file.finished
     loaded = load(config.model, exported=True)
     keep_length(loaded, config.max_tokens)
-    say_notes(source, config.split, control.quiet)
+    for title, read in ((config.split, source), *others.items()):
+        say_notes(read, title, control.quiet)
     device = pick_device(config.device)
     loaded.model.to(device)
-    source.workers = how_many(config.workers, device)
+    for read in job.data.values():
+        read.workers = how_many(config.workers, device)
     began = time.monotonic()
     with enough_memory("evaluation", f"lower batch_size (now {config.batch_size})"), autocast(device, config.precision):
-        found = task.evaluate(config, loaded, source, title=f"eval {config.split}", quiet=control.quiet)
+        more = {"others": others} if others else {}
+        found = task.evaluate(config, loaded, source, title=f"eval {config.split}", quiet=control.quiet, **more)
     tell("eval", found["influence"], control.quiet)
-    say_skipped(source, config.split, control.quiet)
+    for title, read in ((config.split, source), *others.items()):
+        say_skipped(read, title, control.quiet)
     result: dict[str, Any] = {
         "task": config.task,
         "model": config.model,

@@ -34,11 +34,26 @@ def of_pairs(loaded: Loaded, source: Any, batch_size: int | None = None) -> Infl
     items = [item for item in first_of(source) if item.captions]
     if len(items) < 2:
         return not_measured(f"there are {len(items)} images with captions, and 2 are needed")
+    captions = [item.captions[number % len(item.captions)] for number, item in enumerate(items)]
+    return of_texts(loaded, [item.image for item in items], captions, batch_size)
+
+
+def of_texts(loaded: Loaded, images: Sequence[Any], texts: Sequence[str], batch_size: int | None = None) -> Influence:
+    """What picture and text do to features and to matching, for `images` and a text of each; two at least."""
     device = loaded.model.device
-    ids, mask = texts_of(loaded).batch([item.captions[number % len(item.captions)] for number, item in enumerate(items)])
-    pixels = stack([item.image for item in items])
+    ids, mask = texts_of(loaded).batch(texts)
+    pixels = stack(images)
     batch = {"pixels": pixels.to(device), "text_ids": ids.to(device), "text_mask": mask.to(device)}
     return _of_comparison(loaded, batch, batch_size)
+
+
+def of_images(loaded: Loaded, images: Sequence[Any], batch_size: int | None = None) -> Influence:
+    """What the picture does to its features, for `images`, two at least."""
+
+    def run(batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+        return {"itc": loaded.model.embed_images(batch["pixels"])[1]}, []
+
+    return measure(run, {"pixels": stack(images).to(loaded.model.device)}, {"image": ("pixels",)}, batch_size)
 
 
 def of_anything(loaded: Loaded) -> Influence:

@@ -11,11 +11,13 @@ from efficientvlm.tasks.assignment import Assignment
 from efficientvlm.tasks.captioning import Captioning
 from efficientvlm.tasks.embedding import Embedding
 from efficientvlm.tasks.grounding import Grounding
+from efficientvlm.tasks.linear_probe import LinearProbe
 from efficientvlm.tasks.nlvr2 import NLVR2
 from efficientvlm.tasks.pretraining import Pretraining
 from efficientvlm.tasks.retrieval import Retrieval
 from efficientvlm.tasks.task import Asked, Learnt, Task
 from efficientvlm.tasks.vqa import VQA
+from efficientvlm.tasks.zeroshot import Zeroshot
 
 TASKS: dict[str, Task] = {
     "vqa": VQA(),
@@ -25,6 +27,8 @@ TASKS: dict[str, Task] = {
     "grounding": Grounding(),
     "captioning": Captioning(),
     "embedding": Embedding(),
+    "zeroshot": Zeroshot(),
+    "linear-probe": LinearProbe(),
     "pretraining": Pretraining(),
 }
 """In the order in which they stand for a network that does several and was trained for none of them."""

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from efficientvlm.checkpoints.files import resolve, sha256
+from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.growing import GrowingLines
-from efficientvlm.checkpoints.manifest import MANIFEST
 from efficientvlm.data.batch import stack
 from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.reading import of_read
-from efficientvlm.data.unlabelled import Shown, Unlabelled, ahead
-from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.data.unlabelled import Shown, Unlabelled
+from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
-from efficientvlm.runtime.interrupt import StopFlag, stop_flag
-from efficientvlm.runtime.progress import Bar, say
+from efficientvlm.runtime.interrupt import stop_flag
+from efficientvlm.runtime.progress import say
 from efficientvlm.settings.tasks import CaptionQuestion
 from efficientvlm.tasks.describing import EVAL_BATCH, Describer, Manner, captions_file, of_prompt
 from efficientvlm.tasks.filtering import Judge
+from efficientvlm.tasks.over_pictures import Kept, OverPictures, digest
 
 FEWEST = 4  # pictures between two states
-SHOWN = 5  # pictures that cannot be read and are named
 MADE, GIVEN = "made", "given"
 
 
-class Opened(NamedTuple):
-    """A picture as the captioner reads it and as the filter does, or why it cannot be read."""
+class Seen(NamedTuple):
+    """A picture as the captioner reads it, and as the filter does."""
 
-    pixels: Pixels | None
+    pixels: Pixels
     judged: Pixels | None
-    problem: BadInput | None = None
-
-
-class Kept:
-    """Rows that stay in memory, in the place of :class:`GrowingLines`."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.done, self.last, self.counts = 0, "", Counter[str]()
-
-    def add(self, rows: Sequence[dict[str, Any]], done: int, last: str, counts: Counter[str]) -> None:
-        self.rows += rows
-        self.done, self.last, self.counts = done, last, counts
 
 
 def label(config: CaptionQuestion, loaded: Loaded) -> dict[str, Any]:
@@ -90,13 +74,12 @@ def label(config: CaptionQuestion, loaded: Loaded) -> dict[str, Any]:
     return {**labeller.summary(lines), "out": str(out)}
 
 
-class Labeller:
+class Labeller(OverPictures[Seen]):
     """Captions of pictures, batch by batch."""
 
     def __init__(self, config: CaptionQuestion, describer: Describer, judge: Judge | None, out: Path | None) -> None:
-        self.config, self.describer, self.judge, self.out = config, describer, judge, out
-        self.first_lost = ""
-        self.told = Counter[str]()
+        super().__init__(out, max(FEWEST, min(EVAL_BATCH, describer.at_once)), shown_above=EVAL_BATCH, quiet=config.quiet)
+        self.config, self.describer, self.judge = config, describer, judge
 
     def run(self, named: Sequence[Path]) -> dict[str, Any]:
         """What the captions follow from."""
@@ -104,69 +87,22 @@ class Labeller:
         filtering = {"filter": digest(judge.loaded), "threshold": judge.threshold} if judge else {}
         return {"image": [str(name) for name in named], "model": digest(loaded), **self.describer.manner.said, **filtering}
 
-    def work(self, pictures: Unlabelled, lines: GrowingLines | Kept, stop: StopFlag | None = None) -> None:
-        """Describe what is not yet in `lines`.
+    def noted(self, counts: Counter[str]) -> str:
+        return f"{counts['kept_made'] + counts['kept_given']:,} captions kept" if self.judge else ""
 
-        Raises:
-            BadInput: a picture that was named cannot be read; the pictures are no longer those that `lines` were begun with.
-            Interrupted: asked to stop.
-        """
-        total, counts = len(pictures), Counter(lines.counts)
-        size = max(FEWEST, min(EVAL_BATCH, self.describer.at_once))
-        with Bar("predict", total, start=lines.done, quiet=self.config.quiet or total <= EVAL_BATCH) as bar:
-            for batch in ahead(self.rest(pictures, lines), size, self.opened):
-                rows = self.rows(batch, counts)
-                lines.add(rows, lines.done + len(batch), batch[-1][0].name, Counter(counts))
-                note = f"{counts['kept_made'] + counts['kept_given']:,} captions kept" if self.judge else ""
-                bar.update(lines.done, note)
-                if stop and stop.requested and lines.done < total:
-                    what = f"stopped behind {lines.done:,} of {total:,} pictures"
-                    raise Interrupted(what, f"what was described lies beside {self.out}", "run the same command again")
-
-    def rest(self, pictures: Unlabelled, lines: GrowingLines | Kept) -> Iterator[Shown]:
-        if not lines.done:
-            return pictures.after(0)
-        rest = pictures.after(lines.done - 1)
-        last = next(rest, None)
-        if last is None or last.name != lines.last:
-            now = last.name if last else "missing"
-            why = f"picture number {lines.done:,} was {lines.last}, and is {now}: pictures were added or removed"
-            raise BadInput(f"{self.out} was begun with other pictures", why, "give --no-resume to begin anew, or another --out")
-        return rest
-
-    def opened(self, shown: Shown) -> Opened:
-        """The picture as each network reads it; one that was named has to be readable."""
-        if isinstance(shown.content, BadInput):
-            return Opened(None, None, shown.content)
-        where = "" if isinstance(shown.content, Path) else shown.name
+    def read(self, shown: Shown, where: str) -> Seen:
+        assert not isinstance(shown.content, BadInput)
         how = self.describer.loaded.preprocessing
-        try:
-            pixels = open_image(shown.content, how, where)
-            judged = None
-            if self.judge:
-                same = self.judge.loaded.preprocessing == how
-                judged = pixels if same else open_image(shown.content, self.judge.loaded.preprocessing, where)
-            return Opened(pixels, judged)
-        except BadInput as error:
-            if shown.named:
-                raise
-            return Opened(None, None, error)
+        pixels = open_image(shown.content, how, where)
+        judged = None
+        if self.judge:
+            same = self.judge.loaded.preprocessing == how
+            judged = pixels if same else open_image(shown.content, self.judge.loaded.preprocessing, where)
+        return Seen(pixels, judged)
 
-    def rows(self, batch: Sequence[tuple[Shown, Opened]], counts: Counter[str]) -> list[dict[str, Any]]:
-        """What is written of a batch, and `counts` of it."""
-        seen: list[tuple[Shown, Opened]] = []
-        for shown, opened in batch:
-            if opened.problem:
-                why = self.lost(shown.name, opened.problem)
-                self.first_lost = self.first_lost or why
-                counts["skipped"] += 1
-            else:
-                seen.append((shown, opened))
-        if not seen:
-            return []
+    def made(self, seen: Sequence[tuple[Shown, Seen]], counts: Counter[str]) -> list[dict[str, Any]]:
         names = [shown.name for shown, _ in seen]
-        made = self.describer(stack([opened.pixels for _, opened in seen if opened.pixels is not None]), names)
-        counts["described"] += len(seen)
+        made = self.describer(stack([opened.pixels for _, opened in seen]), names)
         if self.judge is None:
             return [{"image": self.called(name), "caption": caption} for name, caption in zip(names, made, strict=True)]
         captions: list[list[tuple[str, str]]] = []
@@ -188,31 +124,10 @@ class Labeller:
                     rows.append({"image": self.called(name), "caption": text, "origin": origin, self.judge.score: round(float(score), 4)})
         return rows
 
-    def called(self, name: str) -> str:
-        """A picture as a row names it: relative to the file that the row stands in, so that the file is read as data."""
-        return os.path.relpath(name, self.out.parent) if self.out and not os.path.isabs(name) else name
-
-    def lost(self, name: str, error: BadInput, what: str = "") -> str:
-        """Why `what` of a picture is left out; the first few are said."""
-        why = f"{what}{name}: {(error.why or error.what).removeprefix(f'{name}: ')}"
-        self.told[what] += 1
-        if self.told[what] <= SHOWN:
-            say(f"predict: left out {why}")
-        return why
-
     def check(self, pictures: Unlabelled, lines: GrowingLines | Kept) -> None:
-        """Say what was left out; :class:`BadInput` where that is all."""
-        counts = lines.counts
-        if not counts["described"]:
-            if isinstance(lines, GrowingLines):
-                lines.discard()  # nothing to go on from
-            raise BadInput(
-                f"none of {len(pictures):,} pictures can be read", f"the first, {self.first_lost}", "give pictures, e.g. PNG or JPEG"
-            )
-        if counts["skipped"]:
-            say(f"predict: {counts['skipped']:,} of {len(pictures):,} pictures cannot be read and were left out")
-        if counts["unreadable_captions"]:
-            say(f"predict: the captions that {counts['unreadable_captions']:,} pictures came with cannot be read and were left out")
+        super().check(pictures, lines)
+        if count := lines.counts["unreadable_captions"]:
+            say(f"predict: the captions that {count:,} pictures came with cannot be read and were left out")
         if self.judge:
             for remark in of_read(self.judge.texts):
                 say(f"predict: filter: {remark}")
@@ -223,9 +138,3 @@ class Labeller:
         if self.judge:
             found |= {fate: {origin: counts[f"{fate}_{origin}"] for origin in (MADE, GIVEN)} for fate in ("kept", "dropped")}
         return found
-
-
-def digest(loaded: Loaded) -> str:
-    """What tells one checkpoint from another."""
-    file = loaded.path / MANIFEST
-    return sha256(file) if file.is_file() else hashlib.sha256(str(loaded.path).encode()).hexdigest()

@@ -106,6 +106,10 @@ class Task:
         """Role → file that its settings name."""
         return {}
 
+    def reads(self, config: Any) -> dict[str, Any]:
+        """Role → settings of further data that :meth:`evaluate` reads, which gets them as `others`, by role."""
+        return {}
+
     def check(self, config: Any, loaded: Loaded) -> None:
         """:class:`BadInput` for a network that cannot be measured as `config` of the eval stage says."""
         if not self.able(loaded):
@@ -113,6 +117,8 @@ class Task:
 
     def evaluate(self, config: Any, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """What the eval stage writes down: `metric` in words, how it was measured, `influence` and `metrics`.
+
+        A task that :meth:`reads` further data has an argument `others` besides: role → samples.
 
         Raises:
             BadInput: nothing to measure on.

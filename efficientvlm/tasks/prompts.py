@@ -1,0 +1,135 @@
+"""Classes as texts: templates of sentences, and a feature a class, the mean over all of its sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientvlm.checkpoints.files import MIB, expanded, read_limited
+from efficientvlm.data.class_names import Classes, named
+from efficientvlm.data.text_tables import lines_of
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput, Diverged, shorten
+from efficientvlm.families.footprint import Footprint, room
+from efficientvlm.families.weights import finite
+from efficientvlm.loaded import Loaded
+from efficientvlm.runtime.progress import counted
+from efficientvlm.settings.tasks import PLACE, TEMPLATES
+
+LARGEST = 4 * MIB
+CLASSES_AT_ONCE = 1000
+"""Whose sentences are token ids at one time."""
+
+
+@dataclass
+class Prompts:
+    """Templates, with the place of a class in each, and the files that some of them come from."""
+
+    templates: list[str]
+    files: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, given: Sequence[str]) -> Prompts:
+        """Each of `given` is a template, the name of a known list, or a file with a template a line.
+
+        Raises:
+            BadInput: no such file, or a line that has no place for the class.
+        """
+        templates: list[str] = []
+        files = files_of(given)
+        for one in given:
+            if PLACE in one:
+                templates.append(one)
+            elif one in TEMPLATES:
+                templates += TEMPLATES[one]
+            else:
+                templates += _lines(expanded(one))
+        return cls(list(dict.fromkeys(templates)), files)
+
+    def texts(self, name: str) -> list[str]:
+        """The sentences of a class."""
+        return [template.replace(PLACE, name) for template in self.templates]
+
+
+def files_of(given: Sequence[str]) -> list[Path]:
+    """The files among what is given as templates."""
+    return [expanded(one) for one in given if PLACE not in one and one not in TEMPLATES]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        why = f"it is no template, which has {PLACE} for the class, no file, and none of the known lists {', '.join(TEMPLATES)}"
+        raise BadInput(f"templates {shorten(str(path), 80)}", why, f'write for example "a photo of a {PLACE}."')
+    content = read_limited(path, LARGEST, "a file of templates")
+    try:
+        lines = [line.strip() for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read the templates in {path}", f"{error.reason} at byte {error.start}", "write it in UTF-8") from None
+    if not lines:
+        raise BadInput(f"{path} holds no templates", "", "write one a line")
+    if wrong := next(((number, line) for number, line in enumerate(lines, 1) if PLACE not in line), None):
+        why = f"line {wrong[0]:,} has no {PLACE} for the class ({shorten(wrong[1], 60)})"
+        raise BadInput(f"cannot read the templates in {path}", why, f'write for example "a photo of a {PLACE}."')
+    return lines
+
+
+@torch.inference_mode()
+def class_features(loaded: Loaded, texts: Texts, classes: Classes, prompts: Prompts, *, batch_size: int, title: str, quiet: bool) -> Tensor:
+    """Unit vectors [C, E]: the mean of the unit vectors of all sentences of a class, again of length 1 (Radford et al. 2021, 3.1.4).
+
+    Every sentence is encoded once. Sentences are encoded by blocks of classes, so that memory does not grow with their number.
+
+    Raises:
+        Diverged: a feature is no finite number.
+    """
+    model, size, count = loaded.model.eval(), Footprint.of(loaded.config), len(prompts.templates)
+    at_once = max(1, CLASSES_AT_ONCE // count)
+    found: list[Tensor] = []
+    for start in counted(range(0, len(classes), at_once), f"{title} classes", len(classes), quiet):
+        sentences = [text for name in classes.names[start : start + at_once] for text in prompts.texts(name)]
+        ids, mask = (tensor.to(model.device) for tensor in texts.batch(sentences))
+        step = max(1, min(batch_size, room(model.device) // (size.question_token * ids.shape[1])))
+        parts = [model.embed_texts(ids[at : at + step], mask[at : at + step])[1].float() for at in range(0, len(ids), step)]
+        means = torch.cat(parts).unflatten(0, (-1, count)).mean(1)
+        found.append(torch.nn.functional.normalize(means, dim=-1))
+    features = torch.cat(found)
+    if not finite(features):
+        what = "the features of some classes are no finite numbers"
+        raise Diverged(what, "the network overflows, though its weights are finite", "train it with a smaller --lr, in fp32, or anew")
+    return features
+
+
+def of_names(texts: Texts, classes: Classes) -> tuple[dict[str, int], list[str]]:
+    """Counts and remarks on names that the tokenizer cannot read, and on those that are alike to it, so that the first of their classes is
+    always said.
+
+    Raises:
+        BadInput: it can read none of several.
+    """
+    own = Texts(texts.tokenizer)
+    ids, identities = own.ids(classes.names), own.identities(classes.names)
+    unread = [name for name, identity in zip(classes.names, identities, strict=True) if identity is None]
+    if len(unread) == len(classes) > 1:
+        why = f"it has no token for a part of each of them ({named(unread)})"
+        raise BadInput(f"the tokenizer can read none of {len(classes):,} class names", why, "name the classes in its language")
+    shared = Counter(map(tuple, ids))
+    alike = [name for name, tokens in zip(classes.names, ids, strict=True) if shared[tuple(tokens)] > 1]
+    remarks = []
+    if unread:
+        remarks.append(f"the tokenizer lacks a part of {len(unread):,} of {len(classes):,} class names ({named(unread)})")
+    if alike:
+        why = "the first of those that are alike is said for all of them"
+        remarks.append(f"{len(alike):,} of {len(classes):,} classes have a name in common ({named(list(dict.fromkeys(alike)))}): {why}")
+    return {"unread_class_names": len(unread), "shared_class_names": len(alike)}, remarks
+
+
+def record_of(prompts: Prompts) -> dict[str, Any]:
+    """How classes are asked for, in a result; long lists by their number and first templates."""
+    shown = prompts.templates[:10]
+    return {"templates": shown, "template_count": len(prompts.templates)}
