@@ -17,7 +17,11 @@ Batch = dict[str, Any]
 
 def stack(images: Sequence[Pixels]) -> Tensor:
     """Images `[H, W, 3]` of one size as a uint8 tensor `[B, 3, H, W]`."""
-    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+    height, width, channels = images[0].shape
+    pixels = torch.empty(len(images), channels, height, width, dtype=torch.uint8)
+    for row, image in zip(pixels.numpy(), images, strict=True):
+        row[:] = image.transpose(2, 0, 1)
+    return pixels
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

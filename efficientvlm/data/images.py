@@ -50,7 +50,9 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
                 why = "its pixels are numbers of 32 bits, and nothing says which of them is white"
                 raise BadInput(where, why, "save it with 8 or 16 bits")
             full = _reduce(image, size) if isinstance(size, Preprocessing) else None
-            picture = to_rgb(ImageOps.exif_transpose(image), stored)
+            image.load()
+            upright = image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)  # which always copies
+            picture = to_rgb(upright, stored)
             return prepared(picture, size, where), full or picture.size
     except BadInput:
         raise
@@ -63,10 +65,12 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
 
 def _reduce(image: Image.Image, how: Preprocessing) -> tuple[int, int] | None:
     """Have a JPEG decoded at a reduced size where `how` allows that; the upright width and height that it has then nevertheless."""
+    if not how.reduced or image.format not in ("JPEG", "MPO"):
+        return None
     width, height = image.size
     turned = image.getexif().get(ORIENTATION) in SIDEWAYS
     least = how.decoded(*((height, width) if turned else (width, height)))
-    if least is None or image.format != "JPEG" or image.draft(image.mode, least[::-1] if turned else least) is None:
+    if least is None or image.draft(image.mode, least[::-1] if turned else least) is None:
         return None
     return (height, width) if turned else (width, height)
 
