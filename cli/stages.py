@@ -54,6 +54,10 @@ COMMANDS = {
         "Train a task, with or without a teacher, from any stage's output.",
         ("model", "teacher", "data", "out", "task", "sentences", *SAMPLES, "answers", *TRAINING, *KNOWLEDGE, *RUN),
     ),
+    "embed": Command(
+        "Store a teacher's vectors of images or sentences, to train from or to search.",
+        ("model", "data", "side", "out", "split", "columns", "limit", "workers", "batch_size", *RUN),
+    ),
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",
         (

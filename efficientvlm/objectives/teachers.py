@@ -16,6 +16,7 @@ from efficientvlm.objectives.losses import Contrast
 from efficientvlm.runtime.exchange import Rows
 
 if TYPE_CHECKING:
+    from efficientvlm.checkpoints.store import Store
     from efficientvlm.objectives.objective import Objective
 
 Kept = dict[Hashable, Tensor]
@@ -35,6 +36,26 @@ class LiveTeacher:
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
         return self.hard.passes(self.model, batch, step, want, drawn).record
+
+
+class StoredTeacher:
+    """What a teacher says of single samples, out of stores that `evlm embed` wrote: of images, of sentences, or of both.
+
+    A vector is that of the sample as the teacher's own preprocessing shows it, whatever view of it the student is shown.
+    """
+
+    def __init__(self, images: Store | None = None, sentences: Store | None = None) -> None:
+        self.stores = {"image_ids": images, "sentence_ids": sentences}
+
+    def look_up(self, batch: dict[str, Any], ids: str, device: torch.device) -> Tensor | None:
+        """Unit vectors [N, E] in float32 of the samples that the batch lists under `ids`, `image_ids` or `sentence_ids`; None without a
+        store of them.
+
+        Raises:
+            BadInput: a sample of which the store has no vector.
+        """
+        store = self.stores[ids]
+        return store.vectors(batch[ids]).to(device, non_blocking=True) if store else None
 
 
 class CachedTeacher:

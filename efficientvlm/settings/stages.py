@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
-from efficientvlm.settings.common import Learning, Measuring, Samples, Stage, Taught
+from efficientvlm.settings.base import Aside, Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
+from efficientvlm.settings.common import Learning, Measuring, Read, Samples, Stage, Taught
 from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
 
 
@@ -151,6 +151,34 @@ class Eval(Measuring):
     task: str = "vqa"
 
 
+class Embed(Stage, Read):
+    """Vectors of a teacher, once."""
+
+    model: str = Field(description="the teacher, whose vectors of images and sentences are compared with one another")
+    data: DataName = Field(description="as elsewhere, but no stream; of sentences also plain text files, one a line")
+    side: Literal["images", "sentences"] = Field(description="what is embedded: pictures, which need no texts, or texts without pictures")
+    split: Literal["train", "val", "test"] = "train"
+    columns: dict[str, str] = Field(default_factory=dict, description="role → column name, e.g. sentence=text")
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="part that is held out, and not embedded with split train")
+    limit: Count | None = Field(None, ge=1, description="use only so many samples, drawn at random")
+    batch_size: Count = Field(64, ge=1, description="samples at a time")
+    max_tokens: Size | None = Field(None, ge=4, description="longest text; by default as tuned, else as published or all positions")
+    shard_size: Count = Field(65_536, ge=1, description="samples a file, which is also what an interrupted run loses at most")
+    max_missing: Annotated[float, Aside()] = Field(0.01, ge=0, le=1, description="part of the samples that may be left out as unusable")
+
+    @property
+    def max_bad(self) -> int:
+        """Samples that may be skipped while data are read: any number, for what is missing in the end is judged by `max_missing`."""
+        return 10**12
+
+    @field_validator("data")
+    @classmethod
+    def _with_ids(cls, data: str) -> str:
+        if data.startswith("stream:"):
+            raise ValueError("samples of a stream are not found again by an id; give its file or folder")
+        return data
+
+
 class Bench(Strict):
     models: list[str] = Field(min_length=1)
     batch_sizes: list[Annotated[Size, Field(ge=1)]] = Field([1, 8], min_length=1)
@@ -208,6 +236,7 @@ STAGES: dict[str, type[Strict]] = {
     "distill": Distill,
     "prune": Prune,
     "finetune": Finetune,
+    "embed": Embed,
     "eval": Eval,
     "bench": Bench,
     "export": Export,

@@ -19,7 +19,7 @@ from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import Strict
 
 MODULES = {"import": "import_", "eval": "evaluate", **dict.fromkeys(("pretrain", "distill", "finetune"), "learning")}
-TRAIN = ("pretrain", "distill", "prune", "finetune")
+TOGETHER = ("pretrain", "distill", "prune", "finetune", "embed")
 
 
 def module_of(stage: str) -> ModuleType:
@@ -29,9 +29,9 @@ def module_of(stage: str) -> ModuleType:
 
 
 def run_stage(stage: str, config: Strict, control: Control) -> Any:
-    """What `run(config, control)` of the stage returns. Of several processes all train; anything else is done by the main one."""
+    """What `run(config, control)` of the stage returns. Of several processes all train and embed; anything else is done by the main one."""
     run = module_of(stage).run
-    return run(config, control) if stage in TRAIN else ranks.on_main(lambda: run(config, control))
+    return run(config, control) if stage in TOGETHER else ranks.on_main(lambda: run(config, control))
 
 
 def run_recipe(steps: Sequence[Step], control: Control) -> dict[str, Any]:

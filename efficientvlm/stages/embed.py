@@ -1,0 +1,225 @@
+"""embed: a teacher's vectors of all images or sentences of some data, once, in a store that is looked up by sample id."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.folder import Output
+from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.checkpoints.request import STATE
+from efficientvlm.checkpoints.store import FAMILY, INDEX, SENTENCES, read_shard, shard_name, write_index, write_shard
+from efficientvlm.control import Control
+from efficientvlm.data.ahead import Ahead, how_many, workers_of
+from efficientvlm.data.batch import stack
+from efficientvlm.data.kinds.images import IMAGES as PICTURES
+from efficientvlm.data.kinds.sentences import SENTENCES as TEXTS
+from efficientvlm.data.opening import origin, record, usable
+from efficientvlm.data.texts import Texts
+from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.loaded import Loaded, load, texts_of
+from efficientvlm.runtime import ranks
+from efficientvlm.runtime.hardware import autocast, pick_device
+from efficientvlm.runtime.interrupt import StopFlag, stop_flag
+from efficientvlm.runtime.memory import enough_memory
+from efficientvlm.runtime.progress import Bar, say
+from efficientvlm.settings.stages import Embed
+from efficientvlm.stages.common import finished, making, open_output, say_notes
+from efficientvlm.stages.workspace import Job, Workspace, inputs_of
+
+WORK = "step-1"
+"""Where shards lie until all of them are there; named as the states of a stage are that can be resumed."""
+LISTED = 100
+"""Samples without a vector that a manifest names."""
+
+
+@dataclass(frozen=True)
+class Embedding(Job):
+    """The shapes of the teacher whose vectors are stored."""
+
+    teacher: Loaded
+
+
+def prepare(config: Embed, workspace: Workspace) -> Embedding:
+    """What is embedded, and by which network.
+
+    Raises:
+        BadInput: a checkpoint that has no vectors of images and texts, data of another kind.
+    """
+    teacher = workspace.checkpoint(config.model)
+    with workspace.checking():
+        texts_of(teacher, config.max_tokens)
+        if "embed" not in teacher.abilities:
+            raise BadInput(f"{config.model} embeds neither images nor sentences", "it has no such vectors", "use a CLIP, SigLIP or X-VLM")
+    kind = TEXTS if config.side == SENTENCES else PICTURES
+    source = workspace.data(config, kind, config.split, None if config.side == SENTENCES else teacher.preprocessing)
+    return Embedding(teacher, inputs={"model": config.model}, data={"data": source})
+
+
+def run(config: Embed, control: Control) -> Manifest:
+    """Embed every sample that has no vector yet, shard by shard, and write the store.
+
+    Of several processes each makes every so manieth shard; a shard follows from its samples alone, so the files are the same for any number
+    of processes and however often the run was stopped.
+
+    Raises:
+        BadInput: as :func:`prepare`; more than `max_missing` of the samples have no vector.
+        Interrupted: asked to stop; the same command goes on.
+    """
+    job = prepare(config, Workspace(control.quiet))
+    source = job.data["data"]
+    output = open_output(config, "embed", control, inputs_of(job))
+    if output.up_to_date:
+        return finished(output)
+    say_notes(source, config.split, control.quiet)
+    with making(output):
+        unusable = source.skips.count if hasattr(source, "skips") else 0
+        ranks.together(partial(work, config, control, job, output))
+        return ranks.on_main(partial(gather, config, control, job, output, unusable), Manifest.model_validate)
+
+
+def preprocessing_of(config: Embed, teacher: Loaded) -> str:
+    """In what form the teacher read its samples."""
+    if config.side == SENTENCES:
+        return f"at most {texts_of(teacher, config.max_tokens).max_tokens} tokens"
+    return repr(teacher.preprocessing)
+
+
+def shards_of(config: Embed, source: Any) -> list[range]:
+    """The samples of every shard."""
+    return [range(start, min(len(source), start + config.shard_size)) for start in range(0, len(source), config.shard_size)]
+
+
+def work(config: Embed, control: Control, job: Embedding, output: Output) -> None:
+    """Make the shards of this process that are not there."""
+    source, folder = job.data["data"], output.path / STATE / WORK
+    folder.mkdir(exist_ok=True)
+    share = list(enumerate(shards_of(config, source)))[ranks.rank() :: ranks.launched()]
+    lacking = [(number, samples) for number, samples in share if not (folder / shard_name(number)).exists()]
+    device = pick_device(config.device)
+    source.workers = how_many(config.workers, device)
+    embedder = Embedder(config, load(config.model), device, source)
+    total = sum(len(samples) for _, samples in share)
+    done = total - sum(len(samples) for _, samples in lacking)
+    lower = f"lower batch_size (now {config.batch_size})"
+    with stop_flag() as stop, Bar("embed", total, start=done, quiet=control.quiet) as bar, enough_memory("embedding", lower):
+        for number, samples in lacking:
+            ids, vectors, missing = embedder.shard(samples, bar, done, stop)
+            done += len(samples)
+            write_shard(folder / shard_name(number), ids, vectors, missing)
+            write_atomic(folder / "state.json", b"{}\n")  # from now on there is something to go on from
+
+
+class Embedder:
+    """Vectors of a network, in half precision."""
+
+    def __init__(self, config: Embed, loaded: Loaded, device: torch.device, source: Any) -> None:
+        self.config, self.source, self.device = config, source, device
+        self.model = loaded.model.to(device).eval()
+        self.texts: Texts = texts_of(loaded, config.max_tokens)
+
+    @torch.inference_mode()
+    def shard(self, samples: range, bar: Bar, done: int, stop: StopFlag) -> tuple[list[str], Any, dict[str, str]]:
+        """Ids, vectors [N, E] and what is missing of `samples`, before which `done` are finished.
+
+        Raises:
+            Interrupted: asked to stop, before the next batch.
+        """
+        ids: list[str] = []
+        found: list[Any] = [np.zeros((0, self.width), np.float16)]
+        missing: dict[str, str] = {}
+        size = self.config.batch_size
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        with Ahead(self.read, batches, workers_of(self.source)) as read:
+            for numbers, (names, content, lost) in zip(batches, read, strict=True):
+                if stop.requested:
+                    raise Interrupted("stopped", "shards that are finished are kept", "run the same command again")
+                missing |= dict.fromkeys(map(str, lost), "it cannot be read")
+                if names:
+                    vectors = self.embed(content)
+                    finite = np.isfinite(vectors).all(1) & (vectors != 0).any(1)
+                    missing |= {name: "its vector is not finite" for name, good in zip(names, finite, strict=True) if not good}
+                    ids += [name for name, good in zip(names, finite, strict=True) if good]
+                    found.append(vectors[finite])
+                done += len(numbers)
+                bar.update(done)
+        return ids, np.concatenate(found), missing
+
+    def read(self, numbers: range) -> tuple[list[str], Any, list[str]]:
+        """Ids and pictures (uint8 [B, 3, H, W]) or texts of the samples that can be read, and the numbers of the others."""
+        items, lost = [], []
+        for number in numbers:
+            one = usable(self.source, [number])
+            items += one
+            lost += [] if one else [f"number {number}"]
+        names = [item.id for item in items]
+        if self.config.side == SENTENCES:
+            return names, [item.text for item in items], lost
+        return names, stack([item.image for item in items]) if items else None, lost
+
+    def embed(self, content: Any) -> Any:
+        with autocast(self.device, self.config.precision):
+            if self.config.side == SENTENCES:
+                ids, mask = self.texts.batch(content)
+                vectors: Tensor = self.model.embed_texts(ids.to(self.device), mask.to(self.device))[1]
+            else:
+                vectors = self.model.embed_images(content.to(self.device))[1]
+        return vectors.float().cpu().numpy().astype(np.float16)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a vector has, by a text of the shortest kind."""
+        ids, mask = self.texts.batch(["a"])
+        return int(self.model.embed_texts(ids.to(self.device), mask.to(self.device))[1].shape[-1])
+
+
+def check_missing(config: Embed, output: Output, lost: int, found: int, missing: dict[str, str]) -> None:
+    """:class:`BadInput` if no sample has a vector, or too many have none; what was made is kept."""
+    first = "; the first: " + ": ".join(next(iter(missing.items()))) if missing else ""
+    if not found:
+        raise BadInput(f"none of {lost:,} {config.side} has a vector", first.removeprefix("; ") or "none can be read", "mend the data")
+    if lost > config.max_missing * (found + lost):
+        share = lost / (found + lost)
+        why = f"that is {share:.2%}, at most {config.max_missing:.2%} may be missing{first}"
+        fix = f"mend the data, or allow it with --set max_missing={min(1.0, round(share + 0.01, 2))}: nothing is embedded again"
+        raise BadInput(f"{lost:,} of {found + lost:,} {config.side} have no vector", why, fix)
+
+
+def gather(config: Embed, control: Control, job: Embedding, output: Output, unusable: int) -> Manifest:
+    """Put the shards of all processes together: the index, and the manifest last.
+
+    Raises:
+        BadInput: too many samples have no vector. What was made is kept.
+    """
+    source, folder = job.data["data"], output.path / STATE / WORK
+    names = [shard_name(number) for number in range(len(shards_of(config, source)))]
+    shards = [read_shard(folder / name) for name in names]
+    missing = {what: why for shard in shards for what, why in shard.missing.items()}
+    lost, found = len(missing) + unusable, sum(len(shard.keys) for shard in shards)
+    check_missing(config, output, lost, found, missing)
+    for name in names:
+        os.link(folder / name, output.staging / name)
+    write_index(output.staging / INDEX, shards)
+    extra = {
+        "side": config.side,
+        "width": int(shards[0].vectors.shape[1]),
+        "count": found,
+        "missing": lost,
+        "missing_samples": dict(list(missing.items())[:LISTED]),
+        "origin": origin(source),
+        "preprocessing": preprocessing_of(config, job.teacher),
+        "rows": [len(shard.keys) for shard in shards],
+    }
+    data = [DataRecord(**record(source, config.split))]
+    manifest = output.manifest(family=FAMILY, data=data, cost=Cost(samples=found, peak_memory_bytes=peak_memory_bytes()), extra=extra)
+    done = output.commit(manifest)
+    without = f", {lost:,} samples have none" if lost else ""
+    say(f"embed: wrote {output.path} · {found:,} vectors of {extra['width']} numbers{without}", quiet=control.quiet)
+    return done
