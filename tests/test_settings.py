@@ -16,7 +16,7 @@ from efficientvlm.settings.methods import METHODS, GateQuirks
 from efficientvlm.settings.stages import STAGES
 from efficientvlm.settings.tasks import TASKS
 
-NEEDED = {"out": "o", "model": "m", "data": "d", "models": ["m"], "format": "onnx", "teacher": "t", "bench": "b"}
+NEEDED = {"out": "o", "model": "m", "data": "d", "models": ["m"], "format": "onnx", "teacher": "t", "bench": "b", "side": "images"}
 
 
 def needed(stage: str) -> dict[str, Any]:
