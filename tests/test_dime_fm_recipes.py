@@ -1,0 +1,30 @@
+"""The recipes of DIME-FM, planned on made data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from efficientvlm.control import Control
+from efficientvlm.planning import activations
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import load_recipe, validate
+
+MADE = "shapes:difficulty=2,size=64"
+
+
+def test_a_student_of_scenes_has_seen_no_pair_and_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("dime_fm/scenes")
+    own = [f"{stage['name']}.{role}={MADE}" for stage in recipe.stages for role in ("data", "sentences") if stage.get(role)]
+    distilled = next(stage for stage in recipe.stages if stage["name"] == "distilled")
+    taught = next(stage for stage in recipe.stages if stage["name"] == "teacher")
+    assert len({distilled["data"], distilled["sentences"], taught["data"]}) == 3  # nothing is seen or read together
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(activations, "training", lambda run, images: 0)  # a step of each stage, which takes some seconds
+    made = plan(validate(recipe, own), Control(quiet=True))
+    assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
+    after = {stage.name: stage.after for stage in made.stages if stage.after}
+    vision = {name: found["parameters"]["by_tower"]["vision"] for name, found in after.items()}
+    assert vision["distilled"] <= 0.29 * vision["teacher"]
+    assert after["pruned"]["sparsity"] == pytest.approx(0.5, abs=0.01)
