@@ -242,8 +242,10 @@ def test_names_that_are_alike_or_cannot_be_read(clip: str) -> None:
     assert counts["shared_class_names"] == 2 and "2 of 3 classes have a name in common" in remarks[0]
     tokenizer = texts.tokenizer
     if texts.unknown is not None or tokenizer.unk_token_id is not None:
-        with pytest.raises(BadInput, match="can read none of 2 class names"):
+        with pytest.raises(BadInput, match="2 class names cannot be told apart"):
             of_names(texts, Classes(["1", "2"], ["貓", "狗"]))
+        counts, remarks = of_names(texts, Classes(["1", "2", "3"], ["貓", "狗", "cat 貓 a"]))
+        assert counts == {"unread_class_names": 3, "shared_class_names": 2} and len(remarks) == 2
 
 
 def test_thousands_of_classes_do_not_change_the_features(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:

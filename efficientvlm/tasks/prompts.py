@@ -110,14 +110,14 @@ def of_names(texts: Texts, classes: Classes) -> tuple[dict[str, int], list[str]]
     always said.
 
     Raises:
-        BadInput: it can read none of several.
+        BadInput: they are all alike to it.
     """
     own = Texts(texts.tokenizer)
     ids, identities = own.ids(classes.names), own.identities(classes.names)
     unread = [name for name, identity in zip(classes.names, identities, strict=True) if identity is None]
-    if len(unread) == len(classes) > 1:
-        why = f"it has no token for a part of each of them ({named(unread)})"
-        raise BadInput(f"the tokenizer can read none of {len(classes):,} class names", why, "name the classes in its language")
+    if len(set(map(tuple, ids))) == 1 < len(set(classes.names)):
+        why = f"to the tokenizer all of them are one ({named(classes.names)})"
+        raise BadInput(f"{len(classes):,} class names cannot be told apart", why, "name the classes in its language")
     shared = Counter(map(tuple, ids))
     alike = [name for name, tokens in zip(classes.names, ids, strict=True) if shared[tuple(tokens)] > 1]
     remarks = []
