@@ -106,14 +106,21 @@ OPTIONS: dict[str, Option] = {
     "train": option(str, "--train", "Linear probe: data it learns from; by default the split train of --data.", "DATA"),
     "family": option(str, "--family", "xvlm, blip or clip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),
-    "vision_from": option(str, "--vision-from", "Folder of a CLIP or DINOv2 image model.", "DIR"),
+    "vision_from": option(
+        str, "--vision-from", "Folder of an image model (init: CLIP, DINOv2; shrink: ViT, DINOv2, Swin, ConvNeXt).", "DIR"
+    ),
     "text_from": option(str, "--text-from", "Folder of a BERT model.", "DIR"),
     "tokenizer": option(str, "--tokenizer", "Folder of a tokenizer.", "DIR"),
     "init.tokenizer": option(str, "--tokenizer", "Folder of a tokenizer, or train.", "DIR|train"),
     "vocab_size": option(int, "--vocab-size", "Size of a tokenizer that is trained."),
     "image_size": option(int, "--image-size", "Side of the square images in pixels."),
     "layout": option(str, "--layout", "auto, pretrain, retrieval, vqa, nlvr2, text_assignment, captioning or grounding."),
-    "preset": option(str, "--preset", "Sizes of a known student: dlip-small or dlip-base.", "NAME"),
+    "preset": option(
+        str,
+        "--preset",
+        "Sizes of a known student: dlip-small, dlip-base, dime-fm-vit-b32, tinyclip-61m, -39m, -8m.",
+        "NAME",
+    ),
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
     "mode": option(str, "--mode", MODE),
     "eval.mode": option(str, "--mode", EVAL_MODE),

@@ -36,8 +36,9 @@ COMMANDS = {
         ("model", "out", "tokenizer", "layout", *RUN),
     ),
     "shrink": Command(
-        "Make a student of fewer layers, columns, heads or neurons from its teacher's weights; half the layers by default.",
-        ("model", "out", "preset", "layers", *RUN),
+        "Make a student of fewer layers, columns, heads or neurons from its teacher's weights; half the layers by default.\n\n"
+        "With --vision-from its images are read by another network, and its texts by the teacher's tower.",
+        ("model", "out", "preset", "layers", "vision_from", *RUN),
     ),
     "pretrain": Command("Train on images and their texts (ITC, ITM, MLM, boxes).", ("model", "data", "out", *SAMPLES, *TRAINING, *RUN)),
     "distill": Command(

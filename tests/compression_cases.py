@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from toy_family import ToyConfig, ToyModel
+from transformers import CLIPTextConfig, Dinov2Config, SiglipTextConfig, SwinConfig, ViTConfig
 
 from efficientvlm import families
 from efficientvlm.examples.cross_encoder import CrossEncoderConfig, CrossEncoders
@@ -17,6 +18,8 @@ from efficientvlm.families.blip.config import (
     BlipRetrievalConfig,
 )
 from efficientvlm.families.clip.config import SlicedCLIPConfig, SlicedSiglipConfig
+from efficientvlm.families.dual.config import DualConfig
+from efficientvlm.families.structure import Layered
 from efficientvlm.families.xvlm.config import XVLMConfig
 
 
@@ -81,6 +84,20 @@ def tiny_blip(kind: Any, **changes: Any) -> Any:
     return kind(vision_config=vision, text_config=text, image_text_hidden_size=8, **changes)
 
 
+BACKBONE: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+SWIN: dict[str, Any] = dict(embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=2, image_size=16, patch_size=2, mlp_ratio=0.5)
+CONVNEXT: dict[str, Any] = dict(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, image_size=16, layer_scale_init_value=0.5)
+
+
+def tiny_dual(backbone: Any, kind: Any = DualConfig, **changes: Any) -> Any:
+    text = {**TEXT, "projection_dim": 8} if kind is DualConfig else {k: v for k, v in TEXT.items() if k != "initializer_factor"}
+    text |= {} if kind is DualConfig else {"projection_size": 8}
+    parts = {"text_config": (CLIPTextConfig if kind is DualConfig else SiglipTextConfig)(**text), "vision_config": backbone}
+    config = kind(**parts, projection_dim=8, initializer_factor=3.0, **changes)
+    config.vision_config = config.backbone.check(backbone, "the test")
+    return config
+
+
 CONFIGS: dict[str, Any] = {
     "toy": ToyConfig(),
     "cross_encoder": CrossEncoderConfig(image_size=16, patch_size=8, width=16, neurons=6, vocab_size=20, initializer_range=0.3),
@@ -91,6 +108,10 @@ CONFIGS: dict[str, Any] = {
     "xvlm-grounding": tiny_xvlm(decoder_layers=0, heads=["box"]),
     "clip": tiny_clip(),
     "siglip": tiny_siglip(),
+    "siglip-projected": tiny_siglip().with_sizes({"vision": Layered(8, 2, 5)}),
+    "dual-vit": tiny_dual(ViTConfig(**BACKBONE, intermediate_size=6, initializer_range=0.3), image_pooling="pooler"),
+    "dual-dinov2": tiny_dual(Dinov2Config(**BACKBONE, mlp_ratio=1, initializer_range=0.3)),
+    "dual-swin": tiny_dual(SwinConfig(**SWIN, initializer_range=0.3), image_pooling="mean"),
     "blip-qa": tiny_blip(BlipAnswerConfig),
     "blip-qa-crossing-once": tiny_blip(BlipAnswerConfig, cross_layers={"text": [1], "decoder": [1]}),
     "blip-caption": tiny_blip(BlipCaptionConfig),
@@ -111,7 +132,7 @@ def network(config: Any) -> Any:
 
 def family(name: str) -> Any:
     """The family that the network called `name` is of."""
-    called = "clip" if name == "siglip" else name.partition("-")[0]
+    called = {"siglip": "clip"}.get(name.partition("-")[0], name.partition("-")[0])
     return next(known for known in FAMILIES if known.name == called)
 
 

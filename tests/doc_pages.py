@@ -38,6 +38,8 @@ SUBSTITUTES = {
     "easy-vqa": SHAPES,
     "shapes": SHAPES,
     "width={vision: 32, text: 32}": "width={vision: 8, text: 8}",
+    "width={vision: 384}": "width={vision: 8}",
+    "width={vision: 512}": "width={vision: 32}",
 }
 # Options that make a command short; where a page gives the same option, the last one counts.
 SHORT_TRAINING = "--max-steps 2 --batch-size 2 --limit 12 --set log_every=1 --set eval_limit=2".split()

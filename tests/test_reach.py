@@ -81,7 +81,9 @@ def described(name, keep):
     pairs = {
         (alias.get(pair.input, pair.input), alias.get(pair.output, pair.output)) for pair in anatomy.reach.pairs(anatomy.standing(keep))
     }
-    return pairs | ({(what, "logits") for what, output in pairs if output == "itc"} if "clip" in name or "siglip" in name else set())
+    return pairs | (
+        {(what, "logits") for what, output in pairs if output == "itc"} if name.startswith(("clip", "siglip", "dual")) else set()
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,7 +120,8 @@ def test_the_last_path_stays_open_by_its_best_units(name, sparsity, method):
     assert (
         blind.cut_off(method(values, blind))
         or sparsity == 0.3
-        or name in ("clip", "siglip", "cross_encoder", "xvlm-grounding", "blip-two-images")
+        or name.startswith(("clip", "siglip", "dual"))
+        or name in ("cross_encoder", "xvlm-grounding", "blip-two-images")
     )  # their heads are most of what there is
     keep = method(values, scope)
     assert not scope.cut_off(keep) and 0 <= anatomy.removed_elements(~keep) - scope.targets[0].need

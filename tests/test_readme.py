@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from clip_folder import byte_pairs, write_clip
+from compression_cases import BACKBONE
 from doc_pages import FENCE, ROOT, blocks, commands, evlm, inline_code, run, run_block, script, tables_restored, write_file
 from pydantic import BaseModel
 from test_import import published
-from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.settings.base import merge
@@ -43,6 +44,7 @@ def published_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(text, add_pooling_layer=False).save_pretrained(root / "bert-base-uncased")
     save_tokenizer(tokenizer, root / "bert-base-uncased")
     write_clip(root / "clip-vit-base-patch32", byte_pairs())
+    Dinov2Model(Dinov2Config(**BACKBONE, mlp_ratio=2)).save_pretrained(root / "dinov2-small")
     swin = published(vocab=len(tokenizer), swin=True)
     for name, state in (("x-vlm-clip.th", published(vocab=len(tokenizer))), ("x-vlm-swin.th", swin)):
         torch.save({"model": state}, root / name)  # noqa: TID251  what the published code does

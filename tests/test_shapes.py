@@ -33,7 +33,7 @@ def narrow() -> Any:
 
 
 def preset(config: Any, name: Any) -> Any:
-    layers, sizes, fusion = wanted(Shrink(model="-", out="-", preset=name), config)
+    layers, sizes, fusion, _ = wanted(Shrink(model="-", out="-", preset=name), config)
     return shape_of(config.with_layers(layers).with_sizes(sizes, fusion))
 
 
@@ -68,7 +68,7 @@ def test_the_nearest_shapes_are_counted_and_meet_both_shares() -> None:
     assert away == sorted(away) and away[-1] <= 0.1
     assert whole == shapes.count(teacher, rule)
     for one in found[:1]:
-        layers, sizes, fusion = wanted(Shrink(model="-", out="-", **one.settings), teacher.config)
+        layers, sizes, fusion, _ = wanted(Shrink(model="-", out="-", **one.settings), teacher.config)
         student = shape_of(teacher.config.with_layers(layers).with_sizes(sizes, fusion))
         assert shapes.shares(teacher, student, rule) == (one.counts, one.parameters, one.macs)
 
@@ -97,7 +97,7 @@ def test_a_pruned_network_and_one_that_keeps_its_width_have_no_shapes() -> None:
     with pytest.raises(BadInput, match="was pruned"):
         shapes.Space.of(pruned, False)
     with pytest.raises(BadInput, match="keeps its width"):
-        shapes.Space.of(compression_cases.tiny_clip(), False)
+        shapes.Space.of(compression_cases.CONFIGS["cross_encoder"], False)
 
 
 def test_the_command_lists_students_with_the_rule(tmp_path: Path, evlm: Any) -> None:

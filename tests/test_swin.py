@@ -16,8 +16,8 @@ from efficientvlm.errors import BadInput
 from efficientvlm.families.footprint import Footprint
 from efficientvlm.families.onnx.description import StoredSizes
 from efficientvlm.families.structure import Sizes
-from efficientvlm.families.towers.swin import ELSEWHERE, Merge, WindowAttention, grids, resize_bias_table
-from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes, depths_of, keep_pairs
+from efficientvlm.families.towers.swin import ELSEWHERE, Merge, WindowAttention, depths_of, grids, keep_pairs, resize_bias_table
+from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import needs

@@ -175,7 +175,7 @@ def test_presets_have_the_sizes_that_are_counted(name: Any, kind: Any, parameter
     """Of DLIP's students 47.78 M and 108.86 M are vision and text encoder: 22.43 % and 51.1 % of 213 M."""
     config = kind(**BASE)
     config.text_config.max_position_embeddings = 512
-    layers, sizes, fusion = wanted(Shrink(model="-", out="-", preset=name), config)
+    layers, sizes, fusion, _ = wanted(Shrink(model="-", out="-", preset=name), config)
     with torch.device("meta"):
         student = MODELS[kind](config.with_layers(layers).with_sizes(sizes, fusion))
     assert count_parameters(student)["total"] == parameters

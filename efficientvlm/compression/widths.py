@@ -16,6 +16,7 @@ from torch import Tensor
 from efficientvlm.compression.importance import importance_scores
 from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import NEURON, Unit
+from efficientvlm.families.checks import MOST
 from efficientvlm.families.structure import Layered, Structure
 
 Channels = Literal["important", "leading"]
@@ -26,20 +27,32 @@ TALLER = "a student takes its weights from its teacher"
 
 
 class Preset(NamedTuple):
-    """A known student of a BLIP: layers, of the images and of every tower of texts, columns, heads, neurons, and layers that look across.
+    """A known student: layers, of the images and of every tower of texts, columns, heads, neurons, and layers that look across.
 
-    `parameters` is its part of the 213 M that DLIP counts for BLIP base, of vision and text encoder alone, as the shape gives it.
+    Texts without any stay as they are. Patches of `patch_size` pixels, and towers of which nothing is taken from the teacher, are
+    those of students that were published so. `teacher` is whose student it is. `parameters` is its part of the 213 M that DLIP counts for
+    BLIP base, of vision and text encoder alone, as the shape gives it.
     """
 
-    layers: tuple[int, int]
-    sizes: tuple[Layered, Layered]
-    fusion_layers: int
-    parameters: float
+    layers: tuple[int, int | None]
+    sizes: tuple[Layered, Layered | None]
+    teacher: str
+    fusion_layers: int | None = None
+    patch_size: int | None = None
+    redrawn: tuple[str, ...] = ()
+    parameters: float | None = None
 
 
+BLIP_TEACHER, CLIP_TEACHER = "a BLIP of base size or larger", "a CLIP of base size or larger"
 PRESETS = {
-    "dlip-small": Preset((12, 6), (Layered(384, 6, 1536), Layered(384, 6, 1536)), 6, 0.2243),
-    "dlip-base": Preset((12, 8), (Layered(576, 9, 2304), Layered(576, 9, 2304)), 8, 0.5111),
+    "dlip-small": Preset((12, 6), (Layered(384, 6, 1536), Layered(384, 6, 1536)), BLIP_TEACHER, 6, parameters=0.2243),
+    "dlip-base": Preset((12, 8), (Layered(576, 9, 2304), Layered(576, 9, 2304)), BLIP_TEACHER, 8, parameters=0.5111),
+    "dime-fm-vit-b32": Preset(
+        (12, None), (Layered(768, 12, 3072), None), "a CLIP or SigLIP whose images are a multiple of 32 pixels", None, 32, ("vision",)
+    ),
+    "tinyclip-61m": Preset((12, 9), (Layered(640, 10, 2560), Layered(512, 8, 2048)), CLIP_TEACHER),
+    "tinyclip-39m": Preset((12, 6), (Layered(512, 8, 2048), Layered(512, 8, 2048)), CLIP_TEACHER),
+    "tinyclip-8m": Preset((10, 3), (Layered(256, 4, 1024), Layered(256, 4, 1024)), CLIP_TEACHER),
 }
 
 
@@ -66,10 +79,13 @@ class Origin:
         return "; ".join([lines, *self.why])
 
 
-def resolve_sizes(config: Structure, width: Mapping[str, int], heads: Mapping[str, int], neurons: Mapping[str, int]) -> dict[str, Layered]:
+def resolve_sizes(
+    config: Structure, width: Mapping[str, int], heads: Mapping[str, int], neurons: Mapping[str, int], redrawn: Iterable[str] = ()
+) -> dict[str, Layered]:
     """Tower → what its layers are to have, of the towers that change; sizes given for a tower hold for those that share its columns.
 
-    With another width heads keep their size by default, so that their number follows, and neurons their ratio to the width.
+    With another width heads keep their size by default, so that their number follows, and neurons their ratio to the width. Towers that
+    are `redrawn` may be larger than the teacher's.
 
     Raises:
         BadInput: towers that are not there, contradictions, sizes that do not divide, or that the teacher does not have.
@@ -89,7 +105,7 @@ def resolve_sizes(config: Structure, width: Mapping[str, int], heads: Mapping[st
         if len(each) > 1:
             why = "its layers differ in width, and each stage hangs on the one before"
             raise BadInput(f"{tower} cannot be made narrower", why, "change its layers, or another tower")
-        found[tower] = _layered(tower, each.pop(), **wanted)
+        found[tower] = _layered(tower, each.pop(), largest=MOST if tower in {*redrawn} else 0, **wanted)
     return {tower: chosen for tower, chosen in found.items() if chosen != config.layered(tower, 0)}
 
 
@@ -105,15 +121,17 @@ def _for_tower(config: Structure, name: str, values: Mapping[str, int], tower: s
     return next(iter(said.values()), None)
 
 
-def _layered(tower: str, old: Layered, width: int | None, heads: int | None, neurons: int | None) -> Layered:
+def _layered(tower: str, old: Layered, width: int | None, heads: int | None, neurons: int | None, largest: int) -> Layered:
+    """What is asked for, filled up from `old`; nothing is larger than there, or than `largest` if that is more."""
     each = old.width // old.heads
     wide = old.width if width is None else width
     if heads is None and wide % each:
         raise BadInput(f"{tower} width is {wide}", f"heads have {each} columns each", f"use a multiple of {each}, or give heads too")
     chosen = Layered(wide, wide // each if heads is None else heads, old.neurons * wide // old.width if neurons is None else neurons)
     for name, (new, before) in zip(Layered._fields, zip(chosen, old, strict=True), strict=True):
-        if not 1 <= new <= before:
-            raise BadInput(f"{tower} {name} is to be {new}", f"{TALLER}, which has {before}", f"ask for 1 to {before}")
+        if not 1 <= new <= max(before, largest):
+            why = f"no layer has more than {largest}" if largest else f"{TALLER}, which has {before}"
+            raise BadInput(f"{tower} {name} is to be {new}", why, f"ask for 1 to {max(before, largest)}")
     if chosen.width % chosen.heads:
         why = "a head has a whole number of columns"
         raise BadInput(f"{tower} has {chosen.heads} heads in {chosen.width} columns", why, "choose numbers that divide")
@@ -127,6 +145,7 @@ def resize_model(
     *,
     channels: Channels = "important",
     redrawn: Iterable[str] = (),
+    depth: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> tuple[Any, Origin]:
     """A network with `sizes`, whose tensors are cut out of `model`; and where each of them comes from.
@@ -138,20 +157,23 @@ def resize_model(
     Args:
         sizes: of :func:`resolve_sizes`; towers that are not named stay as they are.
         fusion_layers: so many of the last layers of each tower look across, of a family where layers may differ in that.
-        redrawn: towers of which nothing is taken from `model`.
+        redrawn: towers of which nothing is taken from `model`; they may be larger than its.
+        depth: layers of towers that are redrawn, where they are not as many as those of `model`.
         seed: of what is drawn.
 
     Raises:
         BadInput: the family has no such students, or `model` has lost heads or neurons that would be needed.
     """
-    config = model.config.with_sizes(sizes, fusion_layers)
+    config = model.config.with_sizes(sizes, fusion_layers).with_depth(depth or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)(config)
     own, target = model.state_dict(), student.state_dict()
-    (places, heads), origin, towers = _of_units(model, student), Origin(), {*redrawn}
-    student.config.head_source = {group: found for group, found in heads.items() if group.partition(".")[0] not in towers} or None
-    places |= _of_streams(model, sizes, own, places, channels)
+    origin, towers = Origin(), {*redrawn}
+    places, heads = _of_units(model, student, towers)
+    student.config.head_source = heads or None
+    narrower = {tower: size for tower, size in sizes.items() if size.width < model.config.layered(tower, 0).width}
+    places |= _of_streams(model, narrower, own, places, channels)
     state: dict[str, Tensor] = {}
     for name, empty in target.items():
         tensor = None if model.tower_of(name) in towers else _taken(own.get(name), name, empty, places)
@@ -180,16 +202,19 @@ def _taken(tensor: Tensor | None, name: str, target: Tensor, places: Mapping[Axi
 def _reasons(config: Structure, sizes: Mapping[str, Layered], redrawn: Iterable[str]) -> list[str]:
     found = [f"{tower} is drawn at random, as asked for" for tower in sorted(redrawn)]
     for tower, new in sizes.items():
+        if tower in {*redrawn}:
+            continue
         before, after = (size.width // size.heads for size in (config.layered(tower, 0), new))
         if before != after:
             found.append(f"heads of {tower} have {after} columns instead of {before}, so that their attention is drawn at random")
     return found
 
 
-def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, list[int]]]:
+def _of_units(model: Any, student: Any, redrawn: Iterable[str]) -> tuple[dict[Axis, Tensor], dict[str, list[int]]]:
     """Axis of the student → place of each entry there in the teacher's tensor, -1 for none, of the axes of heads and neurons; and group →
-    the teacher's heads that are kept, where some are not."""
-    groups = _by_group(model.units())
+    the teacher's heads that are kept, where some are not. Both of towers that are not `redrawn`."""
+    redrawn, known = {*redrawn}, {*model.config.original_counts()}
+    groups = _by_group([*model.units(), *model.whole_units()])
     units = [unit for group in groups.values() for unit in group]
     shapes = next(model.parameters()).is_meta  # of which any will do
     values = [0.0] * len(units) if shapes else importance_scores("magnitude", model, units).tolist()
@@ -197,7 +222,9 @@ def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, l
     target = student.state_dict()
     places: dict[Axis, Tensor] = {}
     heads: dict[str, list[int]] = {}
-    for group, wanted in _by_group(student.units()).items():
+    for group, wanted in _by_group([*student.units(), *student.whole_units()]).items():
+        if group.partition(".")[0] in redrawn:
+            continue
         there = groups.get(group, [])
         if len(there) < len(wanted):
             why = f"{len(wanted)} are asked for, and the teacher has {len(there)} left"
@@ -205,7 +232,7 @@ def _of_units(model: Any, student: Any) -> tuple[dict[Axis, Tensor], dict[str, l
         best = sorted(there, key=lambda unit: -scores[unit.group, unit.index])[: len(wanted)]
         best.sort(key=lambda unit: unit.index)
         alike = best and wanted[0].sites[0].stop - wanted[0].sites[0].start == best[0].sites[0].stop - best[0].sites[0].start
-        if alike and len(best) < len(there) and wanted[0].kind != NEURON:
+        if alike and len(best) < len(there) and wanted[0].kind != NEURON and group in known:
             heads[group] = [unit.index for unit in best]
         for new, old in zip(wanted, best, strict=True):
             for here, before in zip(new.sites, old.sites, strict=True):

@@ -13,11 +13,13 @@ from efficientvlm import families
 from efficientvlm.checkpoints.card import short
 from efficientvlm.compression.accounting import count_macs, count_parameters
 from efficientvlm.compression.surgery import pad_model
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.anatomy import NEURON
 from efficientvlm.families.loading import open_model
 from efficientvlm.families.towers.parts import normalise
 
+TOLERANCE = 1e-5
+"""How far outputs may be from those of another class, relative to the largest if above 1."""
 INSTEAD = "use --format onnx, which keeps every saving, or --format padded, which fills the gaps with zeros"
 TEXT_LENGTH = 12
 
@@ -107,6 +109,24 @@ def difference(model: Any, folder: Path, stock_class: str | None) -> float:
     opened = open_model(kind, folder, kind.config_class.from_pretrained(folder, local_files_only=True))
     inputs = model.stock_inputs(batch)
     return _largest(_tensors(model(**inputs)), _tensors(opened(**inputs)))
+
+
+def opening(family: Any, model: Any, folder: Path) -> str:
+    """Which class opens a checkpoint of `model`, in words; one of transformers' is compared with `model` by way of `folder`.
+
+    Raises:
+        TargetMissed: transformers' class computes something else.
+    """
+    if model.config.opened_by is None:
+        return f"it opens with this package only: {model.config.foreign or 'transformers has no such class'}"
+    model = model.eval()
+    family.save(model, folder)
+    name = class_of(folder, model.config)
+    off = difference(model, folder, name)
+    if not off <= TOLERANCE:
+        why = f"outputs are off by {off:.2e}, {TOLERANCE:.1e} is allowed"
+        raise TargetMissed(f"transformers' {name} does not compute what the network does", why, "nothing was written")
+    return f"it opens with transformers' {name}, which differs by {off:.1e} at most"
 
 
 def _random_batch(model: Any) -> dict[str, Any]:

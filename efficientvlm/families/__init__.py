@@ -20,6 +20,7 @@ AUTO = "transformers.models.auto.modeling_auto"
 FAMILIES = {
     "xvlm": "efficientvlm.families.xvlm.family:XVLM",
     "clip": "efficientvlm.families.clip.family:CLIP",
+    "dual": "efficientvlm.families.dual.family:DualEncoders",
     "blip": "efficientvlm.families.blip.family:BLIP",
 }
 """The families by name, as `module:class`; a module is imported when its family is asked for."""

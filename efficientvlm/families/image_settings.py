@@ -55,6 +55,25 @@ def preprocessing_of(settings: dict[str, Any] | None, sizes: Sizes, folder: Path
     return preprocessing.read(settings, sizes.image_size, where, kind)
 
 
+def resized_settings(settings: dict[str, Any] | None, before: Sizes, after: Sizes) -> dict[str, Any] | None:
+    """`settings` of a network of sizes `before` for one of sizes `after`: every length in proportion, and the statistics of that one."""
+    if settings is None:
+        return None
+
+    def scaled(size: Any) -> Any:
+        if isinstance(size, dict):
+            return {name: scaled(value) for name, value in size.items()}
+        return max(1, round(size * after.image_size / before.image_size)) if isinstance(size, int) and not isinstance(size, bool) else size
+
+    changed = dict(settings)
+    if before.image_size != after.image_size:
+        changed |= {name: scaled(settings[name]) for name in ("size", "crop_size") if name in settings}
+    if (before.image_mean, before.image_std) != (after.image_mean, after.image_std):
+        changed |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        changed |= {"image_mean": list(after.image_mean), "image_std": list(after.image_std)}
+    return changed
+
+
 def write_settings(settings: dict[str, Any] | None, sizes: Sizes, folder: Path) -> None:
     """Put `settings`, or the default ones, into `folder`."""
     chosen = default_settings(sizes) if settings is None else settings

@@ -201,8 +201,8 @@ def kinds_of(wanted: frozenset[str], tower: str) -> frozenset[str]:
 
 
 ABILITIES = {
-    "embed": ("compare images with texts by their features", "an X-VLM, CLIP, SigLIP or BLIP"),
-    "align": ("be trained on pairs by contrast alone", "a CLIP or SigLIP"),
+    "embed": ("compare images with texts by their features", "an X-VLM, CLIP, SigLIP, dual encoder or BLIP"),
+    "align": ("be trained on pairs by contrast alone", "a CLIP, SigLIP or dual encoder"),
     "match": ("match images with texts", "an X-VLM or BLIP"),
     "answer": ("answer questions", "an X-VLM or BLIP"),
     "caption": ("describe images", "an X-VLM or BLIP"),

@@ -154,6 +154,26 @@ class Structure:
         """
         raise BadInput("this network keeps its width", f"no narrower {self.model_type} is made", "ask for fewer layers, or prune it")
 
+    def with_depth(self, depth: Mapping[str, int]) -> Self:
+        """A copy whose towers have `depth` layers, of which none is another network's.
+
+        Raises:
+            BadInput: the family cannot be built so.
+        """
+        if not depth:
+            return self
+        raise BadInput("this network keeps its depth", f"no deeper {self.model_type} is made", "ask for layers that its teacher has")
+
+    def with_images(self, image_size: int | None, patch_size: int | None) -> Self:
+        """A copy for images, and patches, of so many pixels on a side; None: as before.
+
+        Raises:
+            BadInput: the family cannot be built so, or patches do not fill such images.
+        """
+        if (image_size, patch_size) == (None, None):
+            return self
+        raise BadInput("this network keeps its images", f"no other patches are made for a {self.model_type}", "leave their sizes out")
+
     def layered(self, tower: str, layer: int) -> Layered:
         """What a layer of `tower` has; the states behind the last one are as wide as those in front of it."""
         raise NotImplementedError

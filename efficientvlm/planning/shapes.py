@@ -264,9 +264,9 @@ class Space:
 
     def student(self, teacher: Any, row: np.ndarray) -> Any:
         """The network of a row, on the meta device."""
-        layers, sizes, fusion = wanted(Shrink(model="-", out="-", **self.settings(row)), self.config)
+        layers, sizes, fusion, depth = wanted(Shrink(model="-", out="-", **self.settings(row)), self.config)
         with torch.device("meta"):
-            return type(teacher)(self.config.with_layers(layers).with_sizes(sizes, fusion)).eval()
+            return type(teacher)(self.config.with_layers(layers).with_sizes(sizes, fusion).with_depth(depth)).eval()
 
     def count(self, teacher: Any, row: np.ndarray, rule: Rule) -> Counts:
         return count(self.student(teacher, row), rule)

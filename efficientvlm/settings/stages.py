@@ -124,8 +124,8 @@ class Prune(Following, Recut):
 
 class Shrink(Stage):
     model: str
-    preset: Literal["dlip-small", "dlip-base"] | None = Field(
-        None, description="sizes of a known student of a BLIP; what is given beside it rules"
+    preset: Literal["dlip-small", "dlip-base", "dime-fm-vit-b32", "tinyclip-61m", "tinyclip-39m", "tinyclip-8m"] | None = Field(
+        None, description="sizes of a known student of a BLIP (dlip) or of a CLIP; what is given beside it rules"
     )
     layers: dict[str, Count | list[Count]] = Field(
         default_factory=dict, description="tower → layer count or list; half by default, all where widths or fusion_layers are given"
@@ -139,12 +139,21 @@ class Shrink(Stage):
         None, ge=1, description="so many of the last layers of a BLIP look at images; the teacher's by default"
     )
     channels: Literal["important", "leading"] = Field("important", description="which columns of the teacher's are kept")
-    random: list[str] = Field(default_factory=list, description="towers of which nothing is taken from the teacher")
+    random: list[str] = Field(
+        default_factory=list, description="towers of which nothing is taken from the teacher; they may be larger than its"
+    )
+    vision_from: str | None = Field(
+        None,
+        description="folder of a ViT, DINOv2, Swin or ConvNeXt of transformers, which is to read the images",
+    )
+    patch_size: Pixels | None = Field(None, ge=1, description="pixels a patch of a CLIP or SigLIP; the teacher's by default")
+    image_size: Pixels | None = Field(None, ge=8, description="pixels that a CLIP or SigLIP reads on a side; the teacher's by default")
 
     @property
     def narrower(self) -> bool:
         """Whether more than layers may be left out."""
-        return bool(self.preset or self.width or self.heads or self.neurons or self.random or self.fusion_layers)
+        given = (self.preset, self.width, self.heads, self.neurons, self.random, self.fusion_layers, self.patch_size, self.image_size)
+        return any(given) or self.vision_from is not None
 
 
 class Eval(Measuring):

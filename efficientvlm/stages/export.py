@@ -36,7 +36,6 @@ from efficientvlm.tasks.known import TASKS, measured_of
 from efficientvlm.training.loop import Spent
 
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
-PADDED_TOLERANCE = 1e-5
 
 
 def run(config: Export, control: Control) -> Manifest:
@@ -235,8 +234,8 @@ def _transformers(config: Export, control: Control, loaded: Loaded, output: Outp
     foreign = model.config.foreign
     opens = f"transformers' {name}" if name else f"this package only: {foreign or 'transformers has no such class'}"
     say(f"export: opens with {opens}; differs from the checkpoint by {off:.1e} at most", quiet=control.quiet)
-    if not off <= PADDED_TOLERANCE:
-        why = f"outputs are off by {off:.2e}, {PADDED_TOLERANCE:.1e} is allowed"
+    if not off <= stock.TOLERANCE:
+        why = f"outputs are off by {off:.2e}, {stock.TOLERANCE:.1e} is allowed"
         raise TargetMissed("the exported folder does not compute what the checkpoint does", why, "nothing was written")
     cost = stock.cost(model, made)
     sizes = {"before": _bytes(loaded.path, ".safetensors"), "after": _bytes(output.staging, ".safetensors")}

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from efficientvlm.errors import BadInput
+from efficientvlm.families.anatomy import Unit
 from efficientvlm.families.clip.config import LEGACY_END, TOWERS, SlicedCLIPConfig, SlicedSiglipConfig, TwoTowers
 from efficientvlm.families.clip.graphs import clip_graphs
 from efficientvlm.families.clip.names import IMAGES, LAYER, TEXTS
@@ -22,7 +23,16 @@ from efficientvlm.families.network import Graph, Record, check_taps, kinds_of
 from efficientvlm.families.towers.attention import causal
 from efficientvlm.families.towers.layers import PreNormLayer, Size
 from efficientvlm.families.towers.network import TowerNetwork, asked
-from efficientvlm.families.towers.parts import HIDDEN, NOTHING, SELF_ATTENTION, Encoded, activation, tap
+from efficientvlm.families.towers.parts import (
+    HIDDEN,
+    NOTHING,
+    SELF_ATTENTION,
+    Encoded,
+    activation,
+    resize_patches,
+    resize_positions,
+    tap,
+)
 from efficientvlm.families.towers.text import Text
 from efficientvlm.families.towers.vit import Pooling, Vit
 
@@ -160,6 +170,30 @@ class Comparing(TowerNetwork):
             "text_mask": torch.ones_like(ids),
         }
 
+    def for_images(self, image_size: int | None, patch_size: int | None) -> Comparing:
+        """This network for images, and patches, of so many pixels on a side, its tables resampled; None: as before.
+
+        Raises:
+            BadInput: patches do not fill such images.
+        """
+        config = self.config.with_images(image_size, patch_size)
+        new, old = config.vision_config, self.config.vision_config
+        if (new.image_size, new.patch_size) == (old.image_size, old.patch_size):
+            return self
+        changed: Comparing = self.reshaped(config, lambda state: self._tables(state, new.image_size // new.patch_size, new.patch_size))
+        return changed
+
+    def _tables(self, state: dict[str, Tensor], grid: int, patch_size: int) -> dict[str, Tensor]:
+        tower = self.vision_model
+        positions, patches = (f"vision_model.{tower.name_of(role)}" for role in ("position_embedding", "patch_embedding"))
+        return {
+            positions: resize_positions(state[positions], grid, tower.class_token),
+            f"{patches}.weight": resize_patches(state[f"{patches}.weight"], patch_size),
+        }
+
+    def resized(self, image_size: int) -> Comparing:
+        return self.for_images(image_size, None)
+
     def graphs(self) -> list[Graph]:
         return clip_graphs(self)
 
@@ -176,27 +210,11 @@ def _output(out: Encoded, states: Tensor, pooled: Tensor) -> BaseModelOutputWith
     return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=hidden, attentions=maps)
 
 
-class SlicedCLIPModel(Comparing):
-    config_class = SlicedCLIPConfig
-
-    def __init__(self, config: SlicedCLIPConfig) -> None:
-        super().__init__(config)
-        self.text_model = self._texts()
-        self.vision_model = self._images(pre_norm=True)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        draw_clip(self, module)
+class ClipTexts(Comparing):
+    """Texts as CLIP reads them, and features as it compares them."""
 
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         return ids, self.text_model(ids, causal(ids.shape[1], 0, ids.device) & mask.bool()[:, None, None], keep)
-
-    def pool_image(self, states: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model.post_norm(states[:, 0]))
 
     def pool_text(self, states: Tensor, ids: Tensor) -> Tensor:
         """Of the end token: the first with its id, in old files the highest id."""
@@ -220,28 +238,8 @@ class SlicedCLIPModel(Comparing):
         self.logit_scale.clamp_(max=MOST_SCALE)
 
 
-class SlicedSiglipModel(Comparing):
-    """Of both versions. The pooling of the image is part of the vision tower and is never pruned."""
-
-    config_class = SlicedSiglipConfig
-
-    def __init__(self, config: SlicedSiglipConfig) -> None:
-        super().__init__(config)
-        self.text_model = self._texts(config.text_config.projection_size)
-        self.vision_model = self._images(class_token=False, patch_bias=True)
-        part = config.vision_config
-        shape = (part.hidden_size, part.num_attention_heads, part.intermediate_size, part.layer_norm_eps)
-        self.vision_model.add_module("head", Pooling(*shape, activation(part.hidden_act)))
-        self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.logit_bias = nn.Parameter(torch.zeros(1))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            draw_lecun(module)
-        else:
-            super()._init_weights(module)
-            draw_siglip(self, module)
+class SiglipTexts(Comparing):
+    """Texts as SigLIP reads them, and features as it compares them."""
 
     def encode_text(self, ids: Tensor, mask: Tensor, keep: frozenset[str] = NOTHING) -> tuple[Tensor, Encoded]:
         """Texts are filled up to every position and nothing is masked, as SigLIP was trained: the last position is what is pooled."""
@@ -251,10 +249,6 @@ class SlicedSiglipModel(Comparing):
         ids = ids.masked_fill(mask == 0, part.pad_token_id)
         ids = F.pad(ids, (0, part.max_position_embeddings - ids.shape[1]), value=part.pad_token_id)
         return ids, self.text_model(ids, None, keep)
-
-    def pool_image(self, states: Tensor) -> Tensor:
-        pooled: Tensor = self.get_submodule("vision_model.head")(self._seen(states))
-        return pooled
 
     def pool_text(self, states: Tensor, ids: Tensor) -> Tensor:
         return self.text_model.head(self.text_model.post_norm(states[:, -1]))
@@ -266,6 +260,61 @@ class SlicedSiglipModel(Comparing):
         """Of every pair by itself: does it belong together?"""
         belongs = 2 * (torch.eye(len(logits), device=logits.device) if same is None else same.float()) - 1
         return -F.logsigmoid(belongs * logits).sum(-1).mean()
+
+
+class SlicedCLIPModel(ClipTexts):
+    config_class = SlicedCLIPConfig
+
+    def __init__(self, config: SlicedCLIPConfig) -> None:
+        super().__init__(config)
+        self.text_model = self._texts()
+        self.vision_model = self._images(pre_norm=True)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        draw_clip(self, module)
+
+    def pool_image(self, states: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model.post_norm(states[:, 0]))
+
+
+class SlicedSiglipModel(SiglipTexts):
+    """Of both versions. The pooling of the image is part of the vision tower and is never pruned."""
+
+    config_class = SlicedSiglipConfig
+
+    def __init__(self, config: SlicedSiglipConfig) -> None:
+        super().__init__(config)
+        self.text_model = self._texts(config.text_config.projection_size)
+        self.vision_model = self._images(class_token=False, patch_bias=True)
+        part = config.vision_config
+        shape = (part.hidden_size, part.num_attention_heads, part.intermediate_size, part.layer_norm_eps)
+        self.vision_model.add_module("head", Pooling(*shape, activation(part.hidden_act)))
+        if config.image_projection:
+            self.visual_projection = nn.Linear(part.hidden_size, config.feature_width, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            draw_lecun(module)
+        else:
+            super()._init_weights(module)
+            draw_siglip(self, module)
+
+    def pool_image(self, states: Tensor) -> Tensor:
+        pooled: Tensor = self.get_submodule("vision_model.head")(self._seen(states))
+        return self.visual_projection(pooled) if self.config.image_projection else pooled
+
+    def whole_units(self) -> list[Unit]:
+        head = self.get_submodule("vision_model.head")
+        assert isinstance(head, Pooling)
+        return head.units("vision_model.head", "vision", self.config.vision_config.num_hidden_layers)
 
     def _seen(self, states: Tensor) -> Tensor:
         return self.vision_model.post_norm(states)

@@ -126,6 +126,10 @@ class TowerNetwork(PreTrainedModel):
                 units.append(Unit(tower, int(number), kind, index, sites, tuple(gates)))
         return units
 
+    def whole_units(self) -> list[Unit]:
+        """Heads and neurons that no pruning removes, but of which a narrower network has fewer; here none."""
+        return []
+
     @classmethod
     def tower_of(cls, parameter: str) -> str:
         return cls.owners.get(parameter.partition(".")[0], "heads")

@@ -194,9 +194,27 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
     return ((pixels.float() / 255 - centre) / spread).to(dtype)
 
 
-def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Position embedding [1 + old², W] for `grid` x `grid` patches (bicubic, as X-VLM does for fine-tuning); the CLS row stays."""
-    old = math.isqrt(len(table) - 1)
-    patches = table[1:].unflatten(0, (old, old)).permute(2, 0, 1)[None]
+def resize_positions(table: Tensor, grid: int, class_token: bool = True) -> Tensor:
+    """Position embedding [1 + old², W] for `grid` x `grid` patches (bicubic, as X-VLM does for fine-tuning); the CLS row, if any, stays."""
+    first, rest = table[: int(class_token)], table[int(class_token) :]
+    old = math.isqrt(len(rest))
+    if old == grid:
+        return table
+    patches = rest.unflatten(0, (old, old)).permute(2, 0, 1)[None]
     resized = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)[0]
-    return torch.cat([table[:1], resized.flatten(1).T])
+    return torch.cat([first, resized.flatten(1).T])
+
+
+def resize_patches(weight: Tensor, size: int) -> Tensor:
+    """Patch embedding [W, C, old, old] for patches of `size` pixels on a side, which says of a resized patch what it says of the patch.
+
+    That holds exactly for larger patches, and as nearly as can be for smaller ones: the least squares solution for the linear map that
+    resizes a patch bilinearly (FlexiViT, Beyer et al. 2023).
+    """
+    old = weight.shape[-1]
+    if old == size:
+        return weight
+    pixels = torch.eye(old * old, dtype=torch.float64, device=weight.device).view(-1, 1, old, old)
+    resizing = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False).flatten(1)  # row i: what pixel i becomes
+    solved = torch.linalg.pinv(resizing) @ weight.double().flatten(2).flatten(0, 1).T
+    return solved.T.reshape(*weight.shape[:2], size, size).to(weight.dtype)

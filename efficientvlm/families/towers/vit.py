@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from efficientvlm.families.anatomy import HEAD, NEURON, Site, Unit
 from efficientvlm.families.towers.layers import Layers, Names, PreNormLayer
 from efficientvlm.families.towers.parts import NOTHING, Activation, Encoded, Named, Part
 
@@ -107,3 +108,22 @@ class Pooling(Named):
         """States [B, T, W] to one vector each [B, W]."""
         x = self.attention(self.probe.expand(states.shape[0], -1, -1), states, states, need_weights=False)[0]
         return (x + self.fc2(self.activation(self.fc1(self.layernorm(x)))))[:, 0]
+
+    def units(self, prefix: str, tower: str, layer: int) -> list[Unit]:
+        """Its heads and neurons as those of a `layer` of `tower`; `prefix` is the name of this module. No gate multiplies them."""
+        width, heads = self.attention.embed_dim, self.attention.num_heads
+        each, found = width // heads, []
+        for head in range(heads):
+            start = head * each
+            rows = [
+                Site(f"{prefix}.attention.in_proj_{kind}", 0, part + start, part + start + each)
+                for kind in ("weight", "bias")
+                for part in (0, width, 2 * width)
+            ]
+            out = Site(f"{prefix}.attention.out_proj.weight", 1, start, start + each)
+            found.append(Unit(tower, layer, HEAD, head, (*rows, out), ()))
+        fc1, fc2 = (f"{prefix}.{self.name_of(role)}" for role in ("fc1", "fc2"))
+        for neuron in range(self.fc1.out_features):
+            rows = [Site(f"{fc1}.{kind}", 0, neuron, neuron + 1) for kind in ("weight", "bias")]
+            found.append(Unit(tower, layer, NEURON, neuron, (*rows, Site(f"{fc2}.weight", 1, neuron, neuron + 1)), ()))
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +15,7 @@ from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, Flow, groups_of
 from efficientvlm.families.checks import MOST_LAYERS, Colours, Many, Pixels
 from efficientvlm.families.family import SMALLER
 from efficientvlm.families.structure import Layered, Layerwise, Sizes, Structure, odd_layers
+from efficientvlm.families.towers.swin import depths_of, keep_pairs
 from efficientvlm.settings.base import Strict, parse
 
 TOWERS = ("vision", "text", "fusion", "decoder")
@@ -310,47 +311,3 @@ def _check_swin(config: XVLMConfig) -> XVLMConfig:
         why = f"its stages have {', '.join(map(str, sides))} tokens on a side, and windows of {config.vision_window} must fill them"
         raise BadInput(f"image_size is {config.image_size}", why, f"use {config.vision_window * config.stride}, or another vision_window")
     return config
-
-
-def depths_of(depths: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    """Layers left in each stage of a Swin of `depths` that keeps the layers `chosen`.
-
-    Raises:
-        BadInput: a stage keeps none, or a layer would have to shift its windows that does not, or the other way round.
-    """
-    found, first = [], 0
-    for depth in depths:
-        blocks = [layer - first for layer in chosen if first <= layer < first + depth]
-        last = first + depth == sum(depths)
-        if not blocks or len(blocks) % 2 or any(block % 2 != place % 2 for place, block in enumerate(blocks)):
-            layers = f"vision layers {first} to {first + depth - 1}, a stage of this Swin"
-            why = "a plain layer and a shifted one take turns in it" if blocks else "every stage has some"
-            raise BadInput(f"{layers}, keep {[first + block for block in blocks] or 'none'}", why, "choose its layers in pairs")
-        if blocks[-1] + 1 < depth and not last:
-            why = "what it gives to the next stage is compared with what its teacher gives to it"
-            raise BadInput(f"vision layer {first + depth - 1}, the last of a stage of this Swin, is left out", why, "keep that pair")
-        found.append(len(blocks))
-        first += depth
-    return found
-
-
-def keep_pairs(depths: Sequence[int], count: int) -> list[int]:
-    """The layers of which a Swin of `count` is made: pairs of a plain and a shifted one; of 2/2/18/2, 12 are 2/2/6/2.
-
-    Pairs are left out of the longest stage first; those of a stage that stay are spread evenly, its last one included.
-
-    Raises:
-        ValueError: an odd `count`, or one that leaves a stage empty.
-    """
-    pairs = [depth // 2 for depth in depths]
-    if count % 2 or not len(depths) <= count // 2 <= sum(pairs):
-        raise ValueError(f"{count} layers")
-    wanted = list(pairs)
-    while sum(wanted) > count // 2:
-        wanted[wanted.index(max(wanted))] -= 1
-    chosen, first = [], 0
-    for depth, total, left in zip(depths, pairs, wanted, strict=True):
-        for pair in ((number + 1) * total // left - 1 for number in range(left)):
-            chosen += [first + 2 * pair, first + 2 * pair + 1]
-        first += depth
-    return chosen
