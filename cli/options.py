@@ -156,7 +156,7 @@ OPTIONS: dict[str, Option] = {
     "rounds": option(int, "--rounds", "Timed rounds; the models take turns."),
     "export.rounds": option(int, "--rounds", "Timed rounds; 0 times nothing."),
     "threads": option(int, "--threads", "Processor threads."),
-    "format": option(str, "--format", "onnx: graphs; padded: zeros in the original shapes; hf: transformers' own classes.", "FORM"),
+    "format": option(str, "--format", "onnx: graphs; padded: zeros in the original shapes; hf, open_clip: their classes.", "FORM"),
     "int8": option(bool, "--int8", "ONNX with int8 weights; what they cost and gain is measured."),
     "teacher": option(str, "--teacher", "Checkpoint to learn from.", "DIR", KNOWLEDGE),
     "distillation": option(str, "--distillation", METHOD, panel=KNOWLEDGE, also="--method"),

@@ -205,7 +205,9 @@ class Bench(Strict):
 class Export(Samples):
     model: str
     out: str
-    format: Literal["onnx", "padded", "hf"] = Field(description="ONNX graphs; zeros in the original shapes; transformers' classes, smaller")
+    format: Literal["onnx", "padded", "hf", "open_clip"] = Field(
+        description="ONNX graphs; zeros in the original shapes; transformers' classes, smaller; open_clip's CLIP"
+    )
     int8: bool = Field(False, description="ONNX with int8 weights: dynamic quantisation of the matrix products")
     fuse: bool = Field(True, description="attention as ONNX Runtime's own operator, which is faster; false: standard ONNX only")
     tolerance: float = Field(1e-4, gt=0, le=0.1, description="how far ONNX outputs may be from torch, relative to the largest if above 1")

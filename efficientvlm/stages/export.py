@@ -17,7 +17,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.opening import record
 from efficientvlm.data.tokenizer import save_tokenizer
 from efficientvlm.errors import BadInput, TargetMissed
-from efficientvlm.export import onnx_files, stock
+from efficientvlm.export import onnx_files, open_clip, stock
 from efficientvlm.families.image_settings import write_settings
 from efficientvlm.families.onnx.description import ONNX, Description, GraphFile, Port, StoredSizes
 from efficientvlm.families.onnx.family import Exported
@@ -54,6 +54,8 @@ def run(config: Export, control: Control) -> Manifest:
         keep_length(loaded, config.max_tokens)
         if config.format == "onnx":
             return _onnx(config, control, loaded, output, job.data.get("data"))
+        if config.format == "open_clip":
+            return _open_clip(config, control, loaded, output)
         return _transformers(config, control, loaded, output)
 
 
@@ -104,7 +106,9 @@ def check_model(config: Export, loaded: Loaded) -> None:
             why = f"no ONNX graphs are made of a {loaded.family.name} that does it"
             raise BadInput(f"{config.model} is tuned for {tuned.name}", why, "use --format padded")
         raise BadInput(f"{config.model} is not tuned for a task", "pre-training is not exported", "finetune it for a task first")
-    if config.format == "hf":
+    if config.format == "open_clip":
+        open_clip.check(loaded.model.config, loaded.preprocessing, config.model)
+    if config.format in ("hf", "open_clip"):
         stock.uniform_config(loaded.model.config, config.model)
 
 
@@ -252,3 +256,26 @@ def _transformers(config: Export, control: Control, loaded: Loaded, output: Outp
         metrics={"difference": off, "cost": {**cost, "bytes": sizes}},
         extra={**_carried(loaded), "format": config.format, "stock_class": name},
     )
+
+
+def _open_clip(config: Export, control: Control, loaded: Loaded, output: Output) -> Manifest:
+    began = time.monotonic()
+    model = stock.uniform(loaded.model, config.model)
+    open_clip.write(model, loaded.preprocessing, output.staging, config.model)
+    off = open_clip.difference(loaded.model, output.staging)
+    say(f"export: open_clip's CLIP, computed from what was written, differs by {off:.1e} at most", quiet=control.quiet)
+    if not off <= stock.TOLERANCE:
+        why = f"features are off by {off:.2e}, {stock.TOLERANCE:.1e} is allowed"
+        raise TargetMissed("the exported folder does not compute what the checkpoint does", why, "nothing was written")
+    save_tokenizer(loaded.tokenizer, output.staging)
+    sizes = {"before": _bytes(loaded.path, ".safetensors"), "after": _bytes(output.staging, ".safetensors")}
+    manifest = output.manifest(
+        family=loaded.family.name,
+        accounting=loaded.manifest.accounting,
+        cost=Cost(seconds=round(time.monotonic() - began, 3), peak_memory_bytes=peak_memory_bytes()),
+        metrics={"difference": off, "cost": {"bytes": sizes}},
+        extra={**_carried(loaded), "format": "open_clip"},
+    )
+    done = output.commit(manifest)
+    say(f"export: wrote {output.path} · {summary(done)}", quiet=control.quiet)
+    return done
