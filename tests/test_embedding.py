@@ -128,3 +128,20 @@ def test_a_plan_counts_what_is_learnt(towers: Path) -> None:
     made = plan(steps, QUIET, measure=1)
     assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
     assert all(stage.memory and stage.time for stage in made.stages)
+
+
+def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, tmp_path: Path) -> None:
+    stores = {side: str(tmp_path / side) for side in ("images", "sentences")}
+    for side, data in (("images", "shapes:difficulty=2,size=40"), ("sentences", DATA["sentences"])):
+        run_stage("embed", model=str(towers / "teacher"), data=data, side=side, out=stores[side])
+    live, kept = tmp_path / "live", tmp_path / "kept"
+    settings = given(towers, augment="none", val_fraction=0.0)
+    run_stage("distill", out=str(live), **settings)
+    run_stage("distill", out=str(kept), image_store=stores["images"], sentence_store=stores["sentences"], **settings)
+    one, two = (require_complete(path).metrics["train"] for path in (live, kept))
+    assert one["kd_vl"] == pytest.approx(two["kd_vl"], rel=0.05, abs=1e-3) and one != two  # vectors are stored in half precision
+    assert require_complete(kept).inputs.keys() >= {"image_store", "sentence_store"}
+    swapped = {"image_store": stores["sentences"], "sentence_store": stores["images"]}
+    assert "vectors of" in refused("distill", tmp_path, **settings | swapped).what
+    of_another = settings | {"teacher": str(live), "image_store": stores["images"]}
+    assert "another teacher" in refused("distill", tmp_path, **of_another).what

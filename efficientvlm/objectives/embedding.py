@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from efficientvlm.families.network import Record
 from efficientvlm.objectives.objective import Objective, Pass
+from efficientvlm.objectives.teachers import StoredTeacher
 from efficientvlm.runtime.exchange import Rows
 
 EMBEDDED = "embedded"
@@ -56,19 +57,24 @@ class Unpaired(Objective):
 class EmbeddingTeacher:
     """What a teacher says of the images and the sentences of a batch: a network that looks at what the student is shown.
 
-    Pictures that it reads at another size are resized as the student's view of them is; texts have the student's tokens.
+    Pictures that it reads at another size are resized as the student's view of them is; texts have the student's tokens. What is `stored`
+    is looked up instead, and then of the whole picture, whatever the student is shown of it.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: Any, stored: StoredTeacher | None = None) -> None:
+        self.model, self.stored = model.eval().requires_grad_(False), stored or StoredTeacher()
 
     def images(self, batch: dict[str, Any]) -> Tensor:
         """Unit vectors [I, E]."""
+        if (known := self.stored.look_up(batch, "image_ids", batch["pixels"].device)) is not None:
+            return known
         vectors: Tensor = self.model.embed_images(seen_at(batch["pixels"], self.model.config.sizes().image_size))[1]
         return vectors
 
     def sentences(self, batch: dict[str, Any]) -> Tensor:
         """Unit vectors [T, E]."""
+        if (known := self.stored.look_up(batch, "sentence_ids", batch["text_ids"].device)) is not None:
+            return known
         vectors: Tensor = self.model.embed_texts(batch["text_ids"], batch["text_mask"])[1]
         return vectors
 

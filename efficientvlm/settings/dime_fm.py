@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from efficientvlm.settings.base import Size, Strict
@@ -46,7 +48,13 @@ class DimeFm(Taught):
         default_factory=list,
         description="Matryoshka: the first so many numbers of an embedding are compared too, each width counting alike",
     )
+    image_store: str | None = Field(None, description="folder of evlm embed: the teacher's vectors of the images, looked up in its place")
+    sentence_store: str | None = Field(None, description="likewise of the sentences")
     quirks: EmbeddingQuirks = Field(default_factory=EmbeddingQuirks)
+
+    def fullest(self) -> dict[str, Any]:
+        """With a teacher that looks at everything itself."""
+        return {**super().fullest(), "image_store": None, "sentence_store": None}
 
     @field_validator("weights")
     @classmethod

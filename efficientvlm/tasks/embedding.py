@@ -46,6 +46,9 @@ class Embedding(Learnt):
         """None without a teacher; a finished network is measured as one for retrieval is."""
         return {}
 
+    def files(self, config: Any) -> dict[str, str | None]:
+        return {name: getattr(config, name, None) for name in ("image_store", "sentence_store")}
+
     def problems(self, config: EmbeddingSettings, student: Loaded) -> Iterator[BadInput]:
         if not getattr(config, "teacher", None):
             yield BadInput("task embedding has no teacher", "it is learnt from a teacher alone", "give --teacher")
