@@ -58,6 +58,7 @@ REFUSALS = {
 PANELS: dict[str, dict[str, Callable[..., None] | None]] = {
     "Make a model": {"init": None, "import": None, "shrink": None},
     "Train": {"pretrain": None, "distill": None, "prune": None, "finetune": None},
+    "Prepare data": {"select-sentences": None},
     "Use and measure": {"embed": None, "eval": None, "bench": None, "predict": predict, "export": None},
     "Look into folders": {"inspect": folders.inspect, "verify": folders.verify, "report": folders.report},
     "Whole chains": {"plan": plan.plan, "run": recipes.run},

@@ -198,7 +198,7 @@ def _lines(forecast: Plan) -> Iterator[str]:
         remarks = [part for part in (stage.structure or "").split(": ", 1)[1:]] + stage.notes
         for remark in remarks:
             yield f"{stage.name}: {remark}"
-    measured = any(stage.time for stage in forecast.stages)
+    measured = any(stage.time for stage in forecast.stages if stage.run)
     most = max((stage.memory["total"] for stage in forecast.stages if stage.memory), default=0)
     yield f"memory: {size(most)} at most in all, with activations as {'measured on real steps' if measured else 'estimated'}"
     for disk in forecast.disks:

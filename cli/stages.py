@@ -78,6 +78,13 @@ COMMANDS = {
             *("filter", "threshold", *CAPTIONS, "max_tokens", "device", "resume", "force", "json", "quiet"),
         ),
     ),
+    "select-sentences": Command(
+        "Keep the sentences of a pile that say something visible: those that are near to an image.",
+        (
+            *("sentences", "columns", "images", "model", "sentence_vectors", "out", "per_image", "cap", "total", "min_similarity"),
+            *("search", "batch_size", "device", "precision", *HOW),
+        ),
+    ),
     "export": Command(
         "Write a checkpoint as ONNX graphs or for stock transformers, compared with torch.",
         ("model", "format", "out", "int8", "data", "split", "columns", "limit", "rounds", "seed", *HOW),

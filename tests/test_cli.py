@@ -39,6 +39,7 @@ COMMANDS = [
         "bench",
         "predict",
         "export",
+        "select-sentences",
         "inspect",
         "verify",
         "run",

@@ -16,7 +16,18 @@ from efficientvlm.settings.methods import METHODS, GateQuirks
 from efficientvlm.settings.stages import STAGES
 from efficientvlm.settings.tasks import TASKS
 
-NEEDED = {"out": "o", "model": "m", "data": "d", "models": ["m"], "format": "onnx", "teacher": "t", "bench": "b", "side": "images"}
+NEEDED = {
+    "out": "o",
+    "model": "m",
+    "data": "d",
+    "models": ["m"],
+    "format": "onnx",
+    "teacher": "t",
+    "bench": "b",
+    "side": "images",
+    "sentences": "s",
+    "images": "i",
+}
 
 
 def needed(stage: str) -> dict[str, Any]:

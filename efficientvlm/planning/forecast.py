@@ -18,7 +18,7 @@ from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
-from efficientvlm.planning import costs
+from efficientvlm.planning import costs, selecting
 from efficientvlm.planning.chain import Blocked, Chain, Look, Planned
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, book, folder, result_file, training
@@ -31,6 +31,7 @@ from efficientvlm.stages.learning import Learning
 from efficientvlm.stages.prune import Pruning, Untrained
 from efficientvlm.stages.recut import Recut, dense_kept
 from efficientvlm.stages.run import module_of
+from efficientvlm.stages.select_sentences import Selecting
 from efficientvlm.stages.shrink import Shrinking
 from efficientvlm.stages.workspace import Beginning, Job
 from efficientvlm.tasks.known import TASKS
@@ -209,3 +210,22 @@ def _(job: Timing, chain: Chain, step: Step, found: Forecast) -> None:
         costs.add(found.memory, activations=max(job.task.bytes_of_timing(loaded, config) for loaded in able))
     found.schedule = {"models": len(job.models), "rounds": config.rounds + config.warmup_rounds, "batch_sizes": config.batch_sizes}
     result_file(chain, step, found, job)
+
+
+@weigh.register
+def _(job: Selecting, chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    images, sentences, width = len(job.images.ids), job.pile.about(), job.images.width
+    found.schedule = {"images": images, "sentences": sentences, "batch_size": config.batch_size}
+    found.memory = {"weights": 0}
+    macs = 0
+    if job.loaded:
+        found.memory, summary = costs.memory(job.loaded.model), chain.summary(job.loaded)
+        macs = int((summary["macs"].get("by_tower") or {}).get("text", 0))
+    costs.add(found.memory, **selecting.memory(job.rules, images, sentences, width, config.batch_size, job.approximate))
+    found.disk = selecting.disk(job.rules, images, sentences, width, job.approximate)
+    found.time = selecting.seconds(sentences, images, width, job.approximate, config.probes, macs, config.device)
+    found.notes.append(f"{sentences:,} sentences, searched {'approximately' if job.approximate else 'exactly'} among {images:,} images")
+    folder(chain, step, found, job)
+    with chain.problems.of(step.name):
+        chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])

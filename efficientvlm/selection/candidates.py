@@ -40,10 +40,20 @@ class Held(NamedTuple):
     row: Array
 
 
+def record_of(width: int) -> Any:
+    """The type of a candidate on disk, with a vector of `width` numbers."""
+    plain = [("number", "<i8"), ("image", "<i4"), ("cosine", "<f4"), ("best", "<i4"), ("score", "<f4")]
+    return np.dtype([*plain, ("vector", "<f2", (width,))])
+
+
+def bytes_of_record(width: int) -> int:
+    return int(record_of(width).itemsize)
+
+
 class Candidates:
     """The best candidates of every image (or in all, if only their total is limited), of sentences that come in ascending order.
 
-    In memory lies 24 bytes a candidate and 4 an image. The vectors lie in a file of `folder` that grows and, where more than half of it can
+    In memory lie 32 bytes a candidate and 4 an image. The vectors lie in a file of `folder` that grows and, where more than half of it can
     no longer be kept, is written anew; what it holds up to the last :meth:`save` stands in `state.json`.
     """
 
@@ -54,9 +64,7 @@ class Candidates:
             BadInput: what was saved there is damaged.
         """
         self.folder, self.rules, self.images, self.width = folder, rules, images, width
-        self.record = np.dtype(
-            [("number", "<i8"), ("image", "<i4"), ("cosine", "<f4"), ("best", "<i4"), ("score", "<f4"), ("vector", "<f2", (width,))]
-        )
+        self.record = record_of(width)
         self.threshold = np.full(images if rules.by_image else 1, -np.inf, np.float32)
         """Cosine that a later sentence has to exceed, by image."""
         self.done, self.counts = 0, Counter[str]()

@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from efficientvlm.data.stream_rows import read_file
+from efficientvlm.data.tables import one_line
 from efficientvlm.data.text_tables import BOM, is_unicode, opened
 from efficientvlm.errors import BadInput
 from efficientvlm.selection.rules import Array, Limits, squeezed
@@ -43,6 +44,22 @@ class Pile:
             BadInput: the file cannot be opened or read on, or has no such column.
         """
         return islice(self._cells() if self.table else self._lines(), start, None)
+
+    def about(self) -> int:
+        """How many rows there are; of a table that is no parquet file how many lines, which may be more."""
+        if self.path.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            with opened(self.path) as file:
+                try:
+                    return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+                except (pyarrow.ArrowException, OSError, ValueError) as error:
+                    raise BadInput(f"{self.path} cannot be read as parquet", one_line(error), "mend the file") from None
+        count, last = 0, b"\n"
+        with opened(self.path) as file:
+            while block := file.read(LONGEST_LINE):
+                count, last = count + block.count(b"\n"), block[-1:]
+        return count + (last != b"\n")
 
     def _lines(self) -> Iterator[str | None]:
         with opened(self.path) as file:

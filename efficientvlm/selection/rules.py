@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,14 +77,6 @@ class Limits:
         return ""
 
 
-SCRIPTS = (
-    *("arabic", "armenian", "bengali", "cjk", "cyrillic", "devanagari", "ethiopic", "georgian", "greek", "gujarati", "gurmukhi", "hangul"),
-    *("hebrew", "hiragana", "kannada", "katakana", "khmer", "lao", "latin", "malayalam", "myanmar", "sinhala", "tamil", "telugu", "thai"),
-    "tibetan",
-)
-"""Scripts as Unicode calls their letters; `cjk` are the characters of Chinese, which Japanese uses beside hiragana and katakana."""
-
-
 @lru_cache(65_536)
 def scripts_of(letter: str) -> frozenset[str]:
     """The words of a letter's name in Unicode, the name of its script among them; none of what is no letter."""
@@ -129,7 +122,7 @@ def choose(index: Array, best: Array, score: Array, rules: Rules, vectors: Calla
         grouped = order[np.argsort(best[order], kind="stable")]
         ends = np.flatnonzero(np.diff(best[grouped], append=-1)) + 1
         held = rules.places if rules.per_image is None and rules.cap is not None else None
-        for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        for begin, end in pairwise([0, *ends.tolist()]):
             if end - begin == 1:
                 continue
             rows = grouped[begin:end]

@@ -96,7 +96,7 @@ class Exact:
 class Approximate:
     """Compares with the images of the nearest clusters, by an inverted file of fp16 vectors.
 
-    Takes 2 bytes a number of every image's vector. Some sentences get another image than the nearest; `benchmarks/select.py` measures of
+    Takes 2 bytes a number of every image's vector. Some sentences get another image than the nearest; `benchmarks/sentences.py` measures of
     how many that is so.
     """
 

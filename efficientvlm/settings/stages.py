@@ -7,9 +7,39 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Aside, Count, DataName, Pixels, Precision, Seed, Size, Strict, Threads
+from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict, Threads
 from efficientvlm.settings.common import Learning, Measuring, Read, Samples, Stage, Taught
 from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
+
+Script = Literal[
+    "arabic",
+    "armenian",
+    "bengali",
+    "cjk",
+    "cyrillic",
+    "devanagari",
+    "ethiopic",
+    "georgian",
+    "greek",
+    "gujarati",
+    "gurmukhi",
+    "hangul",
+    "hebrew",
+    "hiragana",
+    "kannada",
+    "katakana",
+    "khmer",
+    "lao",
+    "latin",
+    "malayalam",
+    "myanmar",
+    "sinhala",
+    "tamil",
+    "telugu",
+    "thai",
+    "tibetan",
+]
+"""Scripts as Unicode calls their letters; `cjk` are the characters of Chinese, which Japanese uses beside hiragana and katakana."""
 
 
 class InitConfig(Stage):
@@ -221,6 +251,67 @@ class Export(Samples):
     seed: Seed = 0
 
 
+class SelectSentences(Strict):
+    out: str
+    sentences: str = Field(description="text file with a sentence a line, or a parquet, JSONL, CSV or TSV table")
+    columns: dict[str, str] = Field(default_factory=dict, description="sentence → column name; by default sentence, text or caption")
+    images: str = Field(description="embeddings of images that sentences are to be near to")
+    model: str | None = Field(None, description="checkpoint that embeds sentences in the same space")
+    sentence_vectors: str | None = Field(None, description="embeddings of the sentences, row by row, instead of model")
+    per_image: Count | None = Field(None, ge=1, description="keep only what is among so many best sentences of some image")
+    cap: Count | None = Field(10, ge=1, description="sentences of which the same image is the nearest, at most; null: any number")
+    total: Count | None = Field(None, ge=1, description="sentences in all, at most; the best are kept")
+    min_similarity: float | None = Field(None, ge=-1, le=1, description="least cosine with the nearest image")
+    near: float | None = Field(
+        0.97, gt=0, le=1, description="cosine at which a sentence repeats one kept of the same nearest image; null: none does"
+    )
+    reserve: Count = Field(4, ge=1, le=1000, description="candidates held for each place under cap or total, which near-duplicates use up")
+    min_characters: Count = Field(5, ge=1)
+    max_characters: Count = Field(300, ge=1)
+    min_words: Count | None = Field(None, ge=1, description="words are what blanks separate")
+    max_words: Count | None = Field(None, ge=1)
+    scripts: list[Script] = Field([], description="scripts that the letters of a sentence are to be of; any by default")
+    script_share: float = Field(0.9, gt=0, le=1, description="least part of its letters that is of these scripts")
+    search: Literal["auto", "exact", "approximate"] = Field(
+        "auto", description="compare with every image, or with those of the nearest clusters (extra search)"
+    )
+    exact_up_to: Count = Field(100_000, ge=0, description="auto: so many images are searched exactly")
+    probes: Count = Field(32, ge=1, description="approximate: clusters of images that a sentence is compared with")
+    batch_size: Count = Field(1024, ge=1, le=1_000_000, description="sentences that are looked up at once")
+    max_tokens: Size | None = Field(None, ge=4, description="longest sentence; by default as the model was tuned")
+    device: Device = "auto"
+    precision: Precision = "fp32"
+
+    @field_validator("sentence_vectors")
+    @classmethod
+    def _embedded_once(cls, vectors: str | None, info: ValidationInfo) -> str | None:
+        if (info.data.get("model") is None) == (vectors is None):
+            raise ValueError("give model, which embeds the sentences, or their embeddings, and not both")
+        return vectors
+
+    @field_validator("columns")
+    @classmethod
+    def _of_sentences(cls, columns: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(columns.keys() - {"sentence"}):
+            raise ValueError(f"no such role: {unknown[0]}; there is sentence")
+        return columns
+
+    @field_validator("total")
+    @classmethod
+    def _bounded(cls, total: int | None, info: ValidationInfo) -> int | None:
+        if "cap" in info.data and total is info.data["cap"] is info.data.get("per_image") is None:
+            raise ValueError("one of per_image, cap and total has to say how many are kept")
+        return total
+
+    @field_validator("max_characters", "max_words")
+    @classmethod
+    def _not_less(cls, most: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get(str(info.field_name).replace("max", "min"))
+        if most is not None and least is not None and most < least:
+            raise ValueError(f"it is less than the least, {least}")
+        return most
+
+
 class Targets(Strict):
     """What the last model of a report should reach beside the first."""
 
@@ -251,5 +342,6 @@ STAGES: dict[str, type[Strict]] = {
     "eval": Eval,
     "bench": Bench,
     "export": Export,
+    "select-sentences": SelectSentences,
     "report": Report,
 }

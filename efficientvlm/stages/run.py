@@ -18,7 +18,12 @@ from efficientvlm.runtime.memory import uncollected
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import Strict
 
-MODULES = {"import": "import_", "eval": "evaluate", **dict.fromkeys(("pretrain", "distill", "finetune"), "learning")}
+MODULES = {
+    "import": "import_",
+    "eval": "evaluate",
+    "select-sentences": "select_sentences",
+    **dict.fromkeys(("pretrain", "distill", "finetune"), "learning"),
+}
 TOGETHER = ("pretrain", "distill", "prune", "finetune", "embed")
 
 
