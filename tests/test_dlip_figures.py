@@ -153,8 +153,11 @@ def test_rows_come_out_of_a_chain(task: str, dlip: Any, tmp_path: Path, monkeypa
     for name, value in {"RECIPES": tmp_path, "ROOT": tmp_path, "SHORT": 2, "COMPARED": 8}.items():
         monkeypatch.setattr(dlip, name, value)
     monkeypatch.setitem(script("benchmarks/scenes.py").TIMED, "rounds", 1)
-    chosen = ["small", "small, no teacher", "text only", "small, pruned", "logit alone", "leading channels"]
-    chosen += ["vision narrower", "fusion 2", "no decoder terms", "text random"] if task != "answers" else ["base"]
+    chosen = {
+        "retrieval": ["small", "small, no teacher", "text only", "small, pruned", "leading channels"],
+        "captions": ["small", "text only", "vision narrower", "fusion 2", "no decoder terms", "text random", "leading channels"],
+        "answers": ["small", "text only", "base", "logit alone", "leading channels"],
+    }[task]
     parts = [part for name in dlip.PARTS for part in ("--part", name)]
     given = ["--task", task, *parts, "--seed", "0", "--out", str(tmp_path / "runs"), "--row", "teacher"]
     given += [part for name in chosen for part in ("--row", name)]
@@ -164,9 +167,9 @@ def test_rows_come_out_of_a_chain(task: str, dlip: Any, tmp_path: Path, monkeypa
     found = {record["model"]: record for record in rows_of(table)}
     assert {*found} == {"teacher", *chosen} - {"leading channels"}
     assert float(found["small"]["parameters_of_teacher"]) < 0.224 and float(found["small"]["batch_8_speedup"]) > 0
-    assert float(found["small, pruned"]["sparsity"]) == pytest.approx(0.3, abs=0.03) and found["text only"]["data"].endswith("hide=all")
-    assert [record["steps"] for record in rows_of(starts)] == ["0", "2"] and all(
-        0 <= float(record["words"]) <= 1 for record in rows_of(starts)
-    )
+    assert found["text only"]["data"].endswith("hide=all")
+    assert task != "retrieval" or float(found["small, pruned"]["sparsity"]) == pytest.approx(0.3, abs=0.03)
+    begun = rows_of(starts)
+    assert [record["steps"] for record in begun] == ["0", "2"] and all(0 <= float(record["words"]) <= 1 for record in begun)
     before = table.read_text("utf-8")
     assert dlip.main(given) == 0 and table.read_text("utf-8") == before  # nothing is left to do
