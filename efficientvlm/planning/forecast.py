@@ -123,7 +123,8 @@ def _(job: Shrinking, chain: Chain, step: Step, found: Forecast) -> None:
     found.memory = costs.memory(model, job.teacher.model)
     found.notes += [f"{tower} keeps layers {', '.join(map(str, kept)) or 'none'}" for tower, kept in job.layers.items() if kept]
     folder(chain, step, found, job)
-    book(chain, step, found, job, replace(job.teacher, model=model, family=job.family))
+    of = job.teacher
+    book(chain, step, found, job, Planned(of.path, job.family, model, of.tokenizer, of.manifest, job.image_settings(model)))
 
 
 @weigh.register

@@ -47,6 +47,10 @@ class Shrinking(Job):
         """The student's, which is not the teacher's where a backbone reads its images."""
         return families.get("dual") if self.backbone else self.teacher.family
 
+    def image_settings(self, student: Any) -> dict[str, Any] | None:
+        """How pictures are prepared for it: as for the teacher, in its own size."""
+        return resized_settings(self.teacher.image_processor, self.teacher.sizes, student.config.sizes())
+
     def student(self, teacher: Any) -> tuple[Any, Origin | None]:
         """Out of a network of that shape, the meta device included; and where its tensors come from if not all are copies."""
         base = based(teacher, self.backbone, self.images, seed=self.seed)
@@ -93,8 +97,7 @@ def run(config: Shrink, control: Control) -> Manifest:
         if origin:
             say(f"shrink: {origin}", quiet=control.quiet)
             say(f"shrink: {opening(job.family, student, output.working('opened'))}", quiet=control.quiet)
-        settings = resized_settings(teacher.image_processor, teacher.sizes, student.config.sizes())
-        kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": settings}
+        kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": job.image_settings(student)}
         extra = {"layers": job.layers, **({"origin": origin.said()} if origin else {})}
         manifest = write(output, job.family, student, **kept, control=control, extra=extra)
     if of_whole := shares(manifest.accounting, teacher.manifest.accounting):
