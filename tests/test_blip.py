@@ -642,6 +642,7 @@ for argument in arguments:
 """
 
 
+@pytest.mark.slow
 def test_folders_open_in_fresh_processes(blip, tmp_path):
     """Cut ones with `load` and with Auto classes once the package is imported; whole ones without the package."""
     from efficientvlm.checkpoints.folder import Output

@@ -342,7 +342,7 @@ def test_an_imported_folder_is_complete(hugging_face, imported, tokenizer):
     assert "licence: mit." in (imported / "README.md").read_text()
     stock = CLIPModel.from_pretrained(hugging_face).state_dict()
     assert all(torch.equal(tensor, stock[name]) for name, tensor in loaded.model.state_dict().items())
-    assert list(loaded.sizes.image_mean) == [0.5, 0.4, 0.3] and loaded.abilities == {"embed"}
+    assert list(loaded.sizes.image_mean) == [0.5, 0.4, 0.3] and loaded.abilities == {"align", "embed"}
     sentence = "A red  square and dogs?"
     assert loaded.tokenizer(sentence)["input_ids"] == tokenizer(sentence)["input_ids"]
     assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from clip_folder import byte_pairs, write_clip
 
 from efficientvlm.control import Control
 from efficientvlm.planning import activations
@@ -28,3 +29,17 @@ def test_a_student_of_scenes_has_seen_no_pair_and_is_small(tmp_path: Path, monke
     vision = {name: found["parameters"]["by_tower"]["vision"] for name, found in after.items()}
     assert vision["distilled"] <= 0.29 * vision["teacher"]
     assert after["pruned"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_published_settings_are_planned_without_weights_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in of a CLIP, whose student has the published tower of images all the same."""
+    write_clip(tmp_path / "clip-vit-large-patch14", byte_pairs())
+    (tmp_path / "sentences.txt").write_text("a red circle\nthe blue square\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(activations, "training", lambda run, images: 0)
+    made = plan(
+        validate(load_recipe("dime_fm/vitb32_from_vitl14"), ["student.image_size=224", f"distilled.data={MADE}"]), Control(quiet=True)
+    )
+    assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
+    distilled = next(stage for stage in made.stages if stage.name == "distilled")
+    assert distilled.after and 87e6 < distilled.after["parameters"]["by_tower"]["vision"] < 88e6

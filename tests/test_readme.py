@@ -72,7 +72,16 @@ def test_the_readme_from_top_to_bottom(world: Path) -> None:
         run_block(block, world)
 
 
-@pytest.mark.parametrize("page", [*DOCS, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
+LONG = ("pipeline.md", "export.md", "plan.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else [], id=page.name)
+        for page in (*DOCS, ROOT / "benchmarks" / "README.md")
+    ],
+)
 def test_every_page_from_top_to_bottom(page: Path, world: Path, chain: Path) -> None:
     """A page stands for itself: it may use the folders of the chain, called as in the README, and what it wrote itself."""
     shutil.copytree(chain, world / "runs")

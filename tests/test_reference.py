@@ -268,7 +268,7 @@ def dlip() -> Iterator[tuple[str, float]]:
         "mean": {"heads": "mean", "decoder_state": "last"},
         "plain": {"attention_temperature": 0.0},
     }.items():
-        for row in TABLE:
+        for row in TABLE[:9]:  # what follows is ours
             term = row.term(masks, SimpleNamespace(**usual | chosen))  # type: ignore[arg-type]
             assert term
             yield from told(f"{row.weight} {form}", compared(term, student, teacher, maps, temperature=2.0))

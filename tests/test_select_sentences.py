@@ -143,7 +143,7 @@ def test_a_plan_says_memory_and_time_of_both_sizes(given: dict[str, Any], tmp_pa
 
     small, large = planned(), planned(cap=300)
     assert small.status == "new" and small.schedule == {"images": 20, "sentences": len(SAID) + len(FOREIGN) + 1, "batch_size": 32}
-    assert small.memory["images"] == 20 * 8 * 4 and small.time["search"] >= 0 == small.time["embedding"]
+    assert small.memory["images"] == 20 * 8 * 4 and small.time["search"] >= 0 == small.time["embed"]
     assert small.memory["candidates"] < large.memory["candidates"] and small.disk["peak"] < large.disk["peak"]
     assert not (tmp_path / "out").exists()
 

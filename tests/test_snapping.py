@@ -39,6 +39,16 @@ def cases(draw):
     return scope, probabilities(len(scope.units), draw(st.integers(0, 10**6)), draw(st.sampled_from(["spread", "sure", "tied", "open"])))
 
 
+def test_what_can_be_reached_is_reached_though_the_best_heads_cost_most() -> None:
+    """Two query heads of one key head cost less than two of different ones, which may have the higher probabilities."""
+    limits = {"min_heads": 2, "min_neurons": 1, "round_to": 4, "kinds": ["head", "cross_head", "neuron"], "tower_sparsity": {}}
+    scope = Scope.of(ANATOMIES["toy"], 0.515, **limits)
+    scope.check_feasible()
+    for seed in range(8):
+        keep = snap(probabilities(len(scope.units), seed, "spread"), scope)
+        assert scope.anatomy.removed_elements(~keep, scope.targets[0].towers) >= scope.targets[0].need
+
+
 @many
 @given(case=cases(), by_score=st.booleans())
 def test_budget_is_met_within_one_unit_and_limits_hold(case, by_score):

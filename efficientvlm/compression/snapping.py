@@ -120,6 +120,21 @@ def _make_blocks(values: Floats, scope: Scope, round_counts: bool, course: _Cour
 
 
 def _cut(values: Floats, scope: Scope, round_counts: bool) -> torch.Tensor:
+    try:
+        return _best_cut(values, scope, round_counts)
+    except TargetMissed:  # the best of a group may cost more than its first, as heads do that share keys and values with others
+        return _best_cut(_first_best(values, scope), scope, round_counts)
+
+
+def _first_best(values: Floats, scope: Scope) -> Floats:
+    """`values` with those of a group that :meth:`Scope.check_feasible` counts as kept, its first, as high as its highest."""
+    raised = values.copy()
+    for name, part in Groups(scope.units).slices.items():
+        raised[part.start : part.start + max(1, scope.floor(name))] = values[part].max()
+    return raised
+
+
+def _best_cut(values: Floats, scope: Scope, round_counts: bool) -> torch.Tensor:
     course = _Course()
     keep = _meet(values, scope, round_counts, course)
     try:

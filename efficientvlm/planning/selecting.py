@@ -63,7 +63,7 @@ def seconds(sentences: int, images: int, width: int, approximate: bool, probes: 
         searched = SLOWER * width * (lists + min(1.0, probes / lists) * images) / speed(width, torch.device("cpu"))
     else:
         searched = width * images / rate
-    parts = {"embedding": sentences * SLOWER * macs / rate, "search": sentences * searched}
+    parts = {"embed": sentences * SLOWER * macs / rate, "search": sentences * searched}
     return {**{name: round(value, 1) for name, value in parts.items()}, "seconds": round(sum(parts.values()), 1)}
 
 

@@ -109,7 +109,7 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     total = sum(len(samples) for _, samples in share)
     done = total - sum(len(samples) for _, samples in lacking)
     lower = f"lower batch_size (now {config.batch_size})"
-    with stop_flag() as stop, Bar("embed", total, start=done, quiet=control.quiet) as bar, enough_memory("embedding", lower):
+    with stop_flag() as stop, Bar("embed", total, start=done, quiet=control.quiet) as bar, enough_memory("embed", lower):
         for number, samples in lacking:
             ids, vectors, missing = embedder.shard(samples, bar, done, stop)
             done += len(samples)

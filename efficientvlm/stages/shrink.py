@@ -15,9 +15,7 @@ from efficientvlm.compression.layers import resolve_layers, shrink_model
 from efficientvlm.compression.widths import PRESETS, Origin, resize_model, resolve_sizes
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
-from efficientvlm.export.stock import opening
 from efficientvlm.families.checks import MOST_LAYERS
-from efficientvlm.families.dual.start import NEW, with_backbone
 from efficientvlm.families.image_settings import resized_settings
 from efficientvlm.families.structure import Layered, Structure
 from efficientvlm.loaded import Loaded, load
@@ -60,6 +58,8 @@ class Shrinking(Job):
         how: dict[str, Any] = {"channels": self.channels, "redrawn": self.redrawn, "depth": self.depth, "seed": self.seed}
         found, origin = resize_model(student, self.sizes, self.fusion_layers, **how)
         if self.backbone:
+            from efficientvlm.families.dual.start import NEW
+
             new_names = [name for name in origin.whole + origin.cut if name.startswith(NEW)]
             for names in (origin.whole, origin.cut):
                 names[:] = [name for name in names if name not in new_names]
@@ -77,6 +77,8 @@ def based(teacher: Any, backbone: Path | None, images: tuple[int | None, int | N
     a side; None: as before. Of a network on the meta device it is one too."""
     image_size, patch_size = images
     if backbone:
+        from efficientvlm.families.dual.start import with_backbone  # with the base class of models, which takes a while to load
+
         values = not next(teacher.parameters()).is_meta
         teacher, image_size = with_backbone(teacher, backbone, image_size, values=values, seed=seed), None
     if (image_size, patch_size) == (None, None):
@@ -95,6 +97,8 @@ def run(config: Shrink, control: Control) -> Manifest:
         teacher = load(config.model)
         student, origin = job.student(teacher.model)
         if origin:
+            from efficientvlm.export.stock import opening
+
             say(f"shrink: {origin}", quiet=control.quiet)
             say(f"shrink: {opening(job.family, student, output.working('opened'))}", quiet=control.quiet)
         kept: dict[str, Any] = {"tokenizer": teacher.tokenizer, "image_processor": job.image_settings(student)}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import ConvNextConfig, ConvNextModel, Dinov2Config, SwinConfig, ViTConfig
+from transformers import ConvNextConfig, Dinov2Config, SwinConfig, ViTConfig
 
 from efficientvlm.errors import BadInput
 from efficientvlm.families.structure import Layered, odd_layers
@@ -362,6 +362,8 @@ class Convolutions(Backbone):
         return {}
 
     def tower(self, part: Any, kept: Kept) -> nn.Module:
+        from transformers import ConvNextModel  # here: no other network needs a module of transformers
+
         return ConvNextModel(part)
 
     def stock(self, part: Any) -> dict[str, Any]:
