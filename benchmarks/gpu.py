@@ -6,8 +6,9 @@ Three parts, each a number of rows of the CSV, which says which card it was:
 
 - `agreement`: losses and gradients of every objective on tiny networks in fp32 and bf16, beside those of the CPU in fp32. Compared are each
   loss and the gradient of each tensor by ‖difference‖ / ‖CPU‖, of which the worst is told; gradients that are smaller than a hundredth of
-  the largest one are measured by that hundredth, since some are 0 but for rounding, as those of the biases of keys. Without TF32, fp32 may
-  differ by 1e-4; gradients in bf16 by 5e-2, losses by 1e-2. The script ends with 1 where one does not hold.
+  the largest one are measured by that hundredth, since some are 0 but for rounding, as those of the biases of keys. Of three draws of
+  weights and batch the worst counts in fp32, the middle one in bf16, where a ReLU or an absolute value close to 0 may turn over. Without
+  TF32, fp32 may differ by 1e-4; gradients in bf16 by 5e-2, losses by 1e-2. The script ends with 1 where one does not hold.
 - `step`: distillation and pruning steps of an X-VLM with a ViT, one with a Swin, and a BLIP, with the largest batch that fits: images a
   second, milliseconds by phase, and the peak of memory beside what a plan says.
 - `latency`: teacher, student of half the layers, and the student without 40 % of its heads and neurons, at batch 1 and 32, beside their
@@ -59,6 +60,7 @@ from efficientvlm.runtime.hardware import autocast, machine_of, pick_device, syn
 from efficientvlm.settings.methods import METHODS
 
 LENGTH, ANSWER = 12, 5
+SEEDS = range(3)
 BOUNDS = {("fp32", "losses"): 1e-4, ("fp32", "gradients"): 1e-4, ("bf16", "losses"): 1e-2, ("bf16", "gradients"): 5e-2}
 TINY = {
     **{"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_layers": 2, "vision_heads": 4, "vision_intermediate": 64},
@@ -191,6 +193,7 @@ class Case(NamedTuple):
     task: str = ""
     method: str = "efficientvlm"
     gated: bool = False
+    precisions: tuple[str, ...] = ("fp32", "bf16")
 
 
 def _pretraining(model: Any) -> Objective:
@@ -217,7 +220,7 @@ CASES = (
     Case("x-vlm vqa", xvlm(decoder_layers=2, heads=[]), Generation, questions, "vqa", gated=True),
     Case("x-vlm captioning", xvlm(heads=["lm"]), Captions, captions, "captioning", gated=True),
     Case("x-vlm nlvr2", xvlm(**TWO, heads=["compare"]), Comparison, statements, "nlvr2", gated=True),
-    Case("x-vlm text assignment", xvlm(**TWO, heads=["assign"]), lambda model: TextAssignment(model, seed=0), pairs),
+    Case("x-vlm text assignment", xvlm(**TWO, heads=["assign"]), lambda model: TextAssignment(model, seed=0), pairs, precisions=("fp32",)),
     Case("x-vlm grounding", xvlm(heads=["box"]), Grounding, phrases, "grounding", gated=True),
     Case("blip pretraining", blip("pretrain"), _blip, pairs, "pretraining", "dlip"),
     Case("blip retrieval", blip("match"), _blip, pairs, "retrieval", "dlip", gated=True),
@@ -225,7 +228,8 @@ CASES = (
     Case("blip captioning", blip("caption"), lambda model: Captions(model, 0.1), captions, "captioning", "dlip", gated=True),
     Case("blip nlvr2", blip("compare"), Comparison, statements, "nlvr2", "dlip"),
 )
-"""Every objective but that of self-critical training, whose captions are drawn, so that rounding may change them."""
+"""Every objective but that of self-critical training, whose captions are drawn, so that rounding may change them. The images beside which a
+text is assigned are drawn by similarity, which in bf16 may give others."""
 
 
 def objective_of(case: Case, student: Any, teacher: Any) -> Objective:
@@ -239,9 +243,9 @@ def objective_of(case: Case, student: Any, teacher: Any) -> Objective:
 # agreement
 
 
-def gradients(case: Case, device: torch.device, precision: str, count: int = 4) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gradients(case: Case, device: torch.device, precision: str, seed: int, count: int = 8) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a step, on the CPU, of the same weights and batch wherever they are computed."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = case.make("tiny")
     student, teacher, batch = built(config).to(device), built(config).to(device), case.batch(config, count)
     objective = objective_of(case, student, teacher).to(device).train()
@@ -252,30 +256,35 @@ def gradients(case: Case, device: torch.device, precision: str, count: int = 4) 
     return {name: value.detach().float().cpu() for name, value in losses.items()}, found
 
 
-def off(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> tuple[float, str]:
-    """The worst ‖difference‖ / ‖expected‖ and whose it is; tensors of norm below `least` are measured by it."""
+def off(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> dict[str, float]:
+    """‖difference‖ / ‖expected‖ of every tensor; those of norm below `least` are measured by it."""
     assert found.keys() == expected.keys(), f"other tensors: {sorted(found.keys() ^ expected.keys())}"
-    return max((float((found[name] - value).norm() / value.norm().clamp(min=least)), name) for name, value in expected.items())
+    return {name: float((found[name] - value).norm() / value.norm().clamp(min=least)) for name, value in expected.items()}
 
 
 def agreement(device: torch.device, cases: tuple[Case, ...] = CASES) -> Iterator[dict[str, Any]]:
     """A row a case, precision and kind of number."""
     for case in cases:
-        losses, expected = gradients(case, torch.device("cpu"), "fp32")
-        floor = 1e-2 * float(torch.stack([value.norm() for value in expected.values()]).max())
-        for precision in ("fp32", "bf16"):
-            found = gradients(case, device, precision)
-            for kind, one, other, least in (("losses", found[0], losses, 1e-3), ("gradients", found[1], expected, floor)):
-                worst, whose = off(one, other, least)
-                bound = BOUNDS[precision, kind]
-                row = {
-                    "case": case.name,
-                    "precision": precision,
-                    "what": f"{kind}, worst of {len(other)}",
-                    "value": worst,
-                    "unit": "relative",
-                }
-                yield row | {"bound": bound, "holds": int(worst <= bound), "note": whose}
+        each: dict[tuple[str, str], list[dict[str, float]]] = {}
+        for seed in SEEDS:
+            losses, expected = gradients(case, torch.device("cpu"), "fp32", seed)
+            floor = 1e-2 * float(torch.stack([value.norm() for value in expected.values()]).max())
+            for precision in case.precisions:
+                found = gradients(case, device, precision, seed)
+                each.setdefault((precision, "losses"), []).append(off(found[0], losses, 1e-3))
+                each.setdefault((precision, "gradients"), []).append(off(found[1], expected, floor))
+        for (precision, kind), draws in each.items():
+            chosen = max if precision == "fp32" else statistics.median
+            worst, whose = max((chosen([draw[name] for draw in draws]), name) for name in draws[0])
+            bound = BOUNDS[precision, kind]
+            row = {
+                "case": case.name,
+                "precision": precision,
+                "what": f"{kind}, worst of {len(draws[0])}",
+                "value": worst,
+                "unit": "relative",
+            }
+            yield row | {"bound": bound, "holds": int(worst <= bound), "note": whose}
 
 
 # steps
