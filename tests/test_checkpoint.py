@@ -18,7 +18,9 @@ from efficientvlm.checkpoints.files import resolve, write_atomic
 from efficientvlm.checkpoints.folder import MANIFEST, Output, require_complete
 from efficientvlm.checkpoints.lineage import lineage, verify
 from efficientvlm.checkpoints.manifest import Manifest
+from efficientvlm.checkpoints.request import compare
 from efficientvlm.errors import BadInput
+from efficientvlm.settings.compose import stage_settings
 
 
 def make(
@@ -104,6 +106,18 @@ def test_a_different_run_is_refused_unless_forced(tmp_path: Path, change: dict[s
     make(tmp_path / "a", "new", names=("config.json",), **{**request, **change}, force=True)
     assert set(tree(tmp_path / "a")) == {"README.md", MANIFEST, "config.json", "metrics.jsonl"}, "stale files must go"
     assert verify(tmp_path / "a") == []
+
+
+def test_a_setting_that_was_not_known_then_stood_at_its_default() -> None:
+    values = {"model": "a", "data": "easy-vqa", "out": "b", "task": "nlvr2", "teacher": "t"}
+    wanted = {"stage": "finetune", "inputs": {}, "config": stage_settings("finetune", values).model_dump(mode="json")}
+    older = {**wanted, "config": {name: value for name, value in wanted["config"].items() if name not in ("crop_scale", "weights")}}
+    assert compare(wanted, older) == []
+    for change in ({"crop_scale": [0.5, 1.0]}, {"weights": {**wanted["config"]["weights"], "logits": 2.0}}):
+        (told,) = compare({**wanted, "config": wanted["config"] | change}, older)
+        assert told.startswith(next(iter(change)))
+    (told,) = compare(wanted, {**older, "config": {name: value for name, value in older["config"].items() if name != "model"}})
+    assert told.startswith("model: null there")
 
 
 def test_the_old_checkpoint_stays_complete_while_it_is_being_replaced(tmp_path: Path) -> None:

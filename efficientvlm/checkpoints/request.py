@@ -12,7 +12,8 @@ from efficientvlm.checkpoints import manifest as manifests
 from efficientvlm.checkpoints.files import fsync_dir, write_new
 from efficientvlm.checkpoints.scratch import PROGRAM
 from efficientvlm.errors import BadInput
-from efficientvlm.settings.compose import asides
+from efficientvlm.settings.compose import asides, of
+from efficientvlm.settings.stages import STAGES
 
 STATE = "training_state"
 REQUEST = "request.json"
@@ -67,7 +68,8 @@ def write_request(state_dir: Path, request: dict[str, Any]) -> None:
 def compare(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """Why two runs, each a mapping with `stage`, `inputs` and `config`, are not the same run; empty if they are.
 
-    Settings that do not change what is learnt do not count: see :func:`beside`.
+    Settings that do not change what is learnt do not count: see :func:`beside`. A setting that was not known when the other run began
+    stood at its default, which is why the default of a new setting has to be what was done before.
     """
     if wanted["stage"] != there["stage"]:
         return [f"stage: {there['stage']} there, {wanted['stage']} now"]
@@ -87,10 +89,21 @@ def _changes(wanted: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[st
         before, now = there["inputs"].get(role), wanted["inputs"].get(role)
         if before != now:  # validation data in the place of none: then nothing is held out of the training data any more
             yield f"input {role} differs", role in marked and None not in (before, now)
+    usual = _defaults(wanted["stage"], wanted["config"])
     for name in sorted({*wanted["config"], *there["config"]} - {"out", *roles}):
-        before, now = there["config"].get(name), wanted["config"].get(name)
+        before, now = there["config"].get(name, usual.get(name)), wanted["config"].get(name)
         if before != now and not (name in marked and name not in there["config"]):
             yield f"{name}: {_brief(before)} there, {_brief(now)} now", name in marked
+
+
+def _defaults(stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage, for its task and method, that may be left out, as JSON has them."""
+    if stage not in STAGES:
+        return {}
+    fields = of(stage, config).model_fields
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()}
+    found: dict[str, Any] = json.loads(json.dumps(defaults, default=lambda group: group.model_dump(mode="json")))
+    return found
 
 
 def _brief(value: Any) -> str:
