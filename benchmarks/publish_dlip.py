@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import mean
 
 from publish_scenes import Lines, by_model, doubts, of
-from published import RESULTS, ROOT, published_rows, rows_of, with_block
+from published import RESULTS, ROOT, of_one_torch, published_rows, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
-from efficientvlm.errors import BadInput
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/dlip.md"), Path("docs/dlip.png")
@@ -219,8 +218,7 @@ def publish(root: Path = ROOT) -> list[Path]:
         BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
     """
     lines, name = published_rows(root, "dlip", but="start", fix="run benchmarks/dlip.py, or move the others away")
-    if len(versions := {line["torch"] for line in lines}) > 1:
-        raise BadInput("the runs cannot be compared", f"torch {', '.join(sorted(versions))}", "run them again with one version")
+    of_one_torch(lines)
     beside = RESULTS / name.name.replace("dlip_", "dlip_start_", 1)
     page = with_block((root / PAGE).read_text("utf-8"), "dlip", block(lines, name, rows_of(root / beside), beside))
     plot(lines, root / PICTURE)

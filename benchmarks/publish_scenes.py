@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from published import ROOT, published_rows, with_block
+from published import ROOT, of_one_torch, published_rows, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
-from efficientvlm.errors import BadInput
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/scenes.md"), Path("docs/scenes.png")
@@ -158,8 +157,7 @@ def publish(root: Path = ROOT) -> list[Path]:
         BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
     """
     lines, name = published_rows(root, "scenes", fix="run benchmarks/scenes.py, or move the others away")
-    if len(versions := {line["torch"] for line in lines}) > 1:
-        raise BadInput("the runs cannot be compared", f"torch {', '.join(sorted(versions))}", "run them again with one version")
+    of_one_torch(lines)
     page = with_block((root / PAGE).read_text("utf-8"), "scenes", block(lines, name))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())

@@ -76,6 +76,12 @@ def published_rows(root: Path, name: str, *, but: str = "", fix: str = "move the
     return rows_of(found[0]), RESULTS / found[0].name
 
 
+def of_one_torch(lines: list[dict[str, str]]) -> None:
+    """:class:`BadInput` if rows were made with several versions of torch: they cannot be compared."""
+    if len(versions := {line["torch"] for line in lines}) > 1:
+        raise BadInput("the runs cannot be compared", f"torch {', '.join(sorted(versions))}", "run them again with one version")
+
+
 def with_block(readme: str, name: str, text: str) -> str:
     """`readme` with `text` between the two markers of the block `name`, each of which must stand there once."""
     begin, end = markers(name)
