@@ -87,14 +87,10 @@ def _easy_vqa(kind: Kind[Any, Any], split: str, **options: Any) -> Source[Any]:
     return seen
 
 
-class Seen(Source[Item]):
-    """The pictures of a source of questions, as samples of a kind that needs no more."""
+class Over(Source[Item]):
+    """What is made of the samples of another source."""
 
-    def __init__(self, kind: Kind[Item, Any], source: Source[Any]) -> None:
-        """:class:`BadInput` if `kind` needs more."""
-        self.kind, self.source = kind, source
-        if kind.shown("", np.zeros((1, 1, 3), np.uint8)) is None:
-            raise BadInput(f"data {source.name}", f"it has questions but no {kind.holds}", f"use shapes, or {kind.holds} of your own")
+    source: Source[Any]
 
     @property
     def name(self) -> str:
@@ -107,6 +103,16 @@ class Seen(Source[Item]):
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+
+class Seen(Over[Item]):
+    """The pictures of a source of questions, as samples of a kind that needs no more."""
+
+    def __init__(self, kind: Kind[Item, Any], source: Source[Any]) -> None:
+        """:class:`BadInput` if `kind` needs more."""
+        self.kind, self.source = kind, source
+        if kind.shown("", np.zeros((1, 1, 3), np.uint8)) is None:
+            raise BadInput(f"data {source.name}", f"it has questions but no {kind.holds}", f"use shapes, or {kind.holds} of your own")
 
     @property
     def notes(self) -> list[str]:
@@ -129,23 +135,11 @@ class Seen(Source[Item]):
             yield [None]
 
 
-class Subset(Source[Item]):
+class Subset(Over[Item]):
     """Some samples of a source, in the order of `indices`."""
 
     def __init__(self, source: Source[Item], indices: list[int] | range) -> None:
         self.source, self.indices = source, indices
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def licence(self) -> str:
-        return self.source.licence
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
 
     @property
     def origin(self) -> str:
