@@ -184,6 +184,10 @@ def test_a_folder_of_mixed_forms_and_one_whose_table_has_another_name(tmp_path: 
     written(tmp_path / "other", ".csv", CAPTIONS, "others")
     with pytest.raises(BadInput, match=r"cannot use captions\.jsonl, others\.csv as one split"):
         open_data(PAIRS, str(tmp_path / "other"), "train")
+    (tmp_path / "said.txt").write_text("a red circle\n", "utf-8")
+    with pytest.raises(BadInput, match=r"said\.txt: a file that ends in \.txt is no table") as caught:
+        open_data(PAIRS, str(tmp_path / "said.txt"), "train")
+    assert "plain text is read where only sentences" in caught.value.fix
 
 
 def vqav2(folder: Path, *, answers: Callable[[int], list[str]] = lambda q: ["yes"] * 7 + ["no"] * 3) -> Path:

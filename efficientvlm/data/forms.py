@@ -170,6 +170,10 @@ def open_files(paths: list[Path], skips: Skips) -> Table:
         return json_list(paths[0], skips)
     if len(paths) == 1 and re.search(r"\.(tar\.\w+|tgz)$", paths[0].name, re.IGNORECASE):
         raise BadInput(f"data {paths[0]}", "samples of a compressed tar are not found at once", f"unpack it, or train on stream:{paths[0]}")
+    if len(paths) == 1:
+        ending = f"a file that ends in {paths[0].suffix}" if paths[0].suffix else "a file without an ending"
+        fix = f"give a {', '.join(SINGLE)}, .parquet or .tar file, or a folder; plain text is read where only sentences are asked for"
+        raise BadInput(f"data {paths[0]}", f"{ending} is no table", fix)
     listed = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
     raise BadInput(
         f"data {paths[0].parent}", f"cannot use {listed} as one split", f"give one {', '.join(SINGLE)} file, or shards in parquet or tar"
