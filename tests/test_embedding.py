@@ -9,7 +9,7 @@ import nursery
 import pytest
 import torch
 from clip_folder import byte_pairs, write_clip
-from conftest import QUIET, run_stage
+from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 
 from efficientvlm.checkpoints.folder import require_complete
@@ -145,3 +145,26 @@ def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, 
     assert "vectors of" in refused("distill", tmp_path, **settings | swapped).what
     of_another = settings | {"teacher": str(live), "image_store": stores["images"]}
     assert "another teacher" in refused("distill", tmp_path, **of_another).what
+
+
+@pytest.mark.parametrize("family", ["xvlm", "blip"])
+def test_a_network_that_fuses_is_student_and_teacher_too(family: str, tmp_path: Path) -> None:
+    """Its fusion does not learn; sentences are read as the teacher reads them, or learnt."""
+    sizes = {**SIZES, "dropout": 0.0} | ({"network": "match"} if family == "blip" else {})
+    run_stage(
+        "init",
+        out=str(tmp_path / "teacher"),
+        family=family,
+        size="tiny",
+        data=SHAPES,
+        settings={**sizes, "vision_layers": 2, "text_layers": 2},
+    )
+    run_stage("shrink", model=str(tmp_path / "teacher"), out=str(tmp_path / "small"), layers={"vision": 1, "text": 2})
+    common = {**TRAIN, "max_steps": 2, "task": "embedding", "teacher": str(tmp_path / "teacher"), "data": SHAPES, "sentences": SHAPES}
+    for learnt in (False, True):
+        out = tmp_path / str(learnt)
+        manifest = run_stage("finetune", model=str(tmp_path / "small"), out=str(out), learn_texts=learnt, **common)
+        before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "small", out))
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        towers = {load(str(out)).model.tower_of(name) for name in changed}
+        assert manifest.metrics["val"]["image_cosine"] and "vision" in towers and ("text" in towers) == learnt

@@ -109,7 +109,13 @@ def learnt_by_images(model: Any) -> frozenset[str]:
 
 def learnt_by_texts(model: Any) -> frozenset[str]:
     """Names of the parameters on which the vectors of texts depend, found likewise."""
-    return _depending(model, lambda batch: model.embed_texts(batch["text_ids"], batch["text_mask"])[1])
+    return _depending(model, lambda batch: model.embed_texts(*_texts_of(batch))[1])
+
+
+def _texts_of(example: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the texts of an example, which are questions where a network may answer too."""
+    kind = "text" if "text_ids" in example else "question"
+    return example[f"{kind}_ids"], example[f"{kind}_mask"]
 
 
 def _depending(model: Any, embed: Any) -> frozenset[str]:
