@@ -550,6 +550,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_folders_open_in_fresh_processes(tmp_path):
     """Cut ones with `load` and with Auto classes once the package is imported; whole ones without the package."""
     from efficientvlm.checkpoints.folder import Output

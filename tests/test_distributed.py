@@ -103,7 +103,8 @@ def test_uneven_texts_labels_and_regions_are_weighted_by_their_global_counts(cal
             assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("stage", ["prune", slow("pretrain"), slow("distill"), slow("finetune")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prune", "pretrain", "distill", "finetune"])
 def test_two_processes_interrupted_resume_to_the_same_bits(stage: str, chain: Path, tmp_path: Path) -> None:
     settings = {**settings_of(stage, chain), **SHORT}
     nursery.whole(stage, processes=2, out=str(tmp_path / "whole"), **settings)
@@ -139,7 +140,8 @@ def test_a_state_of_two_processes_is_resumed_by_one(calm: Path, tmp_path: Path) 
     assert max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel()) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [slow("finetune"), slow("pretrain"), slow("distill")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["finetune", "pretrain", "distill"])
 def test_spread_parameters_train_as_copies_do(stage: str, calm: Path, tmp_path: Path) -> None:
     """FSDP2 against one process, and interrupted against uninterrupted."""
     settings = {**settings_of(stage, calm), **SHORT, "clip": 0.1}

@@ -469,7 +469,8 @@ def test_what_could_go_either_way_is_no_difference() -> None:
     assert choose.margins.tolist() == pytest.approx([0.5 / 3, 0.0])  # the first row ended before the scores were equal
 
 
-@pytest.mark.parametrize("swin", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["vit", "swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("swin", [False, True], ids=["vit", "swin"])
 def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(swin: bool, chain: Path, tmp_path: Path) -> None:
     config = CONFIGS["xvlm-swin" if swin else "xvlm"].copy(heads=["itc", "itm"], decoder_layers=0, vocab_size=90, max_positions=40)
     source, out = checkpoint(tmp_path / "model", family("xvlm"), small(config)), str(tmp_path / "onnx")
