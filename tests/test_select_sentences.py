@@ -18,6 +18,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.loaded import load, texts_of
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
+from efficientvlm.selection.pile import Pile
 from efficientvlm.settings.compose import stage_settings
 from efficientvlm.stages import select_sentences
 
@@ -156,3 +157,10 @@ def test_the_command_tells_what_came_of_it(given: dict[str, Any], tmp_path: Path
     assert code == 0 and "up to date" in err
     code, _, err = evlm("select-sentences", *options, "--cap", "2", "--out", str(tmp_path / "out"))
     assert code == 3 and "other settings" in err
+
+
+@pytest.mark.parametrize("name", ["pile.json", "pile.csv.gz", "pile.arrow"])
+def test_a_file_of_another_kind_is_not_taken_for_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('[{"sentence": "a red circle"}]', "utf-8")
+    with pytest.raises(BadInput, match="is no pile of sentences"):
+        Pile(tmp_path / name)

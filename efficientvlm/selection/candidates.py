@@ -93,10 +93,12 @@ class Candidates:
         rows["vector"] = vectors(rows["number"])
         self._file.write(rows.tobytes())
         self._hold(rows)
+        if self._unseen >= max(FEWEST, len(self._kept)):
+            self._sort_out()
 
     def save(self, done: int, counts: Mapping[str, int]) -> None:
         """Put down that `done` sentences were read, and `counts` of those that were dropped: from here a killed run goes on."""
-        old = self._trim() if self._unseen >= max(FEWEST, len(self._kept)) else None
+        old = self._trim() if self.count >= 2 * len(self._kept) + FEWEST else None
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done, self.counts = done, Counter(counts)

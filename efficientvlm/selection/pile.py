@@ -17,6 +17,8 @@ from efficientvlm.errors import BadInput
 from efficientvlm.selection.rules import Array, Limits, squeezed
 
 TABLES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
+OTHERS = {".json", ".arrow", ".tar", ".zip", ".gz", ".bz2", ".xz", ".zst", ".npy", ".npz", ".safetensors"}
+"""Endings of files that hold something else, or hold it packed."""
 COLUMNS = ("sentence", "text", "caption")
 LONGEST_LINE = 1 << 20  # bytes
 KEY = np.dtype([("first", "<u8"), ("second", "<u8")])
@@ -30,10 +32,14 @@ class Pile:
         """`column` of a table; by default the one that is called sentence, text or caption.
 
         Raises:
-            BadInput: a column of a file that has none.
+            BadInput: a column of a file that has none, or a file of another kind.
         """
         self.path, self.column = path, column
         self.table = path.suffix.lower() in TABLES
+        endings = {ending.lower() for ending in path.suffixes[-2:]}
+        if not self.table and endings & OTHERS:
+            fix = f"give a file {', '.join(TABLES)}, or plain text, a sentence a line"
+            raise BadInput(f"{path} is no pile of sentences", f"a file that ends in {''.join(path.suffixes[-2:])} is not read here", fix)
         if column and not self.table:
             raise BadInput(f"{path} has no column {column}", "it is read as text, a sentence a line", f"give a file {', '.join(TABLES)}")
 
