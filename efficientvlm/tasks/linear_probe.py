@@ -119,7 +119,8 @@ class LinearProbe(Task):
         known = np.array([numbers[label] for label in model.classes_])
         best = known[np.argsort(-scores, axis=1, kind="stable")[:, :TOP]]
         told = tell([[numbers[label]] for label in test.labels], best, order)
-        unseen = sum(label not in set(model.classes_.tolist()) for label in test.labels)
+        learnt = set(model.classes_.tolist())
+        unseen = sum(label not in learnt for label in test.labels)
         remarks = [f"{unseen:,} of {len(test.labels):,} images are of a class without a training image, and never right"] if unseen else []
         remarks += [f"{seen:,} images are among those that were learnt from, pixel by pixel"] if seen else []
         remarks += [f"L-BFGS was stopped after {config.max_iterations:,} iterations; max_iterations raises it"] if unfinished else []
