@@ -12,6 +12,7 @@ from efficientvlm import families
 from efficientvlm.checkpoints import files
 from efficientvlm.checkpoints import folder as checkpoint
 from efficientvlm.checkpoints.manifest import Manifest
+from efficientvlm.checkpoints.store import IMAGES
 from efficientvlm.data.preprocessing import FILE, Preprocessing
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.tokenizer import guarded, load_tokenizer, require_ids
@@ -118,6 +119,11 @@ def check_precision(loaded: Loaded, precision: str) -> None:
 def texts_of(loaded: Loaded, max_tokens: int | None = None) -> Texts:
     """Texts as token ids for this model, at most as long as :func:`text_length` says."""
     return Texts(loaded.tokenizer, text_length(loaded, max_tokens))
+
+
+def read_as(loaded: Loaded, side: str, max_tokens: int | None = None) -> str:
+    """In what form a network reads `images`, or `sentences` of at most `max_tokens`, so that what was kept of it can be compared."""
+    return repr(loaded.preprocessing) if side == IMAGES else f"at most {texts_of(loaded, max_tokens).max_tokens} tokens"
 
 
 def text_length(loaded: Loaded, asked: int | None = None) -> int:

@@ -145,6 +145,16 @@ def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, 
     assert "vectors of" in refused("distill", tmp_path, **settings | swapped).what
     of_another = settings | {"teacher": str(live), "image_store": stores["images"]}
     assert "another teacher" in refused("distill", tmp_path, **of_another).what
+    harder = settings | {"data": "shapes:difficulty=3,size=40", "image_store": stores["images"]}  # whose pictures have the same names
+    assert "other images" in refused("distill", tmp_path, **harder).what
+    cut = settings | {"max_tokens": 5, "sentence_store": stores["sentences"]}
+    assert "in another form" in refused("distill", tmp_path, **cut).what
+
+
+def test_sentences_that_cannot_be_read_stand_in_front(towers: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(f"{'a ' * 75_000}\n" * 8 + "a red circle\nthe blue square\n" * 20, "utf-8")
+    settings = given(towers) | {"sentences": str(tmp_path / "long.txt"), "max_bad": 20}
+    assert run_stage("distill", out=str(tmp_path / "out"), **settings).metrics["val"]["text_cosine"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["xvlm", "blip"])

@@ -85,10 +85,6 @@ def test_a_store_that_does_not_fit_is_refused(teacher: str, tmp_path: Path) -> N
     ):
         with pytest.raises(BadInput, match=said):
             store.check(**{"side": "images", **wrong})  # type: ignore[arg-type]
-    ids = [f"shapes/0/train/{number}" for number in range(11)]
-    assert store.check_samples(ids, max_missing=0.1) == 1
-    with pytest.raises(BadInput, match="lacks 1 of 11"):
-        store.check_samples(ids)
     with pytest.raises(BadInput, match="holds no embeddings"):
         Store.open(teacher)
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 IMAGES, SENTENCES = "images", "sentences"
 FAMILY, INDEX = "embeddings", "index.arrow"
 NOTE = b"missing"
-SHOWN = 3
 
 
 class Shard(NamedTuple):
@@ -112,11 +111,20 @@ class Store:
         except (KeyError, ValueError, TypeError) as error:
             raise BadInput(f"{path} is damaged", f"its manifest does not say {error}", "run evlm embed again with --force") from None
 
-    def check(self, *, side: str, width: int | None = None, teacher: str | None = None, origin: str | None = None) -> None:
+    def check(
+        self,
+        *,
+        side: str,
+        width: int | None = None,
+        teacher: str | None = None,
+        origin: str | None = None,
+        preprocessing: str | None = None,
+    ) -> None:
         """See that these are vectors of `side` by the checkpoint with the manifest of digest `teacher`, of `width` numbers.
 
         Args:
             origin: what the samples come from, see `data.opening.origin`; sentences are told apart by their ids alone.
+            preprocessing: in what form the teacher would read them now, see `loaded.read_as`.
 
         Raises:
             BadInput: they are not, and how they differ.
@@ -131,15 +139,9 @@ class Store:
             raise BadInput(f"{self.path} is of another teacher", why, fix)
         if side == IMAGES and origin and self.origin and self.origin != origin:
             raise BadInput(f"{self.path} is of other images", "the data that are read are not those it was made from", fix)
-
-    def check_samples(self, ids: Sequence[str], max_missing: float = 0.01) -> int:
-        """How many of `ids` there is no vector of; :class:`BadInput` if they are more than that part of them."""
-        lacking = np.flatnonzero(~self.has(ids))
-        if len(lacking) > max_missing * len(ids):
-            first = shorten(", ".join(ids[at] for at in lacking[:SHOWN].tolist()))
-            why = f"it lacks {len(lacking):,} of {len(ids):,} ({first}), at most {max_missing:.2%} may be missing"
-            raise BadInput(f"{self.path} lacks vectors of these {self.side}", why, "embed these data, or raise max_missing")
-        return len(lacking)
+        if preprocessing and self.preprocessing and self.preprocessing != preprocessing:
+            why = f"{self.preprocessing} there, {preprocessing} now"
+            raise BadInput(f"{self.path} is of {side} in another form", why, "embed them in the form in which they are read now")
 
     def has(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """For each id whether there is a vector."""
@@ -154,7 +156,9 @@ class Store:
         rows = self._rows(ids)
         if len(lacking := np.flatnonzero(rows < 0)):
             why = f"nor of {len(lacking) - 1:,} more of {len(ids):,}" if len(lacking) > 1 else ""
-            raise BadInput(f"{self.path} has no vector of {ids[int(lacking[0])]}", why, "embed these data, or leave such samples out")
+            raise BadInput(
+                f"{self.path} has no vector of {ids[int(lacking[0])]}", why, "embed these data, or take such samples out of them"
+            )
         found = np.empty((len(ids), self.width), np.float16)
         numbers = self._places(rows)
         for number in np.unique(numbers).tolist():

@@ -24,7 +24,7 @@ from efficientvlm.data.kinds.sentences import SENTENCES as TEXTS
 from efficientvlm.data.opening import origin, record, usable
 from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
-from efficientvlm.loaded import Loaded, load, texts_of
+from efficientvlm.loaded import Loaded, load, read_as, texts_of
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.hardware import autocast, pick_device
 from efficientvlm.runtime.interrupt import StopFlag, stop_flag
@@ -83,13 +83,6 @@ def run(config: Embed, control: Control) -> Manifest:
         unusable = source.skips.count if hasattr(source, "skips") else 0
         ranks.together(partial(work, config, control, job, output))
         return ranks.on_main(partial(gather, config, control, job, output, unusable), Manifest.model_validate)
-
-
-def preprocessing_of(config: Embed, teacher: Loaded) -> str:
-    """In what form the teacher read its samples."""
-    if config.side == SENTENCES:
-        return f"at most {texts_of(teacher, config.max_tokens).max_tokens} tokens"
-    return repr(teacher.preprocessing)
 
 
 def shards_of(config: Embed, source: Any) -> list[range]:
@@ -202,7 +195,8 @@ def gather(config: Embed, control: Control, job: Embedding, output: Output, unus
     names = [shard_name(number) for number in range(len(shards_of(config, source)))]
     shards = [read_shard(folder / name) for name in names]
     missing = {what: why for shard in shards for what, why in shard.missing.items()}
-    lost, found = len(missing) + unusable, sum(len(shard.keys) for shard in shards)
+    found = sum(len(shard.keys) for shard in shards)
+    lost = len(source) - found + unusable  # equal sentences have one name
     check_missing(config, output, lost, found, missing)
     for name in names:
         os.link(folder / name, output.staging / name)
@@ -214,7 +208,7 @@ def gather(config: Embed, control: Control, job: Embedding, output: Output, unus
         "missing": lost,
         "missing_samples": dict(list(missing.items())[:LISTED]),
         "origin": origin(source),
-        "preprocessing": preprocessing_of(config, job.teacher),
+        "preprocessing": read_as(job.teacher, config.side, config.max_tokens),
         "rows": [len(shard.keys) for shard in shards],
     }
     data = [DataRecord(**record(source, config.split))]

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientvlm.checkpoints.store import Store
 from efficientvlm.data.ahead import usable_batches
 from efficientvlm.data.batch import on_device, stack
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator, some_of
 from efficientvlm.data.kinds.images import IMAGES
 from efficientvlm.data.kinds.sentences import SENTENCES
-from efficientvlm.data.opening import STREAM, usable
+from efficientvlm.data.opening import STREAM, origin, usable
 from efficientvlm.data.reading import Reading, of_texts
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.transforms import augment
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import Loaded, texts_of
+from efficientvlm.loaded import Loaded, read_as, texts_of
 from efficientvlm.objectives.embedding import EmbeddingTeacher, Unpaired, first_of, learnt_by_images
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.runtime.progress import counted
@@ -78,16 +79,22 @@ class Embedding(Learnt):
                 parameter.requires_grad_(False)
 
     def begin(self, config: EmbeddingSettings, student: Loaded, teacher: Loaded | None, sources: Mapping[str, Any]) -> None:
-        """:class:`BadInput` where texts are not learnt and the student does not read them as the teacher does."""
+        """:class:`BadInput` where a store is not of what is read, or texts are not learnt and the student does not read them as the
+        teacher does."""
+        stores = self.files(config)
+        for side, role, split, reader in (("images", "image_store", "train", teacher), ("sentences", "sentence_store", SENTENCE, student)):
+            if reader and (spec := stores[role]):
+                read = read_as(reader, side, config.max_tokens)
+                Store.open(spec).check(side=side, origin=origin(sources[split]), preprocessing=read)
         if config.learn_texts:
             return
-        items = usable(sources[SENTENCE], range(min(len(sources[SENTENCE]), FIRST)))
+        items = [sources[SENTENCE][number] for number in range(min(len(sources[SENTENCE]), FIRST))]
         batch = on_device(_said(items, texts_of(student, config.max_tokens)), student.model.device)
         with torch.inference_mode():
             ours, theirs = _texts_of(student, batch), EmbeddingTeacher(_network(teacher)).sentences(batch)
-            least = float(_cosines(ours, theirs).min()) if items else 1.0
+            least = float(_cosines(ours, theirs).min())
         if not least >= ALIKE:
-            why = f"texts are not learnt, and its vectors of the same sentence have a cosine of {least:.2f} or more with the teacher's"
+            why = f"texts are not learnt; its vector of a sentence has a cosine of {least:.2f} with the teacher's, {ALIKE} is the least"
             fix = "make the student with the teacher's tower of texts, or learn texts too: --set learn_texts=true"
             raise BadInput(f"{student.path} does not read sentences as its teacher does", why, fix)
 
