@@ -73,7 +73,7 @@ def accelerator(device: str) -> Accelerator:
 
     ranks.start()
     chosen = pick_device(device)
-    settings = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)  # all change buffers alike
+    settings = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[settings])
 
 
@@ -147,6 +147,8 @@ def train(
     if sharded:
         sharded.shard(objective, torches, hardware.device)
     module = objective if sharded else hardware.prepare_model(objective)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module.forward_sync_buffers = False  # all processes change buffers alike
     clip_gradients = sharded.clip_gradients if sharded else nn.utils.clip_grad_norm_
     objective.train()
     ranks.on_main(lambda: cut_metrics(output.metrics, begun))
