@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -554,7 +555,10 @@ def test_init_is_planned_with_its_real_vocabulary(chain: Path) -> None:
 def test_every_packaged_recipe_can_be_planned(name: str, evlm: Any) -> None:
     """Those that need no files of a user's own."""
     code, out, err = evlm("plan", name, "--json")
-    assert code == 0 and all(line.startswith("matching: ") for line in err.splitlines()), err
+    expected = re.compile(
+        r"matching: step \d+ lacks |distillation: left out, as these networks and losses have nothing of the kind: text_features "
+    )
+    assert code == 0 and all(expected.match(line) for line in err.splitlines()), err
     assert json.loads(out)["plan"]["problems"] == [] and not Path("runs").exists()
 
 
