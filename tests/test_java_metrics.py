@@ -50,14 +50,15 @@ def test_meteor_is_asked_with_words(java):
     assert [call[-6:] for call in map(json.loads, java[1].read_text().splitlines())] == [["-", "-", "-stdio", "-l", "en", "-norm"]] * 2
 
 
-def test_spice_reads_the_corenlp_of_the_user(java, tmp_path):
+def test_spice_reads_the_corenlp_of_the_user(java, tmp_path, monkeypatch):
     own = tmp_path / "corenlp"
     own.mkdir()
     with pytest.raises(BadInput, match=r"models\.jar not found"):
         spice(["a"], [["a"]], str(own))
     for name in CORENLP:
         (own / name).touch()
-    assert spice(["a dog", "a cat"], [["a", "b"], ["c"]], str(own)) == pytest.approx(0.15)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert spice(["a dog", "a cat"], [["a", "b"], ["c"]], "~/corenlp") == pytest.approx(0.15)
     (call,) = map(json.loads, java[1].read_text().splitlines())
     jars = {Path(jar).name for jar in call[call.index("-cp") + 1].split(":")}
     assert jars == {"spice-1.0.jar", "one.jar", *CORENLP}

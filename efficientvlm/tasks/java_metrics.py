@@ -49,7 +49,7 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]], corenl
     Raises:
         BadInput: as :func:`meteor`; or no such files.
     """
-    folder, own = check("SPICE", corenlp) / "spice", Path(corenlp)
+    folder, own = check("SPICE", corenlp) / "spice", Path(corenlp).expanduser()
     jars = [folder / "spice-1.0.jar", *sorted((folder / "lib").glob("*.jar")), *(own / name for name in CORENLP)]
     opened = [word for name in OPENED for word in ("--add-opens", f"java.base/{name}=ALL-UNNAMED")]
     said = [
@@ -72,7 +72,7 @@ def check(metric: str, corenlp: str | None = None) -> Path:
         raise BadInput(f"{metric} needs {PACKAGE}", "it is not installed", "pip install 'efficientvlm[meteor]'")
     if shutil.which("java") is None:
         raise BadInput(f"{metric} needs Java", "there is no command java", "install a Java runtime, version 8 or later")
-    missing = [name for name in CORENLP if not Path(corenlp, name).is_file()] if corenlp is not None else []
+    missing = [name for name in CORENLP if not Path(corenlp, name).expanduser().is_file()] if corenlp is not None else []
     if missing:
         raise BadInput(f"{corenlp} is not CoreNLP 3.6.0", f"{' and '.join(missing)} not found", "name the folder it was unpacked in")
     return Path(next(iter(found.submodule_search_locations)))
