@@ -91,11 +91,20 @@ def test_it_is_measured_asked_and_timed(two: Path, tmp_path: Path, evlm: Callabl
     assert timed["timed"].startswith("tensors of two images") and len(timed["latency"]) == 4
 
 
+def test_one_that_answers_questions_leaves_its_decoder_behind(chain: Path, tmp_path: Path) -> None:
+    old = load(str(chain / "pruned")).model
+    assert old.config.decoder_layers and any(name.startswith("decoder.") for name in old.config.kept)
+    run_stage("finetune", out=str(tmp_path / "o"), model=str(chain / "pruned"), task="nlvr2", **{**SHORT, "max_steps": 1, "lr": 1e-9})
+    new = load(str(tmp_path / "o")).model
+    assert new.config.abilities() == {"compare"} and new.config.answers is None and not new.config.decoder_layers
+    before, after = old.config.kept_indices(), new.config.kept_indices()
+    assert before["fusion.0.neuron"] == after["fusion.0.neuron"] == after["fusion.1.neuron"]
+    weight = "text.layers.0.attention.q.weight"
+    assert torch.allclose(old.state_dict()[weight], new.state_dict()[weight], atol=1e-6)
+
+
 def test_what_cannot_be_is_refused(chain: Path, two: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"out": str(tmp_path / "o"), "data": SHAPES, **TRAIN}
-    with pytest.raises(BadInput, match="cannot compare two images") as refused:
-        run_stage("finetune", model=str(chain / "teacher"), task="nlvr2", **common)
-    assert "pre-trained" in refused.value.fix
     with pytest.raises(BadInput, match=r"teacher .* cannot compare two images"):
         run_stage("finetune", model=str(chain / "init"), teacher=str(chain / "teacher"), task="nlvr2", **common)
     with pytest.raises(BadInput, match="cannot compare two images") as refused:

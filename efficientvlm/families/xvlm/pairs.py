@@ -14,28 +14,39 @@ def of_two_images(model: Any, head: str) -> tuple[Any, list[str]]:
     """`model` with `head` (compare, assign) alone, and the names of its tensors that are new.
 
     Every fusion layer becomes two, one for each image, with common keys and values; what was removed of it is missing in both. The heads
-    of other tasks are left behind, and so is the temperature; `assign` keeps the projection of images, by which it draws others that are
-    alike. A network that reads two images already keeps its layers.
+    of other tasks are left behind, and so are the temperature and an answer decoder: who answers what is in an image has learnt what
+    statements ask for. `assign` keeps the projection of images, by which it draws others that are alike. A network that reads two images
+    already keeps its layers.
 
     Raises:
-        BadInput: a network that answers questions, or has no fusion layers.
+        BadInput: a network without fusion layers.
     """
     config = model.config
-    if config.decoder_layers:
-        fix = "start from a pre-trained one, before it is tuned for another task"
-        raise refusal(config, head, why="it answers questions", fix=fix)
     if not config.fusion_layers:
         raise refusal(config, head, why="without fusion layers it reads texts blind", fix="shrink to at least one")
     if list(config.heads) == [head]:
         return model, []
-    changed = config.copy(heads=[head])
+    changed = config.copy(heads=[head], **_without_decoder(config))
     if config.fusion_images == 1:
-        changed = changed.copy(fusion_images=IMAGES, fusion_layers=IMAGES * config.fusion_layers, **_doubled(config))
+        changed = changed.copy(fusion_images=IMAGES, fusion_layers=IMAGES * config.fusion_layers, **_doubled(changed))
     new = type(model)(changed)
     old, state = model.state_dict(), new.state_dict()
     sources = {name: _source(name, IMAGES // config.fusion_images) for name in state}
     new.load_state_dict({name: old.get(sources[name], tensor) for name, tensor in state.items()})
     return new, [name for name, source in sources.items() if source not in old]
+
+
+def _without_decoder(config: Any) -> dict[str, Any]:
+    """What the configuration says of an answer decoder and its answers, taken away."""
+    if not config.decoder_layers:
+        return {}
+    found: dict[str, Any] = {"decoder_layers": 0, "answers": None}
+    if config.kept:
+        found["kept"] = {name: ranges for name, ranges in config.kept.items() if not name.startswith("decoder.")}
+    if config.layer_source:
+        for name in ("layer_source", "layer_source_of"):
+            found[name] = {tower: source for tower, source in getattr(config, name).items() if tower != "decoder"}
+    return found
 
 
 def _doubled(config: Any) -> dict[str, Any]:
