@@ -84,20 +84,37 @@ def count_macs(model: Any, *, text_length: int = 12) -> dict[str, Any]:
 
     Operations outside every module with parameters of one tower count as `heads`.
     """
-    with torch.random.fork_rng(devices=[]):
-        batch = model.example(1, text_length, next(model.parameters()).device)
+    batch = example_of(model, text_length)
     by_tower = count_macs_of(model, lambda: model.run(batch))
-    sizes = [value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4]
     total = sum(by_tower.values())
-    return {"total": total, "by_tower": by_tower, "image_size": sizes[0] if sizes else 0, "text_length": text_length}
+    return {"total": total, "by_tower": by_tower, "image_size": image_size_of(batch), "text_length": text_length}
+
+
+def example_of(model: Any, text_length: int) -> dict[str, Any]:
+    """What work is counted for: one image and one text of `text_length` tokens."""
+    with torch.random.fork_rng(devices=[]):
+        batch: dict[str, Any] = model.example(1, text_length, next(model.parameters()).device)
+    return batch
+
+
+def image_size_of(batch: dict[str, Any]) -> int:
+    """Pixels on a side of the images of `batch`; 0 without any."""
+    return next((value.shape[-1] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 4), 0)
 
 
 def count_macs_of(model: Any, act: Callable[[], object]) -> dict[str, int]:
     """Multiply-accumulates of what `act` computes with `model`, by tower, as :func:`count_macs` counts them."""
-    counter = FlopCounterMode(display=False)
-    with _frozen(model), _Ledger(model, counter) as ledger, sdpa_kernel(SDPBackend.MATH), counter:
+    with counting(model) as counter, _Ledger(model, counter) as ledger:
         act()
     return {tower: flops // 2 for tower, flops in ledger.flops.items() if flops}
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """A counter of the operations of `model` inside the block, two for each multiply-accumulate, attention as matrix products."""
+    counter = FlopCounterMode(display=False)
+    with _frozen(model), sdpa_kernel(SDPBackend.MATH), counter:
+        yield counter
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class Anatomy:
         shapes: shape of every tensor the sites name (more are allowed).
         aliases: name → canonical name, for tied tensors.
         flows: how inputs reach outputs through the groups; without any, nothing is known of that.
+        weights: what an element of a tensor counts for; 1 by default.
 
     Attributes:
         costs: LongTensor [units], the elements each unit accounts for. Exact for units that share nothing; what is shared (an index with
@@ -77,8 +78,10 @@ class Anatomy:
         shapes: Mapping[str, Sequence[int]],
         aliases: Mapping[str, str] | None = None,
         flows: Sequence[Flow] = (),
+        weights: Mapping[str, int] | None = None,
     ) -> None:
         self.units = tuple(units)
+        self._weights = dict(weights or {})
         self.reach = Reach(flows)
         self.groups = Groups(self.units)
         self.aliases = dict(aliases or {})
@@ -132,7 +135,8 @@ class Anatomy:
         self._slot_tower = np.repeat(np.array([owner[tensor] for tensor, _ in self._axes], dtype=np.int64), sizes)
         numel = np.array([int(np.prod(self._shapes[tensor])) for tensor, _ in self._axes], dtype=np.int64)
         crossed = np.array([len(by_tensor[tensor]) > 1 for tensor, _ in self._axes], dtype=bool)
-        self._rest = np.repeat(numel // np.maximum(sizes, 1), sizes)  # elements of the tensor at one index of this dimension
+        weights = np.array([self._weights.get(tensor, 1) for tensor, _ in self._axes], dtype=np.int64)
+        self._rest = np.repeat(weights * (numel // np.maximum(sizes, 1)), sizes)  # elements of the tensor at one index of this dimension
         self._plain = ~np.repeat(crossed, sizes)
         self._crossed = [(owner[tensor], numbers) for tensor, numbers in by_tensor.items() if len(numbers) > 1]
 
@@ -162,7 +166,7 @@ class Anatomy:
 
         Tensors of which nothing is freed are left out; tied tensors appear under every name.
         """
-        free = self._free_slots(_mask(removed, len(self.units)))
+        free = self._free_slots(as_mask(removed, len(self.units)))
         result: dict[str, dict[int, Mask]] = {}
         for number, (tensor, dim) in enumerate(self._axes):
             if free[self._axis(number)].any():
@@ -185,7 +189,7 @@ class Anatomy:
         last = len(order) + 1
         time = np.full(len(self.units), last, dtype=np.int64)
         time[order] = np.arange(1, last)
-        time[_mask(removed, len(self.units))] = 0
+        time[as_mask(removed, len(self.units))] = 0
         slot_time = np.where(self._users > 0, 0, last)
         np.maximum.at(slot_time, self._entry_slot, time[self._entry_unit])
         wanted = set(self._towers if towers is None else towers)
@@ -207,7 +211,7 @@ class Anatomy:
 
         Exact, except that an element cut along two dimensions by the same unit is missed.
         """
-        free = self._free_slots(_mask(removed, len(self.units)))
+        free = self._free_slots(as_mask(removed, len(self.units)))
         weight = self._rest * free.astype(np.float64)
         for _, numbers in self._crossed:
             kept = [1 - free[self._axis(number)].mean() for number in numbers]
@@ -220,7 +224,7 @@ class Anatomy:
 
     def standing(self, keep: Any) -> set[str]:
         """The groups of which `keep` (bool [units]) leaves at least one unit."""
-        kept = _mask(keep, len(self.units))
+        kept = as_mask(keep, len(self.units))
         return {name for name, part in self.groups.slices.items() if kept[part].any()}
 
     def removed_mask(self, keep: Any) -> Mask:
@@ -231,10 +235,11 @@ class Anatomy:
             if len(wanted) != len(self.units) - int(mask.sum()):
                 raise ValueError("some of the units to keep are not in the model")
             return mask
-        return ~_mask(keep, len(self.units))
+        return ~as_mask(keep, len(self.units))
 
 
-def _mask(values: Any, size: int) -> Mask:
+def as_mask(values: Any, size: int) -> Mask:
+    """`values` as bool [size]; ValueError where they are none."""
     mask = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     if mask.dtype != bool or mask.shape != (size,):
         raise ValueError(f"expected {size} booleans, got {mask.dtype} {mask.shape}")

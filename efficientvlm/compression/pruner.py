@@ -8,11 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.compression.budgets import TEXT_LENGTH, cost_of, reachable
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.compression.surgery import slice_model
+from efficientvlm.errors import BadInput
 from efficientvlm.settings.methods import GateQuirks
 
 
@@ -82,8 +83,10 @@ class Pruner(nn.Module):
         cls,
         model: Any,
         *,
-        sparsity: float,
+        sparsity: float | None = None,
         steps: int,
+        budget: str = "parameters",
+        text_length: int = TEXT_LENGTH,
         warmup: float = 0.3,
         seed: int = 0,
         head_init: float = 10.0,
@@ -93,17 +96,21 @@ class Pruner(nn.Module):
         """Fresh gates on `model`.
 
         Args:
-            sparsity: part of the prunable weights to remove, 0 to 1.
+            sparsity: part of what can be removed that is removed, 0 to 1; or `to`, what the whole network may cost instead.
+            budget: what is counted, `parameters` or `macs`, those of one image and one text of `text_length` tokens.
             warmup: part of `steps` until all of it is asked for.
             head_init, neuron_init: log α at the start; heads that start at 10 move only in long runs (EfficientVLM), at 2 in short ones.
-            limits: as of :meth:`Scope.of`: kinds, towers, tower_sparsity, min_heads, min_neurons, round_to, allow_blind.
+            limits: as of :meth:`Scope.of`: kinds, towers, tower_sparsity, min_heads, min_neurons, round_to, allow_blind, to.
 
         Raises:
-            BadInput: an unknown tower or kind.
-            TargetMissed: the sparsity cannot be reached within the limits.
+            BadInput: an unknown tower or kind, or neither a sparsity nor `to`.
+            TargetMissed: the target cannot be reached within the limits.
         """
-        scope = Scope.of(Anatomy.of(model), sparsity, **limits)
-        scope.check_feasible()
+        if (sparsity is None) == (limits.get("to") is None):
+            raise BadInput("how much is to go is not said once", "sparsity is a part of it, to what may be left", "give one of the two")
+        plain = budget == "parameters" and sparsity is not None
+        cost = None if plain else cost_of(model, budget, text_length=text_length)
+        scope = reachable(model, sparsity or 0.0, cost, **limits)
         gates = Gates(scope.units, seed=seed, head_init=head_init, neuron_init=neuron_init)
         return cls(model, scope, gates, steps=steps, warmup_steps=round(warmup * steps), seed=seed).to(next(model.parameters()).device)
 

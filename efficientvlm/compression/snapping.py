@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
+from efficientvlm.compression.anatomy import Groups, Mask
+from efficientvlm.compression.costs import Cost
 from efficientvlm.compression.sparsity import Scope, Target
 from efficientvlm.errors import Diverged, TargetMissed
 from efficientvlm.families.anatomy import NEURON
@@ -164,7 +165,7 @@ def _meet(values: Floats, scope: Scope, round_counts: bool, course: _Course) -> 
     for target in scope.targets:
         movable = np.isin(towers[blocks.members[blocks.starts[:-1]]], target.towers) & ~blocks.locked
         _close(keep, blocks, movable, scope, target, course)
-        _open(keep, blocks, movable, scope.anatomy, target)
+        _open(keep, blocks, movable, scope.cost, target)
     return keep
 
 
@@ -173,19 +174,19 @@ def _close(keep: Mask, blocks: _Blocks, movable: Mask, scope: Scope, target: Tar
     lowest_first = blocks.ranking[::-1]
     lowest_first = lowest_first[(is_open & movable)[lowest_first]]
     units, ends = blocks.expand(lowest_first)
-    path = scope.anatomy.removed_path(~keep, units, target.towers)[ends]
+    path = scope.cost.path(~keep, units, target.towers)[ends]
     closed = int(np.searchsorted(path, target.need))
     if closed == len(path):
         raise scope.missed(target, int(path[-1]), course.held)
     keep[units[: ends[closed]]] = False
 
 
-def _open(keep: Mask, blocks: _Blocks, movable: Mask, anatomy: Anatomy, target: Target) -> None:
+def _open(keep: Mask, blocks: _Blocks, movable: Mask, cost: Cost, target: Target) -> None:
     refused = np.zeros(len(movable), dtype=bool)
     while True:
-        slack = anatomy.removed_elements(~keep, target.towers) - target.need
+        slack = cost.removed(~keep, target.towers) - target.need
         is_open = keep[blocks.members[blocks.starts[:-1]]]
-        prices = np.add.reduceat(_padded(anatomy.opening_costs(~keep, target.towers)[blocks.members]), blocks.starts)[:-1]
+        prices = np.add.reduceat(_padded(cost.opening(~keep, target.towers)[blocks.members]), blocks.starts)[:-1]
         fits = movable & ~is_open & ~refused & (prices <= slack)
         for block in np.flatnonzero(fits & (blocks.ragged >= 0)):
             fits[block] = is_open[blocks.ragged[block] : block].all()  # else the layer would keep no multiple of round_to
@@ -195,7 +196,7 @@ def _open(keep: Mask, blocks: _Blocks, movable: Mask, anatomy: Anatomy, target: 
         units, ends = blocks.expand(candidates)
         removed = ~keep
         removed[units] = False
-        path = anatomy.removed_path(removed, units[::-1].copy(), target.towers)[::-1][ends]
+        path = cost.path(removed, units[::-1].copy(), target.towers)[::-1][ends]
         opened = int((path >= target.need).sum()) - 1
         refused[candidates[0]] = opened == 0
         if opened:

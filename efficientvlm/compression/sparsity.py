@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from efficientvlm.compression.anatomy import Anatomy, Groups, Mask
+from efficientvlm.compression.costs import Cost, Elements
 from efficientvlm.compression.reach import Pair
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.families.anatomy import CROSS_HEAD, KINDS, NEURON, SECOND_CROSS_HEAD, Unit
@@ -46,17 +47,21 @@ def lagrangian(
 
 @dataclass(frozen=True)
 class Target:
-    """One budget: part `sparsity` of the `whole` prunable elements of `towers` has to go, `gone` of them went before."""
+    """One budget: part `sparsity` of what can be removed of `towers`, `whole`, has to go; `gone` of it went before.
+
+    `to` is what the whole network may cost, where that was asked for.
+    """
 
     name: str
     towers: tuple[str, ...]
     sparsity: float
     whole: int
     gone: int
+    to: int | None = None
 
     @property
     def need(self) -> int:
-        """Fewest elements to remove now."""
+        """Least to remove now."""
         need = math.ceil(self.sparsity * self.whole)
         if need and (need - 1) / self.whole >= self.sparsity:  # 0.07 * 100 is a little more than 7
             need -= 1
@@ -65,13 +70,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Scope:
-    """What may be pruned and how much; see :meth:`of`. `active` is bool [units of the anatomy].
+    """What may be pruned and how much; see :meth:`of`. `active` is bool [units of the anatomy], `cost` is what the budgets count.
 
     Unless `allow_blind`, the last path of every input to every output stays open, as a floor beside the others: whatever chooses the units,
     one of each of the groups that the path goes through stays.
     """
 
     anatomy: Anatomy
+    cost: Cost
     active: Mask
     targets: tuple[Target, ...]
     min_heads: int = 0
@@ -93,6 +99,8 @@ class Scope:
         round_to: int = 1,
         allow_blind: bool = False,
         whole: Mapping[str, int] | None = None,
+        cost: Cost | None = None,
+        to: int | None = None,
     ) -> Scope:
         """One budget over all towers, or a budget of its own for each tower of `tower_sparsity` and one at `sparsity` for the others.
 
@@ -103,12 +111,17 @@ class Scope:
             round_to: the neurons a layer keeps are a multiple of this, or all of them.
             allow_blind: whether an input may be cut off from an output.
             whole: prunable elements by tower before anything was removed; by default those of `anatomy`.
+            cost: what is counted instead of elements.
+            to: what the whole network may cost, instead of a sparsity.
 
         Raises:
-            BadInput: an unknown tower or kind, or a sparsity outside [0, 1].
+            BadInput: an unknown tower or kind, or a sparsity outside [0, 1]; the network costs no more than `to` already.
         """
-        whole = dict(anatomy.totals if whole is None else whole)
+        cost = cost or Elements(anatomy, whole)
+        whole = dict(cost.whole)
         own = dict(tower_sparsity or {})
+        if own and to is not None:
+            raise BadInput("tower_sparsity beside what the whole network may cost", "that is one budget over all towers", "leave one out")
         allowed = set(whole if towers is None else towers)
         for wrong, known, what in ((allowed | set(own), whole, "tower"), (set(kinds), KINDS, "kind of unit")):
             if unknown := sorted(wrong - set(known)):
@@ -121,10 +134,13 @@ class Scope:
         targets = []
         for names, name, value in parts:
             size = sum(whole[tower] for tower in names)
-            targets.append(Target(name if own else "all", names, value, size, size - sum(anatomy.totals.get(tower, 0) for tower in names)))
+            gone = size - sum(cost.totals.get(tower, 0) for tower in names)
+            if to is not None:
+                value = (gone + _excess(cost, to)) / max(size, 1)
+            targets.append(Target(name if own else "all", names, value, size, gone, to))
         chosen = {*kinds} | ({SECOND_CROSS_HEAD} if CROSS_HEAD in kinds else set())
         active = np.array([unit.tower in allowed and unit.kind in chosen for unit in anatomy.units], dtype=bool)
-        return cls(anatomy, active, tuple(targets), min_heads, min_neurons, round_to, allow_blind)
+        return cls(anatomy, cost, active, tuple(targets), min_heads, min_neurons, round_to, allow_blind)
 
     @property
     def units(self) -> list[Unit]:
@@ -158,14 +174,14 @@ class Scope:
 
     @property
     def cheapness(self) -> NDArray[np.float64]:
-        """Minus the elements of each unit that has a gate: by these values :meth:`paths` are the cheapest."""
-        costs: NDArray[np.float64] = -self.anatomy.costs.double().numpy()[self.active]
+        """Minus the cost of each unit that has a gate: by these values :meth:`paths` are the cheapest."""
+        costs: NDArray[np.float64] = -self.cost.costs.double().numpy()[self.active]
         return costs
 
     def achieved(self, keep: torch.Tensor) -> dict[str, float]:
         """Exact sparsity by budget when only `keep` (bool [units of the anatomy]) stays."""
         removed = self.anatomy.removed_mask(keep)
-        return {t.name: (t.gone + self.anatomy.removed_elements(removed, t.towers)) / max(t.whole, 1) for t in self.targets}
+        return {t.name: (t.gone + self.cost.removed(removed, t.towers)) / max(t.whole, 1) for t in self.targets}
 
     def check_feasible(self) -> None:
         """Raise :class:`TargetMissed` when a budget cannot be met even with every unit gone that may go."""
@@ -174,7 +190,7 @@ class Scope:
         for name, part in self.anatomy.groups.slices.items():
             removed[part.start : part.start + self.floor(name, paths)] = False
         for target in self.targets:
-            most = self.anatomy.removed_elements(removed & self._of(target), target.towers)
+            most = self.cost.removed(removed & self._of(target), target.towers)
             if most < target.need:
                 raise self.missed(target, most, paths)
 
@@ -183,10 +199,17 @@ class Scope:
         limits += [f"{name} {value}" for name, value in (("min_heads", self.min_heads), ("min_neurons", self.min_neurons)) if value]
         limits += [f"round_to {self.round_to}"] * (self.round_to > 1)
         limits += ["the last path of every input stays open"] * bool(paths)
+        if target.to is not None:
+            least, rest = self.cost.said(self.cost.now - most), self.cost.said(self.cost.rest)
+            return TargetMissed(
+                f"{self.cost.said(target.to)} cannot be reached",
+                f"the least is {least}; {rest} are of what no cut removes ({', '.join(limits)})",
+                "ask for that or more, lower the floors, or allow more towers and kinds",
+            )
         best = (target.gone + most) / max(target.whole, 1)
         return TargetMissed(
             f"sparsity {target.sparsity:g} of {target.name} cannot be reached",
-            f"at most {best:.4f} of its {target.whole:,} prunable elements can go ({', '.join(limits)})",
+            f"at most {best:.4f} of its {self.cost.said(target.whole, 'prunable')} can go ({', '.join(limits)})",
             "lower the target or the floors, or allow more towers and kinds",
         )
 
@@ -194,10 +217,17 @@ class Scope:
         return np.array([unit.tower in target.towers for unit in self.anatomy.units], dtype=bool)
 
 
+def _excess(cost: Cost, to: int) -> int:
+    """What a network costs beyond `to`; :class:`BadInput` where that is nothing."""
+    if cost.now <= to:
+        raise BadInput(f"{cost.said(to)} are asked for", f"the network has {cost.said(cost.now)} now", "ask for less than that")
+    return cost.now - to
+
+
 class Budget(nn.Module):
     """The Lagrangian of a scope over gates on `scope.units`; one pair of multipliers a budget, to be *ascended* (`maximize=True`).
 
-    Costs are those of :class:`Anatomy`: where units share tensors the expectation is an approximation, snapping is exact.
+    Costs are those of the scope: where units share tensors the expectation is an approximation, snapping is exact.
     """
 
     costs: torch.Tensor
@@ -208,7 +238,7 @@ class Budget(nn.Module):
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.names = tuple(target.name for target in scope.targets)
-        costs = torch.stack([scope.anatomy.costs * torch.from_numpy(scope._of(target)) for target in scope.targets])
+        costs = torch.stack([scope.cost.costs * torch.from_numpy(scope._of(target)) for target in scope.targets])
         active = torch.from_numpy(scope.active)
         self.register_buffer("costs", costs[:, active].float(), persistent=False)
         self.register_buffer("fixed", costs[:, ~active].sum(1).float(), persistent=False)

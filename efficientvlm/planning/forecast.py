@@ -135,11 +135,20 @@ def _(job: Learning, chain: Chain, step: Step, found: Forecast) -> None:
 
 @weigh.register
 def _(job: Pruning, chain: Chain, step: Step, found: Forecast) -> None:
+    counted(job.scope, found)
     look_at_texts(job, chain, step, found)
     found.structure = "uniform cut: the real structure is learnt"
     result, extra = cut(job.student, uniform_cut(job.scope)), {"dense_kept": job.student.model.config.kept}
     gates = len(job.scope.units) if job.config.method == "l0" else 0
     training(chain, step, found, job, result=result, extra=extra, gates=gates, dense=job.config.keep_dense)
+
+
+def counted(scope: Scope, found: Forecast) -> None:
+    """Note what a budget counts, where it is not the weights, or where the size of the whole model is asked for."""
+    cost, to = scope.cost, next((target.to for target in scope.targets), None)
+    if cost.budget != "parameters" or to is not None:
+        asked = "" if to is None else f", {cost.said(to)} asked"
+        found.notes.append(f"{cost.said(cost.now)} before{asked}; {cost.said(cost.rest)} are of what no cut removes")
 
 
 def look_at_texts(job: Learning, chain: Chain, step: Step, found: Forecast) -> None:
@@ -153,6 +162,7 @@ def look_at_texts(job: Learning, chain: Chain, step: Step, found: Forecast) -> N
 
 @weigh.register
 def _(job: Untrained, chain: Chain, step: Step, found: Forecast) -> None:
+    counted(job.scope, found)
     found.structure = "uniform cut: the real structure follows from the weights"
     found.memory = costs.memory(job.pruned.model)
     folder(chain, step, found, job)
@@ -161,6 +171,7 @@ def _(job: Untrained, chain: Chain, step: Step, found: Forecast) -> None:
 
 @weigh.register
 def _(job: Recut, chain: Chain, step: Step, found: Forecast) -> None:
+    counted(job.scope, found)
     found.structure = "exact" if job.keep is not None else "uniform cut: the gates are not learnt yet"
     result = cut(job.whole, uniform_cut(job.scope) if job.keep is None else job.keep)
     found.memory = costs.memory(job.whole.model)
@@ -182,7 +193,7 @@ def uniform_cut(scope: Scope) -> torch.Tensor:
     active = torch.from_numpy(scope.active)
     for target in scope.targets:
         chosen = torch.from_numpy(scope.active & scope._of(target))
-        most = scope.anatomy.removed_elements(chosen, target.towers)
+        most = scope.cost.removed(chosen, target.towers)
         values[chosen] = 1 - min(1.0, target.need / most) if most else 1.0
     places = [(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in Groups(scope.units).sizes]
     tilt = torch.cat(places) if places else values[active]  # snapping then takes from all layers in turns, not from one to the end

@@ -63,10 +63,23 @@ class Asked(Shape):
     expected: Number | None = None
 
 
+class Kept(Shape):
+    initial: Count
+    kept: Count
+
+
+class Counted(Shape):
+    """What a budget counts."""
+
+    budget: str
+    by_tower: dict[str, Kept]
+
+
 class Extra(Shape):
     """What prune and shrink leave under `extra`."""
 
     budget: dict[str, Asked] | None = None
+    cost: Counted | None = None
     layers: dict[str, list[Count]] | None = None
     influence: Influence | None = None
 

@@ -16,6 +16,8 @@ KINDS = {
     "neuron": "neurons",
 }
 CELL, A_ROW = 14, 16
+COUNTED = {"macs": ("multiply-adds", 1)}
+"""What budgets that do not count weights count, and how many of it make one that is told."""
 Counts = dict[str, tuple[list[int] | None, int, int]]
 """Group → original indices kept (None: not known), how many are kept, how many there were."""
 
@@ -96,23 +98,42 @@ def _units(kind: str, indices: list[int] | None, kept: int, of: int) -> Html:
 
 
 def sparsities(chapters: list[Chapter]) -> Html:
-    """The sparsity of every tower, and of every budget beside what was asked."""
+    """The sparsity of every tower, and of every budget beside what was asked; by what the budget counts, and by weights."""
     manifests = [chapter.manifest for chapter in chapters if chapter.manifest]
-    sparsity = next((m.accounting["sparsity"] for m in manifests if (m.accounting.get("sparsity") or {}).get("achieved")), None)
-    if not sparsity:
+    cut = next((m for m in manifests if (m.accounting.get("sparsity") or {}).get("achieved")), None)
+    if not cut:
         return Html()
+    sparsity = cut.accounting["sparsity"]
     budgets: dict[str, dict[str, Any]] = next((m.extra["budget"] for m in manifests if isinstance(m.extra.get("budget"), dict)), {})
-    towers = {name: part for name, part in (sparsity.get("by_tower") or {}).items() if part.get("initial")}
-    rows = [_budget_row(*_whole(name, sparsity), part) for name, part in budgets.items() if name not in towers]
-    if not rows:
-        rows.append(_budget_row(*_whole("all", sparsity), sparsity))
-    rows += [_budget_row(name, part, budgets.get(name) or part) for name, part in towers.items()]
-    head = ["sparsity", "", "asked", "gates expected", "reached", "weights kept", "of"]
+    cost: dict[str, Any] = next((m.extra["cost"] for m in manifests if isinstance(m.extra.get("cost"), dict)), {})
+    found = []
+    if (counted := COUNTED.get(cost.get("budget", ""))) is not None:
+        towers = {name: _part(part["initial"], part["kept"]) for name, part in cost["by_tower"].items()}
+        whole = _part(*(sum(part[key] for part in towers.values()) for key in ("initial", "kept")))
+        found.append(_table({**whole, "by_tower": towers}, budgets, counted))
+        budgets = {}
+    found.append(_table(sparsity, budgets, ("weights", 1)))
     note = (
-        "Part of the prunable weights that is gone, counted from the tensors. The tick is what was asked; "
+        "Part of what can be removed that is gone, of the weights counted from the tensors. The tick is what was asked; "
         "a tower without one shares the budget above it."
     )
-    return Html(table(head, rows, range(2, 7)) + tag("p", note, class_="soft small"))
+    return Html("".join(found) + tag("p", note, class_="soft small"))
+
+
+def _part(initial: int, kept: int) -> dict[str, Any]:
+    return {"initial": initial, "kept": kept, "achieved": 1 - kept / initial if initial else 0.0}
+
+
+def _table(sparsity: dict[str, Any], budgets: dict[str, dict[str, Any]], counted: tuple[str, int]) -> str:
+    """One count of all that can be removed, with the rows of the budgets that are of it; `counted` is its name and how many make one."""
+    what, scale = counted
+    towers = {name: part for name, part in (sparsity.get("by_tower") or {}).items() if part.get("initial")}
+    rows = [_budget_row(*_whole(name, sparsity), part, scale) for name, part in budgets.items() if name not in towers]
+    if not rows:
+        rows.append(_budget_row(*_whole("all", sparsity), sparsity, scale))
+    rows += [_budget_row(name, part, budgets.get(name) or part, scale) for name, part in towers.items()]
+    head = ["sparsity", "", "asked", "gates expected", "reached", f"{what} kept", "of"]
+    return table(head, rows, range(2, 7))
 
 
 def _whole(name: str, sparsity: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -120,10 +141,10 @@ def _whole(name: str, sparsity: dict[str, Any]) -> tuple[str, dict[str, Any] | N
     return ("all towers together", sparsity) if name == "all" else (f"budget {name}", None)
 
 
-def _budget_row(name: str, counted: dict[str, Any] | None, part: dict[str, Any]) -> list[Html | str]:
+def _budget_row(name: str, counted: dict[str, Any] | None, part: dict[str, Any], scale: int) -> list[Html | str]:
     wish = part.get("target")
     asked = "–" if wish is None else percent(wish)
-    sizes = [f"{counted['kept']:,}", f"{counted['initial']:,}"] if counted else ["", ""]
+    sizes = [f"{counted[key] / scale:,.6g}" if scale > 1 else f"{counted[key]:,}" for key in ("kept", "initial")] if counted else ["", ""]
     description = f"{name}: {percent(part['achieved'])} reached" + (f", {asked} asked" if wish is not None else "")
     gates = "–" if part.get("expected") is None else percent(part["expected"])
     return [name, bullet(part["achieved"], wish, description), asked, gates, percent(part["achieved"]), *sizes]

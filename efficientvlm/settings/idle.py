@@ -55,6 +55,10 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
     if isinstance(config, Taught) and not config.teacher:
         of_the_method = {name for tasks in METHODS.values() for kind in tasks.values() for name in kind.model_fields}
         yield {"distillation", "decoder_init"} | (of_the_method - Learning.model_fields.keys() - {"quirks"}), "without a teacher"
+    if isinstance(config, Prune) and config.to is not None:
+        yield {"sparsity"}, "beside to"
+    if isinstance(config, Prune) and config.budget == "parameters":
+        yield {"text_length"}, "with budget parameters"
     if isinstance(config, Prune) and config.task != "none" and not config.from_gates:
         if config.method != "l0":
             yield OF_THE_GATES, f"with method {config.method}"

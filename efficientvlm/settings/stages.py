@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from efficientvlm.settings.amounts import Amount, amount_of
 from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict, Threads
 from efficientvlm.settings.common import Learning, Measuring, Read, Samples, Stage, Taught
 from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
@@ -102,7 +103,9 @@ class Prune(Following, Recut):
     data: DataName = Field("", description="as elsewhere; not needed with from_gates, or where task is none")
     task: str = Field("vqa", description="none: cut by the weights alone, without training")
     quirks: GateQuirks = Field(default_factory=GateQuirks)
-    sparsity: float = Field(0.4, ge=0, lt=1, description="part of the prunable weights to remove")
+    budget: Literal["parameters", "macs"] = Field("parameters", description="what the heads and neurons are counted by")
+    sparsity: float = Field(0.4, ge=0, lt=1, description="part of what can be removed that is removed, counted by budget")
+    text_length: Size = Field(12, ge=3, description="tokens a text that macs are counted for, with one image of the model's size")
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
     freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
@@ -112,6 +115,9 @@ class Prune(Following, Recut):
     min_heads: Count = Field(0, ge=0, description="floor of heads a layer and kind")
     min_neurons: Count = Field(0, ge=0, description="floor of neurons a layer")
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
+    to: Amount | None = Field(
+        None, description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, or 1.5G macs"
+    )
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
     keep_dense: bool = True
@@ -141,6 +147,15 @@ class Prune(Following, Recut):
         if task != "none" and info.data.get("data") == "" and not info.data.get("from_gates"):
             raise ValueError(f"{task} is learnt from data, which was not given")
         return task
+
+    @field_validator("to")
+    @classmethod
+    def _of_the_whole(cls, to: str | None, info: ValidationInfo) -> str | None:
+        if to is not None and "budget" in info.data:
+            amount_of(info.data["budget"], to)
+        if to is not None and info.data.get("tower_sparsity"):
+            raise ValueError("it is one budget over all towers; leave tower_sparsity out")
+        return to
 
     @field_validator("method")
     @classmethod

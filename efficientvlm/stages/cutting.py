@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from efficientvlm.checkpoints.files import fsync_dir
-from efficientvlm.compression.accounting import count_sparsity
-from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.compression.budgets import cost_of, reachable
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.runtime.progress import say
+from efficientvlm.settings.amounts import amount_of
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.training.state import unshared
@@ -26,13 +26,12 @@ def scope_of(config: Prune, model: Any) -> Scope:
     """What `config` allows to be pruned of `model`, checked to be reachable.
 
     Raises:
-        TargetMissed: floors, kinds or towers make the sparsity unreachable, or the last path of an input would have to go.
+        BadInput: the model costs no more than the target already.
+        TargetMissed: floors, kinds or towers make the target unreachable, or the last path of an input would have to go.
     """
-    whole = {tower: part["initial"] for tower, part in count_sparsity(model)["by_tower"].items()}
     limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
-    scope = Scope.of(Anatomy.of(model), config.sparsity, whole=whole, **limits)
-    scope.check_feasible()
-    return scope
+    cost = cost_of(model, config.budget, text_length=config.text_length)
+    return reachable(model, config.sparsity, cost, to=None if config.to is None else amount_of(config.budget, config.to), **limits)
 
 
 def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any]:
@@ -40,12 +39,29 @@ def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any
 
     `cut_off` names `pairs` of input and output, the `towers` that then reach nothing, and the `share` of what is removed that was theirs.
     """
-    anatomy, cut = scope.anatomy, scope.cut_off(keep)
+    anatomy, cost, cut = scope.anatomy, scope.cost, scope.cut_off(keep)
     removed = anatomy.removed_mask(keep)
     towers = anatomy.reach.dead_towers(anatomy.standing(keep))
-    share = anatomy.removed_elements(removed, towers) / max(anatomy.removed_elements(removed), 1)
+    share = cost.removed(removed, towers) / max(cost.removed(removed), 1)
     found = {"pairs": [list(pair) for pair in sorted(cut)], "towers": towers, "share": share} if cut else None
-    return {"budget": budget_report(scope, keep, gates), "cut_off": found}
+    return {"budget": budget_report(scope, keep, gates), "cost": cost_report(scope, keep), "cut_off": found}
+
+
+def cost_report(scope: Scope, keep: Tensor) -> dict[str, Any]:
+    """What the budget counts: of the whole network `before` and `after` the cut, `rest` of it what no cut removes, and by tower what units
+    had before anything was removed (`initial`) and have now (`kept`). `to` is what was asked of the whole network, else None.
+    """
+    cost, removed = scope.cost, scope.anatomy.removed_mask(keep)
+    kept = {tower: cost.totals.get(tower, 0) - cost.removed(removed, [tower]) for tower in cost.whole}
+    return {
+        "budget": cost.budget,
+        "to": next((target.to for target in scope.targets), None),
+        "before": cost.now,
+        "after": cost.now - cost.removed(removed),
+        "rest": cost.rest,
+        "by_tower": {tower: {"initial": whole, "kept": kept[tower]} for tower, whole in cost.whole.items()},
+        **cost.facts(),
+    }
 
 
 def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, dict[str, float]]:
@@ -73,7 +89,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def say_cut(report: dict[str, Any], quiet: bool) -> None:
-    """A line for every budget of :func:`cut_report`, and what is cut off."""
+    """What is left of the cost, a line for every budget of :func:`cut_report`, and what is cut off."""
+    cost = report["cost"]
+    asked = "" if cost["to"] is None else f", {cost['to']:,} asked"
+    say(f"prune: {cost['budget']}: {cost['before']:,} before, {cost['after']:,} now{asked}", quiet=quiet)
     for name, part in report["budget"].items():
         say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=quiet)
     if cut := report["cut_off"]:

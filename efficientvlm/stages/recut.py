@@ -14,6 +14,7 @@ from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.accounting import count_sparsity
+from efficientvlm.compression.budgets import cost_of
 from efficientvlm.compression.gates import PREFIX, Gates
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
@@ -134,7 +135,8 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
         raise BadInput("model and from_gates differ", "a re-cut starts from the run the gates are of", "leave the model out")
     given = {name: getattr(config, name) for name in config.model_fields_set}
     given = {name: value.model_dump(exclude_unset=True) if isinstance(value, Strict) else value for name, value in given.items()}
-    inherited = ("task",) if config.data else ("task", "data", "columns", "val", "val_fraction", "limit")
+    of_the_data = () if config.data else ("data", "columns", "val", "val_fraction", "limit")
+    inherited = ("task", "budget", "text_length", *of_the_data)
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
     if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
         names = {"quirks", *own.model_fields} - (Prune.model_fields.keys() - {"quirks"})
@@ -157,10 +159,18 @@ def check_task(config: Prune, pruned: Loaded) -> None:
 
 def check_sparsity(config: Prune, pruned: Loaded, *, learnt: bool) -> None:
     """:class:`BadInput` for less than is gone of `pruned`, or where its gates are not `learnt` yet than will be gone at least."""
-    if learnt:
+    if config.to is not None:  # what the network costs now is known from its shapes
+        return
+    gone: float | None
+    if learnt and config.budget != "parameters":
+        cost = cost_of(pruned.model, config.budget, text_length=config.text_length)
+        gone = 1 - sum(cost.totals.values()) / max(sum(cost.whole.values()), 1)
+    elif learnt:
         gone = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")
     else:
         asked, own = (pruned.manifest.config[name] for name in ("sparsity", "tower_sparsity"))
+        if any(pruned.manifest.config.get(name, usual) != usual for name, usual in (("to", None), ("budget", config.budget))):
+            return  # how much will be gone by this budget is not known before
         whole = {tower: part["initial"] for tower, part in count_sparsity(pruned.model)["by_tower"].items()}
         gone = round(sum(size * own.get(tower, asked) for tower, size in whole.items()) / sum(whole.values()), 9)
     if gone is None:

@@ -1,0 +1,36 @@
+"""Amounts with a unit, as `30M` parameters or `1.5G` multiply-accumulates."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+FORM = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)")
+COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+MOST = 10**18
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Amount = Annotated[str, BeforeValidator(_text)]
+"""A number and a unit. A plain number is one too."""
+
+
+def amount_of(budget: str, text: str) -> int:
+    """`text` as a whole number of what `budget` counts, rounded down.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    form = FORM.fullmatch(text.strip())
+    if form is None or form[2] not in COUNTS:
+        raise ValueError(f"{text!r} is no number of {budget}; write e.g. 30M, with k, M, G or T")
+    amount = int(Decimal(form[1]) * COUNTS[form[2]])
+    if not 1 <= amount <= MOST:
+        raise ValueError(f"{text!r} is not between 1 and 10^18")
+    return amount
