@@ -95,20 +95,20 @@ def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monke
     folder.mkdir()
     names = pictures(folder, 6)
     (folder / names[2]).write_bytes(b"torn")
-    whole = embed.Embedder.embed
+    whole = embed.Shards.embed
 
-    def not_finite(self: embed.Embedder, content: Any) -> Any:
+    def not_finite(self: embed.Shards, content: Any) -> Any:
         vectors = whole(self, content)
         vectors[-1, 0] = np.nan
         return vectors
 
-    monkeypatch.setattr(embed.Embedder, "embed", not_finite)
+    monkeypatch.setattr(embed.Shards, "embed", not_finite)
     asked = SHAPES | {"model": teacher, "data": str(folder), "out": str(tmp_path / "out"), "shard_size": 6, "batch_size": 6}
     with pytest.raises(BadInput, match="2 of 6 images have no vector"):
         run_stage("embed", **asked)
     with pytest.raises(BadInput, match="not finished"):
         Store.open(tmp_path / "out")
-    monkeypatch.setattr(embed.Embedder, "embed", None)
+    monkeypatch.setattr(embed.Shards, "embed", None)
     manifest = run_stage("embed", max_missing=0.4, **asked)
     store = Store.open(tmp_path / "out")
     assert (store.count, store.missing) == (4, 2) and set(manifest.extra["missing_samples"]) == {"number 2", names[5]}

@@ -77,8 +77,13 @@ class EasyVQA:
 
     def __getitem__(self, index: int) -> VQAItem:
         image_id = self._ids[index]
-        origin = "test" if self.split == "test" else "train"
-        return VQAItem(f"easy-vqa/{origin}/{image_id}", self._images()[index], self._all_questions[image_id])
+        return VQAItem(self._key(image_id), self._images()[index], self._all_questions[image_id])
+
+    def ids(self) -> Iterator[str | None]:
+        return map(self._key, self._ids)
+
+    def _key(self, image_id: int) -> str:
+        return f"easy-vqa/{'test' if self.split == 'test' else 'train'}/{image_id}"
 
     def texts(self) -> Iterator[str]:
         for questions in self.contents():

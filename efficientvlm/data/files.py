@@ -119,6 +119,13 @@ class Files(Generic[T]):
     def contents(self) -> Iterator[list[Any]]:
         yield from self._contents
 
+    def ids(self) -> Iterator[str | None]:
+        """Those of samples with pictures are their keys; of others they may follow from what is said."""
+        if self.kind.pictures:
+            yield from self._keys
+        else:
+            yield from (self._read(index).id for index in range(len(self)))  # type: ignore[attr-defined]
+
     def values_of(self, role: str) -> list[Any]:
         """All cells of a role, of rows that another split has or that were not drawn too."""
         return self._said.get(role, [])

@@ -25,6 +25,7 @@ T = TypeVar("T")
 SUFFIX = ".txt"
 SPLIT_SEED = 20190719  # fixed, so that a line is held out in every stage or in none
 ATTEMPTS = 1000
+AT_ONCE = 1000  # lines that are read one after another
 LONGEST = 400_000  # bytes of a line: what is longer has more characters than a text may have, whatever they are
 
 
@@ -121,10 +122,16 @@ class Lines(Generic[T]):
             yield from self.kind.texts(contents)
 
     def contents(self) -> Iterator[list[Any]]:
-        for start in range(0, len(self), 1000):
-            for content in self._contents(range(start, min(len(self), start + 1000))):
+        for start in range(0, len(self), AT_ONCE):
+            for content in self._contents(range(start, min(len(self), start + AT_ONCE))):
                 if not isinstance(content, BadInput):
                     yield [content]
+
+    def ids(self) -> Iterator[str | None]:
+        for start in range(0, len(self), AT_ONCE):
+            for content in self._contents(range(start, min(len(self), start + AT_ONCE))):
+                item: Any = None if isinstance(content, BadInput) else self.kind.item("", (), [Row(content, "")])
+                yield item.id if item else None
 
     def _contents(self, indices: Sequence[int]) -> list[Any]:
         """What the lines say, or why they cannot be used."""

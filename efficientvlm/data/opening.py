@@ -134,6 +134,9 @@ class Seen(Over[Item]):
         for _ in range(len(self)):
             yield [None]
 
+    def ids(self) -> Iterator[str | None]:
+        return ids(self.source)
+
 
 class Subset(Over[Item]):
     """Some samples of a source, in the order of `indices`."""
@@ -173,6 +176,10 @@ class Subset(Over[Item]):
     def contents(self) -> Iterator[list[Any]]:
         """Those of the whole source, like its texts."""
         return self.source.contents()
+
+    def ids(self) -> Iterator[str | None]:
+        known = list(ids(self.source))
+        return (known[index] for index in self.indices)
 
 
 def drawn(source: Source[Item], limit: int | None) -> Source[Item]:
@@ -249,6 +256,12 @@ def record(source: Source[Any], split: str) -> dict[str, Any]:
         "skipped": skips.count if skips else 0,
         "read_as": [*([f"columns: {columns}"] if columns else []), *map(without_secrets, notes(source))],
     }
+
+
+def ids(source: Source[Any]) -> Iterator[str | None]:
+    """The id of every sample in order, without decoding a picture; None where it is known that a sample cannot be used."""
+    own: Any = source
+    yield from own.ids()
 
 
 def _check(spec: str, split: str) -> None:

@@ -150,7 +150,7 @@ class Shapes(Generic[T]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        return self.kind.drawn(self, index, f"shapes/{self.settings.seed}/{self.split}/{index}")
+        return self.kind.drawn(self, index, self._key(index))
 
     def texts(self) -> Iterator[str]:
         """Captions, phrases, questions and answers of up to 5,000 scenes, whatever the kind: the vocabulary serves all of them."""
@@ -172,6 +172,14 @@ class Shapes(Generic[T]):
             if index == len(known):
                 known.append(self.kind.contents_at(self, index))
             yield known[index]
+
+    def ids(self) -> Iterator[str | None]:
+        for index in range(len(self)):
+            item: Any = None if self.kind.pictures else self[index]
+            yield item.id if item else self._key(index)
+
+    def _key(self, index: int) -> str:
+        return f"shapes/{self.settings.seed}/{self.split}/{index}"
 
     def picture(self, index: int) -> tuple[Scene, Pixels]:
         """The scene at `index`, drawn."""

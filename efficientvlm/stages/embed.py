@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import Output
@@ -22,20 +20,25 @@ from efficientvlm.data.batch import stack
 from efficientvlm.data.kinds.images import IMAGES as PICTURES
 from efficientvlm.data.kinds.sentences import SENTENCES as TEXTS
 from efficientvlm.data.opening import origin, record, usable
-from efficientvlm.data.texts import Texts
+from efficientvlm.data.reading import of_read
 from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.families.network import require
 from efficientvlm.loaded import Loaded, load, read_as, texts_of
+from efficientvlm.objectives.embedding import width_of
 from efficientvlm.runtime import ranks
-from efficientvlm.runtime.hardware import autocast, pick_device
+from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.runtime.interrupt import StopFlag, stop_flag
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.stages import Embed
 from efficientvlm.stages.common import finished, making, open_output, say_notes
+from efficientvlm.stages.embedder import Embedder
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 
 WORK = "step-1"
 """Where shards lie until all of them are there; named as the states of a stage are that can be resumed."""
+SORTED = 16
+"""Batches of sentences that are sorted by length together."""
 LISTED = 100
 """Samples without a vector that a manifest names."""
 
@@ -56,8 +59,7 @@ def prepare(config: Embed, workspace: Workspace) -> Embedding:
     teacher = workspace.checkpoint(config.model)
     with workspace.checking():
         texts_of(teacher, config.max_tokens)
-        if "embed" not in teacher.abilities:
-            raise BadInput(f"{config.model} embeds neither images nor sentences", "it has no such vectors", "use a CLIP, SigLIP or X-VLM")
+        require(teacher.model, "embed")
     kind = TEXTS if config.side == SENTENCES else PICTURES
     source = workspace.data(config, kind, config.split, None if config.side == SENTENCES else teacher.preprocessing)
     return Embedding(teacher, inputs={"model": config.model}, data={"data": source})
@@ -98,27 +100,27 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     lacking = [(number, samples) for number, samples in share if not (folder / shard_name(number)).exists()]
     device = pick_device(config.device)
     source.workers = how_many(config.workers, device)
-    embedder = Embedder(config, load(config.model), device, source)
+    embedder = Embedder(load(config.model), device, precision=config.precision, max_tokens=config.max_tokens)
+    shards = Shards(config, embedder, source)
     total = sum(len(samples) for _, samples in share)
     done = total - sum(len(samples) for _, samples in lacking)
     lower = f"lower batch_size (now {config.batch_size})"
     with stop_flag() as stop, Bar("embed", total, start=done, quiet=control.quiet) as bar, enough_memory("embed", lower):
         for number, samples in lacking:
-            ids, vectors, missing = embedder.shard(samples, bar, done, stop)
+            ids, vectors, missing = shards.shard(samples, bar, done, stop)
             done += len(samples)
             write_shard(folder / shard_name(number), ids, vectors, missing)
             write_atomic(folder / "state.json", b"{}\n")  # from now on there is something to go on from
+    for remark in of_read(embedder.texts):
+        say(f"embed: {remark}", quiet=control.quiet)
 
 
-class Embedder:
-    """Vectors of a network, in half precision."""
+class Shards:
+    """Makes the shards of a store, by a network."""
 
-    def __init__(self, config: Embed, loaded: Loaded, device: torch.device, source: Any) -> None:
-        self.config, self.source, self.device = config, source, device
-        self.model = loaded.model.to(device).eval()
-        self.texts: Texts = texts_of(loaded, config.max_tokens)
+    def __init__(self, config: Embed, embedder: Embedder, source: Any) -> None:
+        self.config, self.source, self.embedder = config, source, embedder
 
-    @torch.inference_mode()
     def shard(self, samples: range, bar: Bar, done: int, stop: StopFlag) -> tuple[list[str], Any, dict[str, str]]:
         """Ids, vectors [N, E] and what is missing of `samples`, before which `done` are finished.
 
@@ -126,9 +128,9 @@ class Embedder:
             Interrupted: asked to stop, before the next batch.
         """
         ids: list[str] = []
-        found: list[Any] = [np.zeros((0, self.width), np.float16)]
+        found: list[Any] = [np.zeros((0, width_of(self.embedder.model)), np.float16)]
         missing: dict[str, str] = {}
-        size = self.config.batch_size
+        size = self.config.batch_size * (SORTED if self.config.side == SENTENCES else 1)
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         with Ahead(self.read, batches, workers_of(self.source)) as read:
             for numbers, (names, content, lost) in zip(batches, read, strict=True):
@@ -136,7 +138,7 @@ class Embedder:
                     raise Interrupted("stopped", "shards that are finished are kept", "run the same command again")
                 missing |= dict.fromkeys(map(str, lost), "it cannot be read")
                 if names:
-                    vectors = self.embed(content)
+                    vectors = self.embed(content).astype(np.float16)
                     finite = np.isfinite(vectors).all(1) & (vectors != 0).any(1)
                     missing |= {name: "its vector is not finite" for name, good in zip(names, finite, strict=True) if not good}
                     ids += [name for name, good in zip(names, finite, strict=True) if good]
@@ -147,30 +149,19 @@ class Embedder:
 
     def read(self, numbers: range) -> tuple[list[str], Any, list[str]]:
         """Ids and pictures (uint8 [B, 3, H, W]) or texts of the samples that can be read, and the numbers of the others."""
-        items, lost = [], []
-        for number in numbers:
-            one = usable(self.source, [number])
-            items += one
-            lost += [] if one else [f"number {number}"]
+        items, lost = usable(self.source, numbers), []
+        if len(items) < len(numbers):  # a sample that cannot be read is counted once, however often it is met
+            lost = [f"number {number}" for number in numbers if not usable(self.source, [number])]
         names = [item.id for item in items]
         if self.config.side == SENTENCES:
             return names, [item.text for item in items], lost
         return names, stack([item.image for item in items]) if items else None, lost
 
     def embed(self, content: Any) -> Any:
-        with autocast(self.device, self.config.precision):
-            if self.config.side == SENTENCES:
-                ids, mask = self.texts.batch(content)
-                vectors: Tensor = self.model.embed_texts(ids.to(self.device), mask.to(self.device))[1]
-            else:
-                vectors = self.model.embed_images(content.to(self.device))[1]
-        return vectors.float().cpu().numpy().astype(np.float16)
-
-    @property
-    def width(self) -> int:
-        """How many numbers a vector has, by a text of the shortest kind."""
-        ids, mask = self.texts.batch(["a"])
-        return int(self.model.embed_texts(ids.to(self.device), mask.to(self.device))[1].shape[-1])
+        """Unit vectors [B, E] of what was read."""
+        if self.config.side == SENTENCES:
+            return self.embedder.sentences(content, self.config.batch_size)
+        return self.embedder.images(content)
 
 
 def check_missing(config: Embed, output: Output, lost: int, found: int, missing: dict[str, str]) -> None:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from efficientvlm.checkpoints.files import resolve, write_atomic
 from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.control import Control
 from efficientvlm.data.reading import of_read
-from efficientvlm.data.texts import Texts
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families.network import require
-from efficientvlm.loaded import Loaded, load, texts_of
-from efficientvlm.runtime.hardware import autocast, pick_device
+from efficientvlm.loaded import Loaded, load
+from efficientvlm.objectives.embedding import width_of
+from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.runtime.interrupt import StopFlag, stop_flag
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say, telling
@@ -32,11 +31,11 @@ from efficientvlm.selection.rules import Array, Limits, Rules
 from efficientvlm.selection.search import Approximate, Exact, Index, Vectors, faiss_package, unit
 from efficientvlm.settings.stages import SelectSentences
 from efficientvlm.stages.common import finished, making, open_output
+from efficientvlm.stages.embedder import Embedder
 from efficientvlm.stages.stored import sentence_vectors, stored_vectors
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 
 SAVE_EVERY = 20.0  # seconds between two states
-AT_ONCE = 64  # sentences that the text tower reads at once
 WRITTEN_AT_ONCE = 65_536
 TEXT, TABLE = "sentences.txt", "sentences.parquet"
 
@@ -65,7 +64,7 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
     if config.model:
         loaded = workspace.checkpoint(config.model)
         require(loaded.model, "embed")
-        width, whose = width_of(loaded), config.model
+        width, whose = width_of(loaded.model), config.model
     else:
         assert config.sentence_vectors is not None
         width, whose = sentence_vectors(config.sentence_vectors).width, config.sentence_vectors
@@ -145,7 +144,7 @@ class Selection:
         self.candidates = Candidates(folder, len(job.images.ids), job.images.width, job.rules)
         self.embed: Embedder | None = None
         if config.model:
-            self.embed = Embedder(load(config.model), device, config)
+            self.embed = Embedder(load(config.model), device, precision=config.precision, max_tokens=config.max_tokens)
         else:
             self.stored = sentence_vectors(str(config.sentence_vectors))
             if self.stored.count != self.total:
@@ -225,7 +224,7 @@ class Selection:
         if not numbers:
             return
         at = np.array(numbers)
-        vectors = self.embed([texts[number - begin] or "" for number in numbers]) if self.embed else unit(self.stored.rows(at))
+        vectors = self.embed.sentences([texts[number - begin] or "" for number in numbers]) if self.embed else unit(self.stored.rows(at))
         usable = np.isfinite(vectors).all(1) & (np.abs(vectors).max(1) > 0)
         counts["not_finite"] += int((~usable).sum())
         at, vectors = at[usable], vectors[usable]
@@ -270,33 +269,3 @@ class Selection:
                 following = next(wanted, None)
                 if following is None:
                     return
-
-
-class Embedder:
-    """A teacher's text tower: sentences [N] to unit vectors [N, E]."""
-
-    def __init__(self, loaded: Loaded, device: torch.device, config: SelectSentences) -> None:
-        self.model, self.device, self.precision = loaded.model.to(device).eval(), device, config.precision
-        self.texts: Texts = texts_of(loaded, config.max_tokens)
-
-    @torch.inference_mode()
-    def __call__(self, sentences: Sequence[str]) -> Array:
-        """Sentences of like length are read together, so that little is padding."""
-        lengths = np.array([len(ids) for ids in self.texts.ids(sentences)])
-        order = np.argsort(lengths, kind="stable")
-        parts = []
-        for begin in range(0, len(order), AT_ONCE):
-            ids, mask = self.texts.batch([sentences[row] for row in order[begin : begin + AT_ONCE]])
-            with autocast(self.device, self.precision):
-                parts.append(self.model.embed_texts(ids.to(self.device), mask.to(self.device))[1].float().cpu().numpy())
-        found = np.concatenate(parts)
-        vectors = np.empty_like(found)
-        vectors[order] = found
-        return unit(vectors)
-
-
-@torch.inference_mode()
-def width_of(loaded: Loaded) -> int:
-    """Numbers of a text's vector, found on shapes."""
-    ids = torch.ones(1, 4, dtype=torch.int64, device="meta")
-    return int(loaded.model.embed_texts(ids, ids)[1].shape[-1])
