@@ -86,6 +86,8 @@ OPTIONS: dict[str, Option] = {
     "sentences": option(str, "--sentences", "Embedding: texts, none of which need belong to a picture.", "DATA"),
     "side": option(str, "--side", "What is embedded: images or sentences."),
     "embed.model": option(str, "--model", "Checkpoint folder of the teacher.", "DIR"),
+    "vectors": option(str, "--import", "Vectors that another program made, instead of --model: .npy or .parquet.", "FILE"),
+    "ids": option(str, "--ids", "Ids of the vectors in an .npy file, one a line; by default in the order of the data.", "FILE"),
     "embed.limit": option(int, "--limit", "Use only so many samples."),
     "embed.batch_size": option(int, "--batch-size", "Samples at a time."),
     "val": option(str, "--val", "Validation data; by default held-out training images.", "DATA"),

@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "embed": Command(
         "Store a teacher's vectors of images or sentences, to train from or to search.",
-        ("model", "data", "side", "out", "split", "columns", "limit", "workers", "batch_size", *RUN),
+        ("model", "data", "side", "out", "vectors", "ids", "split", "columns", "limit", "workers", "batch_size", *RUN),
     ),
     "eval": Command(
         "Measure a task's metrics; nothing is trained.",

@@ -15,7 +15,7 @@ from efficientvlm.recipe import Step
 
 CHECKPOINTS = ("model", "teacher", "from_gates", "models")
 DATA = ("data", "val")
-PATHS = ("vision_from", "text_from", "tokenizer", "answers")
+PATHS = ("vision_from", "text_from", "tokenizer", "answers", "vectors", "ids")
 RESULTS = ("evals", "bench")
 
 

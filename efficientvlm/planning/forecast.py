@@ -18,7 +18,7 @@ from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
-from efficientvlm.planning import costs, selecting
+from efficientvlm.planning import costs, selecting, storing
 from efficientvlm.planning.chain import Blocked, Chain, Look, Planned
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, book, folder, result_file, training
@@ -26,6 +26,7 @@ from efficientvlm.recipe import FILES, Step
 from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.settings.common import Learning as Learns
 from efficientvlm.stages.bench import Timing
+from efficientvlm.stages.embed import Embedding
 from efficientvlm.stages.evaluate import Evaluation
 from efficientvlm.stages.learning import Learning
 from efficientvlm.stages.prune import Pruning, Untrained
@@ -222,6 +223,19 @@ def _(job: Timing, chain: Chain, step: Step, found: Forecast) -> None:
         costs.add(found.memory, activations=max(job.task.bytes_of_timing(loaded, config) for loaded in able))
     found.schedule = {"models": len(job.models), "rounds": config.rounds + config.warmup_rounds, "batch_sizes": config.batch_sizes}
     result_file(chain, step, found, job)
+
+
+@weigh.register
+def _(job: Embedding, chain: Chain, step: Step, found: Forecast) -> None:
+    config: Any = step.config
+    count = job.file.count if job.file else len(job.data["data"])
+    found.schedule = {config.side: count, "batch_size": config.batch_size}
+    found.memory = costs.memory(job.teacher.model) if job.teacher else {"weights": 0}
+    costs.add(found.memory, **storing.memory(job.teacher, config, count, job.width))
+    found.disk = storing.disk(count, job.width)
+    folder(chain, step, found, job)
+    with chain.problems.of(step.name):
+        chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])
 
 
 @weigh.register

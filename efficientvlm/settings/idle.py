@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
 from efficientvlm.settings.methods import METHODS
-from efficientvlm.settings.stages import Export, InitConfig, Prune
+from efficientvlm.settings.stages import Embed, Export, InitConfig, Prune
 from efficientvlm.settings.tasks import CaptioningSettings, Contrasting, PretrainingSettings, VQAEval
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
@@ -36,7 +36,9 @@ def said(config: Strict, given: Collection[str]) -> list[str]:
 
 
 def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
-    if isinstance(config, Stage) and not isinstance(config, Train):
+    if isinstance(config, Embed) and config.vectors:
+        yield {"batch_size", "workers", *({} if config.model else {"precision", "device", "max_tokens"})}, "on vectors that are taken over"
+    elif isinstance(config, Stage) and not isinstance(config, Train | Embed):
         yield {"precision"} | ({"device"} if config.device not in ("auto", "cpu") else set()), "in a stage that does not train"
     if isinstance(config, InitConfig) and config.tokenizer != "train":
         yield {"data", "columns", "vocab_size"}, "with a tokenizer that is there"

@@ -208,7 +208,22 @@ class Eval(Measuring):
 class Embed(Stage, Read):
     """Vectors of a teacher, once."""
 
-    model: str = Field(description="the teacher, whose vectors of images and sentences are compared with one another")
+    model: str | None = Field(
+        None, description="the teacher, whose vectors of images and sentences are compared with one another; not needed with vectors"
+    )
+    vectors: str | None = Field(None, description=".npy or .parquet file of vectors that another program made, which are taken over")
+    ids: str | None = Field(
+        None, description="samples of the vectors in an .npy file: text or .npy file of ids; by default those of the data, in order"
+    )
+    id_column: str | None = Field(
+        None,
+        description="column of a parquet file with ids, or with sentences; by default the one called id, image_id, img_id, file_name, "
+        "image_path, or sentence, text, caption; without one the vectors are in the order of the data",
+    )
+    vector_column: str | None = Field(
+        None,
+        description="column of a parquet file with vectors; by default vector, embedding, vectors, embeddings, or the only one",
+    )
     data: DataName = Field(description="as elsewhere, but no stream; of sentences also plain text files, one a line")
     side: Literal["images", "sentences"] = Field(description="what is embedded: pictures, which need no texts, or texts without pictures")
     split: Literal["train", "val", "test"] = "train"
@@ -224,6 +239,31 @@ class Embed(Stage, Read):
     def max_bad(self) -> int:
         """Samples that may be skipped while data are read: any number, for what is missing in the end is judged by `max_missing`."""
         return 10**12
+
+    @classmethod
+    def lacking(cls, values: Mapping[str, Any]) -> list[str]:
+        return super().lacking(values) + ["model"] * (not values.get("model") and not values.get("vectors"))
+
+    @field_validator("vectors")
+    @classmethod
+    def _of_something(cls, vectors: str | None, info: ValidationInfo) -> str | None:
+        if vectors is None and info.data.get("model", "") is None:
+            raise ValueError("give model, which embeds, or vectors that are there")
+        return vectors
+
+    @field_validator("ids", "id_column", "vector_column")
+    @classmethod
+    def _of_vectors(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and info.data.get("vectors", "") is None:
+            raise ValueError("it goes with vectors, a file that is imported")
+        return name
+
+    @field_validator("limit")
+    @classmethod
+    def _all_of_them(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("vectors"):
+            raise ValueError("vectors of a file are taken over as a whole; leave it out")
+        return limit
 
     @field_validator("data")
     @classmethod

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +32,12 @@ from efficientvlm.runtime import ranks
 from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.runtime.interrupt import StopFlag, stop_flag
 from efficientvlm.runtime.memory import enough_memory
-from efficientvlm.runtime.progress import Bar, say
+from efficientvlm.runtime.progress import Bar, say, telling
+from efficientvlm.selection.rules import Array
 from efficientvlm.settings.stages import Embed
 from efficientvlm.stages.common import finished, making, open_output, say_notes
 from efficientvlm.stages.embedder import Embedder
+from efficientvlm.stages.imported import Compared, Import, VectorFile, opened_file
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 
 WORK = "step-1"
@@ -45,9 +50,11 @@ LISTED = 100
 
 @dataclass(frozen=True)
 class Embedding(Job):
-    """The shapes of the teacher whose vectors are stored."""
+    """The shapes of the teacher whose vectors of length `width` are stored, or the file in which they are already, or both."""
 
-    teacher: Loaded
+    teacher: Loaded | None
+    file: VectorFile | None
+    width: int
 
 
 def prepare(config: Embed, workspace: Workspace) -> Embedding:
@@ -56,13 +63,23 @@ def prepare(config: Embed, workspace: Workspace) -> Embedding:
     Raises:
         BadInput: a checkpoint that has no vectors of images and texts, data of another kind.
     """
-    teacher = workspace.checkpoint(config.model)
-    with workspace.checking():
-        texts_of(teacher, config.max_tokens)
-        require(teacher.model, "embed")
+    teacher = workspace.checkpoint(config.model) if config.model else None
     kind = TEXTS if config.side == SENTENCES else PICTURES
-    source = workspace.data(config, kind, config.split, None if config.side == SENTENCES else teacher.preprocessing)
-    return Embedding(teacher, inputs={"model": config.model}, data={"data": source})
+    with workspace.checking():
+        if teacher:
+            texts_of(teacher, config.max_tokens)
+            require(teacher.model, "embed")
+    file = opened_file(config, kind) if config.vectors else None
+    width = width_of(teacher.model) if teacher and "embed" in teacher.abilities else file.width if file else 0
+    with workspace.checking():
+        if file and file.width != width:
+            why = f"those of {config.model} have {width}"
+            raise BadInput(f"{config.vectors} holds vectors of {file.width} numbers", why, "give those of this model, or leave --model out")
+        if file and ranks.launched() > 1:
+            raise BadInput("several processes were started", "an import is the work of one", "start a single process")
+    source = workspace.data(config, kind, config.split, teacher.preprocessing if teacher and config.side != SENTENCES else None)
+    read = {"model": config.model, "vectors": config.vectors, "ids": config.ids}
+    return Embedding(teacher, file, width, inputs=read, data={"data": source})
 
 
 def run(config: Embed, control: Control) -> Manifest:
@@ -83,13 +100,56 @@ def run(config: Embed, control: Control) -> Manifest:
     say_notes(source, config.split, control.quiet)
     with making(output):
         unusable = source.skips.count if hasattr(source, "skips") else 0
+        if job.file:
+            return gather(config, control, job, output, take_over(config, control, job, output).lost)
         ranks.together(partial(work, config, control, job, output))
-        return ranks.on_main(partial(gather, config, control, job, output, unusable), Manifest.model_validate)
+
+        def lost(keys: Array) -> int:
+            return len(source) - len(keys) + unusable  # equal sentences have one key
+
+        return ranks.on_main(partial(gather, config, control, job, output, lost), Manifest.model_validate)
 
 
 def shards_of(config: Embed, source: Any) -> list[range]:
     """The samples of every shard."""
     return [range(start, min(len(source), start + config.shard_size)) for start in range(0, len(source), config.shard_size)]
+
+
+def take_over(config: Embed, control: Control, job: Embedding, output: Output) -> Import:
+    """Make the shards that are not there from a file, in its order, and compare some vectors with those of the model, if one is given.
+
+    Raises:
+        BadInput: rows that do not fit together or to the data, or vectors of another model.
+    """
+    folder = output.working(WORK)
+    try:
+        return _taken_over(config, control, job, folder)
+    except BadInput:  # there is nothing to go on from
+        shutil.rmtree(folder)
+        raise
+
+
+def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -> Import:
+    assert job.file and config.vectors
+    source = job.data["data"]
+    with telling(f"comparing {config.vectors} with the data", quiet=control.quiet):
+        taken = Import(config, job.file, source)
+    compared = Compared({})
+    if config.model:
+        embedder = Embedder(load(config.model), pick_device(config.device), precision=config.precision, max_tokens=config.max_tokens)
+        compared = taken.compared(Shards(config, embedder, source))
+    with stop_flag() as stop, Bar("embed", job.file.count, quiet=control.quiet) as bar:
+        for number, (ids, vectors, missing) in enumerate(taken.shards(config.shard_size)):
+            if stop.requested:
+                raise Interrupted("stopped", "shards that are finished are kept", "run the same command again")
+            compared.look_at(ids, vectors)
+            if not (place := folder / shard_name(number)).exists():
+                write_shard(place, ids, vectors, missing)
+            write_atomic(folder / "state.json", b"{}\n")
+            bar.update(min(job.file.count, (number + 1) * config.shard_size))
+    for remark in taken.remarks + ([compared.told(config.vectors, config.model)] if config.model else []):
+        say(f"embed: {remark}", quiet=control.quiet)
+    return taken
 
 
 def work(config: Embed, control: Control, job: Embedding, output: Output) -> None:
@@ -100,7 +160,7 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     lacking = [(number, samples) for number, samples in share if not (folder / shard_name(number)).exists()]
     device = pick_device(config.device)
     source.workers = how_many(config.workers, device)
-    embedder = Embedder(load(config.model), device, precision=config.precision, max_tokens=config.max_tokens)
+    embedder = Embedder(load(str(config.model)), device, precision=config.precision, max_tokens=config.max_tokens)
     shards = Shards(config, embedder, source)
     total = sum(len(samples) for _, samples in share)
     done = total - sum(len(samples) for _, samples in lacking)
@@ -176,30 +236,34 @@ def check_missing(config: Embed, output: Output, lost: int, found: int, missing:
         raise BadInput(f"{lost:,} of {found + lost:,} {config.side} have no vector", why, fix)
 
 
-def gather(config: Embed, control: Control, job: Embedding, output: Output, unusable: int) -> Manifest:
+def gather(config: Embed, control: Control, job: Embedding, output: Output, lost_of: Callable[[Array], int]) -> Manifest:
     """Put the shards of all processes together: the index, and the manifest last.
+
+    Args:
+        lost_of: of the keys of all vectors how many samples have none.
 
     Raises:
         BadInput: too many samples have no vector. What was made is kept.
     """
     source, folder = job.data["data"], output.path / STATE / WORK
-    names = [shard_name(number) for number in range(len(shards_of(config, source)))]
+    count = -(-(job.file.count if job.file else len(source)) // config.shard_size)
+    names = [shard_name(number) for number in range(count)]
     shards = [read_shard(folder / name) for name in names]
     missing = {what: why for shard in shards for what, why in shard.missing.items()}
-    found = sum(len(shard.keys) for shard in shards)
-    lost = len(source) - found + unusable  # equal sentences have one name
+    keys = np.concatenate([np.zeros(0, np.uint64), *(shard.keys for shard in shards)])
+    found, lost = len(keys), lost_of(keys)
     check_missing(config, output, lost, found, missing)
     for name in names:
         os.link(folder / name, output.staging / name)
     write_index(output.staging / INDEX, shards)
     extra = {
         "side": config.side,
-        "width": int(shards[0].vectors.shape[1]),
+        "width": job.width,
         "count": found,
         "missing": lost,
         "missing_samples": dict(list(missing.items())[:LISTED]),
         "origin": origin(source),
-        "preprocessing": read_as(job.teacher, config.side, config.max_tokens),
+        "preprocessing": read_as(job.teacher, config.side, config.max_tokens) if job.teacher and not job.file else "",
         "rows": [len(shard.keys) for shard in shards],
     }
     data = [DataRecord(**record(source, config.split))]

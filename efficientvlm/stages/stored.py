@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from tokenize import TokenError
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,19 @@ from efficientvlm.selection.rules import Array
 from efficientvlm.selection.search import Vectors
 
 ROWS = 16_384
+
+
+def loaded_array(path: Path) -> Array:
+    """The table in an .npy file, which stays on disk; :class:`BadInput` for another file, or objects that would have to be unpickled."""
+    fix = "give a table of numbers as numpy.save writes it"
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, OverflowError) as error:
+        raise BadInput(f"{path} cannot be read", str(error).lower(), fix) from None
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise BadInput(f"{path} cannot be read", "it is an archive of tables", fix)
+    return found
 
 
 class Rows(Protocol):
@@ -33,13 +47,10 @@ class ArrayFile:
 
     def __init__(self, path: Path) -> None:
         """:class:`BadInput` unless it holds vectors."""
-        try:
-            self.vectors: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path} cannot be read", str(error).lower(), "give a table of numbers as numpy.save writes it") from None
-        if not isinstance(self.vectors, np.ndarray) or self.vectors.ndim != 2 or self.vectors.dtype.kind != "f" or not self.vectors.size:
-            shape = getattr(self.vectors, "shape", "no")
-            raise BadInput(f"{path} holds no embeddings", f"it has the form {shape}", "give floating-point numbers, a row a sample")
+        self.vectors = vectors = loaded_array(path)
+        if vectors.ndim != 2 or vectors.dtype.kind != "f" or not vectors.size:
+            why = f"it has {vectors.dtype} in the form {vectors.shape}"
+            raise BadInput(f"{path} holds no embeddings", why, "give floating-point numbers, a row a sample")
         self.count, self.width = (int(size) for size in self.vectors.shape)
         self.ids = range(self.count)
 

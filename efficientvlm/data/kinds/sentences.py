@@ -15,7 +15,7 @@ from efficientvlm.errors import BadInput
 
 @dataclass(slots=True)
 class SentenceItem:
-    """A text; its id follows from the text alone, so that equal sentences have one id wherever they stand."""
+    """A text; its id follows from the text alone, blanks squeezed, so that equal sentences have one id wherever they stand."""
 
     id: str
     text: str
@@ -23,7 +23,8 @@ class SentenceItem:
 
 def sentence(text: str) -> SentenceItem:
     """`text` with its id."""
-    return SentenceItem(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(), text)
+    said = " ".join(text.split())
+    return SentenceItem(hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(), text)
 
 
 class Sentences(Kind[SentenceItem, str]):
