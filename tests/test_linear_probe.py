@@ -51,9 +51,11 @@ def test_it_is_scikit_learns_regression_and_the_split_val_is_learnt_from_too(
 ) -> None:
     pytest.importorskip("sklearn")
     fits: list[tuple[int, float]] = []
+    widths: list[int] = []
 
     def noted(some: Features, c: float, config: Any) -> Any:
         fits.append((len(some.labels), c))
+        widths.append(some.values.shape[1])
         return fitted(some, c, config)
 
     monkeypatch.setattr(linear_probe, "fitted", noted)
@@ -67,8 +69,9 @@ def test_it_is_scikit_learns_regression_and_the_split_val_is_learnt_from_too(
     metrics = found["metrics"]
     assert metrics["probe_accuracy"] > 0.9 and metrics["images"] == 15 and metrics["images_learnt_from"] == 0
     assert set(found["influence"]["inputs"]) == {"image"}
-    once = run_stage("eval", **given, c=10.0)
-    assert once["c_from"] == "given" and fits[-1][1] == 10 and "held_out_accuracy" not in once
+    once = run_stage("eval", **given, c=10.0, features="pooled")
+    assert once["c_from"] == "given" and fits[-1] == (36, 10) and "held_out_accuracy" not in once
+    assert [once[part]["count"] for part in ("train", "held_out")] == [36 - held_out, held_out] and widths[-1] == 16 != widths[0]
     on_val = run_stage("eval", **given | {"split": "val"}, max_iterations=5)
     assert on_val["c_from"] == "10% of the training images" and fits[-1][0] == 36 - held_out and on_val["metrics"]["images"] == held_out
 

@@ -133,7 +133,7 @@ def test_the_command_makes_a_student_that_transformers_opens(tmp_path: Path, evl
     torch.testing.assert_close(student.run(batch)["image_features"], theirs.image_embeds, **CLOSE)
     for asked, said in [
         (["--preset", "dlip-small"], "the preset dlip-small does not fit"),
-        (["--preset", "dime-fm-vit-b32"], "no multiple of the patch size 32"),
+        (["--preset", "dime-fm-vit-b32"], "the preset dime-fm-vit-b32 does not fit"),
         (["--set", "fusion_layers=1"], "neither of its towers looks at the other"),
         (["--set", "width={vision: 100}"], "which has 16"),
         (["--set", "random=[vision]", "--layers", "vision=2000"], "there can be 0 to 1000"),

@@ -116,7 +116,8 @@ class Embeds(Askable, Protocol):
     """`embed`: images and texts are compared by their features."""
 
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]."""
+        """Images [B, 3, H, W] to states [B, T, W] and unit vectors [B, E]. What of the states is projected says `pooled_image`, of networks
+        whose states are at hand."""
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, L] to states [B, L, W] and unit vectors [B, E]."""

@@ -507,6 +507,10 @@ class LinearProbeEval(Measuring):
     c: float | None = Field(
         None, gt=0, le=1e12, description="inverse strength of the penalty on weights; by default the best of 1e-6 to 1e6 on a held-out part"
     )
+    features: Literal["projected", "pooled"] = Field(
+        "projected",
+        description="of images: those that are compared with texts, or what these are projected from, as for CLIP's own figures",
+    )
     max_iterations: Count = Field(1000, ge=1, description="of L-BFGS")
 
 

@@ -109,7 +109,12 @@ def check_model(config: Export, loaded: Loaded) -> None:
     if config.format == "open_clip":
         open_clip.check(loaded.model.config, loaded.preprocessing, config.model)
     if config.format in ("hf", "open_clip"):
-        stock.uniform_config(loaded.model.config, config.model)
+        try:
+            stock.uniform_config(loaded.model.config, config.model)
+        except BadInput as problem:
+            if config.format == "hf":
+                raise
+            raise BadInput(f"{config.model} does not fit open_clip", problem.why, problem.fix) from None
 
 
 def _onnx(config: Export, control: Control, loaded: Loaded, output: Output, source: Any) -> Manifest:

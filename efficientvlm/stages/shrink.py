@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,25 @@ def prepare(config: Shrink, workspace: Workspace) -> Shrinking:
     redrawn = tuple(config.random) or (preset.redrawn if preset else ())
     images = config.image_size, config.patch_size or (preset.patch_size if preset else None)
     backbone = resolve(config.vision_from) if config.vision_from else None
-    of = based(teacher.model, backbone, images).config
-    layers, sizes, fusion_layers, depth = wanted(config, of)
+    with naming_preset(config):
+        of = based(teacher.model, backbone, images).config
+        layers, sizes, fusion_layers, depth = wanted(config, of)
     if unknown := [tower for tower in redrawn if not layers.get(tower)]:
         raise BadInput(f"random: no such tower: {unknown[0]}", f"there are {', '.join(t for t in layers if layers[t])}", "use one of these")
     shape: dict[str, Any] = {"channels": config.channels, "redrawn": redrawn, "depth": depth, "images": images, "seed": config.seed}
     shape["backbone"] = backbone
     return Shrinking(teacher, layers, sizes, fusion_layers, **shape, inputs={"model": config.model, "vision_from": config.vision_from})
+
+
+@contextmanager
+def naming_preset(config: Shrink) -> Iterator[None]:
+    """What keeps a preset from being made of a teacher names the preset, and the teacher that it is for."""
+    try:
+        yield
+    except BadInput as problem:
+        if not config.preset:
+            raise
+        raise BadInput(f"the preset {config.preset} does not fit", str(problem), f"it is for {PRESETS[config.preset].teacher}") from problem
 
 
 def wanted(config: Shrink, of: Structure) -> tuple[dict[str, list[int]], dict[str, Layered], int | None, dict[str, int]]:
@@ -156,18 +169,12 @@ def wanted(config: Shrink, of: Structure) -> tuple[dict[str, list[int]], dict[st
         fusion_layers, redrawn = fusion_layers or preset.fusion_layers, redrawn or preset.redrawn
     elif config.narrower:
         given["layers"] = {**{tower: of.layers()[tower] for tower in there}, **given["layers"]}
-    try:
-        depth, layers = _depth(of, given["layers"], redrawn)
-        layers = resolve_layers(of, layers)
-        sizes = resolve_sizes(of, given["width"], given["heads"], given["neurons"], redrawn)
-        if config.narrower:
-            of.with_layers(layers).with_sizes(sizes, fusion_layers).with_depth(depth)  # refuses what cannot be built
-        return layers, sizes, fusion_layers, depth
-    except BadInput as problem:
-        if not config.preset:
-            raise
-        what = f"the preset {config.preset} does not fit"
-        raise BadInput(what, str(problem), f"it is for {PRESETS[config.preset].teacher}") from problem
+    depth, layers = _depth(of, given["layers"], redrawn)
+    layers = resolve_layers(of, layers)
+    sizes = resolve_sizes(of, given["width"], given["heads"], given["neurons"], redrawn)
+    if config.narrower:
+        of.with_layers(layers).with_sizes(sizes, fusion_layers).with_depth(depth)  # refuses what cannot be built
+    return layers, sizes, fusion_layers, depth
 
 
 def _depth(of: Structure, layers: Mapping[str, Any], redrawn: tuple[str, ...]) -> tuple[dict[str, int], dict[str, Any]]:

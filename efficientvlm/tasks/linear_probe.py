@@ -76,21 +76,27 @@ class LinearProbe(Task):
         super().check(config, loaded)
         if importlib.util.find_spec("sklearn") is None:
             raise BadInput("the linear probe needs scikit-learn", "it is not installed", "pip install 'efficientvlm[probe]'")
+        if config.features == "pooled" and not hasattr(loaded.model, "pooled_image"):
+            raise BadInput("features pooled", f"{loaded.path} gives vectors that are projected already", "use features=projected")
         if config.split == "train":
             raise BadInput("split train", "the classifier learns from it", "measure val or test")
 
     def evaluate(
         self, config: LinearProbeEval, loaded: Loaded, source: Any, *, title: str, quiet: bool, others: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """`metric`, `c` and how it was found, `train` (what was learnt from), `influence` and `metrics` of
-        :func:`tasks.class_metrics.tell`, of which `accuracy` is called `probe_accuracy`."""
+        """`metric`, `c` and how it was found, `train` and, where the data keep a part apart, `held_out`, `influence` and `metrics` of
+        :func:`tasks.class_metrics.tell`, of which `accuracy` is called `probe_accuracy`.
+
+        The classifier that is measured has learnt from both `train` and `held_out`, also where `c` is given.
+        """
         assert others is not None
         if not len(source):
             raise BadInput(f"{config.data} has no images", f"split {config.split} of {source.name}", "use another split")
         read: dict[str, Features] = {}
         for role, some in {**others, "data": source}.items():
             if len(some) or role != HELD_OUT:
-                read[role] = features(loaded, some, config.batch_size, title if role == "data" else f"eval {role.replace('_', ' ')}", quiet)
+                named = title if role == "data" else f"eval {role.replace('_', ' ')}"
+                read[role] = features(loaded, some, config.batch_size, named, quiet, projected=config.features == "projected")
         test, whole = read["data"], read[TRAIN]
         train, held_out = whole, read.get(HELD_OUT)
         if config.c is None and held_out is None:
@@ -135,6 +141,8 @@ class LinearProbe(Task):
             "c_from": "given" if config.c is not None else "the split val" if HELD_OUT in read else f"{PART:.0%} of the training images",
             **({"held_out_accuracy": {f"{tried_c:g}": value for tried_c, value in sorted(tried.items())}} if tried else {}),
             "train": record(others[TRAIN], TRAIN),
+            **({"held_out": record(others[HELD_OUT], "val")} if HELD_OUT in read else {}),
+            "features": config.features,
             "influence": influence_of(loaded, source, config.batch_size),
             "metrics": {
                 "probe_accuracy": told.pop("accuracy"),
@@ -160,13 +168,13 @@ class LinearProbe(Task):
         return 2 * config.batch_size * 3 * loaded.sizes.image_size**2 + block
 
 
-def features(loaded: Loaded, source: Any, batch_size: int, title: str, quiet: bool) -> Features:
+def features(loaded: Loaded, source: Any, batch_size: int, title: str, quiet: bool, *, projected: bool = True) -> Features:
     """Of all images that can be read and have one class."""
     values: list[NDArray[np.float32]] = []
     labels: list[str] = []
     digests: list[bytes] = []
     several = 0
-    for items, seen in encoded(loaded, source, batch_size, title, quiet):
+    for items, seen in encoded(loaded, source, batch_size, title, quiet, projected=projected):
         single = [row for row, item in enumerate(items) if len(item.labels) == 1]
         several += len(items) - len(single)
         values.append(seen.cpu().numpy()[single])

@@ -278,8 +278,11 @@ class SlicedCLIPModel(ClipTexts):
         super()._init_weights(module)
         draw_clip(self, module)
 
+    def pooled_image(self, states: Tensor) -> Tensor:
+        return self.vision_model.post_norm(states[:, 0])
+
     def pool_image(self, states: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model.post_norm(states[:, 0]))
+        return self.visual_projection(self.pooled_image(states))
 
 
 class SlicedSiglipModel(SiglipTexts):
@@ -307,8 +310,12 @@ class SlicedSiglipModel(SiglipTexts):
             super()._init_weights(module)
             draw_siglip(self, module)
 
-    def pool_image(self, states: Tensor) -> Tensor:
+    def pooled_image(self, states: Tensor) -> Tensor:
         pooled: Tensor = self.get_submodule("vision_model.head")(self._seen(states))
+        return pooled
+
+    def pool_image(self, states: Tensor) -> Tensor:
+        pooled = self.pooled_image(states)
         return self.visual_projection(pooled) if self.config.image_projection else pooled
 
     def whole_units(self) -> list[Unit]:

@@ -51,8 +51,11 @@ class ByBackbone(Comparing):
         seen = tower.encoder(tower.embeddings(normalise(pixels, self.config.image_mean, self.config.image_std, tower.dtype)))
         return Encoded(seen.last_hidden_state.flatten(2).transpose(1, 2))
 
+    def pooled_image(self, states: Tensor) -> Tensor:
+        return POOLED[self.config.image_pooling](self.vision_model, states)
+
     def pool_image(self, states: Tensor) -> Tensor:
-        return self.visual_projection(POOLED[self.config.image_pooling](self.vision_model, states))
+        return self.visual_projection(self.pooled_image(states))
 
     def _tables(self, state: dict[str, Tensor], grid: int, patch_size: int) -> dict[str, Tensor]:
         own = {name.removeprefix(TOWER): tensor for name, tensor in state.items() if name.startswith(TOWER)}

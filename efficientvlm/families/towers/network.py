@@ -87,6 +87,10 @@ class TowerNetwork(PreTrainedModel):
         """States [B, T, W] of images to unit vectors [B, E]; only of networks that compare features."""
         raise NotImplementedError
 
+    def pooled_image(self, states: Tensor) -> Tensor:
+        """States [B, T, W] of images to what of them is projected to be a feature [B, W]."""
+        return states[:, 0]
+
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.encode_image(pixels).states
         return states, self.image_feature(states)
