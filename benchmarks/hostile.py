@@ -1,10 +1,12 @@
 """Bad inputs and kills by the thousand: nothing hangs, nothing crashes, nothing beside the output is touched, no half-made output stays.
 
 python benchmarks/hostile.py --inputs 2000 --kills 100 [--seed 1] [--jobs 2] [--publish] [--faults FILE]
+python benchmarks/hostile.py --kills 100 --without-pairs [--publish]
 python benchmarks/hostile.py --seed 1 --only 1234 --keep FOLDER
 
 Every case is the real command line in a process of its own, forked from one that has imported everything. A bad input follows from the seed
-and its number alone, so `--only` runs one again and `--keep` leaves its folder. `--publish` writes `results/hostile_inputs_<processor>.csv`
+and its number alone, so `--only` runs one again and `--keep` leaves its folder. `--without-pairs` kills what makes a small tower of images
+without pairs: embed, select-sentences and distill. `--publish` writes `results/hostile_inputs_<processor>.csv`
 and `results/hostile_kills_<processor>.csv`, a row a kind and a row a command. Exit code 1 if there is a fault. Linux only.
 """
 
@@ -34,7 +36,7 @@ from attack.case import KINDS, Case
 from attack.damage import Draw
 from attack.judge import KINDS as FAULTS
 from attack.judge import Fault, judged
-from attack.kills import COMMANDS, Job, Killed, Reference, campaign, reference
+from attack.kills import COMMANDS, WITHOUT_PAIRS, Job, Killed, Reference, campaign, reference
 from attack.process import Ended, Place, Running, preload, seen
 from attack.stock import Stock
 from published import ROOT, as_csv, code, csv_of
@@ -196,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first bad input")
     parser.add_argument("--kind", action="append", choices=KINDS, help="only bad inputs of this kind")
     parser.add_argument("--command", action="append", choices=COMMANDS, help="kill only this command")
+    parser.add_argument("--without-pairs", action="store_true", help="kill only embed, select-sentences and distill for task embedding")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, help="run this bad input alone")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
@@ -218,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         tallies = bad_inputs(numbers, options.seed, stock, root, options.jobs, report, options.keep is not None)
-        killed = kills(options.kills, options.seed, stock, root / "kills", options.jobs, options.command or list(COMMANDS))
+        commands = options.command or (list(WITHOUT_PAIRS) if options.without_pairs else list(COMMANDS))
+        killed = kills(options.kills, options.seed, stock, root / "kills", options.jobs, commands)
     finally:
         if not options.keep:
             remove(root)
@@ -226,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{time.monotonic() - began:.0f} s")
     for name, rows in (("inputs", rows_of_inputs(tallies, options.seed)), ("kills", rows_of_kills(killed, options.seed))):
         if options.publish and rows:
-            publish(f"hostile_{name}", rows)
+            publish(f"hostile_{name}{'_without_pairs' * (options.without_pairs and name == 'kills')}", rows)
     return int(bool(faults))
 
 

@@ -23,7 +23,8 @@ from conftest import run_stage
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in ("prune", "learning", "shrink", "import_", "evaluate"))]
+STAGES = ("prune", "learning", "shrink", "import_", "evaluate", "embed", "select_sentences")
+PRELOAD = ["nursery", *(f"efficientvlm.stages.{name}" for name in STAGES)]
 Run = list[ForkServerProcess]
 
 
@@ -169,6 +170,13 @@ def stops_one(which: list[int]) -> None:
     """As `stops_at`, in one process of several: [rank, step]."""
     if int(os.environ["RANK"]) == which[0]:
         stops_at(which[1:])
+
+
+def saves_always(_: None) -> None:
+    """A selection of sentences saves its state behind every batch."""
+    from efficientvlm.stages import select_sentences
+
+    select_sentences.SAVE_EVERY = -1.0
 
 
 def in_phase(which: tuple[str, str]) -> None:

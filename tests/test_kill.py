@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import nursery
 import pytest
 from conftest import PRUNE, SHAPES, SIZES, TRAIN
@@ -96,6 +97,30 @@ def test_kills_of_stages_that_do_not_train(stage: str, chain: Path, tmp_path: Pa
         settings["model"] = str(tmp_path.parent / "published.safetensors")
         save_file(published(vocab=len(load_tokenizer(chain / "init"))), settings["model"])
     assert campaign(stage, 8, settings, tmp_path) >= 1
+
+
+def without_pairs(command: str, root: Path, given: Path) -> dict[str, Any]:
+    """Settings of the stages of a chain that learns from images and sentences that are no pairs; some files are made in `given`."""
+    draw = np.random.default_rng(0)
+    given.mkdir()
+    (given / "pile.txt").write_text("".join(f"sentence number {number} of a pile\n" for number in range(90)))
+    for name, count in (("images", 12), ("sentences", 90)):
+        np.save(given / f"{name}.npy", draw.standard_normal((count, 8)).astype(np.float32))
+    selected = {"sentences": "pile.txt", "images": "images.npy", "sentence_vectors": "sentences.npy"}
+    learnt = {"model": str(root / "student"), "teacher": str(root / "init"), "data": SHAPES, "sentences": SHAPES, "learn_texts": True}
+    return {
+        "embed": {"model": str(root / "init"), "data": SHAPES, "side": "images", "limit": 24, "shard_size": 2, "batch_size": 2},
+        "select-sentences": {name: str(given / file) for name, file in selected.items()}
+        | {"cap": 3, "batch_size": 4, "fault": ("saves_always", None)},
+        "distill": {**TRAIN, **learnt, "task": "embedding", "save_every": 2},
+    }[command]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["embed", "select-sentences", "distill"])
+def test_kills_of_what_needs_no_pairs(command: str, chain: Path, tmp_path: Path) -> None:
+    """Stores, selections and towers of images come out as if nothing had happened."""
+    assert campaign(command, 6, without_pairs(command, chain, tmp_path / "given"), tmp_path) >= 1
 
 
 def every_crash(stage: str, chain: Path, tmp_path: Path, numbers: range) -> None:

@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from attack.damage import Draw
 from attack.judge import incomplete
 from attack.process import Ended, Place, Running, Seen, seen
-from attack.stock import SHAPES, SHORT, Stock
+from attack.stock import SHAPES, SHORT, WIDTH, Stock
+from efficientvlm.stages import select_sentences
+
+select_sentences.SAVE_EVERY = -1.0  # a state behind every batch, so that kills fall between two of them
 
 Job = Generator[Running, Ended, None]
 STEPS = [*SHORT, "--max-steps", "4", "--set", "save_every=1"]
@@ -31,6 +36,10 @@ EVENTS = (
     "shutil.copyfile",
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+FEW = ["--set", "shard_size=3"]
+EMBED = ["embed", "--model", "init", "--data", SHAPES, "--limit", "16", "--batch-size", "2", *FEW, "-q"]
+SELECT = ["select-sentences", "--sentences", "pile.txt", "--images", "images.npy", "--cap", "3", "--batch-size", "4", "-q"]
+UNPAIRED = ["distill", "--task", "embedding", "--model", "student", "--teacher", "init"]
 COMMANDS: dict[str, list[str]] = {
     "init": ["init", "--size", "tiny", "--data", SHAPES, "--vocab-size", "64", "-q", "--out", "o"],
     "shrink": ["shrink", "--model", "init", "-q", "--out", "o"],
@@ -46,8 +55,15 @@ COMMANDS: dict[str, list[str]] = {
     "shrink --force": ["shrink", "--model", "init", "--seed", "2", "-q", "--force", "--out", "o"],
     "finetune --force": ["finetune", "--model", "init", "--data", SHAPES, *STEPS, "--force", "--out", "o"],
     "run": ["run", "r.yaml", "-q", "--out", "o"],
+    "embed": [*EMBED, "--side", "images", "--out", "o"],
+    "embed sentences": [*EMBED, "--side", "sentences", "--out", "o"],
+    "embed --import": ["embed", "--import", "images.npy", "--data", "shapes:size=12", *FEW, "--side", "images", "-q", "--out", "o"],
+    "select-sentences": [*SELECT, "--sentence-vectors", "said.npy", "--out", "o"],
+    "select-sentences --model": [*SELECT, "--model", "init", "--out", "o"],
+    "distill embedding": [*UNPAIRED, "--data", SHAPES, "--sentences", SHAPES, *STEPS, "--set", "learn_texts=true", "--out", "o"],
     "export onnx --int8": ["export", "--model", "teacher", "--format", "onnx", "--int8", "--rounds", "0", "-q", "--out", "o"],
 }
+WITHOUT_PAIRS = tuple(name for name in COMMANDS if name.startswith(("embed", "select-sentences", "distill embedding")))
 RECIPE = f"""name: r
 defaults: {{data: "{SHAPES}", batch_size: 4, limit: 16, eval_limit: 2, save_every: 1}}
 stages:
@@ -87,6 +103,8 @@ def prepared(name: str, stock: Stock, root: Path) -> Place:
             shutil.copytree(stock.get(f"model/{word}"), place.work / word)
         elif word == "hf-clip":
             shutil.copytree(stock.get(word), place.work / word)
+    if "images.npy" in argv:
+        vectors_in(place.work)
     if name == "run":
         shutil.copytree(stock.get("model/init"), place.work / "init")
         (place.work / "r.yaml").write_text(RECIPE)
@@ -95,6 +113,14 @@ def prepared(name: str, stock: Stock, root: Path) -> Place:
             shutil.copytree(stock.get("model/init"), place.work / "init")
         shutil.copytree(stock.get("model/student"), place.work / "o")
     return place
+
+
+def vectors_in(folder: Path) -> None:
+    """A pile of sentences, and embeddings of it and of some images, as wide as those of the small models."""
+    draw = np.random.default_rng(0)
+    (folder / "pile.txt").write_text("".join(f"sentence number {number} of a pile\n" for number in range(60)))
+    for name, count in (("images", 12), ("said", 60)):
+        np.save(folder / f"{name}.npy", draw.standard_normal((count, WIDTH)).astype(np.float32))
 
 
 def counted(place: Place, deadly: int | None = None) -> Callable[[], None]:

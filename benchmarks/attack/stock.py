@@ -15,13 +15,15 @@ from typing import Any
 from attack.process import Place, Running
 
 SIZES = {"width": 16, "heads": 4, "intermediate": 32}
+WIDTH = 8
+"""Of embeddings."""
 SHAPES = "shapes:difficulty=2,size=24"
 SHORT = ["--max-steps", "2", "--batch-size", "4", "--limit", "16", "--set", "eval_limit=2", "--set", "log_every=1", "-q"]
 SUFFIXES = ("jsonl", "json", "csv", "tsv", "parquet", "tar")
 LAYOUTS = (*SUFFIXES, "arrow", "folder", "classes", "coco", "vqav2", "splits", "karpathy")
 ANSWERS = ["red", "blue", "green", "a lot", "yes", "no"]
 TINY = [f"settings.{tower}_{name}={size}" for tower in ("vision", "text") for name, size in SIZES.items()]
-TINY = [word for size in (*TINY, "settings.patch_size=16", "settings.embed_dim=8") for word in ("--set", size)]
+TINY = [word for size in (*TINY, "settings.patch_size=16", f"settings.embed_dim={WIDTH}") for word in ("--set", size)]
 
 
 class Stock:
