@@ -11,6 +11,7 @@ import torch
 from clip_folder import byte_pairs, write_clip
 from conftest import QUIET, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
+from test_data_files import pictures
 
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.errors import BadInput
@@ -149,6 +150,76 @@ def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, 
     assert "other images" in refused("distill", tmp_path, **harder).what
     cut = settings | {"max_tokens": 5, "sentence_store": stores["sentences"]}
     assert "in another form" in refused("distill", tmp_path, **cut).what
+
+
+def stores_of(towers: Path, out: Path, data: str, sentences: str = DATA["sentences"]) -> dict[str, str]:
+    for side, some in (("images", data), ("sentences", sentences)):
+        run_stage("embed", model=str(towers / "teacher"), data=some, side=side, out=str(out / side))
+    return {"image_store": str(out / "images"), "sentence_store": str(out / "sentences")}
+
+
+def test_samples_that_a_store_lacks_are_counted_before_training(towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = stores_of(towers, tmp_path, "shapes:difficulty=2,size=36", "shapes:difficulty=2,size=30,seed=7")
+    settings = given(towers, max_steps=12) | stores
+    few = refused("distill", tmp_path, **settings)
+    assert "no vector of 4 of 40 samples" in few.what and "max_missing=0.1" in few.fix
+    run_stage("distill", out=str(tmp_path / "out"), **settings, max_missing=0.1)
+    images, _, sentences = require_complete(tmp_path / "out").data
+    assert any("4 of 40 samples have no vector" in note for note in images.read_as)
+    assert any("3 of 33 samples have no vector" in note for note in sentences.read_as)
+    config = stage_settings("distill", {"out": "x", **settings, "max_missing": 0.1})
+    assert not plan([Step("distilled", "distill", config)], QUIET, measure=1).problems.found
+    config = stage_settings("distill", {"out": "x", **settings})
+    assert "no vector of 4" in plan([Step("distilled", "distill", config)], QUIET).problems.found[0].error.what
+
+
+def test_stores_of_both_sides_stand_for_the_teacher(towers: Path, tmp_path: Path) -> None:
+    """The network need not be at hand; what is learnt is the same to the bit, and the held-out images that the store knows are measured."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = pictures(folder, 14)
+    stores = stores_of(towers, tmp_path, str(folder))
+    settings = given(towers) | stores | {"data": str(folder), "val_fraction": 0.3, "batch_size": 4}
+    alone = {name: value for name, value in settings.items() if name != "teacher"}
+    for name, some in (("with", settings), ("without", alone)):
+        run_stage("distill", out=str(tmp_path / name), **some)
+    one, two = (tmp_path / name / "model.safetensors" for name in ("with", "without"))
+    assert one.read_bytes() == two.read_bytes()
+    live, stored = (require_complete(tmp_path / name).metrics["val"] for name in ("with", "without"))
+    assert stored["images"] > 0 and stored == pytest.approx(live, abs=2e-3)
+    assert require_complete(tmp_path / "without").teacher is None
+    half = refused("distill", tmp_path, **{name: value for name, value in alone.items() if name != "image_store"})
+    assert "no teacher" in half.what and "image_store" in half.fix
+    torn = folder / names[3]  # known to the store: another picture that it knows is seen in its place
+    torn.write_bytes(bytes(torn.stat().st_size))
+    assert run_stage("distill", out=str(tmp_path / "torn"), **alone, max_bad=1).metrics["train"]
+
+
+def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: Path) -> None:
+    teacher, (images, texts) = str(towers / "teacher"), (str(tmp_path / side) for side in ("images", "sentences"))
+    (tmp_path / "pile.txt").write_text("a red circle\nthe blue square\n")
+
+    def planned(measure: int = 0, **change: Any) -> Any:
+        common = given(towers) | {"image_store": images, "sentence_store": texts, **change}
+        every: dict[str, tuple[str, dict[str, Any]]] = {
+            "images": ("embed", {"model": teacher, "data": DATA["data"], "side": "images", "out": images}),
+            "sentences": ("embed", {"model": teacher, "data": DATA["sentences"], "side": "sentences", "out": texts}),
+            "selected": ("select-sentences", {"sentences": str(tmp_path / "pile.txt"), "images": images, "model": teacher, "out": "s"}),
+            "distilled": ("distill", common | {"out": str(tmp_path / "d")}),
+            "alone": ("distill", {name: value for name, value in common.items() if name != "teacher"} | {"out": str(tmp_path / "a")}),
+        }
+        steps = [Step(name, stage, stage_settings(stage, values)) for name, (stage, values) in every.items()]
+        return plan(steps, QUIET, measure=measure)
+
+    made = planned(measure=1)
+    assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
+    assert [stage.status for stage in made.stages] == ["new"] * 5 and all(stage.memory and stage.disk for stage in made.stages)
+    wrong = planned(image_store=texts)
+    (problem,) = wrong.problems.found  # what two stages have in common is told once
+    assert problem.stage == "distilled" and "vectors of" in problem.error.what
+    stores_of(towers, tmp_path, DATA["data"])
+    again = planned()
+    assert not again.problems.found and [stage.status for stage in again.stages][:2] == ["up to date"] * 2
 
 
 def test_sentences_that_cannot_be_read_stand_in_front(towers: Path, tmp_path: Path) -> None:

@@ -105,6 +105,24 @@ def test_a_model_embeds_the_sentences_of_a_table(given: dict[str, Any], tmp_path
         assert abs(float((images @ vector / np.linalg.norm(images, axis=1)).max()) - row["similarity"]) < 1e-5
 
 
+def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], tmp_path: Path) -> None:
+    """As a file with a row a row of the pile; what the store lacks is counted, and one of another teacher is refused."""
+    (tmp_path / "some.txt").write_text("\n".join(SAID[:200]))
+    vectors = np.load(given["sentence_vectors"])[:200]
+    np.save(tmp_path / "some.npy", vectors)
+    imported = {"data": str(tmp_path / "some.txt"), "side": "sentences", "vectors": str(tmp_path / "some.npy")}
+    run_stage("embed", out=str(tmp_path / "store"), **imported)
+    in_file = run_stage("select-sentences", **given, out=str(tmp_path / "file"))
+    in_store = run_stage("select-sentences", **given | {"sentence_vectors": str(tmp_path / "store")}, out=str(tmp_path / "out"))
+    lacking = in_store.metrics["sentences"]["dropped"]
+    assert lacking["without_vector"] == len(SAID) - 200 + 1 and "not_finite" not in lacking
+    whole, some = (rows(tmp_path / name) for name in ("file", "out"))
+    close = {row["sentence"]: row["similarity"] for row in whole}
+    assert some and all(row["row"] < 200 for row in some)
+    assert all(abs(close.get(row["sentence"], row["similarity"]) - row["similarity"]) < 2e-3 for row in some)
+    assert in_file.metrics["sentences"]["dropped"]["not_finite"] == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

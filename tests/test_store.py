@@ -22,7 +22,7 @@ from efficientvlm.data.kinds.images import IMAGES
 from efficientvlm.data.kinds.sentences import sentence
 from efficientvlm.data.opening import open_data, origin
 from efficientvlm.errors import BadInput, Interrupted
-from efficientvlm.loaded import load, texts_of
+from efficientvlm.loaded import load, read_as, texts_of
 from efficientvlm.objectives.teachers import StoredTeacher
 from efficientvlm.stages import embed
 
@@ -76,15 +76,20 @@ def test_a_store_that_does_not_fit_is_refused(teacher: str, tmp_path: Path) -> N
     run_stage("embed", model=teacher, out=str(tmp_path / "out"), **SHAPES)
     store = Store.open(tmp_path / "out")
     source = open_data(IMAGES, "shapes:size=10", "train")
-    store.check(side="images", width=8, teacher=store.teacher, origin=origin(source))
+    form = read_as(load(teacher), "images")
+    assert store.check(side="images", width=8, teacher=store.teacher, origin=origin(source), preprocessing=form) == []
     for wrong, said in (
         ({"side": "sentences"}, "those of sentences"),
         ({"width": 9}, "of 8 numbers"),
         ({"teacher": "0" * 64}, "another teacher"),
+        ({"preprocessing": form.replace("bicubic", "other") + "x"}, "images in another form"),
         ({"origin": origin(open_data(IMAGES, "shapes:size=10,seed=1", "train"))}, "other images"),
     ):
         with pytest.raises(BadInput, match=said):
             store.check(**{"side": "images", **wrong})  # type: ignore[arg-type]
+    store.teacher, store.preprocessing = None, ""  # as of an import
+    remarks = store.check(side="images", teacher="0" * 64, preprocessing=form)
+    assert len(remarks) == 2 and "of which teacher" in remarks[0] and "in what form" in remarks[1]
     with pytest.raises(BadInput, match="holds no embeddings"):
         Store.open(teacher)
 

@@ -54,7 +54,7 @@ def write_shard(path: Path, ids: Sequence[str], vectors: NDArray[np.float16], mi
     import pyarrow as pa
 
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), pa.float16())
-    named = pa.array([key.encode("utf-8", "backslashreplace").decode() for key in ids], pa.string())
+    named = pa.array([plain(key) for key in ids], pa.string())
     columns = {"id": named, "key": pa.array(keys_of(ids)), "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
     _write(path, columns, {NOTE: json.dumps(missing).encode()})
 
@@ -85,6 +85,9 @@ def write_index(path: Path, shards: Sequence[Shard]) -> None:
 
 class Store:
     """A finished store. What its manifest says is known at once; a file is opened when a vector of it is asked for."""
+
+    made = True
+    """Whether its vectors are there; a plan knows stores that are not yet made."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
@@ -119,8 +122,10 @@ class Store:
         teacher: str | None = None,
         origin: str | None = None,
         preprocessing: str | None = None,
-    ) -> None:
+    ) -> list[str]:
         """See that these are vectors of `side` by the checkpoint with the manifest of digest `teacher`, of `width` numbers.
+
+        What is asked and the store does not know, as it was imported, is not refused; it is told in the remarks that are returned.
 
         Args:
             origin: what the samples come from, see `data.opening.origin`; sentences are told apart by their ids alone.
@@ -134,14 +139,20 @@ class Store:
             raise BadInput(f"{self.path} holds vectors of {self.side}", f"those of {side} are needed", fix)
         if width is not None and self.width != width:
             raise BadInput(f"{self.path} holds vectors of {self.width} numbers", f"the teacher's have {width}", fix)
-        if teacher and self.teacher and self.teacher != teacher:
-            why = f"its vectors are of the checkpoint with manifest {self.teacher[:12]}, the teacher's is {teacher[:12]}"
+        unknown = []
+        if teacher and not self.teacher:
+            unknown.append(f"{self.path} does not say of which teacher its vectors are, so nobody knows whether they are this one's")
+        elif teacher and self.teacher != teacher:
+            why = f"its vectors are of the checkpoint with manifest {str(self.teacher)[:12]}, the teacher's is {teacher[:12]}"
             raise BadInput(f"{self.path} is of another teacher", why, fix)
         if side == IMAGES and origin and self.origin and self.origin != origin:
             raise BadInput(f"{self.path} is of other images", "the data that are read are not those it was made from", fix)
-        if preprocessing and self.preprocessing and self.preprocessing != preprocessing:
+        if preprocessing and not self.preprocessing:
+            unknown.append(f"{self.path} does not say in what form its {side} were read, so nobody knows whether it was this one")
+        elif preprocessing and self.preprocessing != preprocessing:
             why = f"{self.preprocessing} there, {preprocessing} now"
             raise BadInput(f"{self.path} is of {side} in another form", why, "embed them in the form in which they are read now")
+        return unknown
 
     def has(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """For each id whether there is a vector."""
@@ -208,14 +219,29 @@ class Store:
         wanted = keys_of(ids)
         begin, end = np.searchsorted(keys, wanted, side="left"), np.searchsorted(keys, wanted, side="right")
         found = np.full(len(ids), -1, np.int64)
-        for at, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
-            for row in rows[first:last].tolist():
-                number = int(self._places(np.array([row]))[0])
-                named = ids[at].encode("utf-8", "backslashreplace").decode()
-                if self._shard(number).ids[row - int(self._firsts[number])].as_py() == named:
-                    found[at] = row
-                    break
+        left = np.flatnonzero(begin < end)
+        while len(left):  # one look for nearly all of them: equal keys of other ids are rare
+            likely = np.array(rows[begin[left]])
+            right = np.array([plain(ids[at]) for at in left.tolist()], object) == np.array(self._named(likely), object)
+            found[left[right]] = likely[right]
+            begin[left] += 1
+            left = left[~right & (begin[left] < end[left])]
         return found
+
+    def _named(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids at those rows."""
+        named = np.empty(len(rows), object)
+        numbers = self._places(rows)
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            named[chosen] = self._shard(number).ids.take(rows[chosen] - self._firsts[number]).to_pylist()
+        found: list[str] = named.tolist()
+        return found
+
+
+def plain(name: str) -> str:
+    """`name` as a store has it, which is UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class StoredIds(Sequence[str]):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from efficientvlm.data.draw import some_of
+from efficientvlm.data.draw import generator, some_of
 from efficientvlm.data.items import Item, Source
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
@@ -19,6 +19,8 @@ from efficientvlm.errors import BadInput, without_secrets
 T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 BUILT_IN = ("easy-vqa", "shapes")
+INSTEAD = 20190719  # seed of what stands in the place of a sample that cannot be read
+ATTEMPTS = 1000
 HUB, STREAM = "hub:", "stream:"
 
 
@@ -152,7 +154,7 @@ class Subset(Over[Item]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
-        return self.source[self.indices[index]]
+        return self.source[int(self.indices[index])]
 
     @property
     def workers(self) -> int:
@@ -168,7 +170,7 @@ class Subset(Over[Item]):
         return [*notes(self.source), f"{len(self):,} of {len(self.source):,} images, drawn at random (seed 0)"]
 
     def usable(self, indices: Sequence[int]) -> list[Item]:
-        return usable(self.source, [self.indices[index] for index in indices])
+        return usable(self.source, [int(self.indices[index]) for index in indices])
 
     def texts(self) -> Iterator[str]:
         return self.source.texts()
@@ -180,6 +182,31 @@ class Subset(Over[Item]):
     def ids(self) -> Iterator[str | None]:
         known = list(ids(self.source))
         return (known[index] for index in self.indices)
+
+
+class Chosen(Subset[Item]):
+    """Some samples of a source and no others: in the place of one that cannot be read another of them is. `note` says what is left out."""
+
+    def __init__(self, source: Source[Item], indices: Any, note: str) -> None:
+        super().__init__(source, indices)
+        self.note = note
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "source" or name.startswith("__"):
+            raise AttributeError(name)  # of an object that is being copied
+        return getattr(self.source, name)
+
+    @property
+    def notes(self) -> list[str]:
+        return notes(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        place = index = range(len(self))[index]
+        for attempt in range(ATTEMPTS):
+            if found := self.usable([place]):
+                return found[0]
+            place = int(generator(INSTEAD, "instead", index, attempt).integers(len(self)))
+        raise BadInput(f"data {self.name}", f"of {ATTEMPTS} samples drawn none could be read", "mend the data")
 
 
 def drawn(source: Source[Item], limit: int | None) -> Source[Item]:
@@ -247,6 +274,7 @@ def record(source: Source[Any], split: str) -> dict[str, Any]:
     """What the manifest says about a source: name, split, count of images, fingerprint, licence, samples skipped, how it was read."""
     skips: Any = getattr(source, "skips", None)
     columns = ", ".join(f"{role}={name}" for role, name in getattr(source, "columns", {}).items())
+    chosen = [source.note] if isinstance(source, Chosen) else []
     return {
         "name": without_secrets(source.name),
         "split": split,
@@ -254,7 +282,7 @@ def record(source: Source[Any], split: str) -> dict[str, Any]:
         "fingerprint": source.fingerprint,
         "licence": source.licence,
         "skipped": skips.count if skips else 0,
-        "read_as": [*([f"columns: {columns}"] if columns else []), *map(without_secrets, notes(source))],
+        "read_as": [*([f"columns: {columns}"] if columns else []), *map(without_secrets, [*notes(source), *chosen])],
     }
 
 

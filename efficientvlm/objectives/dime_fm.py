@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientvlm.checkpoints.folder import fingerprint
-from efficientvlm.checkpoints.store import Store
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded
 from efficientvlm.objectives.distillation import Distilled
 from efficientvlm.objectives.embedding import EMBEDDED, Embedded, EmbeddingTeacher, first_of, learnt_by_texts, width_of
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.objectives.teachers import StoredTeacher
 from efficientvlm.objectives.terms import Pairing, Term
 from efficientvlm.runtime import ranks
 from efficientvlm.runtime.exchange import Rows
@@ -137,12 +134,6 @@ def needs(student: Loaded, teacher: Loaded, settings: Any) -> Iterator[BadInput]
         return  # the task says so
     ours, theirs = width_of(student.model), width_of(teacher.model)
     yield from unfit(ours, theirs, f"teacher {teacher.path}", settings)
-    for side, spec in (("images", settings.image_store), ("sentences", settings.sentence_store)):
-        try:
-            if spec:
-                Store.open(spec).check(side=side, width=theirs, teacher=_digest_of(teacher))
-        except BadInput as error:
-            yield error
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         fix = "make the student with the teacher's tower of texts"
         yield BadInput("teacher and student have different tokenizers", f"{teacher.path} and {student.path}", fix)
@@ -152,11 +143,6 @@ def needs(student: Loaded, teacher: Loaded, settings: Any) -> Iterator[BadInput]
             why = f"{student.path} has a tower of texts of its own, which is not learnt"
             fix = "shrink vision alone (layers, width, ... of vision), or learn texts too: --set learn_texts=true"
             yield BadInput("the student does not read sentences as its teacher does", why, fix)
-
-
-def _digest_of(teacher: Loaded) -> str | None:
-    """That of its manifest, by which a store names it; None of one that is still to be made."""
-    return fingerprint(str(teacher.path)) if teacher.path.is_dir() else None
 
 
 def unfit(ours: int, theirs: int, whose: str, settings: Any) -> Iterator[BadInput]:
@@ -181,7 +167,7 @@ def distilled(hard: Any, teacher: Any, settings: Any) -> Objective:
 
     Args:
         hard: `objectives.embedding.Unpaired` of the student.
-        teacher: a network that embeds.
+        teacher: a network that embeds, or an `EmbeddingTeacher`, which may look up what it says in stores.
         settings: weights, temperatures, scale, widths, quirks.
 
     Inputs and outputs are those of `objectives.distillation.Distilled`: every term is reported, weighed, as `kd_` and its name.
@@ -193,8 +179,8 @@ def distilled(hard: Any, teacher: Any, settings: Any) -> Objective:
     Example: `distilled(Unpaired(student), teacher, settings)(batch, step=0)["loss"].backward()`
     """
     common: dict[str, Any] = {"weights": dict(settings.weights), "maps": {}, "hard_weight": 0.0, "each": True}
-    stores = [Store.open(spec) if spec else None for spec in (settings.image_store, settings.sentence_store)]
-    return Distilled(hard, EmbeddingTeacher(teacher, StoredTeacher(*stores)), rows_of(settings), kd=1.0, **common)
+    says = teacher if isinstance(teacher, EmbeddingTeacher) else EmbeddingTeacher(teacher)
+    return Distilled(hard, says, rows_of(settings), kd=1.0, **common)
 
 
 def rows_of(settings: Any) -> tuple[Term, ...]:

@@ -62,7 +62,8 @@ class EmbeddingTeacher:
     """
 
     def __init__(self, model: Any, stored: StoredTeacher | None = None) -> None:
-        self.model, self.stored = model.eval().requires_grad_(False), stored or StoredTeacher()
+        """`model` may be None where images and sentences are both `stored`."""
+        self.model, self.stored = model and model.eval().requires_grad_(False), stored or StoredTeacher()
 
     def images(self, batch: dict[str, Any]) -> Tensor:
         """Unit vectors [I, E]."""

@@ -16,7 +16,6 @@ from efficientvlm.objectives.losses import Contrast
 from efficientvlm.runtime.exchange import Rows
 
 if TYPE_CHECKING:
-    from efficientvlm.checkpoints.store import Store
     from efficientvlm.objectives.objective import Objective
 
 Kept = dict[Hashable, Tensor]
@@ -38,13 +37,20 @@ class LiveTeacher:
         return self.hard.passes(self.model, batch, step, want, drawn).record
 
 
+class Vectors(Protocol):
+    """Vectors that are looked up, as a `checkpoints.store.Store` has them."""
+
+    def vectors(self, ids: Sequence[str]) -> Tensor:
+        """Unit vectors [N, E] in float32, on the CPU."""
+
+
 class StoredTeacher:
     """What a teacher says of single samples, out of stores that `evlm embed` wrote: of images, of sentences, or of both.
 
     A vector is that of the sample as the teacher's own preprocessing shows it, whatever view of it the student is shown.
     """
 
-    def __init__(self, images: Store | None = None, sentences: Store | None = None) -> None:
+    def __init__(self, images: Vectors | None = None, sentences: Vectors | None = None) -> None:
         self.stores = {"image_ids": images, "sentence_ids": sentences}
 
     def look_up(self, batch: dict[str, Any], ids: str, device: torch.device) -> Tensor | None:

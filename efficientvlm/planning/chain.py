@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from efficientvlm.checkpoints import lineage
 from efficientvlm.checkpoints.files import resolve
+from efficientvlm.checkpoints.folder import fingerprint
 from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
 from efficientvlm.data.configured import open_split
@@ -19,6 +21,7 @@ from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning.checks import Problems, place
 from efficientvlm.planning.costs import Disks
+from efficientvlm.planning.stores import Foreseen, Known
 from efficientvlm.stages.common import TEXT_LENGTH
 from efficientvlm.stages.workspace import Workspace
 
@@ -47,7 +50,7 @@ class Chain:
 
     `outputs` is what they write, by place: a checkpoint as shapes, or None for a result file or where planning failed. `stale` are the
     places that would be written anew, `assumed` those whose structure is only assumed, `graphs` those of ONNX graphs; `sources` are the
-    data that were opened, None where that failed.
+    data that were opened, None where that failed; `stores` are embeddings that they write; `notes` what is said of a stage, by its name.
     """
 
     control: Control = field(default_factory=Control)
@@ -59,6 +62,8 @@ class Chain:
     assumed: set[str] = field(default_factory=set)
     graphs: set[str] = field(default_factory=set)
     sources: dict[str, Any] = field(default_factory=dict)
+    stores: dict[str, Foreseen] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     _opened: dict[str, Loaded | None] = field(default_factory=dict)
     _accounts: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
@@ -112,6 +117,20 @@ class Look(Workspace):
         model = copy.copy(loaded.model)
         model.config = model.config.copy()
         return replace(loaded, model=model)
+
+    def store(self, spec: str) -> Any:
+        if (key := place(spec)) in self.chain.stores:
+            return self.chain.stores[key]
+        if key in self.chain.stale:
+            raise Blocked("it reads what cannot be planned")
+        return Known.open(spec)
+
+    def digest(self, spec: str) -> str:
+        """Of what is to be written anew a digest that no other place has."""
+        return hashlib.sha256(place(spec).encode("utf-8", "surrogateescape")).hexdigest() if not self.is_made(spec) else fingerprint(spec)
+
+    def note(self, text: str) -> None:
+        self.chain.notes.setdefault(self.stage, []).append(text)
 
     def is_made(self, spec: str) -> bool:
         return place(spec) not in self.chain.stale

@@ -16,12 +16,14 @@ from efficientvlm.compression.anatomy import Groups
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
+from efficientvlm.data.opening import origin
 from efficientvlm.errors import BadInput
-from efficientvlm.loaded import Loaded
+from efficientvlm.loaded import Loaded, read_as
 from efficientvlm.planning import costs, selecting, storing
 from efficientvlm.planning.chain import Blocked, Chain, Look, Planned
 from efficientvlm.planning.checks import importable, path_problems, place
 from efficientvlm.planning.parts import Forecast, book, folder, result_file, training
+from efficientvlm.planning.stores import Foreseen
 from efficientvlm.recipe import FILES, Step
 from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.settings.common import Learning as Learns
@@ -59,6 +61,7 @@ def forecast(chain: Chain, step: Step) -> Forecast:
             look_at(chain, step, found)
         except Blocked as blocked:
             found.notes.append(str(blocked))
+    found.notes += chain.notes.pop(step.name, [])
     if found.out and place(found.out) not in chain.outputs:
         chain.stale.add(place(found.out))
         chain.outputs[place(found.out)] = None
@@ -234,8 +237,15 @@ def _(job: Embedding, chain: Chain, step: Step, found: Forecast) -> None:
     costs.add(found.memory, **storing.memory(job.teacher, config, count, job.width))
     found.disk = storing.disk(count, job.width)
     folder(chain, step, found, job)
+    if found.status == "up to date":
+        chain.outputs[place(config.out)] = None  # it is no network
+        return
+    teacher = Look(chain, step.name).digest(config.model) if config.model else None
+    form = read_as(job.teacher, config.side, config.max_tokens) if job.teacher and not job.file else ""
+    will_be: dict[str, Any] = {"side": config.side, "width": job.width, "count": count, "teacher": teacher, "preprocessing": form}
+    chain.stores[place(config.out)] = Foreseen(config.out, origin=origin(job.data["data"]), **will_be)
     with chain.problems.of(step.name):
-        chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])
+        chain.disks.add(config.out, found.disk["output"], found.disk["peak"])
 
 
 @weigh.register

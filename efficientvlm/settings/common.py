@@ -162,6 +162,13 @@ class Taught(Learning):
 
     teacher: str | None = None
     distillation: str = Field("efficientvlm", description="method by which the student follows its teacher")
+    teacherless: ClassVar[bool] = False
+    """Whether the method can do without the teacher's network."""
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher, or what stands for it."""
+        return bool(self.teacher)
 
 
 class Repeatable(Taught):

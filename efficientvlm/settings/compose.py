@@ -101,6 +101,8 @@ def _composed(
     fields: dict[str, Any] = {"task": _one_of(base, "task", tasks, task or base.model_fields["task"].default)}
     if methods:
         fields["distillation"] = _one_of(base, "distillation", methods, method)
+        if any(getattr(part, "teacherless", False) for part in parts):
+            fields["teacher"] = (str | None, Field(None, description="the teacher; not needed where stores hold what it says"))
     elif task and issubclass(base, Taught):
         fields["teacher"] = (Annotated[str | None, AfterValidator(_untaught)], base.model_fields["teacher"])
     groups: dict[str, list[type[Strict]]] = {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from efficientvlm.settings.base import Size, Strict
+from efficientvlm.settings.base import Aside, Size, Strict
 from efficientvlm.settings.common import Taught
 
 
@@ -50,11 +50,17 @@ class DimeFm(Taught):
     )
     image_store: str | None = Field(None, description="folder of evlm embed: the teacher's vectors of the images, looked up in its place")
     sentence_store: str | None = Field(None, description="likewise of the sentences")
+    max_missing: Annotated[float, Aside()] = Field(
+        0.01, ge=0, le=1, description="part of the images, and of the sentences, that a store may lack; they are left out of training"
+    )
     quirks: EmbeddingQuirks = Field(default_factory=EmbeddingQuirks)
 
-    def fullest(self) -> dict[str, Any]:
-        """With a teacher that looks at everything itself."""
-        return {**super().fullest(), "image_store": None, "sentence_store": None}
+    teacherless: ClassVar[bool] = True
+
+    @property
+    def taught(self) -> bool:
+        """Stores of both sides stand for a teacher."""
+        return super().taught or bool(self.image_store and self.sentence_store)
 
     @field_validator("weights")
     @classmethod

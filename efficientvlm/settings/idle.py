@@ -54,7 +54,7 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"label_smoothing"}, "without lm among the losses"
     if isinstance(config, Contrasting) and config.momentum == 0:
         yield {"queue", "queue_start", "alpha", "alpha_warmup", "contrast_over"}, "with momentum 0"
-    if isinstance(config, Taught) and not config.teacher:
+    if isinstance(config, Taught) and not config.taught:
         of_the_method = {name for tasks in METHODS.values() for kind in tasks.values() for name in kind.model_fields}
         yield {"distillation", "decoder_init"} | (of_the_method - Learning.model_fields.keys() - {"quirks"}), "without a teacher"
     if isinstance(config, Prune) and config.to is not None:

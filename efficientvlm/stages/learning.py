@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -71,20 +71,25 @@ def prepare(config: settings.Learning, workspace: Workspace) -> Learning:
     workspace.check(problems(config, task, student, teacher))
     sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
     beside = {role: workspace.data(other.config, other.kind, "train", None) for role, other in task.beside(config).items()}
+    stores = {role: workspace.store(folder) for role, folder in task.stores(config).items()}
+    if stores:
+        digest = workspace.digest(spec) if spec else None
+        read = task.fitting(config, student, teacher, digest, stores, sources | beside, workspace.note)
+        sources, beside = ({role: read[role] for role in some} for some in (sources, beside))
     with torch.device("meta"):
         model, new = task.adapt(config, student, teacher)
     student.model = model.eval()
     keep_length(student, config.max_tokens)
     data = {"data": sources["train"], **({"val": sources["val"]} if config.val else {}), **beside}
     inputs = {"model": config.model, "teacher": spec, **task.files(config)}
-    return Learning(config, task, student, teacher, new, sources | beside, inputs=inputs, data=data)
+    return Learning(config, task, student, teacher, new, sources | beside, stores, inputs=inputs, data=data)
 
 
 @dataclass(frozen=True)
 class Learning(Job):
     """One run on a task. `new` names the student's tensors that play a new part (a decoder started from other layers) and learn faster.
 
-    `sources` are the samples that are read, by split; what is learnt from beside them, by role.
+    `sources` are the samples that are read, by split; what is learnt from beside them, by role. `stores` hold what a teacher says, by role.
     """
 
     config: settings.Learning
@@ -93,6 +98,7 @@ class Learning(Job):
     teacher: Loaded | None
     new: list[str]
     sources: dict[str, Any]
+    stores: dict[str, Any] = field(default_factory=dict)
 
     def loaded(self, quiet: bool = False) -> Self:
         """The same with the weights of student and teacher, in the place of shapes.
@@ -134,15 +140,17 @@ class Learning(Job):
         """
         torch.manual_seed(self.config.seed)
         teacher = self.teacher if distil else None
+        taught = distil and isinstance(self.config, settings.Taught) and self.config.taught
         for loaded in filter(None, (self.student, teacher)):
             if loaded.model.device != self.hardware.device:
                 loaded.model.to(self.hardware.device)
         self.task.freeze(self.config, self.student)
         self.task.configure(self.config, self.student, self.sources["train"])
         hard = self.task.objective_on(self.config, self.student, self.sources["train"])
-        if teacher is None:
+        if not taught:
             return hard
-        return method_of(self.config).distilled(hard, teacher.model, self.config)
+        says = self.task.taught_by(self.config, teacher.model if teacher else None, self.stores)
+        return method_of(self.config).distilled(hard, says, self.config)
 
     def trial(self) -> Objective:
         """The objective as it is once training is under way, for a plan that runs some steps."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from efficientvlm.checkpoints.files import resolve, write_atomic
 from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
+from efficientvlm.checkpoints.store import IMAGES
 from efficientvlm.control import Control
 from efficientvlm.data.reading import of_read
 from efficientvlm.errors import BadInput, Interrupted
@@ -28,11 +29,11 @@ from efficientvlm.runtime.progress import Bar, say, telling
 from efficientvlm.selection.candidates import Candidates, Offer
 from efficientvlm.selection.pile import Pile, is_repeat, repeats
 from efficientvlm.selection.rules import Array, Limits, Rules
-from efficientvlm.selection.search import Approximate, Exact, Index, Vectors, faiss_package, unit
+from efficientvlm.selection.search import Approximate, Exact, Index, Vectors, faiss_package
 from efficientvlm.settings.stages import SelectSentences
 from efficientvlm.stages.common import finished, making, open_output
 from efficientvlm.stages.embedder import Embedder
-from efficientvlm.stages.stored import sentence_vectors, stored_vectors
+from efficientvlm.stages.stored import Said, sentence_vectors, stored_vectors
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 
 SAVE_EVERY = 20.0  # seconds between two states
@@ -42,11 +43,12 @@ TEXT, TABLE = "sentences.txt", "sentences.parquet"
 
 @dataclass(frozen=True)
 class Selecting(Job):
-    """What is selected from, and how. `loaded` are the shapes of the teacher, if sentences are embedded here."""
+    """What is selected from, and how. `loaded` are the shapes of the teacher, if it embeds sentences here; `said` their vectors, if not."""
 
     pile: Pile
     images: Vectors
     loaded: Loaded | None
+    said: Said | None
     rules: Rules
     limits: Limits
     approximate: bool
@@ -59,15 +61,16 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
         BadInput: embeddings that cannot be read or do not fit together, a model that compares nothing, a package that is missing.
     """
     pile = Pile(resolve(config.sentences), config.columns.get("sentence"))
-    images = stored_vectors(config.images, "images", config.model)
-    loaded = None
+    images = stored_vectors(config.images, IMAGES, workspace, workspace.digest(config.model) if config.model else None)
+    loaded, said = None, None
     if config.model:
         loaded = workspace.checkpoint(config.model)
         require(loaded.model, "embed")
         width, whose = width_of(loaded.model), config.model
     else:
         assert config.sentence_vectors is not None
-        width, whose = sentence_vectors(config.sentence_vectors).width, config.sentence_vectors
+        said = sentence_vectors(config.sentence_vectors, workspace, getattr(images, "teacher", None))
+        width, whose = said.width, config.sentence_vectors
     if width != images.width:
         why = f"those of {config.images} have {images.width} numbers, those of {whose} {width}"
         raise BadInput("images and sentences lie in different spaces", why, "embed both with the same teacher")
@@ -78,7 +81,7 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
     limits = Limits(**{name: getattr(config, name) for name in names})
     rules = Rules(config.per_image, config.cap, config.total, config.near, config.reserve)
     read = {"model": config.model, "images": config.images, "sentences": config.sentences, "sentence_vectors": config.sentence_vectors}
-    return Selecting(pile, images, loaded, rules, limits, approximate, inputs=read)
+    return Selecting(pile, images, loaded, said, rules, limits, approximate, inputs=read)
 
 
 def run(config: SelectSentences, control: Control) -> Manifest:
@@ -145,11 +148,9 @@ class Selection:
         self.embed: Embedder | None = None
         if config.model:
             self.embed = Embedder(load(config.model), device, precision=config.precision, max_tokens=config.max_tokens)
-        else:
-            self.stored = sentence_vectors(str(config.sentence_vectors))
-            if self.stored.count != self.total:
-                why = f"it has {self.stored.count:,} vectors, {job.pile.path} has {self.total:,} rows"
-                raise BadInput(f"{config.sentence_vectors} does not fit", why, "give the embeddings of this very file, a row a sentence")
+        elif job.said and job.said.count not in (None, self.total):
+            why = f"it has {job.said.count:,} vectors, {job.pile.path} has {self.total:,} rows"
+            raise BadInput(f"{config.sentence_vectors} does not fit", why, "give the embeddings of this very file, a row a sentence")
 
     def _repeats(self) -> tuple[int, Array]:
         """Rows of the pile, and bits of those that repeat an earlier one."""
@@ -223,8 +224,16 @@ class Selection:
                 numbers.append(number)
         if not numbers:
             return
-        at = np.array(numbers)
-        vectors = self.embed.sentences([texts[number - begin] or "" for number in numbers]) if self.embed else unit(self.stored.rows(at))
+        at, said = np.array(numbers), [texts[number - begin] or "" for number in numbers]
+        if self.embed:
+            vectors = self.embed.sentences(said)
+        else:
+            assert self.job.said
+            vectors, there = self.job.said.of(at, said)
+            counts["without_vector"] += int((~there).sum())
+            at = at[there]
+        if not len(at):
+            return
         usable = np.isfinite(vectors).all(1) & (np.abs(vectors).max(1) > 0)
         counts["not_finite"] += int((~usable).sum())
         at, vectors = at[usable], vectors[usable]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import Protocol
 
 import numpy as np
 
-from efficientvlm.checkpoints.files import resolve
-from efficientvlm.checkpoints.folder import fingerprint
-from efficientvlm.checkpoints.store import Store
+from efficientvlm.checkpoints.files import expanded, resolve
+from efficientvlm.checkpoints.store import SENTENCES, Store
+from efficientvlm.data.kinds.sentences import sentence
 from efficientvlm.errors import BadInput
 from efficientvlm.selection.rules import Array
-from efficientvlm.selection.search import Vectors
+from efficientvlm.selection.search import Vectors, unit
+from efficientvlm.stages.workspace import Workspace
 
 ROWS = 16_384
 
@@ -30,16 +31,6 @@ def loaded_array(path: Path) -> Array:
         found.close()
         raise BadInput(f"{path} cannot be read", "it is an archive of tables", fix)
     return found
-
-
-class Rows(Protocol):
-    """Vectors by the number of their row."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    def rows(self, numbers: Array) -> Array: ...
 
 
 class ArrayFile:
@@ -62,29 +53,66 @@ class ArrayFile:
         return np.asarray(self.vectors[numbers])
 
 
-def stored_vectors(spec: str, side: str, model: str | None = None) -> Vectors:
+class Said(Protocol):
+    """Vectors of the sentences of a pile."""
+
+    @property
+    def count(self) -> int | None:
+        """How many rows the pile has to have; None where they are known by what they say."""
+
+    @property
+    def width(self) -> int: ...
+
+    def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
+        """Unit vectors [n, E] of the rows `numbers` [N] of the pile, which say `sentences`, and of which of them there is one [N]."""
+
+
+class ByRow:
+    """Sentences whose vectors are in a file, row by row."""
+
+    def __init__(self, file: ArrayFile) -> None:
+        self.file, self.width = file, file.width
+        self.count: int | None = file.count
+
+    def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
+        return unit(self.file.rows(numbers)), np.ones(len(numbers), bool)
+
+
+class ByText:
+    """Sentences whose vectors are in a store."""
+
+    count = None
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.width = store, store.width
+
+    def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
+        names = [sentence(text).id for text in sentences]
+        there = self.store.has(names)
+        return unit(self.store.rows([name for name, known in zip(names, there, strict=True) if known])), there
+
+
+def stored_vectors(spec: str, side: str, workspace: Workspace, teacher: str | None = None) -> Vectors:
     """The embeddings of `side` that `spec` names: a store, or an .npy file.
 
+    Args:
+        teacher: digest of the manifest of the checkpoint whose vectors they should be.
+
     Raises:
-        BadInput: they cannot be read, or are a store by another checkpoint than `model`.
+        BadInput: they cannot be read, or are a store by another checkpoint.
     """
-    path = resolve(spec)
+    path = expanded(spec)
     if path.suffix.lower() == ".npy":
-        return ArrayFile(path)
-    if not path.is_dir():
+        return ArrayFile(resolve(spec))
+    if path.is_file():
         raise BadInput(f"{path} holds no embeddings of {side}", "it is no .npy file", "give one, or a folder that evlm embed wrote")
-    store = Store.open(path)
-    store.check(side=side, teacher=fingerprint(model) if model else None)
+    store: Store = workspace.store(spec)
+    for remark in store.check(side=side, teacher=teacher):
+        workspace.note(remark)
     return store
 
 
-def sentence_vectors(spec: str) -> Rows:
-    """The embeddings of sentences that `spec` names, a row a row of the pile.
-
-    Raises:
-        BadInput: they cannot be read.
-    """
-    path = resolve(spec)
-    if path.suffix.lower() != ".npy":
-        raise BadInput(f"{path} holds no embeddings of sentences", "it is no .npy file", "give one")
-    return ArrayFile(path)
+def sentence_vectors(spec: str, workspace: Workspace, teacher: str | None = None) -> Said:
+    """The embeddings of sentences that `spec` names: a store, or an .npy file with a row a row of the pile; otherwise as above."""
+    found = stored_vectors(spec, SENTENCES, workspace, teacher)
+    return ByRow(found) if isinstance(found, ArrayFile) else ByText(found)  # type: ignore[arg-type]

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from efficientvlm.checkpoints.folder import fingerprint
+from efficientvlm.checkpoints.store import Store
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, load
-from efficientvlm.runtime.progress import telling
+from efficientvlm.runtime.progress import say, telling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,18 @@ class Workspace:
     def checkpoint(self, spec: str, *, exported: bool = False) -> Loaded:
         """The shapes of a checkpoint, which may be one of ONNX graphs if `exported`."""
         return load(spec, weights=False, exported=exported)
+
+    def store(self, spec: str) -> Any:
+        """A folder of embeddings: a `checkpoints.store.Store`, or what stands for one."""
+        return Store.open(spec)
+
+    def digest(self, spec: str) -> str:
+        """That by which others know the checkpoint `spec`."""
+        return fingerprint(spec)
+
+    def note(self, text: str) -> None:
+        """Say what somebody should know."""
+        say(text, quiet=self.quiet)
 
     def is_made(self, spec: str) -> bool:
         """Whether the checkpoint is there, with its values."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from efficientvlm.checkpoints.store import Store
@@ -15,15 +19,17 @@ from efficientvlm.data.configured import augmentation
 from efficientvlm.data.draw import generator, some_of
 from efficientvlm.data.kinds.images import IMAGES
 from efficientvlm.data.kinds.sentences import SENTENCES
-from efficientvlm.data.opening import STREAM, origin, usable
+from efficientvlm.data.opening import STREAM, Chosen, ids, origin, usable
 from efficientvlm.data.reading import Reading, of_texts
 from efficientvlm.data.texts import Texts
 from efficientvlm.data.transforms import augment
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, read_as, texts_of
-from efficientvlm.objectives.embedding import EmbeddingTeacher, Unpaired, first_of, learnt_by_images
+from efficientvlm.objectives.dime_fm import unfit
+from efficientvlm.objectives.embedding import EmbeddingTeacher, Unpaired, first_of, learnt_by_images, width_of
 from efficientvlm.objectives.objective import Objective
-from efficientvlm.runtime.progress import counted
+from efficientvlm.objectives.teachers import StoredTeacher
+from efficientvlm.runtime.progress import counted, say
 from efficientvlm.settings.tasks import EmbeddingSettings
 from efficientvlm.tasks.task import Beside, Learnt, held_out
 from efficientvlm.training.loop import Batch
@@ -33,6 +39,10 @@ EVAL_BATCH = 64
 FIRST = 8  # sentences on which student and teacher must agree, where texts are not learnt
 ALIKE = 0.98  # their least cosine; stored vectors are rounded
 NEAR = 5
+AT_ONCE = 65_536  # samples that are looked up
+TEXTS = "sentences"
+STORED = {"image_store": ("images", "train"), "sentence_store": (TEXTS, SENTENCE)}
+"""Role of a store → its side, and the samples that are looked up in it."""
 
 
 class Embedding(Learnt):
@@ -48,11 +58,17 @@ class Embedding(Learnt):
         return {}
 
     def files(self, config: Any) -> dict[str, str | None]:
-        return {name: getattr(config, name, None) for name in ("image_store", "sentence_store")}
+        return {role: getattr(config, role, None) for role in STORED}
+
+    def stores(self, config: Any) -> dict[str, str]:
+        return {role: spec for role, spec in self.files(config).items() if spec}
 
     def problems(self, config: EmbeddingSettings, student: Loaded) -> Iterator[BadInput]:
-        if not getattr(config, "teacher", None):
-            yield BadInput("task embedding has no teacher", "it is learnt from a teacher alone", "give --teacher")
+        if not getattr(config, "taught", False):
+            fix = "give --teacher, or stores of what it says: --set image_store=DIR --set sentence_store=DIR"
+            yield BadInput("task embedding has no teacher", "it is learnt from a teacher alone", fix)
+        if config.data.startswith(STREAM) and getattr(config, "image_store", None):
+            yield BadInput(f"data {config.data}", "samples of a stream are not found in a store", "give its file or folder")
         if config.sentences.startswith(STREAM):
             yield BadInput(f"sentences {config.sentences}", "they are drawn from all there are", "use a file or folder")
         for name in ("batch_size", "sentences_a_step"):
@@ -79,24 +95,61 @@ class Embedding(Learnt):
                 parameter.requires_grad_(False)
 
     def begin(self, config: EmbeddingSettings, student: Loaded, teacher: Loaded | None, sources: Mapping[str, Any]) -> None:
-        """:class:`BadInput` where a store is not of what is read, or texts are not learnt and the student does not read them as the
-        teacher does."""
-        stores = self.files(config)
-        for side, role, split, reader in (("images", "image_store", "train", teacher), ("sentences", "sentence_store", SENTENCE, student)):
-            if reader and (spec := stores[role]):
-                read = read_as(reader, side, config.max_tokens)
-                Store.open(spec).check(side=side, origin=origin(sources[split]), preprocessing=read)
+        """:class:`BadInput` where texts are not learnt and the student does not read them as the teacher does."""
         if config.learn_texts:
             return
         items = [sources[SENTENCE][number] for number in range(min(len(sources[SENTENCE]), FIRST))]
         batch = on_device(_said(items, texts_of(student, config.max_tokens)), student.model.device)
         with torch.inference_mode():
-            ours, theirs = _texts_of(student, batch), EmbeddingTeacher(_network(teacher)).sentences(batch)
+            ours, theirs = _texts_of(student, batch), self._asked(config, teacher)[0].sentences(batch)
             least = float(_cosines(ours, theirs).min())
         if not least >= ALIKE:
             why = f"texts are not learnt; its vector of a sentence has a cosine of {least:.2f} with the teacher's, {ALIKE} is the least"
             fix = "make the student with the teacher's tower of texts, or learn texts too: --set learn_texts=true"
             raise BadInput(f"{student.path} does not read sentences as its teacher does", why, fix)
+
+    def fitting(
+        self,
+        config: Any,
+        student: Loaded,
+        teacher: Loaded | None,
+        digest: str | None,
+        stores: Mapping[str, Any],
+        sources: dict[str, Any],
+        note: Callable[[str], None],
+    ) -> dict[str, Any]:
+        if not self.able(student) or (teacher and not self.able(teacher)):
+            return sources  # said elsewhere
+        width, found = width_of(teacher.model) if teacher else None, dict(sources)
+        for role, store in stores.items():
+            side, split = STORED[role]
+            reader = student if side == TEXTS else teacher
+            form = read_as(reader, side, config.max_tokens) if reader else None
+            for remark in store.check(side=side, width=width, teacher=digest, origin=origin(sources[split]), preprocessing=form):
+                note(f"{role}: {remark}")
+            if teacher is None:
+                for problem in unfit(width_of(student.model), store.width, str(store.path), config):
+                    raise problem
+            if store.made:
+                found[split] = some = known_to(store, sources[split], config.max_missing)
+                if isinstance(some, Chosen):
+                    note(f"{role}: {some.note}")
+        if teacher is None:
+            names = [store.teacher[:12] if store.teacher else "one that is not known" for store in stores.values()]
+            why = " and ".join(f"{store.path} by {name}" for store, name in zip(stores.values(), names, strict=True))
+            if len({store.teacher for store in stores.values()} - {None}) > 1:
+                raise BadInput("the stores are of two teachers", why, "embed images and sentences by the same one")
+            if not all(store.teacher for store in stores.values()):
+                note(f"nobody knows whether the stores are of one teacher: {why}")
+        return found
+
+    def taught_by(self, config: Any, teacher: Any, stores: Mapping[str, Any]) -> EmbeddingTeacher:
+        return EmbeddingTeacher(teacher, StoredTeacher(*(stores.get(role) for role in STORED)))
+
+    def _asked(self, config: Any, teacher: Loaded | None) -> tuple[EmbeddingTeacher, dict[str, Store]]:
+        """What says where samples should lie outside of training: the teacher's network, or where it is not at hand these stores."""
+        stores = {} if teacher else {role: Store.open(spec) for role, spec in self.stores(config).items()}
+        return self.taught_by(config, teacher and teacher.model, stores), stores
 
     def objective(self, config: EmbeddingSettings, student: Loaded) -> Objective:
         return Unpaired(student.model, learn_texts=config.learn_texts)
@@ -131,26 +184,67 @@ class Embedding(Learnt):
         Returns:
             `images`, `sentences`: their numbers; `image_cosine`, `text_cosine`: means of the cosine with the teacher's vector;
             `sentence_agreement`: the part of the images for which student and teacher find the same sentence nearest, each by its own
-            vectors; `sentence_in_five`: the part for which the teacher's is among the student's five.
+            vectors; `sentence_in_five`: the part for which the teacher's is among the student's five. Without the teacher's network on the
+            images of which there is a vector, and `images_without_vector` counts the others.
         """
-        source, texts = held_out(sources["val"], config.eval_limit, "validate", quiet), texts_of(student, config.max_tokens)
+        (told, stores), source, texts = self._asked(config, teacher), sources["val"], texts_of(student, config.max_tokens)
+        lacking = 0
+        if stores and len(source):
+            known, lacking = having(source, stores["image_store"])
+            if lacking:
+                note = f"{lacking:,} of {len(source):,} images have no vector in {stores['image_store'].path} and are left out"
+                say(f"validate: {note}", quiet=quiet)
+                source = Chosen(source, known, note)
+        source = held_out(source, config.eval_limit, "validate", quiet)
         if not len(source):
-            return {"images": 0}
-        device, size, said = student.model.eval().device, config.eval_batch_size or EVAL_BATCH, EmbeddingTeacher(_network(teacher))
+            return {"images": 0} | ({"images_without_vector": lacking} if lacking else {})
+        device, size = student.model.eval().device, config.eval_batch_size or EVAL_BATCH
         among = some_of(len(sources[SENTENCE]), config.eval_sentences)
         read: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(among), size):
             items = usable(sources[SENTENCE], among[start : start + size])
+            if stores and items:
+                there = stores["sentence_store"].has([item.id for item in items])
+                items = [item for item, known in zip(items, there, strict=True) if known]
             batch = on_device(_said(items, texts), device)
-            read += [(_texts_of(student, batch), said.sentences(batch))] if items else []
+            read += [(_texts_of(student, batch), told.sentences(batch))] if items else []
         seen: list[tuple[Tensor, Tensor]] = []
         starts = range(0, len(source), size)
         for _, items in zip(counted(starts, "validate", len(source), quiet), usable_batches(source, starts, len(source)), strict=True):
             if items:
                 batch = on_device({"pixels": stack([item.image for item in items]), "image_ids": [item.id for item in items]}, device)
-                seen.append((student.model.embed_images(batch["pixels"])[1], said.images(batch)))
+                seen.append((student.model.embed_images(batch["pixels"])[1], told.images(batch)))
         vectors = ([torch.cat(side).float().cpu() for side in zip(*both, strict=True)] for both in (seen, read))
-        return compared(*vectors)
+        return compared(*vectors) | ({"images_without_vector": lacking} if lacking else {})
+
+
+def having(source: Any, store: Any) -> tuple[NDArray[np.int64], int]:
+    """The numbers of the samples that a store has a vector of, in order, and of how many it has none; what cannot be used is neither."""
+    names, parts, begin, lacking = ids(source), [np.zeros(0, np.int64)], 0, 0
+    while some := list(islice(names, AT_ONCE)):
+        there, usable = store.has([name or "" for name in some]), np.array([name is not None for name in some])
+        parts.append(begin + np.flatnonzero(usable & there))
+        lacking += int((usable & ~there).sum())
+        begin += len(some)
+    return np.concatenate(parts), lacking
+
+
+def known_to(store: Any, source: Any, most: float) -> Any:
+    """`source`, without the samples that a store lacks.
+
+    Raises:
+        BadInput: they are more than the part `most` of all.
+    """
+    (known, lacking), count = having(source, store), len(source)
+    if not lacking:
+        return source
+    if lacking > most * count or not len(known):
+        share, fix = lacking / count, "embed these data"
+        if len(known):
+            fix += f", or allow it with --set max_missing={min(1.0, math.ceil(100 * share) / 100):g}"
+        what = f"{store.path} has no vector of {lacking:,} of {count:,} samples of {source.name}"
+        raise BadInput(what, f"that is {share:.2%}, at most {most:.2%} may be left out", fix)
+    return Chosen(source, known, f"{lacking:,} of {count:,} samples have no vector in {store.path} and are left out")
 
 
 def compared(images: Sequence[Tensor], texts: Sequence[Tensor]) -> dict[str, Any]:
@@ -179,8 +273,3 @@ def _said(items: Sequence[Any], texts: Texts) -> Batch:
 def _texts_of(student: Loaded, batch: Batch) -> Tensor:
     vectors: Tensor = student.model.embed_texts(batch["text_ids"], batch["text_mask"])[1]
     return vectors
-
-
-def _network(teacher: Loaded | None) -> Any:
-    assert teacher is not None
-    return teacher.model

@@ -181,6 +181,34 @@ class Learnt(Task):
         if not self.able(teacher):
             yield self.refusal(teacher, "teacher")
 
+    def stores(self, config: Any) -> dict[str, str]:
+        """Role → folder of embeddings (`checkpoints.store`) that the settings name, in which a teacher's answers are looked up."""
+        return {}
+
+    def fitting(
+        self,
+        config: Any,
+        student: Loaded,
+        teacher: Loaded | None,
+        digest: str | None,
+        stores: Mapping[str, Any],
+        sources: dict[str, Any],
+        note: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """The training data `sources`, by role, without the samples that `stores` lack, and what is not known or left out is noted.
+
+        Args:
+            digest: that of the teacher's manifest, by which a store names it; None without a teacher.
+
+        Raises:
+            BadInput: a store is of another teacher or of other data, or too much is missing.
+        """
+        return sources
+
+    def taught_by(self, config: Any, teacher: Any, stores: Mapping[str, Any]) -> Any:
+        """What a method of distillation is given as the teacher: its network (None where stores stand for it), or what asks it."""
+        return teacher
+
     def adapt(self, config: Any, student: Loaded, teacher: Loaded | None) -> tuple[Any, list[str]]:
         """The student's network with what the task needs, and the names of its tensors that play a new part; :class:`BadInput` if it
         cannot be."""
