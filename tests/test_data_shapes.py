@@ -13,10 +13,12 @@ import pytest
 import efficientvlm
 from efficientvlm.data import phrases
 from efficientvlm.data.easy_vqa import EasyVQA
+from efficientvlm.data.kinds.labels import classes_of, present_in
 from efficientvlm.data.kinds.pairs import PAIRS
 from efficientvlm.data.kinds.questions import QUESTIONS
+from efficientvlm.data.kinds.sentences import SENTENCES
 from efficientvlm.data.kinds.statements import STATEMENTS, about_two
-from efficientvlm.data.scenes import COLOURS, LEVELS, Scene, Thing, draw, sample
+from efficientvlm.data.scenes import COLOURS, LEVELS, SHAPES, Scene, Thing, compositions, draw, sample
 from efficientvlm.data.shapes import Shapes, parse
 from efficientvlm.errors import BadInput
 
@@ -268,12 +270,45 @@ def test_hidden_pictures_are_gray_and_all_else_is_as_it_was() -> None:
     assert (blind.image == 128).all() and blind.questions == Shapes(QUESTIONS, "val")[0].questions
 
 
+@pytest.mark.parametrize("level", ["difficulty=4,objects=2", "difficulty=2", "difficulty=5,objects=3-9,alike=3"])
+def test_compositions_are_left_out_or_nothing_else_is_shown(level: str) -> None:
+    difficulty = parse(f"shapes:{level}").level
+    chosen = {" ".join(both) for both in compositions(difficulty)[:8]}
+    assert len(chosen) == 8 and len({*compositions(difficulty)}) == difficulty.colours * difficulty.shapes
+    seen, unseen = (Shapes(SENTENCES, "train", spec=f"shapes:{level},exact=1,{which}=8") for which in ("without", "only"))
+    for source, own in ((seen, lambda kinds: not kinds & chosen), (unseen, lambda kinds: kinds <= chosen)):
+        shown = [{phrases.kind(one) for one in source.scene(index)[1].things} for index in range(150)]
+        assert all(map(own, shown))
+        named = re.compile("|".join(f"{a} {b}" for a, b in compositions(difficulty)))
+        assert all(own({*named.findall(source[index].text)}) for index in range(30))
+    assert set(present_in(unseen)) == chosen and not set(present_in(seen)) & chosen and set(classes_of(seen)) >= chosen
+
+
+@pytest.mark.parametrize("difficulty", sorted(LEVELS))
+def test_every_colour_and_form_is_left_whatever_is_left_out(difficulty: int) -> None:
+    level = LEVELS[difficulty]
+    for count in range(level.colours * (level.shapes - 1) + 1):
+        left = parse(f"shapes:difficulty={difficulty},without={count}").among or {*compositions(level)}
+        assert {colour for colour, _ in left} == {*list(COLOURS)[: level.colours]} and {shape for _, shape in left} == {
+            *SHAPES[: level.shapes]
+        }
+
+
 def test_fingerprints_tell_the_new_settings_apart_and_leave_older_ones_as_they_were() -> None:
     bundled = Path(efficientvlm.__file__).parent / "bundled" / "easy-vqa-pretrained" / "evlm_manifest.json"
     known = json.loads(bundled.read_text("utf-8"))["data"][0]
     assert Shapes(PAIRS, "train", spec=known["name"], image_size=64).fingerprint == known["fingerprint"]
-    specs = ("shapes", "shapes:exact=1", "shapes:hide=all", "shapes:objects=2,alike=2", "shapes:objects=2")
+    specs = (
+        "shapes",
+        "shapes:exact=1",
+        "shapes:hide=all",
+        "shapes:objects=2,alike=2",
+        "shapes:objects=2",
+        "shapes:only=5",
+        "shapes:without=5",
+    )
     assert len({Shapes(PAIRS, "train", spec=spec).fingerprint for spec in specs}) == len(specs)
+    assert len({Shapes(PAIRS, "train", spec=spec).origin for spec in specs}) == len(specs)
 
 
 def test_size_and_limits_of_the_specification() -> None:
@@ -300,6 +335,10 @@ def test_size_and_limits_of_the_specification() -> None:
         ("shapes:hide=both", "use all, left, right"),
         ("shapes:alike=2", "write objects=2-3"),
         ("shapes:objects=1,alike=4", "write objects=4-4"),
+        ("shapes:without=17", "each of them is to be left use 16 at most"),
+        ("shapes:only=25", "use 24 at most"),
+        ("shapes:only=5,without=5", "leave one of them out"),
+        ("shapes:withot=5", "did you mean without"),
     ],
 )
 def test_a_wrong_specification_is_explained(spec: str, words: str) -> None:
@@ -311,3 +350,8 @@ def test_a_wrong_specification_is_explained(spec: str, words: str) -> None:
 def test_one_picture_has_no_left_one_to_hide() -> None:
     with pytest.raises(BadInput, match="captions have no left picture"):
         Shapes(PAIRS, "train", spec="shapes:hide=left")
+
+
+def test_drawn_statements_know_no_compositions() -> None:
+    with pytest.raises(BadInput, match="which without and only do not choose"):
+        Shapes(STATEMENTS, "train", spec=f"{EXACT},without=5")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,15 @@ LEVELS: dict[int, Difficulty] = {
 }
 
 
+def compositions(level: Difficulty) -> list[tuple[str, str]]:
+    """All colours with all forms, each colour once with a form of its own, then once with the next one, and so on.
+
+    However many are taken from the beginning, colours and forms occur in them, and in the rest, about equally often.
+    """
+    colours = list(COLOURS)[: level.colours]
+    return [(colour, SHAPES[(number + turn) % level.shapes]) for turn in range(level.shapes) for number, colour in enumerate(colours)]
+
+
 @dataclass(frozen=True, slots=True)
 class Thing:
     """One shape; centre, width and height are fractions of the image."""
@@ -84,15 +93,17 @@ def sample(
     objects: tuple[int, int] | None = None,
     alike: int = 0,
     kinds: Sequence[tuple[str, str]] = (),
+    among: Collection[tuple[str, str]] | None = None,
 ) -> Scene:
     """A scene of `level`; no two shapes overlap. A crowded scene gets smaller shapes rather than fewer.
 
-    The first `alike` shapes share a colour; or all are of `kinds`, colours and forms, which some background has to go with.
+    The first `alike` shapes share a colour; or all are of `kinds`, colours and forms, which some background has to go with. With `among`
+    no other kinds than these occur.
     """
     least, most = objects or level.objects
     count = len(kinds) or least + int(rng.random() * (most - least + 1))
     background = _background(rng, level)
-    while any(_contrast(COLOURS[colour], background) < CONTRAST for colour, _ in kinds):
+    while any(_contrast(COLOURS[colour], background) < CONTRAST for colour, _ in kinds) or not _shows(background, among):
         background = _background(rng, level)
     colours = [name for name in list(COLOURS)[: level.colours] if _contrast(COLOURS[name], background) >= CONTRAST]
     shapes = SHAPES[: level.shapes]
@@ -104,6 +115,8 @@ def sample(
         colour, shape = kinds[len(things)] if kinds else _kind(rng, level, things, colours, shapes)
         if 0 < len(things) < alike:
             colour = things[0].colour
+        if among is not None and (colour, shape) not in among:
+            continue
         rgb = _jittered(rng, COLOURS[colour], level.jitter)
         for attempt in range(100):
             shrink = 0.95 ** max(0, attempt - 11)
@@ -160,6 +173,11 @@ def _background(rng: np.random.Generator, level: Difficulty) -> tuple[int, int, 
     channels = rng.random(3)
     values = channels * 90 if dark else level.darkest + channels * (256 - level.darkest)
     return (int(values[0]), int(values[1]), int(values[2]))
+
+
+def _shows(background: tuple[int, int, int], among: Collection[tuple[str, str]] | None) -> bool:
+    """Whether a shape of some kind can be seen in front of it."""
+    return among is None or any(_contrast(COLOURS[colour], background) >= CONTRAST for colour, _ in among)
 
 
 def _contrast(first: tuple[int, int, int], second: tuple[int, int, int]) -> int:

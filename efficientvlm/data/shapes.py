@@ -16,7 +16,7 @@ from efficientvlm.data.draw import generator
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.kinds.kind import Kind
 from efficientvlm.data.preprocessing import Preprocessing, side_of
-from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, draw, sample
+from efficientvlm.data.scenes import LEVELS, Difficulty, Scene, compositions, draw, sample
 from efficientvlm.errors import BadInput
 
 VERSION = 1  # of the generated content: raise it when any item changes
@@ -25,6 +25,10 @@ MOST_OBJECTS = 9
 SAMPLED_TEXTS = 5000
 QUESTIONS = 10
 HIDDEN = ("all", "left", "right")
+NEWER = ("alike", "exact", "hide", "without", "only")
+"""Settings that fingerprints are older than."""
+LATEST = ("without", "only")
+"""Those that names of origins are older than."""
 GRAY = 128
 
 T = TypeVar("T")
@@ -44,6 +48,9 @@ class Settings:
         exact: 1: captions are five wordings of one content, statements are such that it takes both pictures to judge them, see `exact.py`;
             2: there are statements about one of two pictures beside them, to begin with.
         hide: pictures that are painted gray, to measure what a model does without them: all, or the left or the right of two.
+        without: so many compositions, colours with forms, occur in no scene, and are named in no caption; always the same ones, so that
+            every colour and every form is left.
+        only: likewise nothing but these.
     """
 
     seed: int = 0
@@ -53,6 +60,8 @@ class Settings:
     alike: int = field(default=0, repr=False)  # fingerprints are older than what follows
     exact: int = field(default=0, repr=False)
     hide: str = field(default="", repr=False)
+    without: int = field(default=0, repr=False)
+    only: int = field(default=0, repr=False)
 
     @property
     def level(self) -> Difficulty:
@@ -63,6 +72,13 @@ class Settings:
         """Least and most shapes of a scene."""
         return self.objects or self.level.objects
 
+    @property
+    def among(self) -> frozenset[tuple[str, str]] | None:
+        """The compositions that occur; None where all do."""
+        if not (self.without or self.only):
+            return None
+        return frozenset(compositions(self.level)[self.without : self.only or None])
+
 
 def parse(spec: str) -> Settings:
     """Settings in `shapes` or `shapes:key=value,key=value`.
@@ -72,7 +88,7 @@ def parse(spec: str) -> Settings:
     """
     _, _, rest = spec.partition(":")
     settings = Settings()
-    known = ("seed", "difficulty", "size", "objects", "alike", "exact", "hide")
+    known = ("seed", "difficulty", "size", "objects", *NEWER)
     for part in filter(None, (text.strip() for text in rest.split(","))):
         key, _, text = part.partition("=")
         if key not in known:
@@ -96,12 +112,29 @@ def parse(spec: str) -> Settings:
             settings = replace(settings, alike=_number(spec, key, text, 0, MOST_OBJECTS))
         elif key == "size":
             settings = replace(settings, size=_number(spec, key, text, 1, 10**9))
+        elif key in ("without", "only"):
+            settings = replace(settings, **{key: _number(spec, key, text, 0, 10**9)})
         else:
             settings = replace(settings, seed=_number(spec, key, text, 0, 2**63 - 1))
     if settings.alike > settings.counts[0]:
         why = f"alike={settings.alike} of a scene's shapes share a colour, but it may have {settings.counts[0]} only"
         raise BadInput(f"data {spec}", why, f"write objects={settings.alike}-{max(settings.alike, settings.counts[1])}")
+    check_compositions(spec, settings)
     return settings
+
+
+def check_compositions(spec: str, settings: Settings) -> None:
+    """:class:`BadInput` where `without` and `only` leave a colour or a form out, or contradict each other."""
+    if settings.without and settings.only:
+        raise BadInput(f"data {spec}", "without and only cannot both be asked for", "leave one of them out")
+    level = settings.level
+    most = level.colours * (level.shapes - 1)
+    if settings.without > most:
+        why = f"difficulty {settings.difficulty} has {level.colours} colours with {level.shapes} forms, and each of them is to be left"
+        raise BadInput(f"data {spec}", f"without={settings.without}: {why}", f"use {most} at most")
+    if settings.only > level.colours * level.shapes:
+        why = f"difficulty {settings.difficulty} has {level.colours} colours with {level.shapes} forms"
+        raise BadInput(f"data {spec}", f"only={settings.only}: {why}", f"use {level.colours * level.shapes} at most")
 
 
 class Shapes(Generic[T]):
@@ -127,18 +160,21 @@ class Shapes(Generic[T]):
         self.settings = settings or parse(spec)
         if self.settings.hide in ("left", "right") and len(kind.pictures) < 2:
             raise BadInput(f"data {spec}", f"{kind.holds} have no {self.settings.hide} picture", "write hide=all")
+        if self.settings.among is not None and self.settings.exact and len(kind.pictures) > 1:
+            why = f"{kind.holds} of exact are about drawn colours and forms, which without and only do not choose"
+            raise BadInput(f"data {spec}", why, "leave them out, or exact")
         self.side = side_of(image_size) or DEFAULT_SIZE
 
     @property
     def origin(self) -> str:
         """sha256 of what the scenes follow from, the same at every size of picture; a smaller set begins a larger one."""
-        said = {name: value for name, value in vars(self.settings).items() if name != "size"}
+        said = {name: value for name, value in vars(self.settings).items() if name != "size" and (value or name not in LATEST)}
         return hashlib.sha256(f"shapes {VERSION} {said!r}".encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
         text = f"shapes {VERSION} {self.settings!r} {self.side}"
-        for name in ("alike", "exact", "hide"):
+        for name in NEWER:
             value = getattr(self.settings, name)
             text += f" {name}={value}" if value else ""
         return hashlib.sha256(text.encode()).hexdigest()
@@ -204,7 +240,7 @@ class Shapes(Generic[T]):
 
     def sampled(self, rng: np.random.Generator, objects: tuple[int, int] | None = None) -> Scene:
         """A scene as the settings say, or of so many shapes."""
-        return sample(rng, self.settings.level, objects or self.settings.objects, self.settings.alike)
+        return sample(rng, self.settings.level, objects or self.settings.objects, self.settings.alike, among=self.settings.among)
 
     def words(self, index: int, purpose: str) -> np.random.Generator:
         """What chooses the words about the scene at `index`."""

@@ -103,10 +103,11 @@ def _readable(value: Any) -> list[str]:
 
 
 def present_in(source: Any) -> list[str]:
-    """The classes that an image of the source has; of scenes all that there are."""
+    """The classes that an image of the source has; of scenes all that may occur."""
     whole = source
     while hasattr(whole, "source"):
         whole = whole.source
     if isinstance(whole, Shapes):
-        return classes_of(whole)
+        among = whole.settings.among
+        return [name for name in classes_of(whole) if among is None or tuple(name.split()) in among]
     return list(LABELS.texts([label for contents in whole.contents() for label in contents]))
