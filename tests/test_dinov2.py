@@ -142,3 +142,33 @@ def test_a_checkpoint_of_it_opens_again_and_is_cut(towers, tmp_path):
     assert not any(name.startswith("vision.pre_norm") for name in model.state_dict())
     settings = json.loads((tmp_path / "start" / "preprocessor_config.json").read_text())
     assert settings["image_mean"] == list(MEAN) and settings["size"] == {"height": 14, "width": 14}
+
+
+SENTENCES = {"heads": ["itc"], "text_layers": 4, "fusion_layers": 0, "text_pooling": "mean", "embed_dim": 16}
+
+
+def test_vectors_of_texts_may_be_those_of_a_sentence_encoder(towers, tmp_path):
+    start = dict(vision_from=str(towers / "dinov2"), text_from=str(towers / "bert"), tokenizer=str(towers / "words"), image_size=14)
+    done = run_stage("init", QUIET, out=str(tmp_path / "start"), **start, text_projection="identity", settings=SENTENCES)
+    assert "vision_proj.weight" in done.extra["new"] and not any(name.startswith("text_proj") for name in done.extra["new"])
+    run_stage("shrink", QUIET, out=str(tmp_path / "small"), model=str(tmp_path / "start"), layers={"vision": 2, "text": 4, "fusion": 0})
+    cut = dict(model=str(tmp_path / "small"), task="none", method="magnitude", sparsity=0.5, towers=["vision"])
+    run_stage("prune", QUIET, out=str(tmp_path / "cut"), **cut)
+    ids, mask = torch.tensor([[2, 9, 12, 3, 0], [2, 7, 8, 11, 3]]), torch.tensor([[1, 1, 1, 1, 0], [1] * 5])
+    with torch.inference_mode():
+        states = BertModel.from_pretrained(towers / "bert").eval()(ids, mask).last_hidden_state
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        ours = load(str(tmp_path / "cut")).model.eval().embed_texts(ids, mask)[1]
+    torch.testing.assert_close(ours, torch.nn.functional.normalize(pooled, dim=-1), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"embed_dim": 8}, "texts are 16 wide"), ({"heads": ["itm"], "fusion_layers": 1, "text_layers": 3}, "heads are itm")],
+)
+def test_a_projection_that_keeps_texts_has_to_fit(towers, tmp_path, changed, words):
+    start = dict(vision_from=str(towers / "dinov2"), text_from=str(towers / "bert"), tokenizer=str(towers / "words"), image_size=14)
+    with pytest.raises(BadInput, match=words):
+        run_stage("init", QUIET, out=str(tmp_path / "x"), **start, text_projection="identity", settings=SENTENCES | changed)
+    with pytest.raises(BadInput, match="text_projection is identity"):
+        run_stage("init", QUIET, out=str(tmp_path / "x"), size="tiny", data="shapes:size=20", text_projection="identity")

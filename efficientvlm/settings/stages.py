@@ -54,6 +54,10 @@ class InitConfig(Stage):
     vocab_size: Size = Field(8192, ge=16)
     image_size: Pixels | None = Field(None, ge=8)
     settings: dict[str, Any] = Field(default_factory=dict, description="any size of the family: image_size, vision_layers, text_heads, ...")
+    text_projection: Literal["random", "identity"] = Field(
+        "random",
+        description="identity: vectors of texts are those of the BERT itself, as a sentence encoder has them; embed_dim is its width",
+    )
 
 
 class ImportConfig(Stage):

@@ -41,10 +41,12 @@ def run(config: InitConfig, control: Control) -> Manifest:
             model = family.build(values)
             origin: dict[str, Any] = {"origin": "random"}
         else:
-            from efficientvlm.families.xvlm.start import from_towers
+            from efficientvlm.families.xvlm.start import as_texts_are, from_towers
 
             towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
             model, new = from_towers(*towers, len(tokenizer), changed(config))
+            if config.text_projection == "identity":
+                new = [name for name in new if name not in as_texts_are(model)]
             origin = {"origin": "imported", "extra": {"new": new}}
         sources = {"train": job.data["data"]} if job.data else {}
         return write(output, family, model, tokenizer, control=control, sources=sources, **origin)
@@ -85,6 +87,8 @@ def check(config: InitConfig) -> None:
     if config.text_from and config.tokenizer == "train":
         why = "BERT's word embeddings belong to its own vocabulary"
         raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")
+    if config.text_projection == "identity" and not config.text_from:
+        raise BadInput("text_projection is identity", "random texts have no vectors that are worth keeping", "give --text-from DIR")
 
 
 def changed(config: InitConfig) -> dict[str, Any]:
@@ -115,7 +119,10 @@ def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, 
     family = families.get(config.family)
     if config.size:
         return family, family.fresh_config(config.size, changed(config), vocab)
-    from efficientvlm.families.xvlm.start import towers_config
+    from efficientvlm.families.xvlm.start import check_kept, towers_config
 
     number = vocab if isinstance(vocab, int) else len(vocab)
-    return family, towers_config(resolve(config.vision_from or ""), resolve(config.text_from or ""), number, changed(config))[0]
+    values = towers_config(resolve(config.vision_from or ""), resolve(config.text_from or ""), number, changed(config))[0]
+    if config.text_projection == "identity":
+        check_kept(values)
+    return family, values

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 
@@ -71,6 +72,23 @@ def towers_config(vision: Path, text: Path, vocab_size: int, settings: Mapping[s
     _chosen(vision, vit.num_hidden_layers, config.vision_layers)
     _chosen(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
     return config, vit, bert
+
+
+def check_kept(config: XVLMConfig) -> None:
+    """:class:`BadInput` unless texts can be projected to themselves."""
+    if "itc" not in config.heads:
+        raise BadInput("there is no projection of texts", f"heads are {', '.join(config.heads)}", "have itc among the heads")
+    if config.embed_dim != config.text_width:
+        why = f"embed_dim is {config.embed_dim}, texts are {config.text_width} wide"
+        raise BadInput("texts cannot be projected to themselves", why, f"set embed_dim to {config.text_width}")
+
+
+def as_texts_are(model: XVLMModel) -> list[str]:
+    """Project texts to themselves; the names of the tensors that are no longer random."""
+    with torch.no_grad():
+        model.text_proj.weight.copy_(torch.eye(len(model.text_proj.weight)))
+        model.text_proj.bias.zero_()
+    return ["text_proj.weight", "text_proj.bias"]
 
 
 def _own_tokenizer_has(folder: Path, tokens: int) -> bool:
