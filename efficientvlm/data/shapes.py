@@ -112,8 +112,10 @@ def parse(spec: str) -> Settings:
             settings = replace(settings, alike=_number(spec, key, text, 0, MOST_OBJECTS))
         elif key == "size":
             settings = replace(settings, size=_number(spec, key, text, 1, 10**9))
-        elif key in ("without", "only"):
-            settings = replace(settings, **{key: _number(spec, key, text, 0, 10**9)})
+        elif key == "without":
+            settings = replace(settings, without=_number(spec, key, text, 0, 10**9))
+        elif key == "only":
+            settings = replace(settings, only=_number(spec, key, text, 0, 10**9))
         else:
             settings = replace(settings, seed=_number(spec, key, text, 0, 2**63 - 1))
     if settings.alike > settings.counts[0]:
