@@ -63,7 +63,7 @@ def test_a_table_names_its_rows(tmp_path: Path) -> None:
     path = table(tmp_path / "b.parquet", name=IDS[::-1], embedding=fixed)
     assert close(imported(tmp_path / "fixed", vectors=path, id_column="name"), IDS[::-1], VECTORS)
     in_order = imported(tmp_path / "order", vectors=path)  # none of its columns is called as ids are
-    assert close(in_order, IDS, VECTORS)
+    assert close(in_order, IDS, VECTORS) and any("in order" in remark for remark in in_order.manifest.data[0].read_as)
 
 
 def test_sentences_are_known_by_what_they_say(tmp_path: Path) -> None:
@@ -164,6 +164,7 @@ def test_some_are_compared_with_those_of_the_model(tmp_path: Path) -> None:
     vectors = saved(tmp_path / "v.npy", own.rows(IDS).astype(np.float32))
     store = imported(tmp_path / "again", model=model, vectors=vectors)
     assert np.array_equal(store.rows(IDS), own.rows(IDS)) and store.teacher == own.teacher
+    assert any("of 7 samples the cosine" in remark for remark in store.manifest.data[0].read_as)
     with pytest.raises(BadInput, match="does not hold the vectors of"):
         imported(tmp_path / "other", model=model, vectors=saved(tmp_path / "w.npy"))
     with pytest.raises(BadInput, match="vectors of 5 numbers"):

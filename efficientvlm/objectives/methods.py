@@ -17,7 +17,8 @@ class Method(Protocol):
         """Every reason why the network `teacher` (a `loaded.Loaded`) cannot teach `student` as `settings` say."""
 
     def distilled(self, hard: Any, teacher: Any, settings: Any) -> Objective:
-        """The losses `hard` of the student, mixed with what the network `teacher` says, as `settings` ask."""
+        """The losses `hard` of the student, mixed with what `teacher` says, as `settings` ask: a network, or what the task asks in its place
+        (`tasks.task.Learnt.taught_by`)."""
 
 
 METHODS: dict[str, Method] = {"efficientvlm": efficientvlm, "dlip": dlip, "dime-fm": dime_fm}

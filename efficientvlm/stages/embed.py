@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,8 @@ def run(config: Embed, control: Control) -> Manifest:
     with making(output):
         unusable = source.skips.count if hasattr(source, "skips") else 0
         if job.file:
-            return gather(config, control, job, output, take_over(config, control, job, output).lost)
+            taken = take_over(config, control, job, output)
+            return gather(config, control, job, output, taken.lost, taken.remarks)
         ranks.together(partial(work, config, control, job, output))
 
         def lost(keys: Array) -> int:
@@ -147,7 +148,8 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
                 write_shard(place, ids, vectors, missing)
             write_atomic(folder / "state.json", b"{}\n")
             bar.update(min(job.file.count, (number + 1) * config.shard_size))
-    for remark in taken.remarks + ([compared.told(config.vectors, config.model)] if config.model else []):
+    taken.remarks += [compared.told(config.vectors, config.model)] if config.model else []
+    for remark in taken.remarks:
         say(f"embed: {remark}", quiet=control.quiet)
     return taken
 
@@ -236,11 +238,14 @@ def check_missing(config: Embed, output: Output, lost: int, found: int, missing:
         raise BadInput(f"{lost:,} of {found + lost:,} {config.side} have no vector", why, fix)
 
 
-def gather(config: Embed, control: Control, job: Embedding, output: Output, lost_of: Callable[[Array], int]) -> Manifest:
+def gather(
+    config: Embed, control: Control, job: Embedding, output: Output, lost_of: Callable[[Array], int], remarks: Sequence[str] = ()
+) -> Manifest:
     """Put the shards of all processes together: the index, and the manifest last.
 
     Args:
         lost_of: of the keys of all vectors how many samples have none.
+        remarks: on how vectors and samples were brought together.
 
     Raises:
         BadInput: too many samples have no vector. What was made is kept.
@@ -266,7 +271,8 @@ def gather(config: Embed, control: Control, job: Embedding, output: Output, lost
         "preprocessing": read_as(job.teacher, config.side, config.max_tokens) if job.teacher and not job.file else "",
         "rows": [len(shard.keys) for shard in shards],
     }
-    data = [DataRecord(**record(source, config.split))]
+    said = record(source, config.split)
+    data = [DataRecord(**said | {"read_as": [*said["read_as"], *remarks]})]
     manifest = output.manifest(family=FAMILY, data=data, cost=Cost(samples=found, peak_memory_bytes=peak_memory_bytes()), extra=extra)
     done = output.commit(manifest)
     without = f", {lost:,} samples have none" if lost else ""

@@ -186,15 +186,11 @@ class Import:
         """
         self.config, self.file, self.source = config, file, source
         self.known, self.there = _keys(source)
-        self.in_order = file.names() is None
+        self.remarks: list[str] = []
+        """How it was read where that was a guess, and what came of a comparison."""
+        if file.names() is None:
+            self.remarks.append(f"{config.vectors} does not say of which samples its vectors are: taken are those of the data, in order")
         self._check()
-
-    @property
-    def remarks(self) -> list[str]:
-        """How it was read where that was a guess."""
-        if not self.in_order:
-            return []
-        return [f"{self.config.vectors} does not say of which samples its vectors are: they are taken to be in the order of the data"]
 
     def lost(self, keys: Array) -> int:
         """Samples of the data that have none of the vectors with these keys."""
