@@ -233,6 +233,18 @@ def test_a_fault_of_ours_in_a_worker_stays_one_and_death_is_told(monkeypatch: py
     assert how_many("auto", torch.device("cpu")) == how_many(0, torch.device("cpu")) == 0
 
 
+def test_a_kill_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are fetched over sockets that have no file."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
+    killed = os.fork()
+    if killed == 0:
+        with Ahead(lambda job: np.zeros(1000, np.uint8), iter(range(50)), 1) as results:
+            assert len(next(results)) == 1000
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(killed, 0)[1] == signal.SIGKILL and list(tmp_path.iterdir()) == []
+
+
 def test_auto_takes_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "MOST", 8)
     monkeypatch.setattr(ahead, "cores", lambda: 4)

@@ -17,6 +17,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
+from multiprocessing import connection
 from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakSet
 
@@ -224,6 +226,8 @@ def _begin(parent: int, halt: Any) -> None:
         ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+    names = count()  # of sockets over which results are fetched: without a file, which would be left behind by a kill
+    connection.arbitrary_address = lambda family: f"\0evlm-{os.getpid()}-{next(names)}"  # type: ignore[attr-defined]
     gc.freeze()  # looking through what is shared would copy it
     _halt = halt
     ledger.work_for_another()

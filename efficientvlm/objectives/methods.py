@@ -17,7 +17,7 @@ class Method(Protocol):
         """Every reason why the network `teacher` (a `loaded.Loaded`) cannot teach `student` as `settings` say."""
 
     def distilled(self, hard: Any, teacher: Any, settings: Any) -> Objective:
-        """The losses `hard` of the student, mixed with what `teacher` says, as `settings` ask: a network, or what the task asks in its place
+        """The losses `hard` of the student, mixed with what `teacher` says, as `settings` ask: a network, or what asks it in its place
         (`tasks.task.Learnt.taught_by`)."""
 
 
