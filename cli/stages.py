@@ -18,7 +18,8 @@ CAPTIONS = (
     *("decoding", "prompt", "min_length", "max_length", "repetition_penalty", "beams", "length_rule", "length_penalty"),
     *("top_k", "top_p", "temperature", "seed"),
 )
-UNITS = ("sparsity", "method", "from_gates", "min_heads", "min_neurons", "round_to", "allow_blind", "keep_dense")
+REMOVED = ("sparsity", "to", "budget", "text_length", "method", "from_gates")
+UNITS = (*REMOVED, "min_heads", "min_neurons", "round_to", "allow_blind", "keep_dense")
 
 
 class Command(NamedTuple):
