@@ -235,11 +235,11 @@ def _(job: Embedding, chain: Chain, step: Step, found: Forecast) -> None:
     found.schedule = {config.side: count, "batch_size": config.batch_size}
     found.memory = costs.memory(job.teacher.model) if job.teacher else {"weights": 0}
     costs.add(found.memory, **storing.memory(job.teacher, config, count, job.width))
-    found.disk = storing.disk(count, job.width)
     folder(chain, step, found, job)
     if found.status == "up to date":
         chain.outputs[place(config.out)] = None  # it is no network
         return
+    found.disk = storing.disk(count, job.width)
     teacher = Look(chain, step.name).digest(config.model) if config.model else None
     form = read_as(job.teacher, config.side, config.max_tokens) if job.teacher and not job.file else ""
     will_be: dict[str, Any] = {"side": config.side, "width": job.width, "count": count, "teacher": teacher, "preprocessing": form}

@@ -195,9 +195,11 @@ class Embedding(Learnt):
                 note = f"{lacking:,} of {len(source):,} images have no vector in {stores['image_store'].path} and are left out"
                 say(f"validate: {note}", quiet=quiet)
                 source = Chosen(source, known, note)
-        source = held_out(source, config.eval_limit, "validate", quiet)
+        without = {"images_without_vector": lacking} if lacking else {}
+        if not lacking or len(source):
+            source = held_out(source, config.eval_limit, "validate", quiet)
         if not len(source):
-            return {"images": 0} | ({"images_without_vector": lacking} if lacking else {})
+            return {"images": 0, **without}
         device, size = student.model.eval().device, config.eval_batch_size or EVAL_BATCH
         among = some_of(len(sources[SENTENCE]), config.eval_sentences)
         read: list[tuple[Tensor, Tensor]] = []
@@ -215,7 +217,7 @@ class Embedding(Learnt):
                 batch = on_device({"pixels": stack([item.image for item in items]), "image_ids": [item.id for item in items]}, device)
                 seen.append((student.model.embed_images(batch["pixels"])[1], told.images(batch)))
         vectors = ([torch.cat(side).float().cpu() for side in zip(*both, strict=True)] for both in (seen, read))
-        return compared(*vectors) | ({"images_without_vector": lacking} if lacking else {})
+        return compared(*vectors) | without
 
 
 def having(source: Any, store: Any) -> tuple[NDArray[np.int64], int]:
