@@ -209,6 +209,10 @@ class Eval(Measuring):
     task: str = "vqa"
 
 
+VECTORS = ("vector", "embedding", "vectors", "embeddings")
+"""Columns in which vectors of another program are found."""
+
+
 class Embed(Stage, Read):
     """Vectors of a teacher, once."""
 

@@ -20,10 +20,9 @@ from efficientvlm.data.text_tables import BOM, bounded, opened
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.selection.rules import Array
 from efficientvlm.selection.search import unit
-from efficientvlm.settings.stages import Embed
+from efficientvlm.settings.stages import VECTORS, Embed
 from efficientvlm.stages.stored import ROWS, ArrayFile, loaded_array
 
-VECTORS = ("vector", "embedding", "vectors", "embeddings")
 NAMES = ("id", "image_id", "img_id", "file_name", "image_path")
 COMPARED = 8  # samples whose vectors are compared with those of the model, where one is given
 LEAST = 0.9  # of their cosines, on average: pictures may have been resized by another program
