@@ -74,7 +74,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", [pytest.param("flickr8k", marks=pytest.mark.slow), "flickr8k-captions"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flickr8k", "flickr8k-captions"])
 def test_the_recipe_is_planned_on_any_photos(name: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     sets = [part for override in short(name) for part in ("--set", override)]

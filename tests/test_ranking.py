@@ -85,6 +85,7 @@ def test_blocks_do_not_change_what_is_generated(name: str) -> None:
     assert torch.equal(some, everything)
 
 
+@pytest.mark.slow
 def test_graphs_are_ranked_in_blocks_too(chain: Path, tmp_path: Path) -> None:
     run_stage("export", model=str(chain / "pruned"), out=str(tmp_path / "onnx"), format="onnx", rounds=0, data=SHAPES, limit=4)
     found = []
