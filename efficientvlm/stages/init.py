@@ -46,7 +46,8 @@ def run(config: InitConfig, control: Control) -> Manifest:
             towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
             model, new = from_towers(*towers, len(tokenizer), changed(config))
             if config.text_projection == "identity":
-                new = [name for name in new if name not in as_texts_are(model)]
+                kept = as_texts_are(model)
+                new = [name for name in new if name not in kept]
             origin = {"origin": "imported", "extra": {"new": new}}
         sources = {"train": job.data["data"]} if job.data else {}
         return write(output, family, model, tokenizer, control=control, sources=sources, **origin)
