@@ -58,6 +58,10 @@ class InitConfig(Stage):
         "random",
         description="identity: vectors of texts are those of the BERT itself, as a sentence encoder has them; embed_dim is its width",
     )
+    positions: Literal["random", "sincos"] = Field(
+        "random",
+        description="of a new tower of images, sincos: where a patch lies begins as sines and cosines, as strong as what it shows",
+    )
 
 
 class ImportConfig(Stage):

@@ -15,6 +15,7 @@ from efficientvlm.control import Control
 from efficientvlm.data.opening import open_texts, texts
 from efficientvlm.data.tokenizer import load_tokenizer, require_ids, train_wordpiece, with_special
 from efficientvlm.errors import BadInput
+from efficientvlm.families.towers.vit import Vit
 from efficientvlm.loaded import shapes
 from efficientvlm.settings.stages import InitConfig
 from efficientvlm.stages.common import making, open_output, write
@@ -39,6 +40,8 @@ def run(config: InitConfig, control: Control) -> Manifest:
         family, values = blueprint(config, tokenizer.get_vocab())
         if config.size:
             model = family.build(values)
+            if config.positions == "sincos":
+                place(model)
             origin: dict[str, Any] = {"origin": "random"}
         else:
             from efficientvlm.families.xvlm.start import as_texts_are, from_towers
@@ -61,7 +64,11 @@ def prepare(config: InitConfig, workspace: Workspace) -> Beginning:
     def network() -> tuple[Any, Any, Any, list[str]]:
         tokenizer = tokenizer_of(config, source)
         family, values = blueprint(config, tokenizer.get_vocab())
-        return family, shapes(family, values), tokenizer, []
+        model = shapes(family, values)
+        if config.positions == "sincos":
+            with torch.device("meta"):
+                place(model)
+        return family, model, tokenizer, []
 
     towers = {"vision_from": config.vision_from, "text_from": config.text_from}
     if source is None:
@@ -88,8 +95,23 @@ def check(config: InitConfig) -> None:
     if config.text_from and config.tokenizer == "train":
         why = "BERT's word embeddings belong to its own vocabulary"
         raise BadInput("a BERT cannot be used with a tokenizer trained on the data", why, f"give --tokenizer {config.text_from}")
+    if config.positions == "sincos" and not config.size:
+        raise BadInput("positions are sincos", "a trained tower of images has learnt its own", "give --size, or leave it out")
     if config.text_projection == "identity" and not config.text_from:
         raise BadInput("text_projection is identity", "random texts have no vectors that are worth keeping", "give --text-from DIR")
+
+
+def place(model: Any) -> None:
+    """Positions of its patches as sines and cosines.
+
+    Raises:
+        BadInput: they have none of their own, or a width that four does not divide.
+    """
+    towers = [module for module in model.modules() if isinstance(module, Vit)]
+    if not towers:
+        raise BadInput("positions are sincos", "this tower of images knows where a patch lies relative to others only", "leave it out")
+    for tower in towers:
+        tower.place_()
 
 
 def changed(config: InitConfig) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from efficientvlm.errors import BadInput
 from efficientvlm.families.anatomy import HEAD, NEURON, Site, Unit
 from efficientvlm.families.towers.layers import Layers, Names, PreNormLayer
 from efficientvlm.families.towers.parts import NOTHING, Activation, Encoded, Named, Part
+
+SLOWEST = 10_000.0
+"""Of the waves of positions, how many times slower than the first the last would be, as published."""
 
 
 class Vit(Named):
@@ -85,9 +90,36 @@ class Vit(Named):
         """What other towers read of the last states [B, T, W], those of regions among them: the same, normalised."""
         return self.post_norm(states)
 
+    @torch.no_grad()
+    def place_(self) -> None:
+        """Positions as waves (:func:`waves`), as strong as what the patch embedding says of pixels of variance one; a class token has none.
+
+        Raises:
+            BadInput: a width that four does not divide.
+        """
+        patches = self.position_embedding.shape[-2] - self.class_token
+        table = waves(math.isqrt(patches), self.position_embedding.shape[-1])
+        table *= self.patch_embedding.weight.square().sum((1, 2, 3)).mean().sqrt() / table.std()
+        self.position_embedding[..., self.class_token :, :] = table
+        self.position_embedding[..., : self.class_token, :] = 0
+
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Where each of side x side patches lies, as sines and cosines of its column and of its row [side², width] (MoCo v3, MAE).
+
+    Raises:
+        BadInput: a width that four does not divide.
+    """
+    if width % 4:
+        raise BadInput(f"positions of width {width}", "sines and cosines of row and column have equal parts of it", "use a multiple of 4")
+    rates = SLOWEST ** -(torch.arange(width // 4) / (width // 4))
+    phases = torch.arange(side)[:, None] * rates
+    line = torch.cat([phases.sin(), phases.cos()], 1)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)
 
 
 class Pooling(Named):
