@@ -206,6 +206,7 @@ def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: P
             "sentences": ("embed", {"model": teacher, "data": DATA["sentences"], "side": "sentences", "out": texts}),
             "selected": ("select-sentences", {"sentences": str(tmp_path / "pile.txt"), "images": images, "model": teacher, "out": "s"}),
             "distilled": ("distill", common | {"out": str(tmp_path / "d")}),
+            "learnt": ("distill", common | {"sentences": "s", "sentence_store": None, "out": str(tmp_path / "l")}),
             "alone": ("distill", {name: value for name, value in common.items() if name != "teacher"} | {"out": str(tmp_path / "a")}),
         }
         steps = [Step(name, stage, stage_settings(stage, values)) for name, (stage, values) in every.items()]
@@ -213,7 +214,8 @@ def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: P
 
     made = planned(measure=1)
     assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
-    assert [stage.status for stage in made.stages] == ["new"] * 5 and all(stage.memory and stage.disk for stage in made.stages)
+    assert [stage.status for stage in made.stages] == ["new"] * 6 and all(stage.memory and stage.disk for stage in made.stages)
+    assert any("all sentences" in note for note in made.stages[4].notes)
     wrong = planned(image_store=texts)
     (problem,) = wrong.problems.found  # what two stages have in common is told once
     assert problem.stage == "distilled" and "vectors of" in problem.error.what

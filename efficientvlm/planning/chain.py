@@ -50,7 +50,8 @@ class Chain:
 
     `outputs` is what they write, by place: a checkpoint as shapes, or None for a result file or where planning failed. `stale` are the
     places that would be written anew, `assumed` those whose structure is only assumed, `graphs` those of ONNX graphs; `sources` are the
-    data that were opened, None where that failed; `stores` are embeddings that they write; `notes` what is said of a stage, by its name.
+    data that were opened, None where that failed; `stores` are embeddings that they write; `piles` settings that read what sentences are
+    selected from, by the place of those that will be; `notes` what is said of a stage, by its name.
     """
 
     control: Control = field(default_factory=Control)
@@ -63,6 +64,7 @@ class Chain:
     graphs: set[str] = field(default_factory=set)
     sources: dict[str, Any] = field(default_factory=dict)
     stores: dict[str, Foreseen] = field(default_factory=dict)
+    piles: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     _opened: dict[str, Loaded | None] = field(default_factory=dict)
     _accounts: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
@@ -136,7 +138,13 @@ class Look(Workspace):
         return place(spec) not in self.chain.stale
 
     def data(self, config: Any, kind: Kind[Any, Any], split: str, form: Preprocessing | None) -> Any:
-        """The same data are opened once for all stages that prepare pictures in the same form."""
+        """The same data are opened once for all stages that prepare pictures in the same form.
+
+        In the place of sentences that will be selected stand all those that they are selected from.
+        """
+        if pile := self.chain.piles.get(place(config.data)):
+            self.note(f"planned as if all sentences of {pile['data']} were selected")
+            config = config.model_copy(update=pile)
         key = repr([kind.name, split, form, *(getattr(config, name, None) for name in DATA)])
         opened = self.chain.sources
         if key not in opened:

@@ -263,5 +263,7 @@ def _(job: Selecting, chain: Chain, step: Step, found: Forecast) -> None:
     found.time = selecting.seconds(sentences, images, width, job.approximate, config.probes, macs, config.device)
     found.notes.append(f"{sentences:,} sentences, searched {'approximately' if job.approximate else 'exactly'} among {images:,} images")
     folder(chain, step, found, job)
+    if found.status != "up to date":
+        chain.piles[place(config.out)] = {"data": config.sentences, "columns": config.columns}
     with chain.problems.of(step.name):
         chain.disks.add(str(found.out), found.disk["output"], found.disk["peak"])
