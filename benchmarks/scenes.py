@@ -33,6 +33,8 @@ from efficientvlm.stages.run import run_stage
 RECIPES = ROOT / "recipes" / "efficientvlm"
 SEEDS = (0, 1, 2)
 TIMED: dict[str, Any] = {"batch_sizes": [8], "rounds": 40, "text_length": 16}
+READ = ("model", "teacher", "image_store", "sentence_store")
+"""Settings by which a stage names what another one made."""
 TEACHER, METHOD, PLAIN = "teacher", "method", "no-kd"
 WHAT = {
     TEACHER: "as the recipe trains it",
@@ -115,18 +117,19 @@ class Chain:
     def made(self, name: str) -> str:
         """The output of a stage of the recipe, after all that it reads."""
         config = self.settings(name)
+        read = [getattr(config, role, None) for role in READ]
         for other, step in self.steps.items():
-            if other != name and str(getattr(step.config, "out", "")) in (getattr(config, "model", ""), getattr(config, "teacher", "")):
+            if other != name and str(getattr(step.config, "out", "")) in read:
                 self.made(other)
         run_stage(self.steps[name].stage, config, Control())
         return str(config.out)
 
-    def timed(self, out: str, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def timed(self, out: str, models: dict[str, str], **changes: Any) -> dict[str, dict[str, Any]]:
         """Latency of `models` and their speed-up over the first, timed in turns; with the load before that."""
         load, note = round(os.getloadavg()[0], 1), (self.root / out).with_suffix(".load")
         if not (self.root / out).exists() or not note.exists():
             note.write_text(str(load), "utf-8")
-        result = self.run("bench", out, models=list(models.values()), **TIMED)
+        result = self.run("bench", out, models=list(models.values()), **{**TIMED, **changes})
         about = {"threads": result["machine"]["threads"], "load": note.read_text("utf-8")}
         by_folder = {row["model"]: row for row in result["latency"]}
         return {name: {**by_folder[folder], **about} for name, folder in models.items()}

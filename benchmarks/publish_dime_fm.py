@@ -1,0 +1,193 @@
+"""Publish what `dime_fm.py` has measured so far: a table with a verdict a part, and a plot. Nothing is measured or typed here.
+
+python benchmarks/publish_dime_fm.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from publish_scenes import Lines, of
+from published import RESULTS, ROOT, of_one_torch, published_rows, with_block
+
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.errors import BadInput
+from efficientvlm.script import run_script
+
+PAGE, PICTURE = Path("docs/dime-fm.md"), Path("docs/dime-fm.png")
+TEACHER, STUDENT, UNREAD, PRUNED = "teacher", "student", "student, not read either", "pruned"
+ACCURACY, FIRST, SMALL, FAST = 0.95, 0.9, 0.29, 0.9
+"""The target on scenes: at least these parts of the teacher's accuracy and R@1, at most this part of its tower's parameters, at least this
+part of what fewer multiply-adds promise."""
+FOUND = 0.5
+"""R@1 from which on a teacher is worth following."""
+STORED = 2.0
+"""How many times as fast training from the stores of both sides has to be."""
+COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", UNREAD: "#3f8f5f", PRUNED: "#d9822b"}
+
+
+def grouped(lines: Lines, column: str) -> dict[str, Lines]:
+    """The rows by what stands in `column`, in the order of the file."""
+    found: dict[str, Lines] = {}
+    for line in lines:
+        found.setdefault(line[column], []).append(line)
+    return found
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def spread(values: list[float]) -> str:
+    """The mean of some seeds in per cent, and their worst and best."""
+    shown = f"{100 * mean(values):.1f}"
+    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def loads(lines: Lines) -> str:
+    found = of(lines, "load")
+    return f"{min(found):g} to {max(found):g}"
+
+
+def percent(lines: Lines, column: str) -> str:
+    values = of(lines, column)
+    return f"{100 * mean(values):.1f} %" if values else "–"
+
+
+def of_macs(lines: Lines) -> float:
+    """What is reached of the speed-up that fewer multiply-adds promise, mean of the seeds."""
+    return mean(float(line["batch_8_speedup"]) * float(line["macs_of_teacher"]) for line in lines)
+
+
+def scenes(lines: Lines) -> list[str]:
+    models = grouped(lines, "model")
+    head = ("model", "seeds", "accuracy", "of the teacher's", "R@1", "of the teacher's", "tower of images", "faster", "of the MACs' ratio")
+    rows = []
+    for name, some in models.items():
+        size = f"{mean(of(some, 'vision_parameters')) / 1e6:.2f} M, {percent(some, 'vision_of_teacher')}"
+        fast = f"{mean(of(some, 'batch_8_speedup')):.2f} ×"
+        values = [spread(of(some, column)) for column in ("accuracy", "r1")]
+        kept = [percent(some, column) for column in ("accuracy_of_teacher", "r1_of_teacher")]
+        rows.append((name, str(len(some)), values[0], kept[0], values[1], kept[1], size, fast, f"{100 * of_macs(some):.0f} %"))
+    data = f"Data: `{lines[0]['data']}`, {lines[0]['images']} test images; accuracy among all colours of shapes, R@1 as mean of both ways."
+    timed = f"Timed at batch 8 with {lines[0]['threads']} thread(s), load of the machine {loads(lines)}."
+    return [data, "", *table(head, rows), "", *(f"- {text}" for text in of_scenes(models)), "", timed]
+
+
+def of_scenes(models: dict[str, Lines]) -> list[str]:
+    """What the students reach of the target, each a sentence."""
+    said = []
+    for name in (STUDENT, UNREAD):
+        if name not in models:
+            said.append(f"`{name}`: not measured yet.")
+            continue
+        some = models[name]
+        kept = [mean(of(some, column)) if of(some, column) else 0.0 for column in ("accuracy_of_teacher", "r1_of_teacher")]
+        small, fast = max(of(some, "vision_of_teacher")), of_macs(some)
+        reached = kept[0] >= ACCURACY and kept[1] >= FIRST and small <= SMALL and fast >= FAST
+        text = f"`{name}` keeps {100 * kept[0]:.1f} % of the teacher's accuracy (target: {100 * ACCURACY:g} %) and "
+        text += f"{100 * kept[1]:.1f} % of its R@1 ({100 * FIRST:g} %) with {100 * small:.1f} % of its tower's parameters "
+        text += f"({100 * SMALL:g} %), and is faster by {100 * fast:.0f} % of the ratio of multiply-adds ({100 * FAST:g} %): "
+        said.append(f"{text}{'reached' if reached else 'missed'}{', of one seed' if len(some) == 1 else ''}.")
+    if STUDENT in models and PRUNED in models:
+        gap = 100 * (mean(of(models[STUDENT], "r1")) - mean(of(models[PRUNED], "r1")))
+        said.append(f"`{PRUNED}`, of equal size, is {abs(gap):.1f} points of R@1 {'behind' if gap > 0 else 'ahead of'} `{STUDENT}`.")
+    worst = min(of(models.get(TEACHER, []), "r1"), default=0.0)
+    if worst < FOUND:
+        said.append(f"Nothing of this counts: the teacher's R@1 is {100 * worst:.1f} %, less than {100 * FOUND:.0f}.")
+    return said
+
+
+def store(lines: Lines) -> list[str]:
+    head = ("networks", "looked up", "images a second", "quartiles", "faster", "teacher (ms)", "student (ms)", "rest (ms)")
+    rows = []
+    for line in lines:
+        speed, low, high = (f"{float(line[column]):.1f}" for column in ("images_per_s", "images_per_s_q1", "images_per_s_q3"))
+        rest = float(line["data_ms"]) + float(line["optimizer_ms"])
+        times = (f"{float(line['teacher_ms']):.0f}", f"{float(line['student_ms']):.0f}", f"{rest:.0f}")
+        looked_up = "nothing" if line["source"] == "live" else line["source"]
+        rows.append((line["what"], looked_up, speed, f"{low} to {high}", f"{float(line['speedup']):.2f} ×", *times))
+    said = []
+    for name, some in grouped(lines, "pair").items():
+        both = next((float(line["speedup"]) for line in some if line["source"] == "images and sentences"), None)
+        if both is not None:
+            text = (
+                f"{some[0]['what']}, {some[0]['batch_size']} images and as many sentences a step: {both:.2f} times as many images a second"
+            )
+            said.append(f"- `{name}`, {text} (target: {STORED:g}): {'reached' if both >= STORED else 'missed'}.")
+    timed = f"Medians of steps in one process with {lines[0]['threads']} thread(s), the ways in turns; load of the machine {loads(lines)}."
+    return [*table(head, rows), "", *said, "", timed]
+
+
+def plot_scenes(axes: Any, lines: Lines) -> None:
+    """What is kept over the size of the tower, a point a run."""
+    for name, some in grouped(lines, "model").items():
+        sizes = [100 * part for part in of(some, "vision_of_teacher")]
+        axes.scatter(sizes, [100 * part for part in of(some, "accuracy")], color=COLOURS[name], s=26, label=name, zorder=3)
+        axes.scatter(sizes, [100 * part for part in of(some, "r1")], color=COLOURS[name], s=26, marker="^", zorder=3)
+    axes.set(
+        title="scenes", xlabel="tower of images (% of the teacher's)", ylabel="accuracy (●), R@1 (▲), in %", xlim=(0, 108), ylim=(0, 104)
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+
+
+def plot_store(axes: Any, lines: Lines) -> None:
+    """How many times as fast steps are, by what is looked up."""
+    pairs = grouped(lines, "pair")
+    for number, (name, some) in enumerate(pairs.items()):
+        places = [place + 0.8 * number / len(pairs) for place in range(len(some))]
+        axes.barh(places, of(some, "speedup"), 0.8 / len(pairs), label=name)
+    axes.set_yticks([place + 0.4 - 0.4 / len(pairs) for place in range(3)], ["nothing", "images", "images,\nsentences"], fontsize=8)
+    axes.set(title="looked up in stores", xlabel="images a second (× the live teacher's)")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+
+
+PARTS: dict[str, tuple[Callable[[Lines], list[str]], Callable[[Any, Lines], None]]] = {
+    "scenes": (scenes, plot_scenes),
+    "store": (store, plot_store),
+}
+"""Part → what stands between its markers, and its panel."""
+
+
+def plot(measured: dict[str, Lines], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 * len(measured), 4.2), dpi=130, layout="constrained")
+    for axes, (part, lines) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+        PARTS[part][1](axes, lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def publish(root: Path = ROOT) -> list[Path]:
+    """Write the blocks of the page and the plot below `root` from the CSVs there, of the parts that have one; the files written.
+
+    Raises:
+        BadInput: no CSV at all, two of one part (which machine's is published?), rows of several torches, or a page without the markers.
+    """
+    page, measured = (root / PAGE).read_text("utf-8"), {}
+    for part, (block, _) in PARTS.items():
+        if not any((root / RESULTS).glob(f"dime_fm_{part}_*.csv")):
+            continue
+        lines, name = published_rows(root, f"dime_fm_{part}")
+        of_one_torch(lines)
+        measured[part] = lines
+        page = with_block(page, f"dime-fm-{part}", "\n".join([*block(lines), f"Every row: [{name.name}](../{name.as_posix()})."]))
+    if not measured:
+        raise BadInput("there are no CSVs of DIME-FM", "nothing was measured", "run benchmarks/dime_fm.py")
+    plot(measured, root / PICTURE)
+    page = with_block(page, "dime-fm-plot", f"![Figures of DIME-FM]({PICTURE.name})")
+    write_atomic(root / PAGE, page.encode())
+    return [root / PAGE, root / PICTURE]
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.exit(run_script(publish))

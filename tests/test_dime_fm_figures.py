@@ -1,0 +1,155 @@
+"""The benchmark of DIME-FM: which rows it has, what it publishes, and that rows come out of a whole chain."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_pages import ROOT, script
+
+from efficientvlm.data.shapes import parse
+from efficientvlm.errors import BadInput
+
+PAGE = "docs/dime-fm.md"
+
+
+@pytest.fixture(scope="module")
+def dime_fm() -> Any:
+    return script("benchmarks/dime_fm.py")
+
+
+@pytest.fixture(scope="module")
+def publishing() -> Any:
+    return script("benchmarks/publish_dime_fm.py")
+
+
+def of_scenes(model: str, accuracy: float, first: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+    part = 1.0 if model == "teacher" else 0.27
+    sizes = {"vision_parameters": int(part * 1.6e6), "vision_of_teacher": part, "macs_of_teacher": part}
+    kept = {"accuracy": 0.9 * accuracy, "accuracy_of_teacher": accuracy, "r1": 0.6 * first, "r1_of_teacher": first}
+    timed = {"batch_8_speedup": 1.0 if model == "teacher" else 3.5, "threads": 1, "load": 1.5}
+    return {"seed": seed, "model": model, **kept, **sizes, **timed, "data": "shapes:only=20", "images": 1000, "torch": "2", **more}
+
+
+def every_model(student: float = 0.97, **more: Any) -> list[dict[str, Any]]:
+    kept = {"teacher": 1.0, "student": student, "student, not read either": 0.8, "pruned": 0.7}
+    return [of_scenes(name, part, part, **({} if name == "teacher" else more)) for name, part in kept.items()]
+
+
+def of_store(source: str, speed: float) -> dict[str, Any]:
+    rates = {"images_per_s": speed, "images_per_s_q1": speed - 1, "images_per_s_q3": speed + 1, "speedup": speed / 100}
+    times = {f"{phase}_ms": 5.0 for phase in ("data", "teacher", "student", "optimizer")}
+    about = {"batch_size": 64, "threads": 1, "load": 0.5, "torch": "2", "what": "eight layers and two"}
+    return {"pair": "scenes", "source": source, **rates, **times, **about}
+
+
+def texts(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{key: str(value) for key, value in record.items()} for record in records]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "`student` keeps 97.0 % of the teacher's accuracy (target: 95 %) and 97.0 % of its R@1 (90 %) with 27.0 %"),
+        ({}, "is faster by 94 % of the ratio of multiply-adds (90 %): reached, of one seed."),
+        ({}, "(90 %) with 27.0 % of its tower's parameters (29 %), and is faster by 94 % of the ratio of multiply-adds (90 %): missed"),
+        ({}, "`pruned`, of equal size, is 16.2 points of R@1 behind `student`."),
+        ({"student": 0.94}, "94 % of the ratio of multiply-adds (90 %): missed, of one seed."),
+        (
+            {"vision_of_teacher": 0.3},
+            "with 30.0 % of its tower's parameters (29 %), and is faster by 94 % of the ratio of multiply-adds (90 %): missed",
+        ),
+        ({"batch_8_speedup": 3.0}, "is faster by 81 % of the ratio of multiply-adds (90 %): missed"),
+    ],
+)
+def test_verdicts(publishing: Any, changed: dict[str, Any], said: str) -> None:
+    assert said in " ".join(publishing.of_scenes(publishing.grouped(texts(every_model(**changed)), "model")))
+
+
+def test_what_is_not_measured_and_what_does_not_count_is_said(publishing: Any) -> None:
+    lines = texts([of_scenes("teacher", 1.0, 0.7), of_scenes("student", 0.97, 0.95)])
+    found = " ".join(publishing.of_scenes(publishing.grouped(lines, "model")))
+    assert "`student, not read either`: not measured yet." in found
+    assert "Nothing of this counts: the teacher's R@1 is 42.0 %, less than 50." in found
+
+
+def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / PAGE).write_text((ROOT / PAGE).read_text("utf-8"))
+    with pytest.raises(BadInput, match="no CSVs of DIME-FM"):
+        publishing.publish(tmp_path)
+    append, results = script("benchmarks/published.py").append, tmp_path / "benchmarks/results"
+    for record in (of_store("live", 100.0), of_store("images", 150.0), of_store("images and sentences", 210.0)):
+        append(results / "dime_fm_store_some-cpu.csv", record)
+    publishing.publish(tmp_path)
+    page = (tmp_path / PAGE).read_text("utf-8")
+    assert "2.10 times as many images a second (target: 2): reached." in page and "| model |" not in page
+    for record in [*every_model(), of_scenes("student", 0.95, 0.93, seed=1)]:
+        append(results / "dime_fm_scenes_some-cpu.csv", record)
+    written = publishing.publish(tmp_path)
+    page = (tmp_path / PAGE).read_text("utf-8")
+    assert "| student | 2 | 86.4 (85.5 to 87.3) | 96.0 % | 57.0 (55.8 to 58.2) | 95.0 % | 0.43 M, 27.0 % | 3.50 × | 94 % |" in page
+    assert written == [tmp_path / PAGE, tmp_path / "docs/dime-fm.png"] and all(path.stat().st_size for path in written)
+
+
+def shortened(dime_fm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of the recipe of scenes take seconds, and tables lie in `tmp_path`."""
+    text = (ROOT / "recipes/dime_fm/scenes.yaml").read_text("utf-8")
+    text = re.sub(r"(?<=batch_size: )\d+", "4", re.sub(r"(?<=max_steps: )\d+", "2", text))
+    text = re.sub(r"limit: \d+", "limit: 12", re.sub(r"size=\d+", "size=40", text)).replace("vision_layers: 8", "vision_layers: 4")
+    (tmp_path / "scenes.yaml").write_text(text.replace("sparsity: 0.6 ", "sparsity: 0.2 "))
+    for name, value in {"RECIPES": tmp_path, "ROOT": tmp_path}.items():
+        monkeypatch.setattr(dime_fm, name, value)
+    monkeypatch.setitem(script("benchmarks/scenes.py").TIMED, "rounds", 1)
+
+
+def table(dime_fm: Any, part: str, *given: str) -> list[dict[str, str]]:
+    """The rows of a part after the script ran twice; the second time nothing is left to do."""
+    path = dime_fm.ROOT / dime_fm.csv_of(f"dime_fm_{part}", dime_fm.processor())
+    assert dime_fm.main(["--part", part, "--out", str(dime_fm.ROOT / "runs"), *given]) == 0
+    before = path.read_text("utf-8")
+    assert dime_fm.main(["--part", part, "--out", str(dime_fm.ROOT / "runs"), *given]) == 0 and path.read_text("utf-8") == before
+    return list(script("benchmarks/published.py").rows_of(path))
+
+
+def test_every_seed_has_its_teacher_and_all_students(dime_fm: Any) -> None:
+    found = [row.key for row in dime_fm.rows(["scenes"], dime_fm.SEEDS)]
+    assert len({*found}) == len(found) == len(dime_fm.SEEDS) * len(dime_fm.WHAT)
+    assert [key for key in found if key[1] == "teacher"] == [("0", "teacher"), ("1", "teacher"), ("2", "teacher")]
+
+
+def test_sentences_of_the_first_student_name_every_composition(dime_fm: Any) -> None:
+    own = dime_fm.Scenes(0, Path("runs")).settings("distilled").sentences
+    every = dime_fm.every_composition(own)
+    assert parse(own).among and parse(every).among is None and parse(every).seed == parse(own).seed
+
+
+def test_a_row_of_no_such_name_is_refused(dime_fm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dime_fm.main(["--part", "scenes", "--row", "teachers", "--list"]) == 3
+    assert "there are teacher; student" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rows_of_scenes_come_out_of_a_chain(dime_fm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened(dime_fm, tmp_path, monkeypatch)
+    found = {record["model"]: record for record in table(dime_fm, "scenes", "--seed", "0")}
+    assert list(found) == list(dime_fm.WHAT) and {record["seed"] for record in found.values()} == {"0"}
+    assert found["teacher"]["vision_of_teacher"] == "1" and float(found["student"]["vision_of_teacher"]) < 0.6
+    assert all(record["data"].endswith("only=20") and float(record["batch_8_speedup"]) > 0 for record in found.values())
+    assert all(0 <= float(record[name]) <= 1 for record in found.values() for name in ("accuracy", "r1"))
+    assert float(found["pruned"]["sparsity"]) == pytest.approx(0.2, abs=0.03)
+    assert {path.name for path in (tmp_path / "runs/scenes/0").iterdir()} >= {"distilled", "distilled-all-read", "images", "pruned"}
+
+
+@pytest.mark.slow
+def test_rows_of_the_store_are_timed_in_turns(dime_fm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened(dime_fm, tmp_path, monkeypatch)
+    small = dime_fm.Pair("two layers and one", {}, {"layers": {"vision": 1, "text": 2}}, batch=4, rounds=2, warm=1, steps=2)
+    monkeypatch.setattr(dime_fm, "PAIRS", {"small": small})
+    found = {record["source"]: record for record in table(dime_fm, "store")}
+    assert list(found) == ["live", "images", "images and sentences"] and found["live"]["speedup"] == "1"
+    assert {record["steps"] for record in found.values()} == {"4"} and float(found["live"]["teacher_ms"]) > 0
+    assert float(found["images and sentences"]["teacher_ms"]) < float(found["live"]["teacher_ms"])
+    assert all(float(record["images_per_s"]) > 0 for record in found.values())
