@@ -214,6 +214,19 @@ def test_simple_statements_are_about_one_picture_and_true() -> None:
     assert len(labels) == 1200 and 0.45 < np.mean(labels) < 0.55
 
 
+def test_statements_to_begin_with_affirm_something_of_one_picture() -> None:
+    source = Shapes(STATEMENTS, "train", spec=EXACT.replace("exact=1", "exact=3"))
+    labels = []
+    for index in range(200):
+        left, right, said, _ = about_two(source, index)
+        assert len(said) == 6
+        for statement in said:
+            match = re.fullmatch(r"the (left|right) image contains an? (.+)", statement.text)
+            assert match and statement.label == has(left if match[1] == "left" else right, match[2])
+            labels.append(statement.label)
+    assert 0.45 < np.mean(labels) < 0.55
+
+
 @pytest.mark.parametrize(
     "spec", ["difficulty=1", "difficulty=5", "difficulty=4,alike=2", "difficulty=3,objects=1", "difficulty=5,objects=7-9"]
 )
@@ -331,7 +344,7 @@ def test_size_and_limits_of_the_specification() -> None:
         ("shapes:objects=4-2", "no range"),
         ("shapes:size=many", "no whole number"),
         ("shapes:objects", "no whole number"),
-        ("shapes:exact=3", "not in 0 to 2"),
+        ("shapes:exact=4", "not in 0 to 3"),
         ("shapes:hide=both", "use all, left, right"),
         ("shapes:alike=2", "write objects=2-3"),
         ("shapes:objects=1,alike=4", "write objects=4-4"),

@@ -13,6 +13,7 @@ SAME = ("both images contain {} or neither does", "the images agree about {}")
 OTHER = ("exactly one image contains {}", "one image contains {} and the other does not")
 ONE = ("the {side} image contains {}", "there is no {noun} in the {side} image")
 FORMS = (*SAME, *OTHER, *ONE)
+BOTH, EASED, ONE_ALONE = 1, 2, 3  # what statements are about
 PRESENT = 2  # of twice as many colours that are asked about
 
 
@@ -38,13 +39,14 @@ def _beside(first: Thing, second: Thing) -> str:
 
 
 def about_two(
-    rng: np.random.Generator, level: Difficulty, objects: tuple[int, int], alike: int, simple: bool
+    rng: np.random.Generator, level: Difficulty, objects: tuple[int, int], alike: int, about: int = BOTH
 ) -> tuple[Scene, Scene, list[tuple[str, bool]]]:
     """Two scenes, and statements about both with their truth: about some colours, and about two forms.
 
     Half of the colours and forms that are asked about are in the left image, and half in the right one, each drawn for itself. What is
     stated is drawn too. So neither the text, nor the text with one image, tells anything about one of the statements: each of them goes as
-    often with a true as with a false one. With `simple` there are as many statements about one of the images, to begin with.
+    often with a true as with a false one. `about` is BOTH; EASED, which has as many statements about one of the images beside them, to
+    begin with; or ONE_ALONE, which has such that affirm something of one image, and no others.
     """
     present = 1 if alike else min(PRESENT, objects[0])
     known = list(COLOURS)[: level.colours]
@@ -64,11 +66,12 @@ def about_two(
         there.append({shape, *(f"{colour} shape" for colour in some)})
     said = []
     for noun in (*(f"{colour} shape" for colour in colours), *shapes):
-        stated = bool(rng.random() < 0.5)
-        agree = (noun in there[0]) == (noun in there[1])
-        said.append((pick(rng, SAME if stated else OTHER).format(named(noun)), stated == agree))
-        if simple:
-            side, stated = int(rng.integers(2)), bool(rng.random() < 0.5)
+        if about != ONE_ALONE:
+            stated = bool(rng.random() < 0.5)
+            agree = (noun in there[0]) == (noun in there[1])
+            said.append((pick(rng, SAME if stated else OTHER).format(named(noun)), stated == agree))
+        if about != BOTH:
+            side, stated = int(rng.integers(2)), about == ONE_ALONE or bool(rng.random() < 0.5)
             text = ONE[1 - stated].format(named(noun), noun=noun, side=("left", "right")[side])
             said.append((text, stated == (noun in there[side])))
     return scenes[0], scenes[1], said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +31,17 @@ LATEST = ("without", "only")
 """Those that names of origins are older than."""
 GRAY = 128
 
+NUMBERS = {
+    "seed": (0, 2**63 - 1),
+    "difficulty": (min(LEVELS), max(LEVELS)),
+    "size": (1, 10**9),
+    "alike": (0, MOST_OBJECTS),
+    "exact": (0, exact.ONE_ALONE),
+    "without": (0, 10**9),
+    "only": (0, 10**9),
+}
+"""The least and the most that can be said for a setting."""
+
 T = TypeVar("T")
 
 
@@ -46,7 +57,7 @@ class Settings:
         objects: least and most shapes; by default what the difficulty says.
         alike: so many shapes of a scene share a colour, so that it alone does not tell which one is meant.
         exact: 1: captions are five wordings of one content, statements are such that it takes both pictures to judge them, see `exact.py`;
-            2: there are statements about one of two pictures beside them, to begin with.
+            2: there are statements about one of two pictures beside them, to begin with; 3: there are only such, which affirm something.
         hide: pictures that are painted gray, to measure what a model does without them: all, or the left or the right of two.
         without: so many compositions, colours with forms, occur in no scene, and are named in no caption; always the same ones, so that
             every colour and every form is left.
@@ -88,36 +99,21 @@ def parse(spec: str) -> Settings:
     """
     _, _, rest = spec.partition(":")
     settings = Settings()
-    known = ("seed", "difficulty", "size", "objects", *NEWER)
+    known = [each.name for each in fields(Settings)]
     for part in filter(None, (text.strip() for text in rest.split(","))):
         key, _, text = part.partition("=")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise BadInput(f"data {spec}", f"unknown key {key}", f"did you mean {near[0]}?" if near else f"keys are {', '.join(known)}")
         if key == "objects":
-            low, _, high = text.partition("-")
-            least, most = _number(spec, key, low, 1, MOST_OBJECTS), _number(spec, key, high or low, 1, MOST_OBJECTS)
-            if least > most:
-                raise BadInput(f"data {spec}", f"objects={text} is no range", "write objects=1-3")
-            settings = replace(settings, objects=(least, most))
-        elif key == "difficulty":
-            settings = replace(settings, difficulty=_number(spec, key, text, min(LEVELS), max(LEVELS)))
+            value: Any = _range(spec, key, text)
         elif key == "hide":
+            value = text
             if text not in HIDDEN:
                 raise BadInput(f"data {spec}", f"hide={text} names no pictures", f"use {', '.join(HIDDEN)}")
-            settings = replace(settings, hide=text)
-        elif key == "exact":
-            settings = replace(settings, exact=_number(spec, key, text, 0, 2))
-        elif key == "alike":
-            settings = replace(settings, alike=_number(spec, key, text, 0, MOST_OBJECTS))
-        elif key == "size":
-            settings = replace(settings, size=_number(spec, key, text, 1, 10**9))
-        elif key == "without":
-            settings = replace(settings, without=_number(spec, key, text, 0, 10**9))
-        elif key == "only":
-            settings = replace(settings, only=_number(spec, key, text, 0, 10**9))
         else:
-            settings = replace(settings, seed=_number(spec, key, text, 0, 2**63 - 1))
+            value = _number(spec, key, text, *NUMBERS[key])
+        settings = replace(settings, **{key: value})
     if settings.alike > settings.counts[0]:
         why = f"alike={settings.alike} of a scene's shapes share a colour, but it may have {settings.counts[0]} only"
         raise BadInput(f"data {spec}", why, f"write objects={settings.alike}-{max(settings.alike, settings.counts[1])}")
@@ -253,6 +249,14 @@ class Shapes(Generic[T]):
 def _said(kind: Kind[Any, Any], split: str, settings: Settings) -> list[list[Any]]:
     """What `contents` has drawn so far: a stage asks for it several times, a plan at every step."""
     return []
+
+
+def _range(spec: str, key: str, text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    least, most = (_number(spec, key, part, 1, MOST_OBJECTS) for part in (low, high or low))
+    if least > most:
+        raise BadInput(f"data {spec}", f"{key}={text} is no range", f"write {key}=1-3")
+    return least, most
 
 
 def _number(spec: str, key: str, text: str, low: int, high: int) -> int:

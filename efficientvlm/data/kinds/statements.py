@@ -157,7 +157,7 @@ def about_two(shapes: Shapes[Any], index: int) -> tuple[Scene, Scene, list[State
     settings, level = shapes.settings, shapes.settings.level
     if settings.exact:
         rng = shapes.words(index, "statement")
-        left, right, said = exact.about_two(rng, level, settings.counts, settings.alike, simple=settings.exact > 1)
+        left, right, said = exact.about_two(rng, level, settings.counts, settings.alike, settings.exact)
         return left, right, [Statement(text, truth, text) for text, truth in said], rng
     rng, left = shapes.scene(index, "left")
     label = bool(rng.random() < 0.5)
