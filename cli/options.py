@@ -158,6 +158,7 @@ OPTIONS: dict[str, Option] = {
     "rounds": option(int, "--rounds", "Timed rounds; the models take turns."),
     "export.rounds": option(int, "--rounds", "Timed rounds; 0 times nothing."),
     "threads": option(int, "--threads", "Processor threads."),
+    "table": option(bool, "--table", "Measure what layers take too, for prune --budget latency: one model, one batch size."),
     "format": option(str, "--format", "onnx: graphs; padded: zeros in the original shapes; hf, open_clip: their classes.", "FORM"),
     "int8": option(bool, "--int8", "ONNX with int8 weights; what they cost and gain is measured."),
     "teacher": option(str, "--teacher", "Checkpoint to learn from.", "DIR", KNOWLEDGE),
@@ -167,9 +168,12 @@ OPTIONS: dict[str, Option] = {
     "temperature": option(float, "--temperature", "Softens the logits that are compared.", panel=KNOWLEDGE),
     "cache_teacher": option(bool, "--cache-teacher/--no-cache-teacher", "Run the teacher once a sample; memory for time.", panel=KNOWLEDGE),
     "sparsity": option(float, "--sparsity", "Part of what can be removed that is removed, 0 to 1.", panel=UNITS),
-    "to": option(str, "--to", "What the whole model may cost instead: 30M parameters, or with --budget macs 1.5G.", "SIZE", UNITS),
-    "budget": option(str, "--budget", "What is counted: parameters or macs.", panel=UNITS),
-    "prune.text_length": option(int, "--text-length", "Budget macs: tokens a text.", panel=UNITS),
+    "to": option(
+        str, "--to", "What the whole model may cost instead: 30M parameters, with --budget macs 1.5G, with latency 20ms.", "SIZE", UNITS
+    ),
+    "budget": option(str, "--budget", "What is counted: parameters, macs or latency.", panel=UNITS),
+    "prune.text_length": option(int, "--text-length", "Budgets macs and latency: tokens a text.", panel=UNITS),
+    "prune.table": option(str, "--table", "Budget latency: what evlm bench --table measured; else it is measured first.", "FILE", UNITS),
     "method": option(str, "--method", "l0, magnitude, taylor or random.", panel=UNITS),
     "from_gates": option(str, "--from-gates", "Cut this prune output again, without training.", "DIR", UNITS),
     "min_heads": option(int, "--min-heads", "Heads every layer keeps.", panel=UNITS),

@@ -18,7 +18,7 @@ CAPTIONS = (
     *("decoding", "prompt", "min_length", "max_length", "repetition_penalty", "beams", "length_rule", "length_penalty"),
     *("top_k", "top_p", "temperature", "seed"),
 )
-REMOVED = ("sparsity", "to", "budget", "text_length", "method", "from_gates")
+REMOVED = ("sparsity", "to", "budget", "text_length", "table", "method", "from_gates")
 UNITS = (*REMOVED, "min_heads", "min_neurons", "round_to", "allow_blind", "keep_dense")
 
 
@@ -69,7 +69,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "Measure latency and size of one or more models side by side.",
-        ("models", "out", "batch_sizes", "text_length", "rounds", "threads", *RUN),
+        ("models", "out", "batch_sizes", "text_length", "rounds", "threads", "table", *RUN),
     ),
     "predict": Command(
         "Ask a model about an image file, have it describe or classify pictures, or search them for a text.",

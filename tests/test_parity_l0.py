@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from efficientvlm.compression.costs import Shares
 from efficientvlm.compression.gates import open_probability, published_gates, sample_gates
-from efficientvlm.compression.sparsity import expected_sparsity, lagrangian, target_at
+from efficientvlm.compression.sparsity import lagrangian, target_at
 
 FOLDER = Path(__file__).parent / "reference"
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -58,7 +59,7 @@ def test_lagrangian_and_gradients(numbers):
     for step in (0, 10, 25, 50, 80):
         p_open = torch.cat([open_probability(leaf).flatten() for leaf in leaves.values()])
         torch.testing.assert_close(p_open @ costs, expected["expected_params"], rtol=1e-5, atol=0)
-        sparsity = expected_sparsity(p_open, costs, total)
+        sparsity = 1 - Shares(costs, torch.ones(len(costs), dtype=torch.bool))(p_open) / total
         torch.testing.assert_close(sparsity, expected[f"expected_sparsity.{step}"], **CLOSE)
         target = target_at(step, meta["warmup_steps"], meta["target_sparsity"], meta["start_sparsity"])
         assert target == pytest.approx(expected[f"target_sparsity.{step}"].item())

@@ -7,8 +7,9 @@ import torch
 from compression_cases import build
 
 from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.compression.costs import Shares
 from efficientvlm.compression.gates import Gates
-from efficientvlm.compression.sparsity import Budget, Scope, expected_sparsity, lagrangian, target_at
+from efficientvlm.compression.sparsity import Budget, Scope, lagrangian, target_at
 from efficientvlm.errors import BadInput, TargetMissed
 
 
@@ -26,7 +27,7 @@ def test_target_rises_linearly_and_stays():
 
 def test_expected_sparsity_and_lagrangian_by_hand():
     p_open = torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
-    expected = expected_sparsity(p_open, torch.tensor([10.0, 20.0, 40.0]), 100.0)
+    expected = 1 - Shares(torch.tensor([10.0, 20.0, 40.0]), torch.ones(3, dtype=torch.bool))(p_open) / 100
     assert expected.item() == pytest.approx(1 - 30 / 100)
     multipliers = torch.tensor([0.7, 1.3], requires_grad=True)
     loss = lagrangian(expected, 0.5, *multipliers)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from efficientvlm.compression.anatomy import Anatomy
 
@@ -48,6 +49,13 @@ class Cost(ABC):
     def opening(self, removed: Any, towers: Towers = None) -> NDArray[np.float64]:
         """float64 [units]: what comes back when a unit of `removed` alone is opened again, or nearly so."""
 
+    def kept(self, active: Any, counted: Any) -> nn.Module:
+        """A module from open probabilities of the `active` units, [gates], to what is expected to stay of the `counted` ones, a scalar.
+
+        Both are bool [units]. By default every unit stays with its own share, by its probability (EfficientVLM).
+        """
+        return Shares(self.costs * counted, active)
+
     @abstractmethod
     def said(self, amount: int, what: str = "") -> str:
         """`amount` in words, of `what` (e.g. prunable) things; rounded up where it is rounded."""
@@ -55,6 +63,21 @@ class Cost(ABC):
     def facts(self) -> dict[str, Any]:
         """What else the numbers hold for, JSON-ready."""
         return {}
+
+
+class Shares(nn.Module):
+    """Σ pᵢ cᵢ over the `active` units of `costs` [units], and all of the others; no matrix product, which autocast would round."""
+
+    costs: torch.Tensor
+    fixed: torch.Tensor
+
+    def __init__(self, costs: torch.Tensor, active: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("costs", costs[active].float(), persistent=False)
+        self.register_buffer("fixed", costs[~active].sum().float(), persistent=False)
+
+    def forward(self, p_open: torch.Tensor) -> torch.Tensor:
+        return (self.costs * p_open).sum() + self.fixed
 
 
 class Elements(Cost):

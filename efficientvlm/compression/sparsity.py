@@ -23,20 +23,6 @@ def target_at(step: int, warmup_steps: int, target: float, start: float = 0.0) -
     return target if step >= warmup_steps else start + (target - start) * step / warmup_steps
 
 
-def expected_sparsity(
-    p_open: torch.Tensor, costs: torch.Tensor, total: float | torch.Tensor, fixed: float | torch.Tensor = 0.0
-) -> torch.Tensor:
-    """1 − expected kept elements / `total` (EfficientVLM).
-
-    Args:
-        p_open: [units] probability of each gate to be non-zero.
-        costs: [units] or [budgets, units] elements of each unit.
-        total: prunable elements, a number or [budgets].
-        fixed: those of them that no gate can remove.
-    """
-    return 1 - ((costs * p_open).sum(-1) + fixed) / total  # no matrix product, which autocast would round to bfloat16
-
-
 def lagrangian(
     expected: torch.Tensor, target: float | torch.Tensor, lambda1: float | torch.Tensor, lambda2: float | torch.Tensor
 ) -> torch.Tensor:
@@ -227,21 +213,18 @@ def _excess(cost: Cost, to: int) -> int:
 class Budget(nn.Module):
     """The Lagrangian of a scope over gates on `scope.units`; one pair of multipliers a budget, to be *ascended* (`maximize=True`).
 
-    Costs are those of the scope: where units share tensors the expectation is an approximation, snapping is exact.
+    The expected sparsity is 1 − expected kept cost / whole (EfficientVLM). Costs are those of the scope: where units share tensors, or take
+    time together, the expectation is an approximation, snapping is exact.
     """
 
-    costs: torch.Tensor
     whole: torch.Tensor
-    fixed: torch.Tensor
     final: torch.Tensor
 
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.names = tuple(target.name for target in scope.targets)
-        costs = torch.stack([scope.cost.costs * torch.from_numpy(scope._of(target)) for target in scope.targets])
         active = torch.from_numpy(scope.active)
-        self.register_buffer("costs", costs[:, active].float(), persistent=False)
-        self.register_buffer("fixed", costs[:, ~active].sum(1).float(), persistent=False)
+        self.kept = nn.ModuleList(scope.cost.kept(active, torch.from_numpy(scope._of(target))) for target in scope.targets)
         self.register_buffer("whole", torch.tensor([max(target.whole, 1) for target in scope.targets]).float(), persistent=False)
         self.register_buffer("final", torch.tensor([target.sparsity for target in scope.targets]), persistent=False)
         self.lambda1 = nn.Parameter(torch.zeros(len(scope.targets)))
@@ -249,7 +232,7 @@ class Budget(nn.Module):
 
     def expected(self, p_open: torch.Tensor) -> torch.Tensor:
         """[budgets] expected sparsity for `p_open` [gates]."""
-        return expected_sparsity(p_open, self.costs, self.whole, self.fixed)
+        return 1 - torch.stack([kept(p_open) for kept in self.kept]) / self.whole
 
     def target(self, step: int, warmup_steps: int, start: float | Sequence[float] = 0.0) -> torch.Tensor:
         """[budgets] sparsity asked for at `step`."""

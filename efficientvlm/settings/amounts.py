@@ -1,4 +1,4 @@
-"""Amounts with a unit, as `30M` parameters or `1.5G` multiply-accumulates."""
+"""Amounts with a unit, as `30M` parameters, `1.5G` multiply-accumulates or `20ms`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator
 
 FORM = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)")
 COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+TIMES = {"us": 10**3, "ms": 10**6, "s": 10**9}
 MOST = 10**18
 
 
@@ -22,15 +23,16 @@ Amount = Annotated[str, BeforeValidator(_text)]
 
 
 def amount_of(budget: str, text: str) -> int:
-    """`text` as a whole number of what `budget` counts, rounded down.
+    """`text` as a whole number of what `budget` counts, rounded down; of `latency` nanoseconds.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
+    units, example = (TIMES, "20ms, with us, ms or s") if budget == "latency" else (COUNTS, "30M, with k, M, G or T")
     form = FORM.fullmatch(text.strip())
-    if form is None or form[2] not in COUNTS:
-        raise ValueError(f"{text!r} is no number of {budget}; write e.g. 30M, with k, M, G or T")
-    amount = int(Decimal(form[1]) * COUNTS[form[2]])
+    if form is None or form[2] not in units:
+        raise ValueError(f"{text!r} is no {'time' if budget == 'latency' else f'number of {budget}'}; write e.g. {example}")
+    amount = int(Decimal(form[1]) * units[form[2]])
     if not 1 <= amount <= MOST:
-        raise ValueError(f"{text!r} is not between 1 and 10^18")
+        raise ValueError(f"{text!r} is not between 1 and 10^18{' ns' if budget == 'latency' else ''}")
     return amount

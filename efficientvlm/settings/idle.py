@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
 from efficientvlm.settings.methods import METHODS
-from efficientvlm.settings.stages import Embed, Export, InitConfig, Prune
+from efficientvlm.settings.stages import Bench, Embed, Export, InitConfig, Prune
 from efficientvlm.settings.tasks import CaptioningSettings, Contrasting, PretrainingSettings, VQAEval
 
 OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
@@ -61,6 +61,10 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"sparsity"}, "beside to"
     if isinstance(config, Prune) and config.budget == "parameters":
         yield {"text_length"}, "with budget parameters"
+    if isinstance(config, Prune) and config.budget != "latency":
+        yield {"table", "requests"}, f"with budget {config.budget}"
+    elif isinstance(config, Prune) and config.table:
+        yield {"text_length", "requests"}, "beside table"
     if isinstance(config, Prune) and config.task != "none" and not config.from_gates:
         if config.method != "l0":
             yield OF_THE_GATES, f"with method {config.method}"
@@ -74,6 +78,8 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"label_smoothing", "smoothing", "captions_per_image"}, "with self_critical"
     elif isinstance(config, CaptioningSettings):
         yield {"samples", "baseline"}, "without self_critical"
+    if isinstance(config, Bench) and not config.table:
+        yield {"round_to"}, "without table"
     if isinstance(config, Export) and config.format != "onnx":
         yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"
 

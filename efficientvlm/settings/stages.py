@@ -106,14 +106,27 @@ class Recut(Strict):
     )
 
 
+class Requests(Strict):
+    """Of what requests a latency table is measured before anything is trained."""
+
+    batch_size: Size = Field(8, ge=1, description="images or pairs a request")
+    threads: Threads | None = Field(None, ge=1, description="processor threads; by default as many as torch takes")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    precision: Precision = "fp32"
+    rounds: Count = Field(7, ge=1, description="timed rounds")
+    warmup_rounds: Count = Field(2, ge=0)
+
+
 class Prune(Following, Recut):
     model: str = Field("", description="as elsewhere; not needed with from_gates")
     data: DataName = Field("", description="as elsewhere; not needed with from_gates, or where task is none")
     task: str = Field("vqa", description="none: cut by the weights alone, without training")
     quirks: GateQuirks = Field(default_factory=GateQuirks)
-    budget: Literal["parameters", "macs"] = Field("parameters", description="what the heads and neurons are counted by")
+    budget: Literal["parameters", "macs", "latency"] = Field("parameters", description="what the heads and neurons are counted by")
     sparsity: float = Field(0.4, ge=0, lt=1, description="part of what can be removed that is removed, counted by budget")
-    text_length: Size = Field(12, ge=3, description="tokens a text that macs are counted for, with one image of the model's size")
+    text_length: Size = Field(12, ge=3, description="tokens a text that macs or milliseconds are of, with one image of the model's size")
+    table: str | None = Field(None, description="with budget latency, result of evlm bench --table; by default it is measured first")
+    requests: Requests = Field(default_factory=Requests)
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
     sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
     freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
@@ -124,7 +137,8 @@ class Prune(Following, Recut):
     min_neurons: Count = Field(0, ge=0, description="floor of neurons a layer")
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
     to: Amount | None = Field(
-        None, description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, or 1.5G macs"
+        None,
+        description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, 1.5G macs, or 20ms a request",
     )
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
@@ -293,10 +307,19 @@ class Bench(Strict):
     rounds: Count = Field(20, ge=1)
     warmup_rounds: Count = Field(3, ge=0)
     threads: Threads | None = Field(None, ge=1)
+    table: bool = Field(False, description="measure what layers take at several counts of units too: of one model, at one batch size")
+    round_to: Count = Field(1, ge=1, description="with table: neurons are counted in multiples of this")
     out: str | None = None
     device: str = "auto"
     precision: Precision = "fp32"
     seed: Seed = 0
+
+    @field_validator("table")
+    @classmethod
+    def _of_one(cls, table: bool, info: ValidationInfo) -> bool:
+        if table and any(len(info.data.get(name, [0])) > 1 for name in ("models", "batch_sizes")):
+            raise ValueError("a table is of one model at one batch size: give one --model and one --batch-size")
+        return table
 
 
 class Export(Samples):

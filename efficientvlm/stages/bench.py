@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from efficientvlm.compression.accounting import count_parameters
+from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, check_precision, load, text_length
@@ -18,7 +19,7 @@ from efficientvlm.runtime.hardware import machine_of, pick_device, synchronise
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.stages import Bench
-from efficientvlm.stages import latency
+from efficientvlm.stages import latency, tabling
 from efficientvlm.stages.results import MACHINE, ResultFile, digests_of
 from efficientvlm.stages.workspace import Job, Workspace
 from efficientvlm.tasks.known import preferred
@@ -91,6 +92,7 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
                 synchronise=lambda: synchronise(device),
                 progress=bar.update,
             )
+        table = table_of(models[0], job.task, config, machine, inputs["models.0"], control.quiet) if config.table else None
     sizes = [
         {
             "model": label,
@@ -113,7 +115,39 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         "models": sizes,
         "latency": rows,
     }
+    if table:
+        result["table"] = table.model_dump(mode="json")
     return file.write(result)
+
+
+def table_of(loaded: Loaded, task: Asked | None, config: Bench, machine: dict[str, Any], digest: str, quiet: bool) -> LatencyTable:
+    """The table of a latency budget of `loaded`, whose weights are there and which is able to do `task`.
+
+    Raises:
+        BadInput: nothing can be removed of ONNX graphs.
+        OutOfMemory: saying what to lower.
+    """
+    if not isinstance(loaded.model, torch.nn.Module):
+        raise BadInput(f"no table can be made of {loaded.path}", "nothing can be removed of ONNX graphs", "give what it was exported from")
+    device = torch.device(machine["device"])
+    total = tabling.ROUND * (config.rounds + config.warmup_rounds)
+    with enough_memory("the latency table", "use a smaller batch"), Bar("latency table", total, quiet=quiet) as bar:
+        return tabling.measure(
+            loaded,
+            lambda network: calls_of({"": network}, task, config, device, quiet=True)[""],
+            config.batch_sizes[0],
+            rounds=config.rounds,
+            warmup_rounds=config.warmup_rounds,
+            round_to=config.round_to,
+            synchronise=lambda: synchronise(device),
+            progress=bar.update,
+            timed=task.timed_as if task else FORWARD,
+            model=digest,
+            machine=machine,
+            precision=config.precision,
+            text_length=config.text_length,
+            image_size=loaded.sizes.image_size,
+        )
 
 
 def timed_of(models: Sequence[Loaded]) -> Asked | None:
