@@ -15,7 +15,7 @@ from efficientvlm.recipe import Step
 
 CHECKPOINTS = ("model", "teacher", "from_gates", "models")
 DATA = ("data", "val")
-PATHS = ("vision_from", "text_from", "tokenizer", "answers", "vectors", "ids")
+PATHS = ("vision_from", "text_from", "tokenizer", "answers", "vectors", "ids", "table")
 RESULTS = ("evals", "bench")
 
 
@@ -113,7 +113,7 @@ def path_problems(step: Step, written: set[str]) -> Iterator[EvlmError]:
 def _texts(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [text for text in value.values() if isinstance(text, str)]
-    return [text for text in (value if isinstance(value, list) else [value]) if text]
+    return [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
 
 
 def _problem(stage: str, key: str, spec: str) -> EvlmError | None:

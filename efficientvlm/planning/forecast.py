@@ -27,6 +27,7 @@ from efficientvlm.planning.stores import Foreseen
 from efficientvlm.recipe import FILES, Step
 from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.settings.common import Learning as Learns
+from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.bench import Timing
 from efficientvlm.stages.embed import Embedding
 from efficientvlm.stages.evaluate import Evaluation
@@ -139,7 +140,7 @@ def _(job: Learning, chain: Chain, step: Step, found: Forecast) -> None:
 
 @weigh.register
 def _(job: Pruning, chain: Chain, step: Step, found: Forecast) -> None:
-    counted(job.scope, found)
+    counted(job.config, job.scope, found)
     look_at_texts(job, chain, step, found)
     found.structure = "uniform cut: the real structure is learnt"
     result, extra = cut(job.student, uniform_cut(job.scope)), {"dense_kept": job.student.model.config.kept}
@@ -147,8 +148,12 @@ def _(job: Pruning, chain: Chain, step: Step, found: Forecast) -> None:
     training(chain, step, found, job, result=result, extra=extra, gates=gates, dense=job.config.keep_dense)
 
 
-def counted(scope: Scope, found: Forecast) -> None:
+def counted(config: Prune, scope: Scope, found: Forecast) -> None:
     """Note what a budget counts, where it is not the weights, or where the size of the whole model is asked for."""
+    if config.budget != scope.cost.budget:
+        stands = "multiply-adds stand in for it" if config.to is None else "sizes are those of the whole network"
+        found.notes.append(f"what layers take is measured when the stage runs, unless --table names it; here {stands}")
+        return
     cost, to = scope.cost, next((target.to for target in scope.targets), None)
     if cost.budget != "parameters" or to is not None:
         asked = "" if to is None else f", {cost.said(to)} asked"
@@ -166,7 +171,8 @@ def look_at_texts(job: Learning, chain: Chain, step: Step, found: Forecast) -> N
 
 @weigh.register
 def _(job: Untrained, chain: Chain, step: Step, found: Forecast) -> None:
-    counted(job.scope, found)
+    config: Any = step.config
+    counted(config, job.scope, found)
     found.structure = "uniform cut: the real structure follows from the weights"
     found.memory = costs.memory(job.pruned.model)
     folder(chain, step, found, job)
@@ -175,7 +181,7 @@ def _(job: Untrained, chain: Chain, step: Step, found: Forecast) -> None:
 
 @weigh.register
 def _(job: Recut, chain: Chain, step: Step, found: Forecast) -> None:
-    counted(job.scope, found)
+    counted(job.config, job.scope, found)
     found.structure = "exact" if job.keep is not None else "uniform cut: the gates are not learnt yet"
     result = cut(job.whole, uniform_cut(job.scope) if job.keep is None else job.keep)
     found.memory = costs.memory(job.whole.model)

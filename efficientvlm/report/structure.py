@@ -16,7 +16,7 @@ KINDS = {
     "neuron": "neurons",
 }
 CELL, A_ROW = 14, 16
-COUNTED = {"macs": ("multiply-adds", 1)}
+COUNTED = {"macs": ("multiply-adds", 1), "latency": ("ms", 10**6)}
 """What budgets that do not count weights count, and how many of it make one that is told."""
 Counts = dict[str, tuple[list[int] | None, int, int]]
 """Group → original indices kept (None: not known), how many are kept, how many there were."""

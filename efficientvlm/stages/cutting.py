@@ -12,6 +12,7 @@ from torch import Tensor
 from efficientvlm.checkpoints.files import fsync_dir
 from efficientvlm.compression.budgets import cost_of, reachable
 from efficientvlm.compression.gates import Gates
+from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.compression.sparsity import Budget, Scope
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.amounts import amount_of
@@ -22,16 +23,23 @@ from efficientvlm.training.state import unshared
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
 
 
-def scope_of(config: Prune, model: Any) -> Scope:
+def scope_of(config: Prune, model: Any, table: LatencyTable | None = None) -> Scope:
     """What `config` allows to be pruned of `model`, checked to be reachable.
+
+    A latency budget without its `table` yet is stood in for by multiply-adds, at its sparsity, or with nothing gone where it is an absolute
+    one: `scope.cost.budget` says so.
 
     Raises:
         BadInput: the model costs no more than the target already.
         TargetMissed: floors, kinds or towers make the target unreachable, or the last path of an input would have to go.
     """
     limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
-    cost = cost_of(model, config.budget, text_length=config.text_length)
-    return reachable(model, config.sparsity, cost, to=None if config.to is None else amount_of(config.budget, config.to), **limits)
+    to = None if config.to is None else amount_of(config.budget, config.to)
+    if config.budget == "latency" and table is None:
+        cost = cost_of(model, "macs", text_length=config.text_length)
+        return reachable(model, config.sparsity if to is None else 0.0, cost, **limits)
+    cost = cost_of(model, config.budget, text_length=config.text_length, table=table, round_to=config.round_to)
+    return reachable(model, config.sparsity, cost, to=to, **limits)
 
 
 def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any]:
@@ -74,6 +82,11 @@ def budget_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, 
     return report
 
 
+def counted_as(cost: dict[str, Any], amount: int) -> str:
+    """An amount of :func:`cost_report` as a person reads it."""
+    return f"{amount / 1e6:,.2f} ms" if cost.get("unit") == "ns" else f"{amount:,}"
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file as a whole or not at all, so that it outlives a crash of the machine."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -91,8 +104,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def say_cut(report: dict[str, Any], quiet: bool) -> None:
     """What is left of the cost, a line for every budget of :func:`cut_report`, and what is cut off."""
     cost = report["cost"]
-    asked = "" if cost["to"] is None else f", {cost['to']:,} asked"
-    say(f"prune: {cost['budget']}: {cost['before']:,} before, {cost['after']:,} now{asked}", quiet=quiet)
+    before, after, to = (None if cost[key] is None else counted_as(cost, cost[key]) for key in ("before", "after", "to"))
+    say(f"prune: {cost['budget']}: {before} before, {after} now{'' if to is None else f', {to} asked'}", quiet=quiet)
     for name, part in report["budget"].items():
         say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=quiet)
     if cut := report["cut_off"]:

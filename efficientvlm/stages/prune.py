@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from efficientvlm.checkpoints.folder import require_complete
+from efficientvlm.checkpoints.folder import Output, require_complete
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.gates import Gates
+from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.compression.pruner import Pruner
 from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Scope
@@ -30,6 +31,7 @@ from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import learning as training
 from efficientvlm.stages import recut
+from efficientvlm.stages.budgeting import given, keep_table, reads, settle
 from efficientvlm.stages.common import finished, learning, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.learning import Learning
@@ -54,6 +56,7 @@ def run(config: Prune, control: Control) -> Manifest:
         return finished(output)
     with making(output):
         run = job.loaded(control.quiet)
+        run = run.counted_by(run.table(output, control.quiet))
         student, scope, learnt = run.student, run.scope, config.method == "l0"
 
         def keep_dense() -> None:
@@ -75,6 +78,7 @@ def run(config: Prune, control: Control) -> Manifest:
         say_cut(extra, control.quiet)
 
         def finish() -> Manifest:
+            keep_table(output)
             if learnt:
                 save_tensors(pruner.gates.to_tensors(), output.staging / GATES)
             if config.keep_dense:
@@ -95,10 +99,11 @@ def prepare(config: Prune, workspace: Workspace) -> Job:
         return recut.prepare(config, workspace)
     if config.task == "none":
         loaded = workspace.checkpoint(config.model)
-        return Untrained(loaded, scope_of(config, loaded.model), inputs={"model": config.model})
+        return Untrained(loaded, scope_of(config, loaded.model, given(config, workspace)), inputs={"model": config.model, **reads(config)})
     workspace.check(problems(config))
     job = training.prepare(config, workspace)
-    return Pruning(**vars(job), scope=scope_of(config, job.student.model))
+    fields = {**vars(job), "inputs": job.inputs | reads(config)}
+    return Pruning(**fields, scope=scope_of(config, job.student.model, given(config, workspace)))
 
 
 def problems(config: Prune) -> Iterator[BadInput]:
@@ -118,6 +123,18 @@ class Pruning(Learning):
 
     config: Prune
     scope: Scope = field(kw_only=True)
+
+    def table(self, output: Output, quiet: bool) -> LatencyTable | None:
+        """The latency table that this run counts by, with weights loaded; None where something else is counted."""
+        if self.config.budget != "latency":
+            return None
+        self.task.configure(self.config, self.student, self.sources["train"])
+        found = ranks.on_main(lambda: settle(self.config, self.student, output, quiet), LatencyTable.model_validate)
+        return found
+
+    def counted_by(self, table: LatencyTable | None) -> Self:
+        """The same by `table`; :class:`TargetMissed` where its budget cannot be reached."""
+        return self if table is None else replace(self, scope=scope_of(self.config, self.student.model, table))
 
     def gated(self, settled: Callable[[], None] = lambda: None) -> Gated:
         """The task's objective under fresh gates; `settled` is called once the structure is final."""
@@ -181,6 +198,9 @@ def untrained(config: Prune, control: Control) -> Manifest:
         assert config.method != "l0"
         loaded, scope = load(config.model), job.scope
         model = loaded.model
+        if config.budget == "latency":
+            scope = scope_of(config, model, settle(config, loaded, output, control.quiet))
+            keep_table(output)
         keep = snap_scores(importance_scores(config.method, model, scope.units, seed=config.seed), scope)
         extra = {**cut_report(scope, keep, None), "dense_kept": model.config.kept}
         say_cut(extra, control.quiet)

@@ -16,6 +16,7 @@ from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.accounting import count_sparsity
 from efficientvlm.compression.budgets import cost_of
 from efficientvlm.compression.gates import PREFIX, Gates
+from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
@@ -27,6 +28,7 @@ from efficientvlm.loaded import Loaded, keep_length, load, shapes
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings, tasks_of
 from efficientvlm.settings.stages import Prune
+from efficientvlm.stages.budgeting import given, keep_table, reads, settle
 from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
@@ -74,11 +76,12 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     if teacher:
         workspace.check(task.teacher_problems(config, workspace.checkpoint(teacher)))
     dense = DENSE in pruned.manifest.files
+    table = given(config, workspace)
     if not dense:
-        check_sparsity(config, pruned, learnt=learnt)
+        check_sparsity(config, pruned, table, learnt=learnt)
     whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
-    scope, keep = choose(config, whole, tensors, dense=dense) if learnt else (scope_of(config, whole.model), None)
-    read: dict[str, Any] = {"inputs": {"model": start, "teacher": teacher}, "data": {"data": source, **beside}}
+    scope, keep = choose(config, whole, tensors, table, dense=dense) if learnt else (scope_of(config, whole.model, table), None)
+    read: dict[str, Any] = {"inputs": {"model": start, "teacher": teacher, **reads(config)}, "data": {"data": source, **beside}}
     return Recut(config, task, pruned, whole, dense, scope, keep, **read)
 
 
@@ -91,15 +94,22 @@ def run(config: Prune, control: Control) -> Manifest:
         BadInput, TargetMissed: as :func:`prepare`.
     """
     job = prepare(config, Workspace(control.quiet))
-    config, task, pruned, keep = job.config, job.task, job.pruned, job.keep
+    config, task, pruned, scope, keep = job.config, job.task, job.pruned, job.scope, job.keep
     sources = {"val" if role == "data" else role: source for role, source in job.data.items()}
     assert keep is not None
     output = open_output(config, "prune", control, inputs_of(job))
     if output.up_to_date:
         return require_complete(output.path)
     with making(output):
+        gates = read_tensors(pruned, GATES)
         pruned.model = dense_model(pruned) if job.dense else load(str(config.from_gates)).model
-        extra: dict[str, Any] = {**cut_report(job.scope, keep, None), "dense_kept": dense_kept(pruned)}
+        if config.budget == "latency":
+            table = settle(config, pruned, output, control.quiet)
+            keep_table(output)
+            if not job.dense:
+                check_sparsity(config, pruned, table, learnt=True)
+            scope, keep = choose(config, pruned, gates, table, dense=job.dense)
+        extra: dict[str, Any] = {**cut_report(scope, keep, None), "dense_kept": dense_kept(pruned)}
         say_cut(extra, control.quiet)
         if job.dense:
             save_tensors(pruned.model.state_dict(), output.staging / DENSE)
@@ -136,7 +146,7 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     given = {name: getattr(config, name) for name in config.model_fields_set}
     given = {name: value.model_dump(exclude_unset=True) if isinstance(value, Strict) else value for name, value in given.items()}
     of_the_data = () if config.data else ("data", "columns", "val", "val_fraction", "limit")
-    inherited = ("task", "budget", "text_length", *of_the_data)
+    inherited = ("task", "budget", "text_length", "requests", *of_the_data)
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
     if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
         names = {"quirks", *own.model_fields} - (Prune.model_fields.keys() - {"quirks"})
@@ -157,13 +167,18 @@ def check_task(config: Prune, pruned: Loaded) -> None:
         raise BadInput(f"no data to measure the re-cut of {pruned.path} on", "the run it is cut from names none", "give --data")
 
 
-def check_sparsity(config: Prune, pruned: Loaded, *, learnt: bool) -> None:
-    """:class:`BadInput` for less than is gone of `pruned`, or where its gates are not `learnt` yet than will be gone at least."""
+def check_sparsity(config: Prune, pruned: Loaded, table: LatencyTable | None, *, learnt: bool) -> None:
+    """:class:`BadInput` for less than is gone of `pruned`, or where its gates are not `learnt` yet than will be gone at least.
+
+    By a latency budget that is not known before there is a `table`.
+    """
+    if config.budget == "latency" and table is None:
+        return
     if config.to is not None:  # what the network costs now is known from its shapes
         return
     gone: float | None
     if learnt and config.budget != "parameters":
-        cost = cost_of(pruned.model, config.budget, text_length=config.text_length)
+        cost = cost_of(pruned.model, config.budget, text_length=config.text_length, table=table, round_to=config.round_to)
         gone = 1 - sum(cost.totals.values()) / max(sum(cost.whole.values()), 1)
     elif learnt:
         gone = (pruned.manifest.accounting.get("sparsity") or {}).get("achieved")
@@ -183,11 +198,12 @@ def check_sparsity(config: Prune, pruned: Loaded, *, learnt: bool) -> None:
         )
 
 
-def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: bool) -> tuple[Scope, Tensor]:
+def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], table: LatencyTable | None, *, dense: bool) -> tuple[Scope, Tensor]:
     """The budget of `config`, and the units that stay (bool [units]) by the gates in `tensors`.
 
     Args:
         pruned: the run that is cut again; with `dense` its model is the one before slicing. The values of its weights do not matter.
+        table: what a latency budget counts by; see :func:`scope_of`.
 
     Raises:
         BadInput: no gates for what `config` allows to be removed.
@@ -201,7 +217,7 @@ def choose(config: Prune, pruned: Loaded, tensors: dict[str, Tensor], *, dense: 
             tensors[name] = tensors[name][rows]
         tensors = {name: rows for name, rows in tensors.items() if len(rows)}
     learnt = {name.removeprefix(PREFIX) for name in tensors}
-    scope = scope_of(config, pruned.model)
+    scope = scope_of(config, pruned.model, table)
     gates = Gates.from_tensors([unit for unit in scope.anatomy.units if unit.group in learnt], tensors)
     by_unit = {
         (unit.group, unit.index): p for unit, p in zip((u for u in scope.anatomy.units if u.group in learnt), gates.p_open(), strict=True)
