@@ -3,7 +3,7 @@
 python benchmarks/kept.py [runs/scenes]
 
 Reads the manifests of what `scenes.py` pruned (`SEED/TASK-pruned`) and the CSV of the quickstart; nothing is measured or typed here.
-Without a folder the picture is drawn again from the CSV that is there.
+Without a folder the picture is drawn again from the CSVs that are there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import RESULTS, ROOT, as_csv, csv_of, published_rows, rows_of, with_block
+from published import RESULTS, ROOT, all_rows, as_csv, csv_of, links, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.checkpoints.folder import require_complete
@@ -112,7 +112,7 @@ def plot(lines: Lines, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def block(lines: Lines, name: Path) -> str:
+def block(lines: Lines, names: list[Path]) -> str:
     """The table by task and its seeds, and the picture."""
     kept = parts(lines)
     groups = places(kept)
@@ -129,7 +129,7 @@ def block(lines: Lines, name: Path) -> str:
             "",
             "In per cent of what the student had, means of the seeds; of easy-VQA by the quickstart. Only tasks of one sparsity can be",
             "compared, and a difference that is smaller than that between two seeds of one task says nothing.",
-            f"Every run: [{name.name}](../{name.as_posix()}).",
+            f"Every run: {links(names)}.",
             "",
             f"![What every tower kept, by task]({PICTURE.name})",
         ]
@@ -137,21 +137,21 @@ def block(lines: Lines, name: Path) -> str:
 
 
 def publish(runs: Path | None = None, root: Path = ROOT) -> list[Path]:
-    """Write the CSV (if `runs` is given), the block of the page and the picture below `root`; the files written.
+    """Write this machine's CSV (if `runs` is given), the block of the page and the picture below `root`; the files written or read.
 
     Raises:
-        BadInput: as :func:`records`; or no CSV or more than one lies there.
+        BadInput: as :func:`records`; or no CSV lies there, or two of them have one run.
     """
     if runs:
         path = root / csv_of(NAME, processor())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, as_csv(list(records(runs))))
-    rows, name = published_rows(root, NAME, fix="give the folder that benchmarks/scenes.py wrote, or move the others away")
+    rows, names = all_rows(root, NAME, ("task", "seed", "tower", "kind"), fix="give the folder that benchmarks/scenes.py wrote")
     lines = quickstart(root) + rows
-    page = with_block((root / PAGE).read_text("utf-8"), "kept", block(lines, name))
+    page = with_block((root / PAGE).read_text("utf-8"), "kept", block(lines, names))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
-    return [root / PAGE, root / PICTURE, root / name]
+    return [root / PAGE, root / PICTURE, *(root / name for name in names)]
 
 
 def main() -> int:

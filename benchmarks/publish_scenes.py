@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from published import ROOT, of_one_torch, published_rows, with_block
+from published import ROOT, all_rows, links, of_one_torch, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
@@ -106,7 +106,7 @@ def table(models: dict[str, Lines]) -> list[str]:
     return out
 
 
-def block(lines: Lines, name: Path) -> str:
+def block(lines: Lines, names: list[Path]) -> str:
     """What stands between the markers of the page."""
     parts: list[str] = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -121,7 +121,7 @@ def block(lines: Lines, name: Path) -> str:
     timed = (
         f" Timed with {lines[0]['threads']} threads while the load of the machine was {min(loads):g} to {max(loads):g}." if loads else ""
     )
-    parts += [f"Every run: [{name.name}](../{name.as_posix()}).{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
+    parts += [f"Every run: {links(names)}.{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
     return "\n".join(parts)
 
 
@@ -151,14 +151,14 @@ def plot(lines: Lines, path: Path) -> None:
 
 
 def publish(root: Path = ROOT) -> list[Path]:
-    """Write the block of the page and the plot below `root` from the CSV there; the files written.
+    """Write the block of the page and the plot below `root` from the CSVs there, one a machine; the files written.
 
     Raises:
-        BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
+        BadInput: no CSV, one run in two of them, rows of several torches, or a page without the two markers.
     """
-    lines, name = published_rows(root, "scenes", fix="run benchmarks/scenes.py, or move the others away")
+    lines, names = all_rows(root, "scenes", ("task", "seed", "model"), fix="run benchmarks/scenes.py")
     of_one_torch(lines)
-    page = with_block((root / PAGE).read_text("utf-8"), "scenes", block(lines, name))
+    page = with_block((root / PAGE).read_text("utf-8"), "scenes", block(lines, names))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
     return [root / PAGE, root / PICTURE]

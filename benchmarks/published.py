@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,29 @@ def published_rows(root: Path, name: str, *, but: str = "", fix: str = "move the
     if len(found) != 1:
         raise BadInput(f"{len(found)} CSVs of {name.replace('_', ' ')}", "one machine's is published", fix)
     return rows_of(found[0]), RESULTS / found[0].name
+
+
+def all_rows(root: Path, name: str, keys: Sequence[str], *, fix: str) -> tuple[list[dict[str, str]], list[Path]]:
+    """The lines of all machines' CSVs of the benchmark `name` below `root`, and their paths below it; a run was made on one of them.
+
+    Raises:
+        BadInput: there is no CSV, or two have a line of equal `keys`.
+    """
+    paths = sorted((root / RESULTS).glob(f"{name}_*.csv"))
+    if not paths:
+        raise BadInput(f"0 CSVs of {name}", "", fix)
+    found: dict[tuple[str, ...], tuple[Path, dict[str, str]]] = {}
+    for path in paths:
+        for line in rows_of(path):
+            other, _ = found.setdefault(tuple(line[key] for key in keys), (path, line))
+            if other != path:
+                raise BadInput(f"{path.name} and {other.name}", "both have one run of a seed", "take it out of one of them")
+    return [line for _, line in found.values()], [RESULTS / path.name for path in paths]
+
+
+def links(paths: Sequence[Path]) -> str:
+    """Markdown links from a page in `docs/` to CSVs."""
+    return ", ".join(f"[{path.name}](../{path.as_posix()})" for path in paths)
 
 
 def of_one_torch(lines: list[dict[str, str]]) -> None:

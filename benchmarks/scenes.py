@@ -248,10 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(tasks: Sequence[str], seeds: Sequence[int], root: Path, *, only_said: bool) -> Path:
-    """Add every row that is not there yet; the CSV."""
+    """Add every row that is not there yet, in this machine's CSV or in another's; this one's."""
     path = ROOT / csv_of("scenes", processor())
     for run in runs(tasks, seeds):
-        if run.key in {(line["task"], line["seed"], line["model"]) for line in rows_of(path)}:
+        lines = [line for some in sorted(path.parent.glob("scenes_*.csv")) for line in rows_of(some)]
+        if run.key in {(line["task"], line["seed"], line["model"]) for line in lines}:
             continue
         print(" ".join(run.key), file=sys.stderr, flush=True)
         if not only_said:

@@ -84,6 +84,19 @@ def test_one_seed_is_weak_and_two_torches_are_refused(publishing: Any, tmp_path:
         publishing.publish(tmp_path / "empty")
 
 
+def test_seeds_may_be_of_several_machines(publishing: Any, tmp_path: Path) -> None:
+    root, published = project(tmp_path, [record for record in rows() if record["seed"]]), script("benchmarks/published.py")
+    for record in rows():
+        if not record["seed"]:
+            published.append(root / "benchmarks/results/scenes_other-cpu.csv", record)
+    publishing.publish(root)
+    page = (root / PAGE).read_text("utf-8")
+    assert "94.5 to 94.7 (3)" in page and "scenes_other-cpu.csv), [scenes_some-cpu.csv" in page
+    published.append(root / "benchmarks/results/scenes_other-cpu.csv", line("method", 0.9, 1))
+    with pytest.raises(BadInput, match="both have one run"):
+        publishing.publish(root)
+
+
 def test_rows_have_baselines_that_do_not_see_the_pictures(scenes: Any) -> None:
     found = [run.key for run in scenes.runs(list(scenes.TASKS), scenes.SEEDS)]
     blind = {run.task.name: scenes.described(run) for run in scenes.runs(list(scenes.TASKS), [0]) if run.model == "text only"}
