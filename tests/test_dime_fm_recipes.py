@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clip_folder import byte_pairs, write_clip
+from test_flickr8k import COLOURS, captions, world  # noqa: F401
 
+from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.control import Control
 from efficientvlm.data.shapes import parse
+from efficientvlm.examples.photo_teacher import write_vectors
 from efficientvlm.planning import activations
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import load_recipe, validate
+from efficientvlm.stages.run import module_of
 
 MADE = "shapes:difficulty=2,size=64"
 
@@ -48,3 +54,38 @@ def test_the_published_settings_are_planned_without_weights_of_size(tmp_path: Pa
     assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
     distilled = next(stage for stage in made.stages if stage.name == "distilled")
     assert distilled.after and 87e6 < distilled.after["parameters"]["by_tower"]["vision"] < 88e6
+
+
+def taught(world: Path) -> Path:  # noqa: F811
+    """The folder of photos with what a teacher says of them, and a pile of sentences."""
+    ids = [f"0-{number}" for number in range(24)]
+    write_vectors(world / "photos/vectors.parquet", ids, np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32))
+    pile = [text for colour in COLOURS for text in captions(colour)] + [f"nothing that is seen, number {number}" for number in range(20)]
+    (world / "photos/pile.txt").write_text("\n".join(pile) + "\n", "utf-8")
+    return world / "photos"
+
+
+SHORT = ["batch_size=4", "start.image_size=28", "start.settings.embed_dim=24", "selected.total=20", "distilled.sentence_batch_size=4"]
+SHORT += ["pruned.sentence_batch_size=4", *(f"{stage}.max_steps=3" for stage in ("distilled", "pruned", "pairs"))]
+"""With these the recipe of photos takes seconds on stand-ins for towers and photos."""
+
+
+@pytest.mark.slow
+def test_photos_are_learnt_from_vectors_of_another_program(
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taught(world)
+    monkeypatch.chdir(world)
+    steps = validate(load_recipe("dime_fm/photos"), SHORT, out=str(tmp_path))
+    made = plan(steps, Control(quiet=True))
+    assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
+    for step in steps:
+        module_of(step.stage).run(step.config, Control(quiet=True))
+    texts = (tmp_path / "selected/sentences.txt").read_text("utf-8").splitlines()
+    assert 0 < len(texts) <= 20
+    student, pruned = (require_complete(tmp_path / name).accounting["parameters"]["by_tower"] for name in ("distilled", "pruned"))
+    assert pruned["vision"] < student["vision"] and pruned["text"] == student["text"]
+    found = json.loads((tmp_path / "pairs-val.json").read_text("utf-8"))["metrics"]
+    assert found["images"] == 8 and found["mean_recall"] > 0
