@@ -1,11 +1,13 @@
 """Does a small tower of images keep what its CLIP can do, without pairs, and how much faster is it taught from stores?
 
-python benchmarks/dime_fm.py [--part scenes|store] [--seed 0] [--row NAME] [--out runs/dime-fm-scenes] [--list]
+python benchmarks/dime_fm.py [--part scenes|store|photos] [--seed 0] [--row NAME] [--photos photos] [--towers towers]
+    [--out runs/dime-fm-figures] [--list]
 
 The part `scenes` has a teacher a seed, trained on made scenes as the recipe `dime_fm/scenes` says, and students that saw no picture of 20
 of its colours of shapes, which are what all are measured on. The part `store` times training steps with the teacher at work and with its
-vectors looked up. A row is appended to the CSV of its part as soon as it is measured; rows that are there are passed over, and a training
-that was interrupted resumes. `publish_dime_fm.py` makes tables and a plot of them.
+vectors looked up. The part `photos` (`dime_fm_photos.py`) needs two folders that scripts write. A row is appended to the CSV of its part as
+soon as it is measured; rows that are there are passed over, and a training that was interrupted resumes. `publish_dime_fm.py` makes tables
+and a plot of them.
 """
 
 from __future__ import annotations
@@ -23,18 +25,19 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from published import ROOT, append, code, csv_of, rows_of
+from dime_fm_photos import PHOTOS, Places, photos_rows
+from published import ROOT, about, append, csv_of, rows_of, share
 from scenes import Chain
 
 from efficientvlm.checkpoints import folder as checkpoint
-from efficientvlm.checkpoints import manifest
 from efficientvlm.errors import BadInput
 from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import run_script
 
 RECIPES = ROOT / "recipes" / "dime_fm"
 SEEDS = (0, 1, 2)
-SCENES, STORE = PARTS = ("scenes", "store")
+SCENES, STORE = "scenes", "store"
+PARTS = (SCENES, STORE, PHOTOS)
 TEACHER, STUDENT, UNREAD, PRUNED = "teacher", "student", "student, not read either", "pruned"
 WHAT = {
     TEACHER: "a CLIP, trained on pairs of all colours of shapes",
@@ -57,16 +60,18 @@ class Row:
     measure: Callable[[Path], Iterator[dict[str, Any]]]
 
 
-def rows(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Row]:
+def rows(parts: Sequence[str], seeds: Sequence[int], places: Places) -> Iterator[Row]:
     """Every row, one part and seed after the other."""
     for part in parts:
         if part == SCENES:
             yield from (Row(part, (str(seed), name), partial(kept, seed, name)) for seed in seeds for name in WHAT)
-        else:
+        elif part == STORE:
             yield from (Row(part, (name,), partial(timed, name)) for name in PAIRS)
+        else:
+            yield from (Row(part, key, measure) for key, measure in photos_rows(seeds, places))
 
 
-KEYS = {SCENES: ("seed", "model"), STORE: ("pair",)}
+KEYS = {SCENES: ("seed", "model"), STORE: ("pair",), PHOTOS: ("seed", "model")}
 
 
 class Scenes(Chain):
@@ -140,14 +145,6 @@ def kept(seed: int, name: str, root: Path) -> Iterator[dict[str, Any]]:
 def first(metrics: dict[str, Any]) -> float:
     """R@1, the mean of both directions."""
     return float(metrics["image_to_text_r1"] + metrics["text_to_image_r1"]) / 2
-
-
-def share(value: float, whole: float) -> float | None:
-    return value / whole if whole else None
-
-
-def about(what: str) -> dict[str, Any]:
-    return {"what": what, "commit": code(), "torch": manifest.environment()["torch"], "date": manifest.now()[:10]}
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="all by default")
     parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="all by default")
     parser.add_argument("--row", action="append", help="name of a model or of a pair; all by default")
-    parser.add_argument("--out", type=Path, default=Path("runs/dime-fm-scenes"))
+    parser.add_argument("--photos", type=Path, default=Path("photos"), help="what efficientvlm.examples.photo_teacher wrote")
+    parser.add_argument("--towers", type=Path, default=Path("towers"), help="what efficientvlm.examples.towers wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/dime-fm-figures"))
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
     return run_script(lambda: [*work(options)])
@@ -241,7 +240,7 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
     Raises:
         BadInput: a row of no such name.
     """
-    every = list(rows(options.part or PARTS, options.seed or SEEDS))
+    every = list(rows(options.part or PARTS, options.seed or SEEDS, Places(options.photos, options.towers)))
     known = list(dict.fromkeys(row.key[-1] for row in every))
     if unknown := set(options.row or ()) - {*known}:
         raise BadInput(f"no row {', '.join(sorted(unknown))}", f"there are {'; '.join(known)}", "use one of these")

@@ -28,6 +28,8 @@ FOUND = 0.5
 """R@1 from which on a teacher is worth following."""
 STORED = 2.0
 """How many times as fast training from the stores of both sides has to be."""
+SELECTED, WHOLE, RANDOM, PAIRS = "selected", "whole pile", "random part", "true pairs"
+"""Rows of photos."""
 COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", UNREAD: "#3f8f5f", PRUNED: "#d9822b"}
 
 
@@ -124,6 +126,51 @@ def store(lines: Lines) -> list[str]:
     return [*table(head, rows), "", *said, "", timed]
 
 
+def photos(lines: Lines) -> list[str]:
+    models = grouped(lines, "model")
+    shown = ("mean recall", "of the teacher's", "R@1: photo to text", "text to photo")
+    head = ("model", "seeds", "photos", "sentences", "captions among them", *shown)
+    rows = []
+    for name, some in models.items():
+        sentences = f"{int(some[0]['sentences']):,}" if some[0]["sentences"] else "–"
+        firsts = [spread(of(some, f"{direction}_r1")) for direction in ("image_to_text", "text_to_image")]
+        recall, kept = spread(of(some, "mean_recall")), percent(some, "of_teacher")
+        rows.append(
+            (name, str(len(some)), f"{int(some[0]['photos']):,}", sentences, percent(some, "captions_among"), recall, kept, *firsts)
+        )
+    return [*table(head, rows), "", *(f"- {text}" for text in of_photos(models)), ""]
+
+
+def of_photos(models: dict[str, Lines]) -> list[str]:
+    """What the rows say of the paper's claim and of the selection, each a sentence."""
+    recalls = {name: of(some, "mean_recall") for name, some in models.items()}
+    said = []
+    for name, text in (
+        (PAIRS, "the same student, trained on true pairs for as many steps"),
+        (WHOLE, "the whole pile"),
+        (RANDOM, "a random part of equal size"),
+    ):
+        if SELECTED in recalls and name in recalls:
+            said.append(f"Selected sentences against {text}: {against(recalls[SELECTED], recalls[name])}.")
+    if SELECTED in recalls and PAIRS in recalls:
+        reached = mean(recalls[SELECTED]) >= mean(recalls[PAIRS])
+        said.append(
+            f"That no pairs are needed to reach what pairs give, as the paper says, {'holds' if reached else 'does not hold'} here."
+        )
+    return said
+
+
+def against(own: list[float], other: list[float]) -> str:
+    """The gap in points of mean recall, and whether the seeds tell it from none."""
+    gap = 100 * (mean(own) - mean(other))
+    text = f"{abs(gap):.1f} points of mean recall {'more' if gap >= 0 else 'less'}"
+    if min(len(own), len(other)) < 2:
+        return f"{text}, of one seed"
+    return (
+        f"{text}{', a tie beside the spread of the seeds' if abs(gap) <= 100 * max(max(some) - min(some) for some in (own, other)) else ''}"
+    )
+
+
 def plot_scenes(axes: Any, lines: Lines) -> None:
     """What is kept over the size of the tower, a point a run."""
     for name, some in grouped(lines, "model").items():
@@ -149,9 +196,21 @@ def plot_store(axes: Any, lines: Lines) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def plot_photos(axes: Any, lines: Lines) -> None:
+    """Mean recall by row, a point a seed beside the mean."""
+    models = grouped(lines, "model")
+    axes.barh(range(len(models)), [100 * mean(of(some, "mean_recall")) for some in models.values()], color="#aeb6c1")
+    for place, some in enumerate(models.values()):
+        axes.scatter([100 * value for value in of(some, "mean_recall")], [place] * len(some), color="#1f2733", s=14, zorder=3)
+    axes.set_yticks(range(len(models)), list(models), fontsize=8)
+    axes.set(title="photos", xlabel="mean recall (%)")
+    axes.invert_yaxis()
+
+
 PARTS: dict[str, tuple[Callable[[Lines], list[str]], Callable[[Any, Lines], None]]] = {
     "scenes": (scenes, plot_scenes),
     "store": (store, plot_store),
+    "photos": (photos, plot_photos),
 }
 """Part → what stands between its markers, and its panel."""
 

@@ -132,5 +132,15 @@ def code() -> str:
     return f"{found.commit[:12]}{'+' * bool(found.dirty)}" if found.commit else found.version
 
 
+def about(what: str) -> dict[str, Any]:
+    """What a row is, which code made it, on which torch, and when."""
+    return {"what": what, "commit": code(), "torch": manifest.environment()["torch"], "date": manifest.now()[:10]}
+
+
+def share(value: float, whole: float) -> float | None:
+    """`value` as a part of `whole`; None where that is 0."""
+    return value / whole if whole else None
+
+
 def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value

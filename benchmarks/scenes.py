@@ -33,7 +33,7 @@ from efficientvlm.stages.run import run_stage
 RECIPES = ROOT / "recipes" / "efficientvlm"
 SEEDS = (0, 1, 2)
 TIMED: dict[str, Any] = {"batch_sizes": [8], "rounds": 40, "text_length": 16}
-READ = ("model", "teacher", "image_store", "sentence_store")
+READ = ("model", "teacher", "image_store", "sentence_store", "sentences", "images", "sentence_vectors")
 """Settings by which a stage names what another one made."""
 TEACHER, METHOD, PLAIN = "teacher", "method", "no-kd"
 WHAT = {
@@ -96,10 +96,10 @@ def runs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
 class Chain:
     """The stages of a recipe with one seed, and others like them. What recipes of one seed share is made once."""
 
-    def __init__(self, recipe: Path, seed: int, root: Path) -> None:
+    def __init__(self, recipe: Path, seed: int, root: Path, overrides: Sequence[str] = ()) -> None:
         self.seed, self.root = seed, root / str(seed)
         loaded = recipes.load_recipe(str(recipe))
-        self.steps = {step.name: step for step in recipes.validate(loaded, [f"seed={seed}"], out=str(self.root))}
+        self.steps = {step.name: step for step in recipes.validate(loaded, [f"seed={seed}", *overrides], out=str(self.root))}
 
     def settings(self, name: str) -> Any:
         """Those of a stage of the recipe."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doc_pages import ROOT, script
+from test_dime_fm_recipes import taught
+from test_flickr8k import world  # noqa: F401
 
 from efficientvlm.data.shapes import parse
 from efficientvlm.errors import BadInput
@@ -43,6 +46,37 @@ def of_store(source: str, speed: float) -> dict[str, Any]:
     times = {f"{phase}_ms": 5.0 for phase in ("data", "teacher", "student", "optimizer")}
     about = {"batch_size": 64, "threads": 1, "load": 0.5, "torch": "2", "what": "eight layers and two"}
     return {"pair": "scenes", "source": source, **rates, **times, **about}
+
+
+def of_photos(model: str, recall: float, seed: int = 0) -> dict[str, Any]:
+    sentences = "" if model == "teacher" else 15000
+    firsts = {"image_to_text_r1": recall / 2, "text_to_image_r1": recall / 3}
+    about = {"photos": 3000, "sentences": sentences, "captions_among": 0.5, "torch": "2"}
+    return {"seed": seed, "model": model, "mean_recall": recall, "of_teacher": recall / 0.4, **firsts, **about}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            {"selected": [0.3], "true pairs": [0.2]},
+            "trained on true pairs for as many steps: 10.0 points of mean recall more, of one seed.",
+        ),
+        ({"selected": [0.3], "true pairs": [0.2]}, "That no pairs are needed to reach what pairs give, as the paper says, holds here."),
+        ({"selected": [0.1, 0.1], "true pairs": [0.2, 0.2]}, "does not hold here."),
+        (
+            {"selected": [0.3, 0.32], "random part": [0.3, 0.31]},
+            "equal size: 0.5 points of mean recall more, a tie beside the spread of the",
+        ),
+        (
+            {"selected": [0.3, 0.31], "whole pile": [0.2, 0.21]},
+            "Selected sentences against the whole pile: 10.0 points of mean recall more.",
+        ),
+    ],
+)
+def test_what_photos_say_of_the_claims(publishing: Any, rows: dict[str, list[float]], said: str) -> None:
+    lines = texts([of_photos(name, value, seed) for name, values in rows.items() for seed, value in enumerate(values)])
+    assert said in " ".join(publishing.of_photos(publishing.grouped(lines, "model")))
 
 
 def texts(records: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -88,9 +122,12 @@ def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, 
     assert "2.10 times as many images a second (target: 2): reached." in page and "| model |" not in page
     for record in [*every_model(), of_scenes("student", 0.95, 0.93, seed=1)]:
         append(results / "dime_fm_scenes_some-cpu.csv", record)
+    for record in (of_photos("teacher", 0.4), of_photos("selected", 0.3), of_photos("selected", 0.32, seed=1)):
+        append(results / "dime_fm_photos_some-cpu.csv", record)
     written = publishing.publish(tmp_path)
     page = (tmp_path / PAGE).read_text("utf-8")
     assert "| student | 2 | 86.4 (85.5 to 87.3) | 96.0 % | 57.0 (55.8 to 58.2) | 95.0 % | 0.43 M, 27.0 % | 3.50 × | 94 % |" in page
+    assert "| selected | 2 | 3,000 | 15,000 | 50.0 % | 31.0 (30.0 to 32.0) | 77.5 % |" in page
     assert written == [tmp_path / PAGE, tmp_path / "docs/dime-fm.png"] and all(path.stat().st_size for path in written)
 
 
@@ -115,9 +152,17 @@ def table(dime_fm: Any, part: str, *given: str) -> list[dict[str, str]]:
 
 
 def test_every_seed_has_its_teacher_and_all_students(dime_fm: Any) -> None:
-    found = [row.key for row in dime_fm.rows(["scenes"], dime_fm.SEEDS)]
+    found = [row.key for row in dime_fm.rows(["scenes"], dime_fm.SEEDS, None)]
     assert len({*found}) == len(found) == len(dime_fm.SEEDS) * len(dime_fm.WHAT)
     assert [key for key in found if key[1] == "teacher"] == [("0", "teacher"), ("1", "teacher"), ("2", "teacher")]
+
+
+def test_photos_have_three_seeds_where_sentences_are_compared(dime_fm: Any) -> None:
+    found = [row.key for row in dime_fm.rows(["photos"], dime_fm.SEEDS, None)]
+    assert len({*found}) == len(found) and found[0] == ("0", "teacher")
+    several = {name for seed, name in found if seed == "2"}
+    assert several == {"selected", "whole pile", "random part", "true pairs"}
+    assert {name for _, name in found} - several >= {"without vl", "without pvl", "half of the photos", "a tenth of the photos"}
 
 
 def test_sentences_of_the_first_student_name_every_composition(dime_fm: Any) -> None:
@@ -153,3 +198,38 @@ def test_rows_of_the_store_are_timed_in_turns(dime_fm: Any, tmp_path: Path, monk
     assert {record["steps"] for record in found.values()} == {"4"} and float(found["live"]["teacher_ms"]) > 0
     assert float(found["images and sentences"]["teacher_ms"]) < float(found["live"]["teacher_ms"])
     assert all(float(record["images_per_s"]) > 0 for record in found.values())
+
+
+@pytest.mark.slow
+def test_rows_of_photos_come_out_of_a_chain(
+    dime_fm: Any,
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, own = taught(world), script("benchmarks/dime_fm_photos.py")
+    metrics = dict.fromkeys((*own.METRICS, "mean_recall"), 0.5)
+    (folder / "teacher.json").write_text(json.dumps({"metrics": metrics, "fitted_on": 24, "photos": 24, "captions": 20, "sentences": 40}))
+    text = (ROOT / "recipes/dime_fm/photos.yaml").read_text("utf-8")
+    text = re.sub(r"(?<=max_steps: )\d+", "2", re.sub(r"(?<=batch_size: )\d+", "4", text)).replace("image_size: 84", "image_size: 28")
+    (tmp_path / "photos.yaml").write_text(text.replace("embed_dim: 384", "embed_dim: 24").replace("total: 15000", "total: 10"))
+    monkeypatch.setattr(own, "RECIPE", tmp_path / "photos.yaml")
+    monkeypatch.setattr(dime_fm, "ROOT", tmp_path)
+    names = ["teacher", "selected", "true pairs", "random part", "half of the photos", "without vl", "selected, pruned"]
+    given = [
+        "--seed",
+        "0",
+        "--photos",
+        str(folder),
+        "--towers",
+        str(world / "towers"),
+        *(part for name in names for part in ("--row", name)),
+    ]
+    found = {record["model"]: record for record in table(dime_fm, "photos", *given)}
+    assert set(found) == set(names) and found["teacher"]["of_teacher"] == "1"
+    assert (found["half of the photos"]["photos"], found["random part"]["sentences"], found["true pairs"]["sentences"]) == (
+        "12",
+        "10",
+        "20",
+    )
+    assert 0 <= float(found["selected"]["captions_among"]) <= 1 and float(found["selected, pruned"]["sparsity"]) > 0.1

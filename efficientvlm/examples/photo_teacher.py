@@ -109,16 +109,20 @@ def kept(path: Path, made: Any) -> NDArray[np.float32]:
 
 def features_of(images: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
     """[N, 1280]: what EfficientNet-Lite0 says of photos before its last layer, a mean over places."""
-    from PIL import Image
-
     network, found = efficientnet(), []
-    for start in counted(range(0, len(images), BATCH), "photos", -(-len(images) // BATCH), False):
-        opened = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in images[start : start + BATCH]]
-        pixels = np.stack([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in opened])
+    for start in counted(range(0, len(images), BATCH), "photos", len(images), False):
+        pixels = np.stack([np.asarray(opened(image)) for image in images[start : start + BATCH]])
         with torch.inference_mode():
             states = network.extract_features((torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127) / 128)
         found.append(states.mean((2, 3)).numpy())
     return np.concatenate(found)
+
+
+def opened(image: dict[str, Any]) -> Any:
+    """A photo of the table, squeezed to a square."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(image["bytes"])).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def efficientnet() -> Any:
@@ -144,7 +148,7 @@ def sentence_vectors(texts: Sequence[str], folder: Path) -> NDArray[np.float32]:
     words, network = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     found = np.zeros((len(texts), network.config.hidden_size), np.float32)
-    for start in counted(range(0, len(texts), BATCH), "captions", -(-len(texts) // BATCH), False):
+    for start in counted(range(0, len(texts), BATCH), "captions", len(texts), False):
         rows = order[start : start + BATCH]
         batch = words([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
         with torch.inference_mode():
