@@ -43,8 +43,8 @@ class Curve(_Closed):
     def _rises(self) -> Self:
         if len(self.ms) != len(self.counts) or self.counts[0] != 0 or any(a >= b for a, b in pairwise(self.counts)):
             raise ValueError("counts rise from 0, and each has its milliseconds")
-        if self.ms[0] < 0 or any(a > b for a, b in pairwise(self.ms)):
-            raise ValueError("more units take no less time")
+        if self.ms[0] != 0 or any(a > b for a, b in pairwise(self.ms)):
+            raise ValueError("no units take no time, and more take no less")
         return self
 
     def at_every_count(self, step: int = 1) -> NDArray[np.int64]:
@@ -131,7 +131,7 @@ class Milliseconds(Cost):
         self.costs = torch.from_numpy(
             np.concatenate([_shared(int(t[n]), int(n)) for t, n in zip(self._tables, self._present, strict=True)])
         )
-        self.rest = round(table.rest_ms * NANOSECONDS) + sum(int(every[name][0]) for name in curves if name not in self._groups.slices)
+        self.rest = round(table.rest_ms * NANOSECONDS)
 
     def removed(self, removed: Any, towers: Towers = None) -> int:
         return int(self.path(removed, np.empty(0, dtype=np.int64), towers)[0])

@@ -37,6 +37,7 @@ from efficientvlm.stages.recut import Recut, dense_kept
 from efficientvlm.stages.run import module_of
 from efficientvlm.stages.select_sentences import Selecting
 from efficientvlm.stages.shrink import Shrinking
+from efficientvlm.stages.tabling import PARTS
 from efficientvlm.stages.workspace import Beginning, Job
 from efficientvlm.tasks.known import TASKS
 
@@ -182,7 +183,9 @@ def _(job: Untrained, chain: Chain, step: Step, found: Forecast) -> None:
 @weigh.register
 def _(job: Recut, chain: Chain, step: Step, found: Forecast) -> None:
     counted(job.config, job.scope, found)
-    found.structure = "exact" if job.keep is not None else "uniform cut: the gates are not learnt yet"
+    measured_later = job.config.budget != job.scope.cost.budget
+    exact = "multiply-adds stand in for milliseconds" if measured_later else "exact"
+    found.structure = exact if job.keep is not None else "uniform cut: the gates are not learnt yet"
     result = cut(job.whole, uniform_cut(job.scope) if job.keep is None else job.keep)
     found.memory = costs.memory(job.whole.model)
     step = step._replace(config=job.config)
@@ -226,7 +229,9 @@ def _(job: Evaluation, chain: Chain, step: Step, found: Forecast) -> None:
 def _(job: Timing, chain: Chain, step: Step, found: Forecast) -> None:
     config: Any = step.config
     found.memory = {"weights": 0}
-    costs.add(found.memory, weights=sum(costs.FLOAT * costs.elements(chain.open(spec, step.name).model) for spec in config.models))
+    networks = 1 + len(PARTS) if config.table else 1  # as if nothing were cut from those that are
+    weights = sum(costs.FLOAT * costs.elements(chain.open(spec, step.name).model) for spec in config.models)
+    costs.add(found.memory, weights=networks * weights)
     able = [loaded for loaded in job.models if job.task and job.task.able(loaded)]
     if job.task and able:
         costs.add(found.memory, activations=max(job.task.bytes_of_timing(loaded, config) for loaded in able))

@@ -14,6 +14,7 @@ from efficientvlm.compression.accounting import count_parameters
 from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
+from efficientvlm.families.onnx.description import is_exported
 from efficientvlm.loaded import Loaded, check_precision, load, text_length
 from efficientvlm.runtime.hardware import machine_of, pick_device, synchronise
 from efficientvlm.runtime.memory import enough_memory
@@ -41,7 +42,7 @@ def prepare(config: Bench, workspace: Workspace) -> Timing:
     """What is timed.
 
     Raises:
-        BadInput: a question or answer longer than a model reads, a model that cannot do what the others do.
+        BadInput: a question or answer longer than a model reads, a model that cannot do what the others do; a table of ONNX graphs.
     """
     models = [workspace.checkpoint(spec, exported=True) for spec in config.models]
     task = timed_of(models)
@@ -50,6 +51,9 @@ def prepare(config: Bench, workspace: Workspace) -> Timing:
         with workspace.checking(), torch.device("meta"):
             check_precision(loaded, config.precision)
             check_length(loaded, config.text_length)
+            if config.table and is_exported(loaded.path):
+                why = "nothing can be removed of ONNX graphs"
+                raise BadInput(f"no table can be made of {loaded.path}", why, "give the checkpoint they were exported from")
             if task:
                 text_length(loaded, config.max_tokens)
                 task.make_able(loaded)
@@ -124,11 +128,8 @@ def table_of(loaded: Loaded, task: Asked | None, config: Bench, machine: dict[st
     """The table of a latency budget of `loaded`, whose weights are there and which is able to do `task`.
 
     Raises:
-        BadInput: nothing can be removed of ONNX graphs.
         OutOfMemory: saying what to lower.
     """
-    if not isinstance(loaded.model, torch.nn.Module):
-        raise BadInput(f"no table can be made of {loaded.path}", "nothing can be removed of ONNX graphs", "give what it was exported from")
     device = torch.device(machine["device"])
     total = tabling.ROUND * (config.rounds + config.warmup_rounds)
     with enough_memory("the latency table", "use a smaller batch"), Bar("latency table", total, quiet=quiet) as bar:

@@ -116,7 +116,7 @@ def deployed(config: Prune, loaded: Loaded) -> Loaded:
 
 def measured(config: Prune, loaded: Loaded, task: Asked | None, quiet: bool) -> LatencyTable:
     """A table of `loaded`, as `config.requests` says."""
-    asked, model = config.requests, loaded.model
+    asked = config.requests
     device = pick_device(asked.device)
     settings = Bench(
         models=[str(loaded.path)],
@@ -127,14 +127,10 @@ def measured(config: Prune, loaded: Loaded, task: Asked | None, quiet: bool) -> 
         **asked.model_dump(exclude={"batch_size"}),
     )
     bench.check_length(loaded, config.text_length)
-    home, training = next(model.parameters()).device, model.training
     with latency.threads(asked.threads) as threads:
         machine = {**machine_of(device), "threads": threads}
-        digest = fingerprint(loaded.path)
         say("prune: measuring what layers take of a request; a table that is given with --table is not measured again", quiet=quiet)
-        table = bench.table_of(loaded, task, settings, machine, digest, quiet)
-    model.to(home).train(training)
-    return table
+        return bench.table_of(loaded, task, settings, machine, fingerprint(loaded.path), quiet)
 
 
 def check_request(table: LatencyTable, loaded: Loaded, task: Asked | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers.initialization import no_init_weights
 
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.latency import Check, Curve, LatencyTable, curves_of, digest_of, rising
@@ -55,10 +56,11 @@ def measure(
         round_to: neurons are counted in multiples of this.
         about: `timed`, `model`, `machine` and `precision`, `text_length`, `image_size`, as the table has them.
     """
-    dense = pad_model(loaded.model)
-    anatomy = Anatomy.of(dense)
-    kept = {part: _keep(anatomy, part, round_to) for part in PARTS}
-    networks = {part: replace(loaded, model=slice_model(dense, keep)) for part, keep in kept.items()}
+    with no_init_weights():  # every weight is copied
+        dense = pad_model(loaded.model)
+        anatomy = Anatomy.of(dense)
+        kept = {part: _keep(anatomy, part, round_to) for part in PARTS}
+        networks = {part: replace(loaded, model=slice_model(dense, keep)) for part, keep in kept.items()}
     calls = {part: call_of(network) for part, network in networks.items()}
     whole = networks[1.0].model
     del dense
