@@ -10,6 +10,7 @@ import pytest
 import torch
 from compression_cases import CONFIGS, build
 from conftest import SHAPES, TRAIN, run_stage
+from doc_pages import script
 from pydantic import ValidationError
 
 from efficientvlm.checkpoints.folder import require_complete
@@ -259,7 +260,7 @@ def instead(monkeypatch):
     """What stands in for a measurement: made-up milliseconds, and how often it was called."""
     calls = []
 
-    def measure(loaded, call_of, batch, *, rounds, warmup_rounds, round_to, synchronise, progress, **about):
+    def measure(loaded, call_of, batch, *, rounds, warmup_rounds, round_to, progress, synchronise=None, clock=None, **about):
         calls.append(about["timed"])
         call_of(loaded)  # what is timed can be made
         return made_up(loaded.model, batch=batch, answers=len(loaded.config.answers or []), **about)
@@ -348,3 +349,18 @@ def test_a_plan_measures_nothing(chain, tmp_path, instead, evlm):
     words = ("prune", "--model", chain / "teacher", "--task", "none", "--set", "method=magnitude", "--out", tmp_path / "cut", "--dry-run")
     code, out, _ = evlm(*words, "--budget", "latency", "--to", "20ms")
     assert code == 0 and "is measured when the stage runs" in out and not instead and not (tmp_path / "cut").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_what_was_asked_with_what_is_timed(tmp_path, instead):
+    """Of a tiny network; the table is made up, the rows are those of the CSV."""
+    figures = script("benchmarks/latency_budget.py")
+    way = figures.Way(rounds=1, table_rounds=1)
+    figures.SHAPES["image_size"] = 32
+    (path,) = figures.run(tmp_path / "work", ["0.8", "sparsity=0.3"], "tiny", way, tmp_path)
+    whole, part, share = script("benchmarks/published.py").rows_of(path)
+    assert [row["target"] for row in (whole, part, share)] == ["whole", "0.8", "sparsity=0.3"]
+    table = read_table(tmp_path / "work" / "table.json")
+    assert float(part["asked_ms"]) == pytest.approx(0.8 * table.whole_ms, rel=1e-4)
+    assert float(part["table_ms"]) <= float(part["asked_ms"]) and float(share["sparsity_of_ms"]) >= 0.3
+    assert all(float(row["measured_over_asked"]) > 0 and row["clock"] == "wall" for row in (whole, part, share))
