@@ -57,6 +57,10 @@ class Task:
     """Whether a model without pictures learns anything; else the teacher is measured without them."""
     other: dict[str, str] = field(default_factory=dict)
     """Model → stage of the recipe that measures it, beyond the usual ones."""
+    student: str = "student"
+    """The stage of the recipe that shrinks."""
+    general: tuple[str, ...] = ("distilled",)
+    """Stages of the recipe that distil before the task; the steps of all that distil on the task count as well."""
 
     @property
     def models(self) -> list[str]:
@@ -68,8 +72,22 @@ TASKS = {
     for task in (
         Task("retrieval", "mean_recall", ("image_to_text_r1", "text_to_image_r1"), learnt=False),
         Task("captions", "cider_d", ("bleu_4", "rouge_l")),
-        Task("statements", "statement_accuracy", ("consistency",), hidden={"text only": "all", "one image only": "right"}),
-        Task("boxes", "box_accuracy", ("mean_iou", "centre_accuracy"), other={"Grad-CAM": "boxes-gradcam-test"}),
+        Task(
+            "statements",
+            "statement_accuracy",
+            ("consistency",),
+            hidden={"text only": "all", "one image only": "right"},
+            student="statements-student",
+            general=(),
+        ),
+        Task(
+            "boxes",
+            "box_accuracy",
+            ("mean_iou", "centre_accuracy"),
+            other={"Grad-CAM": "boxes-gradcam-test"},
+            student="boxes-student",
+            general=(),
+        ),
     )
 }
 BESIDE = [name for task in TASKS.values() for name in task.beside]
@@ -144,13 +162,13 @@ class Scenes(Chain):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Training steps of the method's stages, by the data of the task that they are on; those of the general stage count as the last."""
+        """Training steps of the method's stages, by the data of the task that they are on; those of general stages count as the last."""
         found: dict[str, int] = {}
         for name in self.steps:
             config = self.settings(name)
             if name.startswith(f"{self.task.name}-") and getattr(config, "teacher", None):
                 found[config.data] = found.get(config.data, 0) + config.max_steps
-        found[list(found)[-1]] += self.settings("distilled").max_steps
+        found[list(found)[-1]] += sum(self.settings(name).max_steps for name in self.task.general)
         return found
 
     def model(self, name: str) -> str:
@@ -165,8 +183,8 @@ class Scenes(Chain):
         if name == PLAIN:
             pruned = self.settings(f"{own}-pruned")
             cut = {"method": "magnitude", "sparsity": pruned.sparsity, "round_to": pruned.round_to, "keep_dense": False}
-            self.run("prune", "cut", task="none", model=self.made("student"), seed=self.seed, **cut)
-            model = self.root / "cut"
+            model = self.root / self.task.student.replace("student", "cut")
+            self.run("prune", model.name, task="none", model=self.made(self.task.student), seed=self.seed, **cut)
             for number, (data, steps) in enumerate(self.lengths.items(), 1):
                 out = f"{own}-{PLAIN}-{number}"
                 without = {"model": str(model), "data": data, "teacher": None, "weights": None, "kd": None, "max_steps": steps}
