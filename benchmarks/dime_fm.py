@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from dime_fm_photos import PHOTOS, Places, photos_rows
-from published import ROOT, about, append, csv_of, rows_of, share
+from published import ROOT, about, append, csv_of, lines_of, share
 from scenes import Chain
 
 from efficientvlm.checkpoints import folder as checkpoint
@@ -246,9 +246,10 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
         raise BadInput(f"no row {', '.join(sorted(unknown))}", f"there are {'; '.join(known)}", "use one of these")
     paths: dict[Path, None] = {}
     for row in every:
-        path = ROOT / csv_of(f"dime_fm_{row.part}", processor())
+        name = f"dime_fm_{row.part}"
+        path = ROOT / csv_of(name, processor())
         paths[path] = None
-        there = {tuple(line[column] for column in KEYS[row.part]) for line in rows_of(path)}
+        there = {tuple(line[column] for column in KEYS[row.part]) for line in lines_of(name, root=ROOT)}
         if row.key in there or (options.row and row.key[-1] not in options.row):
             continue
         print(" · ".join((row.part, *row.key)), file=sys.stderr, flush=True)

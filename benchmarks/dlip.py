@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import ROOT, append, code, csv_of, rows_of
+from published import ROOT, append, code, csv_of, lines_of
 from scenes import Chain
 from torch import Tensor
 from torch.nn import functional as F
@@ -298,9 +298,10 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
     parts = options.part or [part for part in PARTS if part != START or not options.task]
     for run in runs(options.task or [*TASKS], options.seed or SEEDS, parts, options.row or [*MODELS]):
         own = run.model.part == START
-        path = ROOT / csv_of("dlip_start" if own else "dlip", processor())
+        name, but = ("dlip_start", "") if own else ("dlip", "start")
+        path = ROOT / csv_of(name, processor())
         paths[path] = None
-        if run.key in {(line.get("task", ""), line["seed"], line["model"]) for line in rows_of(path)}:
+        if run.key in {(line.get("task", ""), line["seed"], line["model"]) for line in lines_of(name, but, ROOT)}:
             continue
         print(" · ".join(filter(None, run.key)), file=sys.stderr, flush=True)
         if not options.list:

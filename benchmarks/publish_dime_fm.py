@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from publish_scenes import Lines, of
-from published import RESULTS, ROOT, of_one_torch, published_rows, with_block
+from published import ROOT, all_rows, csvs, links, of_one_torch, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
@@ -213,6 +213,8 @@ PARTS: dict[str, tuple[Callable[[Lines], list[str]], Callable[[Any, Lines], None
     "photos": (photos, plot_photos),
 }
 """Part → what stands between its markers, and its panel."""
+KEYS = {"scenes": ("seed", "model"), "store": ("pair", "source"), "photos": ("seed", "model")}
+"""Part → columns by which its rows are known."""
 
 
 def plot(measured: dict[str, Lines], path: Path) -> None:
@@ -229,16 +231,16 @@ def publish(root: Path = ROOT) -> list[Path]:
     """Write the blocks of the page and the plot below `root` from the CSVs there, of the parts that have one; the files written.
 
     Raises:
-        BadInput: no CSV at all, two of one part (which machine's is published?), rows of several torches, or a page without the markers.
+        BadInput: no CSV at all, one run in two of them, rows of several torches, or a page without the markers.
     """
     page, measured = (root / PAGE).read_text("utf-8"), {}
     for part, (block, _) in PARTS.items():
-        if not any((root / RESULTS).glob(f"dime_fm_{part}_*.csv")):
+        if not csvs(root, f"dime_fm_{part}"):
             continue
-        lines, name = published_rows(root, f"dime_fm_{part}")
+        lines, names = all_rows(root, f"dime_fm_{part}", KEYS[part], fix="run benchmarks/dime_fm.py")
         of_one_torch(lines)
         measured[part] = lines
-        page = with_block(page, f"dime-fm-{part}", "\n".join([*block(lines), f"Every row: [{name.name}](../{name.as_posix()})."]))
+        page = with_block(page, f"dime-fm-{part}", "\n".join([*block(lines), f"Every row: {links(names)}."]))
     if not measured:
         raise BadInput("there are no CSVs of DIME-FM", "nothing was measured", "run benchmarks/dime_fm.py")
     plot(measured, root / PICTURE)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from publish_scenes import Lines, by_model, doubts, of
-from published import RESULTS, ROOT, of_one_torch, published_rows, rows_of, with_block
+from published import ROOT, all_rows, csvs, lines_of, links, of_one_torch, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
@@ -151,7 +151,7 @@ def start_table(lines: Lines) -> list[str]:
     return out
 
 
-def block(lines: Lines, name: Path, starts: Lines, start_name: Path) -> str:
+def block(lines: Lines, names: list[Path], starts: Lines, start_names: list[Path]) -> str:
     """What stands between the markers of the page."""
     parts: list[str] = [*(f"- {text}" for text in verdict(lines)), ""]
     for task in tasks_of(lines):
@@ -171,11 +171,11 @@ def block(lines: Lines, name: Path, starts: Lines, start_name: Path) -> str:
         about = (
             f"Students of the recipe as they were cut out of the teacher, and after {max(int(line['steps']) for line in starts)} steps of "
         )
-        about += f"distillation, on {starts[0]['scenes']} test scenes: [{start_name.name}](../{start_name.as_posix()})."
+        about += f"distillation, on {starts[0]['scenes']} test scenes: {links(start_names)}."
         parts += ["### Which columns a student begins with", "", about, "", *start_table(starts), ""]
     loads = of(lines, "load")
     timed = f" Timed with {lines[0]['threads']} thread(s), load of the machine {min(loads):g} to {max(loads):g}." if loads else ""
-    parts += [f"Every run: [{name.name}](../{name.as_posix()}).{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
+    parts += [f"Every run: {links(names)}.{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
     return "\n".join(parts)
 
 
@@ -215,12 +215,12 @@ def publish(root: Path = ROOT) -> list[Path]:
     """Write the block of the page and the plot below `root` from the CSVs there; the files written.
 
     Raises:
-        BadInput: no CSV or more than one (which machine's is published?), rows of several torches, or a page without the two markers.
+        BadInput: no CSV, one run in two of them, rows of several torches, or a page without the two markers.
     """
-    lines, name = published_rows(root, "dlip", but="start", fix="run benchmarks/dlip.py, or move the others away")
+    lines, names = all_rows(root, "dlip", ("task", "seed", "model"), but="start", fix="run benchmarks/dlip.py")
     of_one_torch(lines)
-    beside = RESULTS / name.name.replace("dlip_", "dlip_start_", 1)
-    page = with_block((root / PAGE).read_text("utf-8"), "dlip", block(lines, name, rows_of(root / beside), beside))
+    beside = [path.relative_to(root) for path in csvs(root, "dlip_start")]
+    page = with_block((root / PAGE).read_text("utf-8"), "dlip", block(lines, names, lines_of("dlip_start", root=root), beside))
     plot(lines, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
     return [root / PAGE, root / PICTURE]

@@ -71,19 +71,30 @@ def published_rows(root: Path, name: str, *, but: str = "", fix: str = "move the
     Raises:
         BadInput: there is none or more than one.
     """
-    found = sorted(path for path in (root / RESULTS).glob(f"{name}_*.csv") if not but or not path.name.startswith(f"{name}_{but}"))
+    found = csvs(root, name, but)
     if len(found) != 1:
         raise BadInput(f"{len(found)} CSVs of {name.replace('_', ' ')}", "one machine's is published", fix)
     return rows_of(found[0]), RESULTS / found[0].name
 
 
-def all_rows(root: Path, name: str, keys: Sequence[str], *, fix: str) -> tuple[list[dict[str, str]], list[Path]]:
+def lines_of(name: str, but: str = "", root: Path = ROOT) -> list[dict[str, str]]:
+    """The lines of all machines' CSVs of the benchmark `name`: what was measured on one need not be measured again."""
+    return [line for path in csvs(root, name, but) for line in rows_of(path)]
+
+
+def csvs(root: Path, name: str, but: str = "") -> list[Path]:
+    """The CSVs of the benchmark `name` below `root`, one a machine; `but` begins what follows the name in others."""
+    found = sorted((root / RESULTS).glob(f"{name}_*.csv"))
+    return [path for path in found if not but or not path.name.startswith(f"{name}_{but}")]
+
+
+def all_rows(root: Path, name: str, keys: Sequence[str], *, but: str = "", fix: str) -> tuple[list[dict[str, str]], list[Path]]:
     """The lines of all machines' CSVs of the benchmark `name` below `root`, and their paths below it; a run was made on one of them.
 
     Raises:
         BadInput: there is no CSV, or two have a line of equal `keys`.
     """
-    paths = sorted((root / RESULTS).glob(f"{name}_*.csv"))
+    paths = csvs(root, name, but)
     if not paths:
         raise BadInput(f"0 CSVs of {name}", "", fix)
     found: dict[tuple[str, ...], tuple[Path, dict[str, str]]] = {}

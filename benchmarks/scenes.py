@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from published import ROOT, append, code, csv_of, rows_of
+from published import ROOT, append, code, csv_of, lines_of
 
 from efficientvlm import recipe as recipes
 from efficientvlm.checkpoints import folder as checkpoint
@@ -269,8 +269,7 @@ def work(tasks: Sequence[str], seeds: Sequence[int], root: Path, *, only_said: b
     """Add every row that is not there yet, in this machine's CSV or in another's; this one's."""
     path = ROOT / csv_of("scenes", processor())
     for run in runs(tasks, seeds):
-        lines = [line for some in sorted(path.parent.glob("scenes_*.csv")) for line in rows_of(some)]
-        if run.key in {(line["task"], line["seed"], line["model"]) for line in lines}:
+        if run.key in {(line["task"], line["seed"], line["model"]) for line in lines_of("scenes", root=ROOT)}:
             continue
         print(" ".join(run.key), file=sys.stderr, flush=True)
         if not only_said:
