@@ -371,6 +371,7 @@ def test_a_sample_counts_once_even_if_its_reason_is_not_remembered(tmp_path: Pat
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_bad_picture_and_resumes_to_the_same_weights(tmp_path: Path, chain: Path, monkeypatch: Any) -> None:
     pictures(tmp_path, 20)
     (tmp_path / "img" / "6.png").write_bytes(b"")

@@ -129,6 +129,7 @@ def test_an_error_on_one_process_ends_all_with_it(calm: Path, tmp_path: Path) ->
     assert "no stage wrote" in (tmp_path / "out.error-1").read_text()
 
 
+@pytest.mark.slow
 def test_a_state_of_two_processes_is_resumed_by_one(calm: Path, tmp_path: Path) -> None:
     """The state belongs to no process, and the batches are the same."""
     settings = {**settings_of("finetune", calm), **SHORT}
@@ -163,6 +164,7 @@ def test_gates_are_not_learnt_on_spread_parameters(calm: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_others_skip_is_written_and_limited_by_the_first_process(calm: Path, tmp_path: Path) -> None:
     """On two machines that see no common folder."""
     paths = pictures(tmp_path, 20)

@@ -230,7 +230,7 @@ def test_sentences_that_cannot_be_read_stand_in_front(towers: Path, tmp_path: Pa
     assert run_stage("distill", out=str(tmp_path / "out"), **settings).metrics["val"]["text_cosine"] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["xvlm", "blip"])
+@pytest.mark.parametrize("family", ["xvlm", pytest.param("blip", marks=pytest.mark.slow)])
 def test_a_network_that_fuses_is_student_and_teacher_too(family: str, tmp_path: Path) -> None:
     """Its fusion does not learn; sentences are read as the teacher reads them, or learnt."""
     sizes = {**SIZES, "dropout": 0.0} | ({"network": "match"} if family == "blip" else {})

@@ -493,7 +493,10 @@ def test_an_xvlm_for_retrieval_is_evaluated_and_searches_as_its_checkpoint_does(
     assert [row["score"] for row in found[0]] == pytest.approx([row["score"] for row in found[1]], abs=1e-3)
 
 
-@pytest.mark.parametrize("name, int8", [("clip", True), pytest.param("siglip", False, marks=pytest.mark.slow), ("blip-retrieval", False)])
+@pytest.mark.parametrize(
+    "name, int8",
+    [("clip", True), pytest.param("siglip", False, marks=pytest.mark.slow), pytest.param("blip-retrieval", False, marks=pytest.mark.slow)],
+)
 def test_what_retrieves_is_evaluated_as_its_checkpoint_is(name: str, int8: bool, tmp_path: Path) -> None:
     config = CONFIGS[name]
     config = copy.deepcopy(config)

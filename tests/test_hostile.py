@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 JUDGE = """
 import os, sys, time
@@ -52,6 +54,7 @@ def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
     assert {name: kinds[0] for name, kinds in found.items()} == {**expected, "half": "half an output", "dies": "crash"}
 
 
+@pytest.mark.slow
 def test_some_bad_inputs_and_a_kill(tmp_path: Path) -> None:
     kinds = [word for name in ("settings", "recipes", "manifests", "rows of data") for word in ("--kind", name)]
     command = [sys.executable, "benchmarks/hostile.py", "--seed", "5", "--inputs", "57", *kinds, "--kills", "1", "--command", "shrink"]
