@@ -40,7 +40,8 @@ ANSWERS = ["yes", "no", "black", "gray", "red", "green", "blue", "yellow", "teal
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 30522  # BERT's
 SHAPES = {"image_size": 224, "settings": {"decoder_layers": 6, "heads": [], "answers": ANSWERS}}
-CUT = {"task": "none", "method": "magnitude", "budget": "latency", "round_to": 16}
+ROUND_TO = 16
+CUT = {"task": "none", "method": "magnitude", "budget": "latency", "round_to": ROUND_TO}
 TARGETS = ("0.8", "0.6", "sparsity=0.5")
 BATCH, TEXT_LENGTH, WARMUP = 8, 12, 1
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def table_of(folder: Path, way: Way) -> LatencyTable:
             BATCH,
             rounds=way.table_rounds,
             warmup_rounds=WARMUP,
-            round_to=CUT["round_to"],  # type: ignore[arg-type]
+            round_to=ROUND_TO,
             clock=way.clock,
             progress=bar.update,
             timed=task.timed_as if task else bench.FORWARD,
