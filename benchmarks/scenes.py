@@ -161,15 +161,16 @@ class Scenes(Chain):
         self.task = task
 
     @property
-    def lengths(self) -> dict[str, int]:
-        """Training steps of the method's stages, by the data of the task that they are on; those of general stages count as the last."""
-        found: dict[str, int] = {}
+    def lessons(self) -> list[tuple[str, int]]:
+        """The method's stages that train without a cut, the last one on each of the data of the task, and the steps of all that are on the
+        same; those of general stages count as the last."""
+        found: dict[str, tuple[str, int]] = {}
         for name in self.steps:
             config = self.settings(name)
             if name.startswith(f"{self.task.name}-") and getattr(config, "teacher", None):
-                found[config.data] = found.get(config.data, 0) + config.max_steps
-        found[list(found)[-1]] += sum(self.settings(name).max_steps for name in self.task.general)
-        return found
+                found[config.data] = (name, found.get(config.data, (name, 0))[1] + config.max_steps)
+        *first, (last, steps) = found.values()
+        return [*first, (last, steps + sum(self.settings(name).max_steps for name in self.task.general))]
 
     def model(self, name: str) -> str:
         """The checkpoint of a row."""
@@ -185,10 +186,9 @@ class Scenes(Chain):
             cut = {"method": "magnitude", "sparsity": pruned.sparsity, "round_to": pruned.round_to, "keep_dense": False}
             model = self.root / self.task.student.replace("student", "cut")
             self.run("prune", model.name, task="none", model=self.made(self.task.student), seed=self.seed, **cut)
-            for number, (data, steps) in enumerate(self.lengths.items(), 1):
+            for number, (stage, steps) in enumerate(self.lessons, 1):
                 out = f"{own}-{PLAIN}-{number}"
-                without = {"model": str(model), "data": data, "teacher": None, "weights": None, "kd": None, "max_steps": steps}
-                self.like(f"{own}-final", out, **without)
+                self.like(stage, out, model=str(model), teacher=None, weights=None, kd=None, max_steps=steps)
                 model = self.root / out
             return str(model)
         if name == TEACHER or not self.task.learnt:
