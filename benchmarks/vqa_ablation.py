@@ -13,7 +13,7 @@ import argparse
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +295,16 @@ def latencies(done: list[Run], root: Path) -> list[dict[str, Any]]:
     return records
 
 
+def fill(path: Path, wanted: Iterable[Run], root: Path, *, only_said: bool = False) -> None:
+    """Add the rows of `wanted` that are not in the CSV `path` yet; only name them if `only_said`."""
+    for run in wanted:
+        if run.key in {key(line) for line in rows_of(path)}:
+            continue
+        print(" ".join(run.key), file=sys.stderr, flush=True)
+        if not only_said:
+            append(path, row(run, root))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, action="append", help="both by default; two processes may take one each")
@@ -310,12 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_atomic(path, as_csv(latencies([run for run in wanted if run.key in finished], options.out)))
         print(path)
         return 0
-    for run in wanted:
-        if run.key in {key(line) for line in rows_of(path)}:
-            continue
-        print(" ".join(run.key), file=sys.stderr, flush=True)
-        if not options.list:
-            append(path, row(run, options.out))
+    fill(path, wanted, options.out, only_said=options.list)
     print(path)
     return 0
 

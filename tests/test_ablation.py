@@ -119,10 +119,17 @@ def test_every_arm_is_run_at_every_seed_it_needs() -> None:
             }
 
 
+def test_gates_are_compared_with_scores_that_had_the_same_seeds_and_teacher() -> None:
+    gates = script("benchmarks/gates.py")
+    chosen = gates.runs(list(gates.DATA), gates.SPARSITIES, gates.SEEDS, list(gates.CHOICES))
+    assert len({run.key for run in chosen}) == len(chosen) == 2 * 2 * 3 * len(gates.CHOICES)
+    assert all(run.arm.kd and not run.arm.without for run in chosen)
+
+
 @pytest.mark.slow
 def test_the_runs_append_rows_of_equal_size_and_are_passed_over_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to a small model, in a few steps: learnt gates, random weights, a structure cut out, Torch-Pruning, the quirks."""
-    ablation, published = script("benchmarks/vqa_ablation.py"), script("benchmarks/published.py")
+    ablation, published, gates = (script(f"benchmarks/{name}.py") for name in ("vqa_ablation", "published", "gates"))
     shapes = "shapes:difficulty=2,size=40"
     for name, value in {
         "ROOT": tmp_path,
@@ -135,7 +142,11 @@ def test_the_runs_append_rows_of_equal_size_and_are_passed_over_afterwards(tmp_p
         "TIMED": {**ablation.TIMED, "rounds": 1},
     }.items():
         monkeypatch.setattr(ablation, name, value)
-    arms = [*ablation.MAIN, *(ablation.ARMS[name] for name in ("magnitude-kd", "tower-budgets", "no-logits", "taylor"))]
+    arms = [
+        *ablation.MAIN,
+        *(ablation.ARMS[name] for name in ("magnitude-kd", "tower-budgets", "no-logits", "taylor")),
+        gates.CHOICES["taylor-kd"],
+    ]
     monkeypatch.setattr(ablation, "runs", lambda names: [ablation.Run(ablation.DATA["shapes"], arm, 0.6, 0) for arm in arms])
     out = ["--out", str(tmp_path / "runs")]
     assert ablation.main(out) == 0

@@ -1,0 +1,59 @@
+"""Do gates that are learnt choose better than a score does, where little may stay? Every arm with the same teacher, floors and steps.
+
+python benchmarks/gates.py [--data easy-vqa|shapes] [--sparsity 0.6|0.8] [--seed 0] [--arm NAME] [--out runs/ablation] [--list]
+
+Chains and rows are those of `vqa_ablation.py`, and so are models that both need. A row is appended to the CSV as soon as a run ends; runs
+that have a row are passed over, and a run that was interrupted resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from published import ROOT, csv_of
+from vqa_ablation import ARMS, DATA, Arm, Run, fill
+
+from efficientvlm.runtime.hardware import processor
+from efficientvlm.script import run_script
+
+SPARSITIES = (0.8, 0.6)
+SEEDS = (0, 1, 2)
+CHOICES = {
+    arm.name: arm
+    for arm in (
+        Arm("multipliers", "gates learnt from the start, under multipliers and a target that grows linearly (as published)"),
+        ARMS["magnitude-kd"],
+        Arm("taylor-kd", "the method with Torch-Pruning Taylor importance in place of learnt gates", "tuned", method="taylor"),
+    )
+}
+
+
+def runs(data: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
+    """All arms of one task, sparsity and seed one after the other."""
+    return [Run(DATA[task], CHOICES[arm], part, seed) for part, seed, task, arm in product(sparsities, seeds, data, arms)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, known in (("data", list(DATA)), ("sparsity", SPARSITIES), ("seed", SEEDS), ("arm", list(CHOICES))):
+        parser.add_argument(f"--{option}", type=type(known[0]), choices=known, action="append", default=None, help="all by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="where models are kept")
+    parser.add_argument("--list", action="store_true", help="say what is still to be run")
+    options = parser.parse_args(arguments)
+    chosen = runs(options.data or list(DATA), options.sparsity or SPARSITIES, options.seed or SEEDS, options.arm or list(CHOICES))
+    return run_script(lambda: [work(chosen, options.out, only_said=options.list)])
+
+
+def work(chosen: list[Run], root: Path, *, only_said: bool) -> Path:
+    """The CSV of this machine, to which the rows of `chosen` were added."""
+    path = ROOT / csv_of("gates", processor())
+    fill(path, chosen, root, only_said=only_said)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
