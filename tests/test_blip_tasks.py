@@ -140,3 +140,5 @@ def test_what_a_network_of_another_task_is_told(start: Path, tmp_path: Path) -> 
         run_stage(
             "init", out=str(tmp_path / "y"), family="blip", size="tiny", data=SHAPES, settings={"network": "match", "decoder_layers": 3}
         )
+    with pytest.raises(BadInput, match="mask_offsets changes nothing here"):
+        run_stage("prune", model=model, out=str(tmp_path / "z"), task="vqa", sparsity=0.2, quirks={"mask_offsets": True}, **STEPS)

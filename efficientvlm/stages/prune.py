@@ -103,7 +103,9 @@ def prepare(config: Prune, workspace: Workspace) -> Job:
     workspace.check(problems(config))
     job = training.prepare(config, workspace)
     fields = {**vars(job), "inputs": job.inputs | reads(config)}
-    return Pruning(**fields, scope=scope_of(config, job.student.model, given(config, workspace)))
+    pruning = Pruning(**fields, scope=scope_of(config, job.student.model, given(config, workspace)))
+    workspace.check(pruning.problems())
+    return pruning
 
 
 def problems(config: Prune) -> Iterator[BadInput]:
@@ -124,6 +126,18 @@ class Pruning(Learning):
     config: Prune
     scope: Scope = field(kw_only=True)
 
+    def problems(self) -> Iterator[BadInput]:
+        """Settings that say nothing about this network."""
+        rows = self.released
+        if rows is not None and torch.equal(rows, torch.arange(len(rows))):
+            why = "of this network no gates of a fusion tower stand behind those of a text tower, whose rows the release reads"
+            yield BadInput("quirks.mask_offsets changes nothing here", why, "leave it out")
+
+    @property
+    def released(self) -> Tensor | None:
+        """The gate that each unit reads where the release's offsets are asked for."""
+        return released_rows(self.scope) if getattr(self.config.quirks, "mask_offsets", False) else None
+
     def table(self, output: Output, quiet: bool) -> LatencyTable | None:
         """The latency table that this run counts by, with weights loaded; None where something else is counted."""
         if self.config.budget != "latency":
@@ -142,8 +156,7 @@ class Pruning(Learning):
         gates = Gates(self.scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
         steps = max(1, round(config.freeze_at * self.steps)) if config.method == "l0" else 0
         warmup, epoch = round(config.sparsity_warmup * steps), self.plan.batches_per_epoch
-        reads = released_rows(self.scope) if getattr(config.quirks, "mask_offsets", False) else None
-        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": reads, "settled": settled}
+        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": self.released, "settled": settled}
         return Gated(inner, Pruner(inner.model, self.scope, gates, steps=steps, warmup_steps=warmup, epoch=epoch, **common))
 
     def trial(self) -> Gated:
