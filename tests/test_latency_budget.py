@@ -66,7 +66,16 @@ def test_between_two_counts_time_is_linear_and_it_never_falls():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"counts": [1, 2]}, {"counts": [0, 2, 2], "ms": [0, 1, 2]}, {"ms": [1.0, 0.5]}, {"ms": [-1.0, 1.0]}, {"ms": [0.0]}, {"more": 1}],
+    [
+        {"ms": [0.0, 0.0]},
+        {"ms": [0.0, 1e10]},
+        {"counts": [1, 2]},
+        {"counts": [0, 2, 2], "ms": [0, 1, 2]},
+        {"ms": [1.0, 0.5]},
+        {"ms": [-1.0, 1.0]},
+        {"ms": [0.0]},
+        {"more": 1},
+    ],
 )
 def test_a_curve_that_is_none_is_refused(wrong):
     with pytest.raises(ValidationError):
@@ -309,6 +318,7 @@ def test_tables_that_do_not_fit_are_refused_or_said(chain, tmp_path, instead, ca
         return capsys.readouterr().err
 
     assert "of another machine (name a processor" in cut("machine")
+    assert "(device a toaster" in cut("device", machine={**HERE, "device": "a toaster"})
     assert "the pruned model has" in cut("answers", answers=3)
     for name, changes in {"shapes": {"shapes": "1" * 64}, "timed": {"timed": "a walk"}, "image": {"image_size": 7}}.items():
         with pytest.raises(BadInput, match=r"another (network|request)"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from efficientvlm.errors import BadInput
 NANOSECONDS = 10**6
 """In a millisecond. Costs are whole nanoseconds, so that they add up exactly."""
 
+Time = Annotated[float, Field(ge=0, le=1e9)]
+"""Milliseconds, at most those of eleven days: sums of nanoseconds stay whole numbers of 64 bits."""
+
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -37,7 +40,7 @@ class Curve(_Closed):
     kind: str
     layers: list[int] = Field(min_length=1)
     counts: list[int] = Field(min_length=2)
-    ms: list[float]
+    ms: list[Time]
 
     @model_validator(mode="after")
     def _rises(self) -> Self:
@@ -45,6 +48,8 @@ class Curve(_Closed):
             raise ValueError("counts rise from 0, and each has its milliseconds")
         if self.ms[0] != 0 or any(a > b for a, b in pairwise(self.ms)):
             raise ValueError("no units take no time, and more take no less")
+        if self.ms[-1] == 0:
+            raise ValueError("all units together take some time")
         return self
 
     def at_every_count(self, step: int = 1) -> NDArray[np.int64]:
@@ -59,8 +64,8 @@ class Check(_Closed):
     """A request to the network with about `part` of the units of every layer: as it was measured, and by the table."""
 
     part: float
-    measured_ms: float
-    predicted_ms: float
+    measured_ms: Time
+    predicted_ms: Time
 
 
 class LatencyTable(_Closed):
@@ -84,8 +89,8 @@ class LatencyTable(_Closed):
     image_size: int
     answers: int
     rounds: int
-    whole_ms: float
-    rest_ms: float = Field(ge=0)
+    whole_ms: Time
+    rest_ms: Time
     scale: float = Field(gt=0)
     curves: list[Curve]
     checks: list[Check] = Field(default_factory=list)

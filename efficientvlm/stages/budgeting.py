@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from efficientvlm.checkpoints import manifest
@@ -148,10 +147,9 @@ def check_request(table: LatencyTable, loaded: Loaded, task: Asked | None) -> No
 
 def differing(config: Prune, table: LatencyTable) -> None:
     """Say where a table is of another machine than this one."""
-    device = torch.device(str(table.machine.get("device", "cpu")))
     try:
-        here = machine_of(pick_device(device.type))
-    except BadInput:
+        here = machine_of(pick_device(str(table.machine.get("device"))))
+    except BadInput:  # there is no such device here
         here = {}
     if others := [name for name in ("device", "name", "torch") if table.machine.get(name) != here.get(name)]:
         there = ", ".join(f"{name} {table.machine.get(name)}" for name in others)
