@@ -21,6 +21,8 @@ from efficientvlm.report.story import Chapter
 from efficientvlm.report.structure import sparsities
 from efficientvlm.settings.amounts import amount_of
 from efficientvlm.settings.stages import Prune
+from efficientvlm.stages.common import accounted
+from efficientvlm.stages.cutting import scope_of
 
 
 def on_meta(name):
@@ -50,6 +52,20 @@ def test_multiply_adds_of_units_are_those_that_go_with_them(name):
     assert cost.now - cost.removed(~keep) == left < cost.now
     again = cost_of(smaller, "macs", text_length=7)
     assert (again.now, again.rest, again.whole) == (left, cost.rest, cost.whole)
+
+
+@pytest.mark.parametrize("budget", ["macs", "latency"])
+def test_texts_that_are_longer_than_a_network_reads_are_refused(budget):
+    model = on_meta("xvlm")
+    config = Prune(out="a", model="b", task="none", method="magnitude", budget=budget, text_length=1000)
+    with pytest.raises(BadInput, match="1000 tokens are too long") as caught:
+        scope_of(config, model)
+    assert f"reads {model.config.max_positions}" in caught.value.why
+
+
+def test_what_reads_fewer_tokens_than_is_usual_is_counted_with_as_many():
+    model, _ = build("xvlm")
+    assert accounted(type(model)(model.config.copy(max_positions=7)))["macs"]["text_length"] == 7
 
 
 @pytest.mark.parametrize("name", ["xvlm", "xvlm-two-images"])

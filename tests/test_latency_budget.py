@@ -30,6 +30,7 @@ from efficientvlm.settings.amounts import amount_of
 from efficientvlm.settings.stages import Bench, Prune
 from efficientvlm.stages import bench, budgeting, tabling
 from efficientvlm.stages.budgeting import TABLE, read_table
+from efficientvlm.stages.cutting import scope_of
 
 ABOUT = {"timed": bench.FORWARD, "model": "0" * 64, "precision": "fp32", "text_length": 12, "image_size": 16}
 HERE = {"device": "cpu", "name": "a processor", "cpus": 1, "torch": "2", "threads": 1}
@@ -151,6 +152,23 @@ def test_neurons_in_multiples_cost_what_whole_blocks_do():
     with torch.device("meta"):
         kept = slice_model(model, keep).config.kept_indices()
     assert all(len(rows) % 3 == 0 or len(rows) == cost.table.by_group()[name].counts[-1] for name, rows in kept.items() if "neuron" in name)
+
+
+def test_milliseconds_may_be_reached_where_the_multiply_adds_that_stand_in_are_not():
+    model = on_meta("xvlm")
+    table = made_up(model)
+    for kind in ("head", "neuron"):
+        most = {}
+        for budget in ("macs", "latency"):
+            scope = reachable(model, 0.0, cost_of(model, budget, table=table), kinds=[kind])
+            most[budget] = scope.achieved(~torch.from_numpy(scope.active))["all"]
+        if most["macs"] + 0.02 < most["latency"]:
+            break
+    wanted = most["macs"] + 0.01
+    config = Prune(out="a", model="b", task="none", method="magnitude", budget="latency", sparsity=wanted, kinds=[kind])
+    assert scope_of(config, model, table).targets[0].sparsity == wanted
+    instead = scope_of(config, model)
+    assert (instead.cost.budget, [target.sparsity for target in instead.targets]) == ("macs", [0.0])
 
 
 def test_a_pruner_of_a_loop_of_ones_own_takes_a_table():

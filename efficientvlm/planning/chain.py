@@ -11,7 +11,6 @@ from typing import Any
 from efficientvlm.checkpoints import lineage
 from efficientvlm.checkpoints.files import resolve
 from efficientvlm.checkpoints.folder import fingerprint
-from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
 from efficientvlm.data.configured import open_split
 from efficientvlm.data.kinds.kind import Kind
@@ -22,7 +21,7 @@ from efficientvlm.loaded import Loaded, load
 from efficientvlm.planning.checks import Problems, place
 from efficientvlm.planning.costs import Disks
 from efficientvlm.planning.stores import Foreseen, Known
-from efficientvlm.stages.common import TEXT_LENGTH
+from efficientvlm.stages.common import accounted
 from efficientvlm.stages.workspace import Workspace
 
 DATA = ("data", "columns", "val", "val_fraction", "limit", "max_bad", "seed", "shuffle_buffer")  # settings that say which samples there are
@@ -101,7 +100,7 @@ class Chain:
         """Parameters, MACs and sparsity of a model, JSON-ready; counted once."""
         counted = next((known for model, known in self._accounts if model is loaded.model), None)
         if counted is None:
-            counted = account(loaded.model, text_length=TEXT_LENGTH)
+            counted = accounted(loaded.model)
             self._accounts.append((loaded.model, counted))
         return {"parameters": counted["parameters"], "macs": counted["macs"], "sparsity": counted["sparsity"]["achieved"]}
 

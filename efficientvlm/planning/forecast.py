@@ -152,7 +152,8 @@ def _(job: Pruning, chain: Chain, step: Step, found: Forecast) -> None:
 def counted(config: Prune, scope: Scope, found: Forecast) -> None:
     """Note what a budget counts, where it is not the weights, or where the size of the whole model is asked for."""
     if config.budget != scope.cost.budget:
-        stands = "multiply-adds stand in for it" if config.to is None else "sizes are those of the whole network"
+        standing_in = any(target.sparsity for target in scope.targets)
+        stands = "multiply-adds stand in for it" if standing_in else "sizes are those of the whole network"
         found.notes.append(f"what layers take is measured when the stage runs, unless --table names it; here {stands}")
         return
     cost, to = scope.cost, next((target.to for target in scope.targets), None)

@@ -125,7 +125,6 @@ def measured(config: Prune, loaded: Loaded, task: Asked | None, quiet: bool) -> 
         round_to=config.round_to,
         **asked.model_dump(exclude={"batch_size"}),
     )
-    bench.check_length(loaded, config.text_length)
     with latency.threads(asked.threads) as threads:
         machine = {**machine_of(device), "threads": threads}
         say("prune: measuring what layers take of a request; a table that is given with --table is not measured again", quiet=quiet)

@@ -141,6 +141,11 @@ def observed(title: str, config: Learning, measurement: Callable[[], Influence],
     return found
 
 
+def accounted(model: Any) -> dict[str, Any]:
+    """What :func:`account` says of a network, for texts of the usual length or as long as it reads."""
+    return account(model, text_length=min(TEXT_LENGTH, model.config.sizes().max_positions))
+
+
 def write(
     output: Output,
     family: Any,
@@ -163,7 +168,7 @@ def write(
         list_skipped(output, sources or {}, control.quiet)
         manifest = output.manifest(
             family=family.name,
-            accounting=account(model, text_length=TEXT_LENGTH),
+            accounting=accounted(model),
             data=[DataRecord(**record(source, split)) for split, source in (sources or {}).items()],
             cost=Cost(seconds=round(spent.seconds, 3), samples=spent.samples, peak_memory_bytes=peak_memory_bytes()),
             changes=[Change(**change) for change in spent.changes],

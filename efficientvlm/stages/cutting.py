@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from efficientvlm.compression.budgets import cost_of, reachable
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.compression.sparsity import Budget, Scope
+from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.amounts import amount_of
 from efficientvlm.settings.base import settings_of
@@ -27,17 +29,22 @@ def scope_of(config: Prune, model: Any, table: LatencyTable | None = None) -> Sc
     """What `config` allows to be pruned of `model`, checked to be reachable.
 
     A latency budget without its `table` yet is stood in for by multiply-adds, at its sparsity, or with nothing gone where it is an absolute
-    one: `scope.cost.budget` says so.
+    one, or one that so many multiply-adds do not reach: `scope.cost.budget` says so.
 
     Raises:
-        BadInput: the model costs no more than the target already.
+        BadInput: the model costs no more than the target already; `text_length` is more than it reads.
         TargetMissed: floors, kinds or towers make the target unreachable, or the last path of an input would have to go.
     """
     limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
     to = None if config.to is None else amount_of(config.budget, config.to)
+    if config.budget != "parameters" and table is None and config.text_length > (most := model.config.sizes().max_positions):
+        why = f"the network reads {most}"
+        raise BadInput(f"texts of {config.text_length} tokens are too long", why, "use a smaller --text-length")
     if config.budget == "latency" and table is None:
         cost = cost_of(model, "macs", text_length=config.text_length)
-        return reachable(model, config.sparsity if to is None else 0.0, cost, **limits)
+        with suppress(TargetMissed):  # milliseconds may be reached where multiply-adds are not
+            return reachable(model, config.sparsity if to is None else 0.0, cost, **limits)
+        return reachable(model, 0.0, cost, **limits | {"tower_sparsity": {}})
     cost = cost_of(model, config.budget, text_length=config.text_length, table=table, round_to=config.round_to)
     return reachable(model, config.sparsity, cost, to=to, **limits)
 
