@@ -13,6 +13,7 @@ import pytest
 import efficientvlm
 from efficientvlm.data import phrases
 from efficientvlm.data.easy_vqa import EasyVQA
+from efficientvlm.data.kinds.expressions import EXPRESSIONS
 from efficientvlm.data.kinds.labels import classes_of, present_in
 from efficientvlm.data.kinds.pairs import PAIRS
 from efficientvlm.data.kinds.questions import QUESTIONS
@@ -243,6 +244,11 @@ def test_exact_captions_say_one_content_that_belongs_to_one_picture() -> None:
         order = [f"{one.colour} {one.shape}" for one in sorted(scene.things, key=lambda one: one.x)]
         assert re.findall(r"an? (\w+ \w+)(?=,| and| on)", found[0]) == order
     assert sum(count == 1 for count in owners.values()) > 0.97 * len(owners)
+
+
+def test_what_is_said_of_scenes_in_pixels_is_of_the_size_that_is_asked_for() -> None:
+    small, large = (next(Shapes(EXPRESSIONS, "train", parse("shapes:size=2"), image_size=side).contents()) for side in (64, 128))
+    assert [(meant.size, meant.box) for meant in large] == [((128, 128), tuple(2 * part for part in meant.box)) for meant in small]
 
 
 def test_the_splits_share_no_scene() -> None:

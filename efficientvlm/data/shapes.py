@@ -201,7 +201,7 @@ class Shapes(Generic[T]):
 
     def contents(self) -> Iterator[list[Any]]:
         """What is said of each of up to 5,000 scenes."""
-        known = _said(self.kind, self.split, self.settings)
+        known = _said(self.kind, self.split, self.settings, self.side)
         for index in range(min(len(self), SAMPLED_TEXTS)):
             if index == len(known):
                 known.append(self.kind.contents_at(self, index))
@@ -246,7 +246,7 @@ class Shapes(Generic[T]):
 
 
 @lru_cache(maxsize=4)
-def _said(kind: Kind[Any, Any], split: str, settings: Settings) -> list[list[Any]]:
+def _said(kind: Kind[Any, Any], split: str, settings: Settings, side: int) -> list[list[Any]]:
     """What `contents` has drawn so far: a stage asks for it several times, a plan at every step."""
     return []
 
