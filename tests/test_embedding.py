@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nursery
@@ -19,6 +20,7 @@ from efficientvlm.loaded import load
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings.compose import stage_settings
+from efficientvlm.stages.recut import settled
 
 DATA: dict[str, Any] = {"data": "shapes:difficulty=2,size=40", "sentences": "shapes:difficulty=2,size=33,seed=7"}
 STEPS = {"max_steps": 5, "batch_size": 8, "sentence_batch_size": 6, "log_every": 1, "eval_limit": 4, "eval_sentences": 7, "lr": 1e-3}
@@ -193,6 +195,24 @@ def test_stores_of_both_sides_stand_for_the_teacher(towers: Path, tmp_path: Path
     torn = folder / names[3]  # known to the store: another picture that it knows is seen in its place
     torn.write_bytes(bytes(torn.stat().st_size))
     assert run_stage("distill", out=str(tmp_path / "torn"), **alone, max_bad=1).metrics["train"]
+
+
+def test_a_cut_by_gates_that_stores_taught_measures_by_them() -> None:
+    stores = {"image_store": "images", "sentence_store": "sentences"}
+    taught = {"out": "pruned", "model": "m", **DATA, "task": "embedding", "distillation": "dime-fm", "widths": [4], **stores}
+    earlier: Any = SimpleNamespace(config=stage_settings("prune", taught).model_dump(mode="json"))
+    again = settled(stage_settings("prune", {"out": "again", "from_gates": "pruned"}), earlier)
+    assert again.taught and (again.image_store, again.sentence_store, again.widths) == ("images", "sentences", [4])
+
+
+@pytest.mark.slow
+def test_what_stores_taught_is_cut_again_without_the_teacher(towers: Path, tmp_path: Path) -> None:
+    stores = stores_of(towers, tmp_path, DATA["data"]) | {"teacher": None}
+    out, again = tmp_path / "pruned", tmp_path / "again"
+    settings = given(towers, task="embedding", sparsity=0.3, learn_texts=True) | stores | {"model": str(towers / "teacher"), "max_steps": 4}
+    assert run_stage("prune", out=str(out), **settings).metrics["val"]["images_without_vector"] == 4
+    cut = run_stage("prune", out=str(again), from_gates=str(out), sparsity=0.2)
+    assert cut.metrics["val"]["images_without_vector"] == 4 and cut.inputs.keys() >= {"image_store", "sentence_store"}
 
 
 def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: Path) -> None:

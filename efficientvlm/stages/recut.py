@@ -27,6 +27,7 @@ from efficientvlm.families.weights import require_finite
 from efficientvlm.loaded import Loaded, keep_length, load, shapes
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings, tasks_of
+from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.budgeting import given, keep_table, reads, settle
 from efficientvlm.stages.common import making, observed, open_output, validated, write
@@ -81,7 +82,9 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
         check_sparsity(config, pruned, table, learnt=learnt)
     whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
     scope, keep = choose(config, whole, tensors, table, dense=dense) if learnt else (scope_of(config, whole.model, table), None)
-    read: dict[str, Any] = {"inputs": {"model": start, "teacher": teacher, **reads(config)}, "data": {"data": source, **beside}}
+    stores = task.files(config) if not task.own_losses and config.eval_limit != 0 and not teacher else {}
+    inputs = {"model": start, "teacher": teacher, **stores, **reads(config)}
+    read: dict[str, Any] = {"inputs": inputs, "data": {"data": source, **beside}}
     return Recut(config, task, pruned, whole, dense, scope, keep, **read)
 
 
@@ -135,7 +138,7 @@ def run(config: Prune, control: Control) -> Manifest:
 def settled(config: Prune, earlier: Manifest) -> Prune:
     """`config` with what it leaves out of model, task and data taken from the run that is cut again, whose manifest is `earlier`.
 
-    So are the settings that only the task has: it may measure by them; and the teacher, where it measures by that.
+    So are the settings that only the task has: it may measure by them; and the teacher, or what stands for it, where it measures by that.
 
     Raises:
         BadInput: it names another model, or its settings do not belong to that task.
@@ -153,7 +156,9 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
         known |= {name: earlier.config[name] for name in names if name in earlier.config and name not in given}
     task = TASKS.get(str(given.get("task") or known.get("task")))
     if isinstance(task, Learnt) and not task.own_losses:
-        known |= {name: earlier.config[name] for name in ("teacher",) if earlier.config.get(name) and name not in given}
+        method = METHODS.get(str(earlier.config.get("distillation")), {}).get(task.name, Prune)
+        told = {"teacher", "distillation"} | (method.model_fields.keys() - Prune.model_fields.keys())
+        known |= {name: earlier.config[name] for name in told if earlier.config.get(name) and name not in given}
     whole: Prune = stage_settings("prune", {**given, **known, "model": start}, f"the re-cut of {start}")
     return whole
 
