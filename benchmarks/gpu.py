@@ -257,8 +257,11 @@ def gradients(case: Case, device: torch.device, precision: str, seed: int, count
 
 
 def off(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> dict[str, float]:
-    """‖difference‖ / ‖expected‖ of every tensor; those of norm below `least` are measured by it: a teacher's term is nearly nothing where
-    both networks nearly agree, and its rounding is as large as that of the outputs that it compares."""
+    """‖difference‖ / ‖expected‖ of every tensor; those of norm below `least` are measured by it.
+
+    A teacher's term is nearly nothing where both networks nearly agree, and its rounding is as large as that of the outputs that it
+    compares.
+    """
     assert found.keys() == expected.keys(), f"other tensors: {sorted(found.keys() ^ expected.keys())}"
     return {name: float((found[name] - value).norm() / value.norm().clamp(min=least)) for name, value in expected.items()}
 
