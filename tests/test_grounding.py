@@ -112,6 +112,17 @@ def test_what_is_wrong_with_a_row_is_said_and_counted(changes: dict[str, Any], w
     assert record(source, "test")["skipped"] == 1
 
 
+def test_a_phrase_whose_box_leaves_the_picture_is_left_out_alone(tmp_path: Path) -> None:
+    wrong = ROWS[0] | {"bbox": [120, 20, 190, 90], "width": None, "height": None, "text": "far out"}
+    source = open_data(EXPRESSIONS, written(tmp_path, [*ROWS, wrong]), "test", image_size=16, max_bad=1)
+    for _ in range(2):
+        assert [one.phrase for one in source[0].expressions] == ["the red one", "left", "on the left"]
+        assert len(source.usable([0, 1])) == 2  # type: ignore[attr-defined]
+    assert record(source, "test")["skipped"] == 1
+    with pytest.raises(BadInput, match="reaches outside its picture of 200 x 100"):
+        list(open_data(EXPRESSIONS, written(tmp_path, [*ROWS, wrong]), "test", image_size=16, max_bad=0))
+
+
 def test_what_a_centre_crop_cuts_away_is_no_target(tmp_path: Path) -> None:
     rows = [ROWS[0] | {"bbox": [0, 0, 20, 20]}, ROWS[0] | {"bbox": [40, 10, 80, 50], "text": "the other"}, ROWS[2]]
     how = Preprocessing(32, 32, crop=True)

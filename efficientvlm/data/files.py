@@ -28,7 +28,8 @@ class Files(Generic[T]):
     """Samples of one kind. Rows that share their pictures are one sample; of data without pictures every row is one.
 
     Rows that cannot be used are left out when the source is opened. A picture that cannot be read is found later: `source[i]` is then
-    another picture, which depends on the data and on `i` only; :meth:`usable` leaves it out instead.
+    another picture, which depends on the data and on `i` only; :meth:`usable` leaves it out instead. So are rows that turn out not to fit
+    their picture, those alone.
     """
 
     def __init__(
@@ -95,10 +96,8 @@ class Files(Generic[T]):
     def __getitem__(self, index: int) -> T:
         place = index = range(len(self))[index]
         for attempt in range(ATTEMPTS):
-            try:
-                return self._read(place)
-            except BadInput as error:
-                self.skips.add(error, place=place)
+            if found := self.usable([place]):
+                return found[0]
             place = int(generator(SPLIT_SEED, "instead", self._keys[index], attempt).integers(len(self)))
         raise BadInput(f"data {self.name}", f"of {ATTEMPTS} pictures drawn none could be read", "mend the data")
 
@@ -106,10 +105,11 @@ class Files(Generic[T]):
         """The samples of `indices` without those that cannot be read."""
         found = []
         for index in indices:
-            try:
-                found.append(self._read(index))
-            except BadInput as error:
-                self.skips.add(error, place=index)
+            item, wrong = self._read(index)
+            for error in wrong:
+                self.skips.add(error, place=index if item is None else None)
+            if item is not None:
+                found.append(item)
         return found
 
     def texts(self) -> Iterator[str]:
@@ -124,7 +124,7 @@ class Files(Generic[T]):
         if self.kind.pictures:
             yield from self._keys
         else:
-            yield from (self._read(index).id for index in range(len(self)))  # type: ignore[attr-defined]
+            yield from (getattr(self._read(index)[0], "id", None) for index in range(len(self)))
 
     def values_of(self, role: str) -> list[Any]:
         """All cells of a role, of rows that another split has or that were not drawn too."""
@@ -135,15 +135,33 @@ class Files(Generic[T]):
         names: list[str] = getattr(self.table, "class_names", {}).get(self.columns.get(role), [])
         return names
 
-    def _read(self, index: int) -> T:
-        """The sample, or :class:`BadInput` if a picture of it cannot be read."""
-        first, *_ = rows = self._rows[index]
-        pictures = []
-        for image in self._images(first):
-            pixels, size = open_sized(image, self.size, self.table.where(first))
-            pictures.append(Picture(pixels, size, self.size))
-        said = [Row(content, self.table.where(row)) for row, content in zip(rows, self._contents[index], strict=True)]
-        return self.kind.item(self._keys[index], pictures, said)
+    def _read(self, index: int) -> tuple[T | None, list[BadInput]]:
+        """The sample without the rows that do not fit its pictures, and what is wrong; None if a picture cannot be read, or no row fits."""
+        wrong: list[BadInput] = []
+        try:
+            pictures = self._pictures(index)
+            said = [row for row in self._said_at(index) if self._fits(row, pictures, wrong)]
+            return (self.kind.item(self._keys[index], pictures, said) if said else None), wrong
+        except BadInput as error:
+            return None, [*wrong, error]
+
+    def _pictures(self, index: int) -> list[Picture]:
+        first = self._rows[index][0]
+        where = self.table.where(first)
+        return [Picture(*open_sized(image, self.size, where), self.size) for image in self._images(first)]
+
+    def _said_at(self, index: int) -> Iterator[Row[Any]]:
+        for row, content in zip(self._rows[index], self._contents[index], strict=True):
+            yield Row(content, self.table.where(row))
+
+    def _fits(self, row: Row[Any], pictures: list[Picture], wrong: list[BadInput]) -> bool:
+        """Whether a row fits its pictures; if not, `wrong` says why."""
+        try:
+            self.kind.check(row, pictures)
+        except BadInput as error:
+            wrong.append(error)
+            return False
+        return True
 
     def _groups(self) -> dict[str, list[int]]:
         """Rows by image: by the image_id column, else by the path of the image or the hash of its bytes."""

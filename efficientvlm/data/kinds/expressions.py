@@ -94,6 +94,9 @@ class Expressions(Kind[ExpressionItem, Meant]):
             raise BadInput(where, f"its {columns['part']} is no name of a part ({shown(value)})", fix)
         return Meant(phrases_of(values, where, columns), box, size, part, candidates)
 
+    def check(self, row: Row[Meant], pictures: Sequence[Picture]) -> None:
+        expressions_of(row, pictures[0].size)
+
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[Meant]]) -> ExpressionItem:
         (picture,) = pictures
         found = [expression for row in rows for expression in expressions_of(row, picture.size)]

@@ -70,6 +70,9 @@ class Kind(Generic[Item, Content]):
         """
         return image_folder(folder, skips)
 
+    def check(self, row: Row[Content], pictures: Sequence[Picture]) -> None:
+        """:class:`BadInput` where what a row says does not fit its pictures, now that they are read: this row alone is left out."""
+
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[Content]]) -> Item:
         """The sample `key`: its pictures in the order of their roles, and every usable row that has them.
 

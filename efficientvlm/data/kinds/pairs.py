@@ -63,6 +63,10 @@ class Pairs(Kind[PairItem, Described]):
     def content(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Described:
         return Described(captions_of(values, where, columns), places_of(values, where))
 
+    def check(self, row: Row[Described], pictures: Sequence[Picture]) -> None:
+        for place in row.content.places:
+            regions_of(place, pictures[0].size, row.where)
+
     def item(self, key: str, pictures: Sequence[Picture], rows: Sequence[Row[Described]]) -> PairItem:
         (picture,) = pictures
         placed = [region for (_, places), where in rows for place in places for region in regions_of(place, picture.size, where)]
