@@ -105,6 +105,18 @@ def test_the_best_texts_of_a_picture(chain: Path, album: Path, tmp_path: Path, c
     assert "shows the first 50 of 51 pictures of a text" in capsys.readouterr().err
 
 
+def test_a_folder_with_one_picture_that_can_be_read_is_searched(chain: Path, album: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for name in ("0.png", "torn.jpg"):
+        (tmp_path / "one" / name).write_bytes((album / name).read_bytes())
+    texts = ["a red circle", "a blue square", "a circle"]
+    asked: dict[str, Any] = {"model": str(chain / "init"), "text": texts, "device": "cpu", "top": 1}
+    for images in ([tmp_path / "one"], [album / "0.png", album / "torn.jpg"]):
+        found = predict.run(**asked, image=list(map(str, images)), out=str(tmp_path / "sheet.png"))
+        assert [row["text"] for row in found["answers"]] == texts and found["pictures"] == 1 and len(found["unreadable"]) == 1
+    assert len(predict.run(**asked, image=str(album / "0.png"))["answers"]) == 1
+
+
 def test_wrong_questions_are_refused(chain: Path, album: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no")

@@ -63,7 +63,7 @@ class Files(Pictures):
 
 @torch.inference_mode()
 def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
-    """The best matches of every text among several pictures; of a single picture the best among the texts.
+    """The best matches of every text among pictures; where `image` names a single file, the best matches of it among the texts.
 
     Candidates are found by the cosine of features. Where the network matches, the first `rerank` of them come in the order of the matching
     logit, or of its sum with the cosine, as `evlm eval --rerank` measures it, and the others behind them.
@@ -77,7 +77,8 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
         BadInput: no picture that can be read, no text, an `out` that cannot be written.
     """
     texts, wanted = texts_of(loaded), asked_texts(config)
-    named, remarks = pictures_of([Path(resolve(name)) for name in config.image])
+    places = [Path(resolve(name)) for name in config.image]
+    named, remarks = pictures_of(places)
     files = Files(list(dict.fromkeys(path for path, _ in named)), loaded.preprocessing, BATCH)
     out = picture_path(config.out, files.paths) if config.out else None
     for remark in remarks:
@@ -89,7 +90,7 @@ def search(config: RetrievalQuestion, loaded: Loaded) -> dict[str, Any]:
         gallery = encode(model, files.batches(bar.update), tokens, BATCH, files.count, texts=wanted, again=files, **shown)
     for remark in [*of_read(texts), *said_of_lost(files)]:
         say(f"predict: {remark}")
-    one = len(gallery.ids) == 1
+    one = len(files.paths) == 1 and not any(place.is_dir() for place in places)
     queries, candidates = (gallery.image, gallery.text) if one else (gallery.text, gallery.image)
     matching = "match" in loaded.abilities
     rerank = (max(RERANK, config.top) if config.rerank is None else config.rerank) if matching else 0
