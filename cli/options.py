@@ -120,7 +120,7 @@ OPTIONS: dict[str, Option] = {
     "preset": option(
         str,
         "--preset",
-        "Sizes of a known student: dlip-small, dlip-base, dime-fm-vit-b32, tinyclip-61m, -39m, -8m.",
+        "Sizes of a known student: dlip-small, dlip-base, dime-fm-vit-b32, tinyclip-61m, tinyclip-39m or tinyclip-8m.",
         "NAME",
     ),
     "layers": option(list[str], "--layers", "How many layers of a tower, or which: vision=6, text=1,3,5.", "TOWER=LAYERS", read=layers),
@@ -133,7 +133,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "filter": option(str, "--filter", "Captioning: checkpoint that matches; captions that it finds unfit are dropped.", "DIR"),
     "threshold": option(float, "--threshold", "Filter: least probability of a match; 0.5 by default."),
-    "predict.task": option(str, "--task", "What is asked, where a model does several things.", "TASK"),
+    "predict.task": option(
+        str, "--task", "What is asked of a model that does several: vqa, nlvr2, retrieval, grounding, captioning or zeroshot.", "TASK"
+    ),
     "captions": option(str, "--captions", "Captioning: JSONL file for what is said of each image.", "FILE"),
     "decoding": option(str, "--decoding", "beam, greedy or sample.", panel=CAPTIONS),
     "beams": option(int, "--beams", "Texts that a search keeps: of a caption 3 by default, of an answer 1.", panel=CAPTIONS),

@@ -6,12 +6,13 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -21,9 +22,13 @@ from efficientvlm.checkpoints.folder import MANIFEST, Output
 from efficientvlm.checkpoints.manifest import DataRecord, digest
 from efficientvlm.cli import main as cli
 from efficientvlm.cli import output, streams
+from efficientvlm.cli.options import OPTIONS
+from efficientvlm.cli.stages import COMMANDS as STAGE_COMMANDS
 from efficientvlm.errors import BadInput, Diverged, Interrupted, TargetMissed
 from efficientvlm.runtime.progress import say
-from efficientvlm.settings.compose import stage_settings, tasks_of
+from efficientvlm.settings.compose import stage_settings, tasks_of, variants
+from efficientvlm.settings.stages import STAGES
+from efficientvlm.settings.tasks import ABOUT
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy"}
 COMMANDS = [
@@ -107,11 +112,24 @@ def test_every_command_has_help(evlm: Any, command: list[str]) -> None:
     assert code == 0 and "Usage: evlm" in out and err == ""
 
 
-@pytest.mark.parametrize("command", ["prune", "finetune", "eval"])
-def test_the_help_names_every_task(evlm: Any, command: str) -> None:
-    _, out, _ = evlm(command, "--help")
-    (line,) = (line for line in out.splitlines() if " --task " in line and "TASK" in line)
-    assert all(task in line for task in tasks_of(command)), line
+def words_of(annotation: Any) -> set[str]:
+    """The texts that a type allows by name."""
+    if get_origin(annotation) is Literal:
+        return {word for word in get_args(annotation) if isinstance(word, str)}
+    return {word for inner in get_args(annotation) for word in words_of(inner)}
+
+
+@pytest.mark.parametrize("command", STAGE_COMMANDS)
+def test_the_help_of_an_option_names_every_word_that_its_setting_takes(command: str) -> None:
+    """They are written by hand, since reading the settings would double the time of `evlm --help`."""
+    asked = [about.asked for about in ABOUT.values() if about.asked]
+    for name in STAGE_COMMANDS[command].options:
+        fields = [kind.model_fields.get(name) for kind in (variants(command) if command in STAGES else asked)]
+        words = {word for field in fields if field for word in words_of(field.annotation)}
+        if name == "task":
+            words |= set(tasks_of(command)) if command in STAGES else {task for task, about in ABOUT.items() if about.asked}
+        said = OPTIONS.get(f"{command}.{name}", OPTIONS[name]).annotation.__metadata__[0].help
+        assert not [word for word in sorted(words) if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said)], f"{name}: {said}"
 
 
 def test_light_commands_import_nothing_heavy_and_answer_at_once(chain: Path) -> None:
