@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from transformers import tokenization_utils_base
 
 from efficientvlm.data.easy_vqa import EasyVQA
 from efficientvlm.data.texts import Texts
@@ -246,3 +247,15 @@ def test_what_a_tokenizer_makes_of_ids_is_guarded_like_what_it_makes_of_texts(mo
     answerer.texts = cast(Any, SimpleNamespace(special=frozenset(), unknown=None))
     with pytest.raises(BadInput, match="the tokenizer in m fails: decoder"):
         answerer.decoded([1])
+
+
+def test_long_texts_are_counted_here_and_not_warned_of_by_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_wordpiece(SENTENCES, 60)
+    tokenizer.model_max_length = 5
+    said: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *_: said.append(text))
+    texts = Texts(tokenizer, 5)
+    texts.batch(["a cat & a dog & a cat"])
+    assert len(texts.cut) == 1 and not said
+    tokenizer("a cat & a dog & a cat")
+    assert "longer than the specified" in said[0], "others are still told"

@@ -15,6 +15,8 @@ from efficientvlm.data.tokenizer import ends_of, guarded
 from efficientvlm.errors import BadInput, shorten
 
 CACHED_TEXTS = 200_000
+PLAIN_IDS = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+"""Without a word about long texts: what is cut is counted and said here."""
 AT_A_TIME = 1_000_000  # characters: what a tokenizer makes of them takes about 100 bytes each
 
 
@@ -57,7 +59,7 @@ class Texts(Book):
         known, new = self._new(texts)
         for some in _portions(new) if new else ():
             with guarded("the tokenizer", "check the texts, and the folder of the tokenizer"):
-                encoded = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+                encoded = self.tokenizer(some, **PLAIN_IDS)
             self._learn(known, some, encoded["input_ids"])
         found = [known[text] for text in texts]
         self.tell("ids", list(texts), found)
