@@ -62,6 +62,11 @@ def shorten(text: object, most: int = MOST_QUOTED) -> str:
     return f"{line[: most - tail - 1]}…{line[-tail:]}"
 
 
+def number_of(count: int, one: str, more: str = "") -> str:
+    """`1 text` or `2,000 texts`: `count` things, of which one is called `one` and several `more`, by default with an s at the end."""
+    return f"{count:,} {one if count == 1 else more or f'{one}s'}"
+
+
 def _lines(text: str) -> str:
     """A part of a message: words, lines and their number within bounds, however much of somebody's text got into it."""
     text = without_secrets(text)

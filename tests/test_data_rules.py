@@ -332,7 +332,7 @@ def test_links_are_followed_once_and_said(tmp_path: Path) -> None:
     (tmp_path / "d" / "c" / "film.mp4").write_bytes(b"")
     source = open_data(PAIRS, str(tmp_path / "d"), "test")
     assert said(tmp_path / "d") == [["a"], ["b"], ["c"]]
-    assert notes(source)[0] == "2 linked folders were followed" and "1 linked folders were not followed" in notes(source)[1]
+    assert notes(source)[0] == "2 linked folders were followed" and "1 linked folder was not followed" in notes(source)[1]
     assert ".mp4 1" in notes(source)[2]
 
 

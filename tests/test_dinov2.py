@@ -116,7 +116,7 @@ def test_other_kinds_of_dinov2_are_refused_by_name(towers, tmp_path, change, mes
         (SCALE, None, "layer_scale1.lambda1 is missing"),
         (SCALE, torch.ones(31), r"has shape \[31\], \[32\] is needed"),
         (BIAS, None, "projection.bias is missing"),
-        ("encoder.layer.0.norm2.bias", None, "lack 1 tensors"),
+        ("encoder.layer.0.norm2.bias", None, "lack 1 tensor"),
         ("embeddings.register_tokens", torch.ones(1, 4, 32), "no place for"),
         ("encoder.layer.1.mlp.fc2.weight", torch.full((32, 64), float("nan")), "not all finite"),
     ],

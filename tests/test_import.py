@@ -292,9 +292,9 @@ def change(state, name):
     [
         (lambda s: s.update({"text_encoder.bert.encoder.layer.0.adapter.weight": torch.ones(2)}), "unknown meaning.*adapter"),
         (lambda s: s.update({"extra_head.weight": torch.ones(2)}), "unknown meaning.*extra_head"),
-        (lambda s: drop(s, "vision_encoder.encoder.layers.1.mlp.fc1.bias"), "lacks 1 tensors.*vision.layers.1.ffn.fc1.bias"),
+        (lambda s: drop(s, "vision_encoder.encoder.layers.1.mlp.fc1.bias"), "lacks 1 tensor.*vision.layers.1.ffn.fc1.bias"),
         (lambda s: drop(s, "vision_encoder.patch_embed.weight"), "patch_embedding"),
-        (lambda s: drop(s, "text_proj.bias"), "lacks 1 tensors.*text_proj.bias"),
+        (lambda s: drop(s, "text_proj.bias"), "lacks 1 tensor.*text_proj.bias"),
         (lambda s: change(s, "text_encoder.cls.predictions.decoder.weight"), "differs from"),
         (lambda s: change(s, "text_encoder.cls.predictions.decoder.bias"), "differs from"),
         (lambda s: drop(s, "text_encoder.cls.predictions.bias"), "is there, but not"),
@@ -538,7 +538,7 @@ def test_towers_that_cannot_be_used(towers, tokenizer, tmp_path):
     (tmp_path / "config.json").write_bytes((bert / "config.json").read_bytes())
     weights = read_folder(bert)
     for spoiled, message in (
-        ({n: t for n, t in weights.items() if n != "encoder.layer.3.output.dense.bias"}, "lack 1 tensors"),
+        ({n: t for n, t in weights.items() if n != "encoder.layer.3.output.dense.bias"}, "lack 1 tensor"),
         (weights | {"encoder.layer.0.adapter.weight": torch.ones(1)}, "no place for.*adapter"),
         (weights | {"encoder.layer.3.output.dense.bias": torch.full((32,), float("inf"))}, "not all finite"),
     ):
@@ -580,11 +580,11 @@ def test_a_foreign_tokenizer_is_refused_and_leaves_nothing(tmp_path, tokenizer):
     [
         ("nlvr2", lambda s: change(s, "text_encoder.encoder.layer.3.crossattention.self.key.weight"), "differs from .*layer.2.cross"),
         ("nlvr2", lambda s: drop(s, "text_encoder.encoder.layer.2.crossattention.self.value.bias"), "is there, but not its twin"),
-        ("nlvr2", lambda s: drop(s, "text_encoder.encoder.layer.3.crossattention.self.query.bias"), "lacks 1 tensors"),
-        ("nlvr2", lambda s: drop(s, "cls_head.3.bias"), "lacks 1 tensors.*compare_head.3.bias"),
+        ("nlvr2", lambda s: drop(s, "text_encoder.encoder.layer.3.crossattention.self.query.bias"), "lacks 1 tensor"),
+        ("nlvr2", lambda s: drop(s, "cls_head.3.bias"), "lacks 1 tensor.*compare_head.3.bias"),
         ("nlvr2", lambda s: s.update({"ta_head.weight": torch.ones(3, WIDTH)}), "has one head"),
         ("nlvr2", lambda s: [drop(s, n) for n in list(s) if ".layer.3." in n], "fusion_layers is 1"),
-        ("text_assignment", lambda s: drop(s, "vision_proj.bias"), "lacks 1 tensors.*vision_proj.bias"),
+        ("text_assignment", lambda s: drop(s, "vision_proj.bias"), "lacks 1 tensor.*vision_proj.bias"),
         ("captioning", lambda s: drop(s, "text_decoder.cls.predictions.bias"), "is there, but not its twin"),
         ("captioning", lambda s: change(s, "text_decoder.cls.predictions.decoder.weight"), "differs from"),
         ("captioning", lambda s: s.update({"itm_head.0.weight": torch.ones(2 * WIDTH, WIDTH)}), "does nothing else"),

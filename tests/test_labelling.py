@@ -91,7 +91,8 @@ def test_folders_and_shards_are_described_and_the_file_is_read_as_data(models: P
     found = predict.run(**asked, out="made/said.jsonl", task="captioning")
     assert found.pop("manner")["decoding"] == "greedy" and found == {"described": 9, "skipped": 2, "out": "made/said.jsonl"}
     said = capsys.readouterr().err
-    assert "torn.png" in said and "more.tar/torn.jpg" in said and "2 of 11 pictures cannot be read" in said and "1 samples of shard" in said
+    assert "torn.png" in said and "more.tar/torn.jpg" in said and "2 of 11 pictures cannot be read" in said
+    assert "1 sample has no picture" in said
     written = rows(Path("made/said.jsonl"))
     names = [f"../album/{name}" for name in ("0.png", "2.png", "4.png", "deeper/1.png", "deeper/3.png", "deeper/5.png")]
     assert [row["image"] for row in written] == names + [f"../album/more.tar/{number}.png" for number in range(3)]
@@ -209,7 +210,7 @@ def test_captions_that_do_not_fit_are_dropped_and_counted(models: Path, album: P
     every = predict.run(**asked, threshold=0.0, out=str(out))
     made, scored = {"made": 9, "given": 4}, rows(out)
     assert every["kept"] == made and every["dropped"] == {"made": 0, "given": 0} and every["skipped"] == 2
-    assert "the captions that 1 pictures came with cannot be read" in capsys.readouterr().err
+    assert "the captions that 1 picture came with cannot be read" in capsys.readouterr().err
     given = [row["caption"] for row in scored if row["origin"] == "given"]
     assert given == ["a red square", "a blue circle", "a green square", "a red circle"]
     values = sorted(row["probability"] for row in scored)

@@ -39,7 +39,7 @@ def test_a_clip_reads_all_its_positions_and_says_what_it_cuts(clip, capsys):
     found = run_stage("eval", Control(), **task)["metrics"]["reading"]
     assert (found["max_tokens"], found["cut_texts"]) == (positions, 1)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"1 texts have more than {positions} tokens" in said and "are cut" in said
+    assert f"1 text has more than {positions} tokens" in said and "is cut" in said
     assert run_stage("eval", **task, max_tokens=4)["metrics"]["reading"]["max_tokens"] == 4
     with pytest.raises(BadInput, match=f"has {positions} positions"):
         run_stage("eval", **task, max_tokens=positions + 1)

@@ -99,7 +99,7 @@ def test_the_best_texts_of_a_picture(chain: Path, album: Path, tmp_path: Path, c
     assert [row["text"] for row in found["answers"]] == [texts[i] for i in logits.argsort(descending=True, stable=True).tolist()]
     assert found["pictures"] == 1 and found["texts"] == len(texts) == 65 and Image.open(tmp_path / "a.png").width > 640
     said = capsys.readouterr().err
-    assert "question marks for letters of 1 texts" in said and "unknown" in said and "shows the first 50 of 65 texts" in said
+    assert "question marks for letters of 1 text" in said and "unknown" in said and "shows the first 50 of 65 texts" in said
     many = [{"text": "a circle", "image": str(album / "0.png"), "similarity": 0.5} for _ in range(51)]
     assert search.sheet(many, False).width == sheets.GAP + 50 * (sheets.SIDE + sheets.GAP)
     assert "shows the first 50 of 51 pictures of a text" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from efficientvlm.errors import MOST_QUOTED, BadInput, printable, shorten
+from efficientvlm.errors import MOST_QUOTED, BadInput, number_of, printable, shorten
 from efficientvlm.settings.common import Learning, Taught
 from efficientvlm.settings.compose import asides, of, stage_settings, tasks_of, variants
 from efficientvlm.settings.methods import METHODS, GateQuirks
@@ -181,3 +181,8 @@ def test_what_is_shown_obeys_nothing_and_is_short() -> None:
     assert shorten("a" * 150 + "b" * 150).startswith("aaa") and shorten("a" * 150 + "b" * 150).endswith("bbb")
     error = BadInput("x" * 10**6, "\n".join(["y z " * 10**5] * 1000), "caf\x1b")
     assert len(error.what) == MOST_QUOTED and len(error.why) < 60_000 and "and 950 more" in error.why and error.fix == "caf\\x1b"
+
+
+def test_one_thing_is_not_called_several() -> None:
+    assert [number_of(count, "text") for count in (0, 1, 2000)] == ["0 texts", "1 text", "2,000 texts"]
+    assert [number_of(count, "class has", "classes have") for count in (1, 2)] == ["1 class has", "2 classes have"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from efficientvlm.compression.anatomy import Anatomy
+from efficientvlm.errors import number_of
 
 Towers = Iterable[str] | None
 
@@ -104,4 +105,4 @@ class Elements(Cost):
         return self._anatomy.opening_costs(removed, towers)
 
     def said(self, amount: int, what: str = "") -> str:
-        return f"{amount:,} {what} elements" if what else f"{amount:,} parameters"
+        return number_of(amount, f"{what} element" if what else "parameter")

@@ -100,7 +100,8 @@ class LatencyTable(_Closed):
 
     def described(self) -> str:
         """What it holds for, in words."""
-        machine = f"{self.machine.get('name')}, {self.machine.get('threads')} threads, torch {self.machine.get('torch')}"
+        name, threads, version = map(self.machine.get, ("name", "threads", "torch"))
+        machine = f"{name}, {threads} thread{'s' * (threads != 1)}, torch {version}"
         return f"batch {self.batch}, {self.precision}, texts of {self.text_length} tokens, {self.image_size} pixels, {machine}"
 
 

@@ -16,7 +16,7 @@ from efficientvlm.checkpoints.files import MIB, read_limited
 from efficientvlm.data.cells import LONGEST_TEXT
 from efficientvlm.data.folders import NO_WORD
 from efficientvlm.data.text_tables import lines_of
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 
 LARGEST = 64 * MIB
 SYNSET = re.compile(r"n\d{8}")
@@ -116,7 +116,11 @@ class NamesFile:
     @classmethod
     def _pairs(cls, path: Path, pairs: Sequence[tuple[str, str]]) -> NamesFile:
         if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise cls._wrong(path, f"{len(twice)} classes have two names, the first is {shorten(twice[0], 80)}", "keep one of them")
+            raise cls._wrong(
+                path,
+                f"{number_of(len(twice), 'class has', 'classes have')} two names, the first is {shorten(twice[0], 80)}",
+                "keep one of them",
+            )
         if empty := next((key for key, name in pairs if not name), None):
             raise cls._wrong(path, f"class {shorten(empty, 80)} has an empty name", "write one")
         return cls(path, mapped=dict(pairs))

@@ -13,7 +13,7 @@ from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import part_of, split_of
 from efficientvlm.data.tables import MemoryTable, digest_of
 from efficientvlm.data.text_tables import first_mark, read_json, read_json_list
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 
 
 def json_files(folder: Path, word: str) -> list[Path]:
@@ -84,7 +84,7 @@ def captions(folder: Path, path: Path, skips: Skips, parsed: Any = None) -> Memo
     if all(box is None for box in columns["bbox"]):
         del columns["bbox"]
     if without := len(names) - len(described):
-        skips.note(f"{without} pictures of {path.name} have no caption and were passed over")
+        skips.note(f"{number_of(without, 'picture has', 'pictures have')} no caption in {path.name}: passed over")
     return MemoryTable(columns, folder, places.__getitem__, sha256(path))
 
 

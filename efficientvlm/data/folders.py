@@ -16,7 +16,7 @@ from efficientvlm.data.splits import split_of
 from efficientvlm.data.tables import MemoryTable
 from efficientvlm.data.tar import check_size
 from efficientvlm.data.text_tables import caption_lines, is_unicode, opened
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 
 CONTAINERS = re.compile(r"(data(set)?|frame|image|img|jpe?g|photo|pic(ture)?|png)s?", re.IGNORECASE)
 """Names of folders that only hold pictures."""
@@ -141,13 +141,14 @@ def pictures_of(names: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[st
 def note(found: Found, skips: Skips, *, shards: bool) -> None:
     """Say what was passed over, and with it tar files unless `shards` are read."""
     if found.followed:
-        skips.note(f"{found.followed} linked folders were followed")
+        skips.note(f"{number_of(found.followed, 'linked folder was', 'linked folders were')} followed")
     if found.circles:
-        skips.note(f"{found.circles} linked folders were not followed: they lead to folders that are read already")
+        skips.note(f"{number_of(found.circles, 'linked folder was', 'linked folders were')} not followed, to read no folder twice")
     others = found.others + Counter({".tar": 0 if shards else len(found.shards)})
     if others:
         kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common())
-        skips.note(f"{others.total()} files are no pictures of a known kind and were passed over: {shorten(kinds, 100)}")
+        passed = number_of(others.total(), "file is no picture of a known kind and was", "files are no pictures of a known kind and were")
+        skips.note(f"{passed} passed over: {shorten(kinds, 100)}")
 
 
 def sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:

@@ -19,7 +19,7 @@ from efficientvlm.data.kinds.kind import Kind, Row
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import by_split, only
 from efficientvlm.data.text_tables import BOM, bounded, opened, too_long
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 
 T = TypeVar("T")
 SUFFIX = ".txt"
@@ -222,7 +222,7 @@ def text_files(spec: str, split: str, skips: Skips) -> tuple[list[Path], bool] |
         return None
     if not (claims := by_split(named)):
         if len(named) < len(files):
-            skips.note(f"{len(files) - len(named):,} files that do not end in {SUFFIX} were passed over")
+            skips.note(f"{number_of(len(files) - len(named), 'file does', 'files do')} not end in {SUFFIX}: passed over")
         return list(named.values()), split != "test"
     wanted = split if split in claims else "train" if split == "val" and "train" in claims else ""
     if not wanted:

@@ -9,7 +9,7 @@ from typing import Any
 
 from efficientvlm.data.kinds.questions import asked
 from efficientvlm.data.texts import Texts
-from efficientvlm.errors import shorten
+from efficientvlm.errors import number_of, shorten
 from efficientvlm.runtime.progress import say
 
 SAMPLE = 10_000  # texts that are looked at beforehand
@@ -45,7 +45,8 @@ def cut_off(cut: int, longest: int, max_tokens: int, where: str = "") -> list[st
     """A remark on texts that are longer than what is read of them."""
     if not cut:
         return []
-    return [f"{cut:,} texts{where} have more than {max_tokens} tokens (up to {longest}) and are cut; max_tokens sets the length"]
+    what = f"{number_of(cut, 'text')}{where} {'has' if cut == 1 else 'have'} more than {max_tokens} tokens"
+    return [f"{what} (up to {longest}) and {'is' if cut == 1 else 'are'} cut; max_tokens sets the length"]
 
 
 def of_read(texts: Texts) -> list[str]:

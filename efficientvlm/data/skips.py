@@ -11,7 +11,7 @@ from typing import Any
 
 from efficientvlm.checkpoints.files import open_plain
 from efficientvlm.data.ledger import Book
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 
 SHARE = 100  # by default one sample in so many may be bad
 OF_A_STREAM = 100  # by default, where the number of samples is not known
@@ -136,7 +136,7 @@ class Skips(Book):
             more = f" ({self.count - 1} more cannot be used)" if self.count > 1 else ""
             raise BadInput(error.what, error.why + more, f"{error.fix or 'mend or remove it'}; or allow bad samples with --set max_bad=N")
         raise BadInput(
-            f"{self.count} samples of data {self.name} cannot be used",
+            f"{number_of(self.count, 'sample')} of data {self.name} cannot be used",
             f"{self.allowed} may be skipped\n  " + "\n  ".join(self.lines()),
             "mend or remove them, or allow more with --set max_bad=N; an interrupted run then goes on",
         )

@@ -16,7 +16,7 @@ from efficientvlm.data.kinds.pairs import PAIRS, captions_of
 from efficientvlm.data.skips import Skips
 from efficientvlm.data.tar import TEXTS, Place, picture_column, read_at, read_index, row_of, samples
 from efficientvlm.data.text_tables import opened
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 
 T = TypeVar("T")
 THREADS = 4
@@ -136,7 +136,7 @@ class _Shard:
             self.remarks.append(f"shard {path}: {why} at byte {offset:,}; what follows is lost")
         others = len(samples(index.members)) - self.count
         if others:
-            self.remarks.append(f"{others:,} samples of shard {path} have no picture and were passed over")
+            self.remarks.append(f"shard {path}: {number_of(others, 'sample has', 'samples have')} no picture: passed over")
 
     def __len__(self) -> int:
         return self.count

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from efficientvlm import families
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
 from efficientvlm.settings.layouts import LAYOUTS, Layout
 
@@ -101,12 +101,12 @@ class Published:
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in families.get(self.layout.family).build(config).state_dict().items()}
         if missing := sorted(set(expected) - set(state)):
-            raise BadInput(f"{self.path} lacks {len(missing)} tensors", listed(missing), AGAIN)
+            raise BadInput(f"{self.path} lacks {number_of(len(missing), 'tensor')}", listed(missing), AGAIN)
         if surplus := sorted(set(state) - set(expected)):
-            raise BadInput(f"{self.path} has {len(surplus)} tensors without a place", listed(surplus), FIX)
+            raise BadInput(f"{self.path} has {number_of(len(surplus), 'tensor')} without a place", listed(surplus), FIX)
         wrong = [f"{name} {[*state[name].shape]} instead of {[*shape]}" for name, shape in expected.items() if state[name].shape != shape]
         if wrong:
-            raise BadInput(f"{self.path} has {len(wrong)} tensors of another shape", listed(wrong), FIX)
+            raise BadInput(f"{self.path} has {number_of(len(wrong), 'tensor')} of another shape", listed(wrong), FIX)
 
     def value(self, name: str) -> Tensor:
         """The entry `name` as a float32 tensor."""

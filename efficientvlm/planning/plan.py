@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficientvlm.control import Control
+from efficientvlm.errors import number_of
 from efficientvlm.planning import activations
 from efficientvlm.planning.chain import Chain
 from efficientvlm.planning.checks import Problems
@@ -65,7 +66,7 @@ def plan(steps: Sequence[Step], control: Control = Control(), *, measure: int = 
         if stage.run is not None and stage.schedule is not None and stage.memory is not None:
             from efficientvlm.planning.measure import measure as timed
 
-            say(f"plan: measuring {measure} steps of {stage.name}", quiet=control.quiet)
+            say(f"plan: measuring {number_of(measure, 'step')} of {stage.name}", quiet=control.quiet)
             stage.time = timed(stage.run, measure, total=stage.schedule["steps"])
     return Plan(stages, chain.problems, chain.disks.as_dicts())
 

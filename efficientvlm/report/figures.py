@@ -143,7 +143,7 @@ def measurements(story: Story) -> Html | None:
                     measurement.name,
                     "bench",
                     models,
-                    f"{machine.get('name')}, {machine.get('threads')} threads",
+                    f"{machine.get('name')}, {machine.get('threads')} thread{'s' * (machine.get('threads') != 1)}",
                     str(result.get("timed", "")),
                 ]
             )

@@ -15,7 +15,7 @@ from efficientvlm.checkpoints.folder import METRICS, STATE
 from efficientvlm.checkpoints.lineage import Node
 from efficientvlm.checkpoints.manifest import MANIFEST, Manifest
 from efficientvlm.compression.reach import of_config
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.report import shapes
 from efficientvlm.report import summary as report
 from efficientvlm.report.document import is_ours, page
@@ -206,7 +206,7 @@ def _read_more(chapter: Chapter, recorded: Manifest) -> list[Problem]:
         if record.skipped:
             problems.append(
                 Problem(
-                    NOTE, f"{chapter.label}: {record.skipped:,} samples of {record.name} {record.split} could not be used and were skipped"
+                    NOTE, f"{chapter.label}: skipped, as of no use: {number_of(record.skipped, 'sample')} of {record.name} {record.split}"
                 )
             )
     return problems

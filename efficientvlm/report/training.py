@@ -23,7 +23,8 @@ def section(story: Story) -> Html | None:
         return None
     parts: list[Html] = []
     for chapter, manifest in trained:
-        steps = f"{chapter.lines[-1]['step']:,.0f} steps"
+        done = chapter.lines[-1]["step"]
+        steps = f"{done:,.0f} step{'s' * (done != 1)}"
         title, drawn = f"{chapter.label}: {manifest.stage}, {steps}", tag("div", charts(chapter, manifest), class_="charts")
         folded = manifest.origin == "bundled" and chapter is not story.chapters[-1]
         parts.append(tag("details", tag("summary", title), drawn) if folded else Html(tag("h3", title) + drawn))

@@ -170,7 +170,7 @@ def calls_of(
 
 def described(machine: dict[str, Any]) -> str:
     """Name, threads and torch of a machine."""
-    return f"{machine.get('name')}, {machine.get('threads')} threads, torch {machine.get('torch')}"
+    return f"{machine.get('name')}, {machine.get('threads')} thread{'s' * (machine.get('threads') != 1)}, torch {machine.get('torch')}"
 
 
 def unique(names: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from efficientvlm.compression.accounting import account
 from efficientvlm.control import Control
 from efficientvlm.data.opening import notes, record
 from efficientvlm.data.tokenizer import save_tokenizer
-from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory
+from efficientvlm.errors import BadInput, Diverged, Interrupted, OutOfMemory, number_of
 from efficientvlm.families.image_settings import write_settings
 from efficientvlm.report.metrics import main_metric, titles
 from efficientvlm.runtime import ranks
@@ -227,7 +227,7 @@ def say_skipped(source: Any, title: str, quiet: bool) -> None:
     """How many samples of `source` were skipped so far, with the first reasons; nothing if it was none."""
     skips = getattr(source, "skips", None)
     if skips and skips.count:
-        say("\n  ".join([f"{title}: {skips.count} samples are skipped", *skips.lines()]), quiet=quiet)
+        say("\n  ".join([f"{title}: {number_of(skips.count, 'sample is', 'samples are')} skipped", *skips.lines()]), quiet=quiet)
 
 
 def list_skipped(output: Output, sources: dict[str, Any], quiet: bool) -> None:

@@ -24,7 +24,7 @@ from efficientvlm.data.kinds.images import IMAGES as PICTURES
 from efficientvlm.data.kinds.sentences import SENTENCES as TEXTS
 from efficientvlm.data.opening import origin, record, usable
 from efficientvlm.data.reading import of_read
-from efficientvlm.errors import BadInput, Interrupted
+from efficientvlm.errors import BadInput, Interrupted, number_of
 from efficientvlm.families.network import require
 from efficientvlm.loaded import Loaded, load, read_as, texts_of
 from efficientvlm.objectives.embedding import width_of
@@ -275,6 +275,6 @@ def gather(
     data = [DataRecord(**said | {"read_as": [*said["read_as"], *remarks]})]
     manifest = output.manifest(family=FAMILY, data=data, cost=Cost(samples=found, peak_memory_bytes=peak_memory_bytes()), extra=extra)
     done = output.commit(manifest)
-    without = f", {lost:,} samples have none" if lost else ""
-    say(f"embed: wrote {output.path} · {found:,} vectors of {extra['width']} numbers{without}", quiet=control.quiet)
+    without = f", {number_of(lost, 'sample has', 'samples have')} none" if lost else ""
+    say(f"embed: wrote {output.path} · {number_of(found, 'vector')} of {extra['width']} numbers{without}", quiet=control.quiet)
     return done

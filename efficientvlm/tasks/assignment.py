@@ -12,7 +12,7 @@ from efficientvlm.data.batch import on_device
 from efficientvlm.data.configured import augmentation
 from efficientvlm.data.kinds.pairs import PAIRS, pair_batch
 from efficientvlm.data.texts import Texts
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.objectives.assignment import TextAssignment
 from efficientvlm.runtime.progress import counted, say
@@ -71,6 +71,7 @@ class Assignment(Learnt):
             right += int((record["logits"].argmax(-1) == labels).sum())
             total, told, left_out = total + float(losses["task"]) * kept, told + kept, left_out + len(labels) - kept
         if left_out:
-            say(f"validate: {left_out:,} texts were left out, for no image of their batch is another than their own", quiet=quiet)
+            why = "for no image of the batch is another than their own"
+            say(f"validate: {number_of(left_out, 'text was', 'texts were')} left out, {why}", quiet=quiet)
         measured = {"assignment": total / told, "assignment_accuracy": right / told} if told else {}
         return {"images": images, **measured}

@@ -24,7 +24,7 @@ from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.reading import of_read
 from efficientvlm.data.unlabelled import Shown, Unlabelled
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.runtime.interrupt import stop_flag
 from efficientvlm.runtime.progress import say
@@ -202,11 +202,11 @@ def _sheet(rows: Iterable[Mapping[str, Any]], classes: Classes, base: Path) -> A
         if name in best
     ]
     if without:
-        say(f"predict: the sheet lacks {without:,} pictures, which are no files of their own")
+        say(f"predict: the sheet lacks {number_of(without, 'picture')}: it shows what is a file of its own")
     if not lines:
         raise BadInput("--sheet", "none of the pictures is a file of its own", "leave it out")
     if len(lines) > MOST_ROWS:
         say(f"predict: the sheet shows the first {MOST_ROWS} of {len(lines):,} classes")
     if foreign := sum(not drawable(text) for text, _ in lines):
-        say(f"predict: the sheet has question marks for letters of {foreign:,} classes, which its font lacks")
+        say(f"predict: the sheet has question marks for letters of {number_of(foreign, 'class', 'classes')}, which its font lacks")
     return of_pictures(lines)

@@ -14,7 +14,7 @@ from efficientvlm.data.images import open_image
 from efficientvlm.data.items import Pixels
 from efficientvlm.data.reading import of_read
 from efficientvlm.data.unlabelled import Shown, Unlabelled
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.loaded import Loaded
 from efficientvlm.runtime.interrupt import stop_flag
 from efficientvlm.runtime.progress import say
@@ -127,7 +127,7 @@ class Labeller(OverPictures[Seen]):
     def check(self, pictures: Unlabelled, lines: GrowingLines | Kept) -> None:
         super().check(pictures, lines)
         if count := lines.counts["unreadable_captions"]:
-            say(f"predict: the captions that {count:,} pictures came with cannot be read and were left out")
+            say(f"predict: the captions that {number_of(count, 'picture')} came with cannot be read and were left out")
         if self.judge:
             for remark in of_read(self.judge.texts):
                 say(f"predict: filter: {remark}")

@@ -18,7 +18,7 @@ from efficientvlm.data.draw import generator
 from efficientvlm.data.kinds.labels import LABELS
 from efficientvlm.data.opening import record
 from efficientvlm.data.reading import Reading
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.families.footprint import Footprint, room
 from efficientvlm.loaded import Loaded
 from efficientvlm.runtime.progress import Bar, say
@@ -128,9 +128,11 @@ class LinearProbe(Task):
         learnt = set(model.classes_.tolist())
         unseen = sum(label not in learnt for label in test.labels)
         remarks = [f"{unseen:,} of {len(test.labels):,} images are of a class without a training image, and never right"] if unseen else []
-        remarks += [f"{seen:,} images are among those that were learnt from, pixel by pixel"] if seen else []
+        remarks += [f"{number_of(seen, 'image is', 'images are')} among those that were learnt from, pixel by pixel"] if seen else []
         remarks += [f"L-BFGS was stopped after {config.max_iterations:,} iterations; max_iterations raises it"] if unfinished else []
-        remarks += [f"{some.several:,} images have several classes and were left out" for some in read.values() if some.several]
+        remarks += [
+            f"{number_of(some.several, 'image has', 'images have')} several classes: left out" for some in read.values() if some.several
+        ]
         edge = config.c is None and c in (10 ** EXPONENTS[0], 10 ** EXPONENTS[-1])
         remarks += [f"the best C lies at an end of what was tried, {c:g}"] if edge else []
         for remark in remarks:

@@ -17,7 +17,7 @@ from efficientvlm.data.images import open_image
 from efficientvlm.data.kinds.pairs import PairItem
 from efficientvlm.data.reading import of_read
 from efficientvlm.data.texts import Texts
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.loaded import Loaded, texts_of
 from efficientvlm.runtime.progress import Bar, say
 from efficientvlm.settings.tasks import RetrievalQuestion
@@ -156,7 +156,7 @@ def ranked(
 def sheet(rows: Sequence[dict[str, Any]], one: bool) -> Any:
     """The pictures of `rows` as one picture, a line of it a text; of a single picture, it and its texts. What it lacks is said."""
     if foreign := sum(not drawable(text) for text in {row["text"] for row in rows}):
-        say(f"predict: the sheet has question marks for letters of {foreign:,} texts, which its font lacks")
+        say(f"predict: the sheet has question marks for letters of {number_of(foreign, 'text')}, which its font lacks")
     labels = [f"{row['probability']:.0%}" if "probability" in row else f"{row['similarity']:.2f}" for row in rows]
     if one:
         if len(rows) > MOST_ROWS:

@@ -12,7 +12,7 @@ from transformers import BertConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config
 
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.data.tokenizer import load_tokenizer
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 from efficientvlm.families.loading import image_statistics, open_config, read_json
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import finite, read_folder
@@ -189,7 +189,9 @@ def _no_strangers(folder: Path, names: list[str]) -> None:
     names = [name for name in names if not name.endswith("position_ids")]
     if names:
         raise BadInput(
-            f"{folder} has {len(names)} tensors X-VLM has no place for", ", ".join(sorted(names)[:5]), "use a plain CLIP, DINOv2 or BERT"
+            f"{folder} has {number_of(len(names), 'tensor')} X-VLM has no place for",
+            ", ".join(sorted(names)[:5]),
+            "use a plain CLIP, DINOv2 or BERT",
         )
 
 
@@ -200,7 +202,7 @@ def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Pat
     fresh = ("vision_proj.", "text_proj.", "temp", "itm_head.", "box_head.", "mlm_head.")
     missing = [name for name in new if not name.startswith(fresh) and ".cross_attention" not in name]
     if missing:
-        raise BadInput(f"{vision} and {text} lack {len(missing)} tensors", ", ".join(missing[:5]), "fetch them again")
+        raise BadInput(f"{vision} and {text} lack {number_of(len(missing), 'tensor')}", ", ".join(missing[:5]), "fetch them again")
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             needed = list(own[name].shape) if name in own else "nothing"
