@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_flickr8k import COLOURS, photos
@@ -82,8 +83,27 @@ def test_files_of_which_no_caption_of_a_photo_takes_part_in_its_vector(tmp_path:
     assert (about["fitted_on"], about["photos"], about["captions"], about["sentences"]) == (20, 20, 100, 400)
     assert about["metrics"]["image_to_text_r10"] == 1 and len((out / "pile.txt").read_text("utf-8").splitlines()) == 400
     assert pq.read_table(out / "val.parquet")["image_id"].to_pylist() == [f"1-{number}" for number in range(8)]
+    photo_teacher.make(*given, tmp_path / "out", seed=1)  # another half is fitted on
+    photo_teacher.make(*given, tmp_path / "alone", seed=1)
+    assert (out / "vectors.parquet").read_bytes() == (tmp_path / "alone/vectors.parquet").read_bytes()
     with pytest.raises(BadInput, match="holds no photos"):
         photo_teacher.make(tmp_path / "others.txt", *given[1:], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"image": {"bytes": None, "path": "a"}}, "no bytes"), ({"captions": []}, "no list of texts"), ({"image_id": None}, "no image_id")],
+)
+def test_a_row_that_lacks_something_is_named(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    good = {"image": {"bytes": b"x", "path": "a"}, "captions": ["a"], "image_id": "1"}
+    pq.write_table(pa.Table.from_pylist([good, good | change]), tmp_path / "photos.parquet")
+    with pytest.raises(BadInput, match="row 2") as caught:
+        photo_teacher.photos_of(tmp_path / "photos.parquet")
+    assert why in caught.value.why
+    with pytest.raises(BadInput, match="photo a cannot be read"):
+        photo_teacher.opened(good["image"])
+    with pytest.raises(BadInput, match=r"nowhere.* cannot be read"):
+        list(photo_teacher.sentences_in(tmp_path / "nowhere"))
 
 
 def test_a_package_or_a_tower_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,18 +13,19 @@ photo takes part in its vector. `--beside` are texts that describe nothing visib
     val.parquet      the second file, as it was
     teacher.json     what the teacher itself reaches on it, and how the pile is made up
 
-Both networks come with the extra `examples`, MiniLM by way of `efficientvlm.examples.towers`. What they say is kept in `work`, so that a
-run that was stopped goes on.
+Both networks come with the extra `examples`, MiniLM by way of `efficientvlm.examples.towers`. What they say of some photos or texts is kept
+in `work`, under a name that follows from these, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from efficientvlm.tasks.recall import Gallery, best_captions, best_images, recal
 COLUMNS = ("image", "captions", "image_id")
 SIDE, BATCH = 160, 64
 """Pixels that EfficientNet reads, and photos or texts at a time."""
+FEWEST = 20
+"""Photos, of which a half is fitted on."""
 TIMES = 3
 """So many other sentences stand beside each caption."""
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -57,17 +60,20 @@ def make(train: Path, val: Path, beside: Sequence[Path], towers: Path, out: Path
     """Write the five files below `out`; that folder.
 
     Raises:
-        BadInput: a package or a tower is missing, photos lack a column, or there are too few sentences.
+        BadInput: a package or a tower is missing, photos lack something or are too few, or there are too few sentences.
     """
     photos, held = (photos_of(path) for path in (train, val))
+    if len(photos) < FEWEST:
+        raise BadInput(f"{train} holds {len(photos)} photos", "one half is fitted on, and a tenth of it held out", f"give {FEWEST} or more")
     order = np.random.default_rng(seed).permutation(len(photos))
     fitted, seen = order[: len(photos) // 2], order[len(photos) // 2 :]
     said = [text for row in seen.tolist() for text in photos["captions"][row].as_py()]
     sentences = pile(said, beside, seed)
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    features = kept(out / "work/train.npy", lambda: features_of(photos["image"].to_pylist()))
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    features = photo_features(photos, work)
     captions = [photos["captions"][row].as_py() for row in fitted.tolist()]
-    vectors = kept(out / "work/captions.npy", lambda: sentence_vectors([text for texts in captions for text in texts], towers / TEXT))
+    vectors = caption_vectors(captions, towers, work)
     matrix, strength = fit(features[fitted], vectors, captions)
     own = matrix(features[seen])
     write_table(out / "train.parquet", photos.take(seen))
@@ -75,9 +81,7 @@ def make(train: Path, val: Path, beside: Sequence[Path], towers: Path, out: Path
     write_vectors(out / "vectors.parquet", photos.take(seen)["image_id"].to_pylist(), own)
     write_atomic(out / "pile.txt", ("\n".join(sentences) + "\n").encode())
     others: list[list[str]] = held["captions"].to_pylist()
-    held_features = kept(out / "work/val.npy", lambda: features_of(held["image"].to_pylist()))
-    held_texts = kept(out / "work/val-captions.npy", lambda: sentence_vectors([text for texts in others for text in texts], towers / TEXT))
-    found = judged(matrix(held_features), held_texts, others)
+    found = judged(matrix(photo_features(held, work)), caption_vectors(others, towers, work), others)
     about = {"fitted_on": len(fitted), "photos": len(seen), "captions": len(said), "sentences": len(sentences), "strength": strength}
     write_atomic(out / "teacher.json", (json.dumps({"metrics": found, **about}, indent=2) + "\n").encode())
     return out
@@ -87,19 +91,46 @@ def photos_of(path: Path) -> Any:
     """The table of `path` with the three columns alone.
 
     Raises:
-        BadInput: it is no parquet file, or lacks one of them.
+        BadInput: it is no parquet file, lacks one of them, or something in a row of them.
     """
     from pyarrow import ArrowException
     from pyarrow import parquet as pq
 
+    fix = f"give a parquet file with {', '.join(COLUMNS)}"
     try:
-        return pq.read_table(path, columns=list(COLUMNS)).select(list(COLUMNS))
+        table = pq.read_table(path, columns=list(COLUMNS)).select(list(COLUMNS))
     except (OSError, ArrowException, KeyError) as error:
-        raise BadInput(f"{path} holds no photos", str(error), f"give a parquet file with {', '.join(COLUMNS)}") from None
+        raise BadInput(f"{path} holds no photos", str(error), fix) from None
+    rows = (row for batch in table.to_batches(max_chunksize=BATCH) for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        image, captions = row["image"], row["captions"]
+        if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+            raise BadInput(f"{path} row {number}", "its image has no bytes", fix)
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise BadInput(f"{path} row {number}", "its captions are no list of texts", fix)
+        if row["image_id"] is None:
+            raise BadInput(f"{path} row {number}", "it has no image_id", fix)
+    return table
 
 
-def kept(path: Path, made: Any) -> NDArray[np.float32]:
-    """The array in `path`, made first if it is not there."""
+def photo_features(table: Any, work: Path) -> NDArray[np.float32]:
+    """Those of :func:`features_of` of a table of photos, kept in `work`."""
+    images = table["image"].to_pylist()
+    return kept(work, "photos", (image["bytes"] for image in images), lambda: features_of(images))
+
+
+def caption_vectors(captions: Sequence[Sequence[str]], towers: Path, work: Path) -> NDArray[np.float32]:
+    """Those of :func:`sentence_vectors` of the captions of some photos, one after another, kept in `work`."""
+    texts = [text for own in captions for text in own]
+    return kept(work, "captions", (text.encode("utf-8", "surrogatepass") for text in texts), lambda: sentence_vectors(texts, towers / TEXT))
+
+
+def kept(work: Path, name: str, said: Iterable[bytes], made: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The array that `made` gives, which follows from what is `said` alone: kept in `work` under `name` and a digest of that."""
+    digest = hashlib.sha256()
+    for part in said:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    path = work / f"{name}-{digest.hexdigest()[:16]}.npy"
     if not path.exists():
         part = path.with_suffix(".part.npy")
         np.save(part, made())
@@ -119,10 +150,13 @@ def features_of(images: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
 
 
 def opened(image: dict[str, Any]) -> Any:
-    """A photo of the table, squeezed to a square."""
+    """A photo of the table, squeezed to a square; :class:`BadInput` where it cannot be read."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(image["bytes"])).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    try:
+        return Image.open(io.BytesIO(image["bytes"])).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"photo {image.get('path') or 'without a name'} cannot be read", str(error), "take it out of the file") from None
 
 
 def efficientnet() -> Any:
@@ -230,8 +264,11 @@ def pile(captions: Sequence[str], beside: Sequence[Path], seed: int) -> list[str
 
 def sentences_in(path: Path) -> Iterator[str]:
     """Glosses of a data file of WordNet, the sentences of fortunes, or the lines of any other text, blanks squeezed; none that is shorter
-    than :data:`LEAST`, or longer than 300 characters."""
-    text = path.read_text("utf-8", errors="replace")
+    than :data:`LEAST`, or longer than 300 characters. :class:`BadInput` where the file cannot be read."""
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read", error.strerror or str(error), "name files of sentences: --beside") from None
     found: Sequence[str] = GLOSS.findall(text)
     if not found:
         fortunes = re.split(r"^%$", text, flags=re.MULTILINE)
@@ -243,9 +280,12 @@ def sentences_in(path: Path) -> Iterator[str]:
 
 
 def write_table(path: Path, table: Any) -> None:
+    """Write a parquet file as a whole or not at all."""
     from pyarrow import parquet as pq
 
-    pq.write_table(table, path)
+    part = path.with_suffix(".part")
+    pq.write_table(table, part)
+    part.replace(path)
 
 
 def write_vectors(path: Path, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
