@@ -60,6 +60,10 @@ class Way:
     def clock(self) -> Callable[[], float]:
         return time.process_time if self.cpu_clock else time.perf_counter
 
+    def folder(self, work: Path, size: str) -> Path:
+        """Where network, table and cuts lie: what is measured in another way is not theirs."""
+        return work / f"{size}-{self.threads}-threads-{self.table_rounds}-rounds-{'processor' if self.cpu_clock else 'wall'}"
+
 
 def make(work: Path, size: str) -> Path:
     """The whole network in `work`, with random weights."""
@@ -130,6 +134,7 @@ def timed(folders: dict[str, Path], way: Way) -> dict[str, list[float]]:
 
 def run(work: Path, targets: Sequence[str], size: str, way: Way, root: Path = ROOT) -> list[Path]:
     """Measure, cut, measure; the file with a row a target below `root`."""
+    work = way.folder(work, size)
     with latency.threads(way.threads):
         whole = make(work, size)
         file = work / "table.json"
@@ -178,7 +183,12 @@ def run(work: Path, targets: Sequence[str], size: str, way: Way, root: Path = RO
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Milliseconds asked for and measured, of X-VLM-base by a latency budget.")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/latency-budget", help="folder of the checkpoints and the table, 4 GB")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs/latency-budget",
+        help="folder of checkpoints and table, 4 GB a way",
+    )
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="parts of the whole request, or sparsity=0.5")
     parser.add_argument("--size", default="base", help="tiny, small or base")
     parser.add_argument("--threads", type=int, default=1)

@@ -92,18 +92,22 @@ def all_rows(root: Path, name: str, keys: Sequence[str], *, but: str = "", fix: 
     """The lines of all machines' CSVs of the benchmark `name` below `root`, and their paths below it; a run was made on one of them.
 
     Raises:
-        BadInput: there is no CSV, or two have a line of equal `keys`.
+        BadInput: there is no CSV, or two lines have equal `keys`.
     """
     paths = csvs(root, name, but)
     if not paths:
         raise BadInput(f"0 CSVs of {name}", "", fix)
-    found: dict[tuple[str, ...], tuple[Path, dict[str, str]]] = {}
+    lines: list[dict[str, str]] = []
+    seen: dict[tuple[str, ...], Path] = {}
     for path in paths:
         for line in rows_of(path):
-            other, _ = found.setdefault(tuple(line[key] for key in keys), (path, line))
-            if other != path:
-                raise BadInput(f"{path.name} and {other.name}", "both have one run of a seed", "take it out of one of them")
-    return [line for _, line in found.values()], [RESULTS / path.name for path in paths]
+            run = tuple(line[key] for key in keys)
+            if run in seen:
+                where = f"{path.name} and {seen[run].name}" if seen[run] != path else path.name
+                raise BadInput(f"{where}: {', '.join(run)} twice", "one run of a seed is published", "take it out of one place")
+            seen[run] = path
+            lines.append(line)
+    return lines, [RESULTS / path.name for path in paths]
 
 
 def links(paths: Sequence[Path]) -> str:

@@ -388,7 +388,7 @@ def test_the_benchmark_compares_what_was_asked_with_what_is_timed(tmp_path, inst
     (path,) = figures.run(tmp_path / "work", ["0.8", "sparsity=0.3"], "tiny", way, tmp_path)
     whole, part, share = script("benchmarks/published.py").rows_of(path)
     assert [row["target"] for row in (whole, part, share)] == ["whole", "0.8", "sparsity=0.3"]
-    table = read_table(tmp_path / "work" / "table.json")
+    table = read_table(way.folder(tmp_path / "work", "tiny") / "table.json")
     assert float(part["asked_ms"]) == pytest.approx(0.8 * table.whole_ms, rel=1e-4)
     assert float(part["table_ms"]) <= float(part["asked_ms"]) and float(share["sparsity_of_ms"]) >= 0.3
     assert all(float(row["measured_over_asked"]) > 0 and row["clock"] == "wall" for row in (whole, part, share))

@@ -93,8 +93,11 @@ def test_seeds_may_be_of_several_machines(publishing: Any, tmp_path: Path) -> No
     page = (root / PAGE).read_text("utf-8")
     assert "94.5 to 94.7 (3)" in page and "scenes_other-cpu.csv), [scenes_some-cpu.csv" in page
     published.append(root / "benchmarks/results/scenes_other-cpu.csv", line("method", 0.9, 1))
-    with pytest.raises(BadInput, match="both have one run"):
+    with pytest.raises(BadInput, match=r"some-cpu\.csv and scenes_other-cpu\.csv.* twice"):
         publishing.publish(root)
+    with pytest.raises(BadInput, match=r"^scenes_some-cpu\.csv: .* twice"):
+        (tmp_path / "double").mkdir()
+        publishing.publish(project(tmp_path / "double", [*rows(), line("method", 0.9, 1)]))
 
 
 def test_rows_have_baselines_that_do_not_see_the_pictures(scenes: Any) -> None:
