@@ -313,6 +313,8 @@ def test_a_cut_by_milliseconds_says_what_it_counted(chain, tmp_path, instead, ev
     kept = sum(part["kept"] for part in cost["by_tower"].values())
     assert cost["rest"] + kept == cost["after"]
     page = sparsities([Chapter(tmp_path / "cut", "cut", "cut", manifest, None)])
+    assert (cost["whole"], cost["part"]) == (cost["before"], pytest.approx(0.8, abs=1e-3))
+    assert "what was asked is 0.80 of the" in page and "ms of the uncut one when the table was made" in page
     assert "ms kept" in page and f"{kept / 1e6:,.6g}" in page
     assert evlm(*common, "--sparsity", 0.3, "--out", tmp_path / "again")[0] == 0 and len(instead) == 2
     assert read_table(tmp_path / "again").batch == 8

@@ -73,6 +73,10 @@ class Counted(Shape):
 
     budget: str
     by_tower: dict[str, Kept]
+    after: Count | None = None
+    to: Count | None = None
+    whole: Count | None = None
+    part: Number | None = None
 
 
 class Extra(Shape):

@@ -110,7 +110,7 @@ def sparsities(chapters: list[Chapter]) -> Html:
     if (counted := COUNTED.get(cost.get("budget", ""))) is not None:
         towers = {name: _part(part["initial"], part["kept"]) for name, part in cost["by_tower"].items()}
         whole = _part(*(sum(part[key] for part in towers.values()) for key in ("initial", "kept")))
-        found.append(_table({**whole, "by_tower": towers}, budgets, counted))
+        found += [_promise(cost, counted), _table({**whole, "by_tower": towers}, budgets, counted)]
         budgets = {}
     found.append(_table(sparsity, budgets, ("weights", 1)))
     note = (
@@ -122,6 +122,23 @@ def sparsities(chapters: list[Chapter]) -> Html:
 
 def _part(initial: int, kept: int) -> dict[str, Any]:
     return {"initial": initial, "kept": kept, "achieved": 1 - kept / initial if initial else 0.0}
+
+
+def _promise(cost: dict[str, Any], counted: tuple[str, int]) -> str:
+    """What was asked of the whole network, what is left of it, and which part that is; nothing where an older manifest does not say."""
+    if cost.get("part") is None or cost.get("whole") is None or cost.get("after") is None:
+        return ""
+    what, scale = counted
+    said = {key: f"{_amount(cost[key], scale)} {what}" for key in ("after", "whole", "to") if cost.get(key) is not None}
+    asked = f"{said['to']} were asked for. " if "to" in said else ""
+    drift = " when the table was made. Where the speed of the machine drifts, the part is what is promised" if what == "ms" else ""
+    promised = "what was asked is" if asked else "that is"
+    now = f"The whole network costs {said['after']} now; {promised} {cost['part']:.2f} of the {said['whole']} of the uncut one{drift}."
+    return tag("p", asked + now)
+
+
+def _amount(value: int, scale: int) -> str:
+    return f"{value / scale:,.6g}" if scale > 1 else f"{value:,}"
 
 
 def _table(sparsity: dict[str, Any], budgets: dict[str, dict[str, Any]], counted: tuple[str, int]) -> str:
@@ -144,7 +161,7 @@ def _whole(name: str, sparsity: dict[str, Any]) -> tuple[str, dict[str, Any] | N
 def _budget_row(name: str, counted: dict[str, Any] | None, part: dict[str, Any], scale: int) -> list[Html | str]:
     wish = part.get("target")
     asked = "–" if wish is None else percent(wish)
-    sizes = [f"{counted[key] / scale:,.6g}" if scale > 1 else f"{counted[key]:,}" for key in ("kept", "initial")] if counted else ["", ""]
+    sizes = [_amount(counted[key], scale) for key in ("kept", "initial")] if counted else ["", ""]
     description = f"{name}: {percent(part['achieved'])} reached" + (f", {asked} asked" if wish is not None else "")
     gates = "–" if part.get("expected") is None else percent(part["expected"])
     return [name, bullet(part["achieved"], wish, description), asked, gates, percent(part["achieved"]), *sizes]

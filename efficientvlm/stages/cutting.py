@@ -65,16 +65,23 @@ def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any
 def cost_report(scope: Scope, keep: Tensor) -> dict[str, Any]:
     """What the budget counts: of the whole network `before` and `after` the cut, `rest` of it what no cut removes, and by tower what units
     had before anything was removed (`initial`) and have now (`kept`). `to` is what was asked of the whole network, else None.
+
+    `whole` is that of the network before anything was removed, and `part` what of it is promised: `to`, or else `after`. Where the speed of
+    a machine drifts, a promise of milliseconds holds as that part.
     """
     cost, removed = scope.cost, scope.anatomy.removed_mask(keep)
+    to, after = next((target.to for target in scope.targets), None), cost.now - cost.removed(removed)
+    whole = cost.rest + sum(cost.whole.values())
     kept = {tower: cost.totals.get(tower, 0) - cost.removed(removed, [tower]) for tower in cost.whole}
     return {
         "budget": cost.budget,
-        "to": next((target.to for target in scope.targets), None),
+        "to": to,
         "before": cost.now,
-        "after": cost.now - cost.removed(removed),
+        "after": after,
+        "whole": whole,
+        "part": (after if to is None else to) / max(whole, 1),
         "rest": cost.rest,
-        "by_tower": {tower: {"initial": whole, "kept": kept[tower]} for tower, whole in cost.whole.items()},
+        "by_tower": {tower: {"initial": initial, "kept": kept[tower]} for tower, initial in cost.whole.items()},
         **cost.facts(),
     }
 
@@ -112,7 +119,10 @@ def say_cut(report: dict[str, Any], quiet: bool) -> None:
     """What is left of the cost, a line for every budget of :func:`cut_report`, and what is cut off."""
     cost = report["cost"]
     before, after, to = (None if cost[key] is None else counted_as(cost, cost[key]) for key in ("before", "after", "to"))
-    say(f"prune: {cost['budget']}: {before} before, {after} now{'' if to is None else f', {to} asked'}", quiet=quiet)
+    asked = "" if to is None else f", {to} asked"
+    when = " when the table was made" if cost["budget"] == "latency" else ""
+    part = f"{cost['part']:.2f} of the whole's {counted_as(cost, cost['whole'])}{when}"
+    say(f"prune: {cost['budget']}: {before} before, {after} now{asked}, which is {part}", quiet=quiet)
     for name, part in report["budget"].items():
         say(f"prune: sparsity of {name}: {', '.join(f'{key} {value:.4f}' for key, value in part.items())}", quiet=quiet)
     if cut := report["cut_off"]:
