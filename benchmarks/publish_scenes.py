@@ -13,6 +13,7 @@ from statistics import mean
 from published import ROOT, all_rows, links, of_one_torch, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.errors import number_of
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/scenes.md"), Path("docs/scenes.png")
@@ -119,7 +120,9 @@ def block(lines: Lines, names: list[Path]) -> str:
         parts += [f"### {task}", "", about, "", *table(models), "", f"{said[0].upper()}{said[1:]}.", ""]
     loads = of(lines, "load")
     timed = (
-        f" Timed with {lines[0]['threads']} threads while the load of the machine was {min(loads):g} to {max(loads):g}." if loads else ""
+        f" Timed with {number_of(int(lines[0]['threads']), 'thread')} while the load of the machine was {min(loads):g} to {max(loads):g}."
+        if loads
+        else ""
     )
     parts += [f"Every run: {links(names)}.{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
     return "\n".join(parts)
