@@ -128,8 +128,8 @@ def caption_vectors(captions: Sequence[Sequence[str]], towers: Path, work: Path)
 def kept(work: Path, name: str, said: Iterable[bytes], made: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
     """The array that `made` gives, which follows from what is `said` alone: kept in `work` under `name` and a digest of that."""
     digest = hashlib.sha256()
-    for part in said:
-        digest.update(len(part).to_bytes(8, "little") + part)
+    for one in said:
+        digest.update(len(one).to_bytes(8, "little") + one)
     path = work / f"{name}-{digest.hexdigest()[:16]}.npy"
     if not path.exists():
         part = path.with_suffix(".part.npy")
