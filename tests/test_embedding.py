@@ -219,12 +219,12 @@ def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: P
     teacher, (images, texts) = str(towers / "teacher"), (str(tmp_path / side) for side in ("images", "sentences"))
     (tmp_path / "pile.txt").write_text("a red circle\nthe blue square\n")
 
-    def planned(measure: int = 0, **change: Any) -> Any:
+    def planned(measure: int = 0, pile: str = "pile.txt", **change: Any) -> Any:
         common = given(towers) | {"image_store": images, "sentence_store": texts, **change}
         every: dict[str, tuple[str, dict[str, Any]]] = {
             "images": ("embed", {"model": teacher, "data": DATA["data"], "side": "images", "out": images}),
             "sentences": ("embed", {"model": teacher, "data": DATA["sentences"], "side": "sentences", "out": texts}),
-            "selected": ("select-sentences", {"sentences": str(tmp_path / "pile.txt"), "images": images, "model": teacher, "out": "s"}),
+            "selected": ("select-sentences", {"sentences": str(tmp_path / pile), "images": images, "model": teacher, "out": "s"}),
             "distilled": ("distill", common | {"out": str(tmp_path / "d")}),
             "learnt": ("distill", common | {"sentences": "s", "sentence_store": None, "out": str(tmp_path / "l")}),
             "alone": ("distill", {name: value for name, value in common.items() if name != "teacher"} | {"out": str(tmp_path / "a")}),
@@ -236,6 +236,9 @@ def test_a_plan_knows_stores_that_earlier_stages_write(towers: Path, tmp_path: P
     assert not made.problems.found, [problem.as_dict() for problem in made.problems.found]
     assert [stage.status for stage in made.stages] == ["new"] * 6 and all(stage.memory and stage.disk for stage in made.stages)
     assert any("all sentences" in note for note in made.stages[4].notes)
+    (tmp_path / "corpus").write_text("a red circle\nthe blue square\n")  # as a selection reads it, and no other stage
+    of_another = planned(pile="corpus")
+    assert not of_another.problems.found and any("will be selected of" in note for note in of_another.stages[4].notes)
     wrong = planned(image_store=texts)
     (problem,) = wrong.problems.found  # what two stages have in common is told once
     assert problem.stage == "distilled" and "vectors of" in problem.error.what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,7 +139,8 @@ class Look(Workspace):
     def data(self, config: Any, kind: Kind[Any, Any], split: str, form: Preprocessing | None) -> Any:
         """The same data are opened once for all stages that prepare pictures in the same form.
 
-        In the place of sentences that will be selected stand all those that they are selected from.
+        In the place of sentences that will be selected stand all those that they are selected from; a selection reads more kinds of files
+        than other stages do.
         """
         if pile := self.chain.piles.get(place(config.data)):
             self.note(f"planned as if all sentences of {pile['data']} were selected")
@@ -148,10 +149,10 @@ class Look(Workspace):
         opened = self.chain.sources
         if key not in opened:
             opened[key] = None
-            with self.checking():
+            with suppress(BadInput) if pile else self.checking():
                 opened[key] = open_split(config, kind, split, form)
         if opened[key] is None:
-            raise Blocked("its data cannot be opened")
+            raise Blocked(f"it reads what will be selected of {pile['data']}" if pile else "its data cannot be opened")
         return opened[key]
 
     def checking(self) -> AbstractContextManager[None]:
