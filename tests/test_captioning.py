@@ -247,7 +247,7 @@ def test_a_picture_and_a_folder_of_pictures_are_described(captioners, tmp_path, 
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn.png").rename(tmp_path / "torn" / "torn.png")
     for given, what in (
-        (("--image", tmp_path / "torn"), "none of 1 pictures can be read"),
+        (("--image", tmp_path / "torn"), "the one picture cannot be read"),
         (("--image", tmp_path / "0.png", "--top-k", 3), "top_k does not go with beam"),
         (("--image", tmp_path / "0.png", "--seed", 3), "goes with decoding sample"),
         (("--image", tmp_path / "0.png", "--beams", 1, "--length-penalty", 2), "goes with several beams"),

@@ -377,7 +377,7 @@ def test_shards_in_any_order_and_names_that_are_there_twice(tmp_path: Path) -> N
     in_folders(tmp_path / "d", "1.png", "1.jpg", "2.png")
     for n in (1, 2):
         (tmp_path / "d" / f"{n}.TXT").write_text("c")
-    with pytest.raises(BadInput, match="2 pictures and 1 files of captions have its name"):
+    with pytest.raises(BadInput, match="2 pictures and 1 file of captions have its name"):
         said(tmp_path / "d")
     assert said(tmp_path / "d", max_bad=2) == [["c"]]
 

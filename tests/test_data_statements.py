@@ -111,7 +111,7 @@ def test_pictures_that_are_not_two_are_refused_by_row(tmp_path: Path, before: st
         return
     told = " ".join(source.skips.lines())
     twice = f"one picture is there twice ({tmp_path / left})"
-    for part in ("has 1 pictures, 2 are needed", "has 3 pictures", twice, "missing.png", "no list"):
+    for part in ("has 1 picture, and takes 2", "has 3 pictures", twice, "missing.png", "no list"):
         assert part in told, part
     (tmp_path / "copy.png").write_bytes((tmp_path / left).read_bytes())
     again = opened(jsonl(tmp_path / "c.jsonl", [{"left": left, "right": "copy.png", "sentence": "s", "label": True}]), max_bad=1)

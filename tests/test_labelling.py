@@ -113,7 +113,7 @@ def test_folders_and_shards_are_described_and_the_file_is_read_as_data(models: P
     with pytest.raises(BadInput, match="holds no picture"):
         predict.run(**{**asked, "image": str(shard(album / "empty.tar", {"a.txt": b"x"}))})
     torn = str(shard(album / "torn.tar", {"a.png": b"no picture"}))
-    with pytest.raises(BadInput, match="none of 1 pictures can be read") as refused:
+    with pytest.raises(BadInput, match="the one picture cannot be read") as refused:
         predict.run(**{**asked, "image": torn}, out="made/torn.jsonl")
     assert "a.png" in refused.value.why and [path.name for path in Path("made").iterdir()] == ["said.jsonl"]
 

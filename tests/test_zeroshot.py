@@ -138,7 +138,7 @@ def test_a_file_of_names(tmp_path: Path) -> None:
         ("a\tb", ["x", "y"], "2 of 2 classes of d have no name there: x, y"),
         ("a\nb\nc", ["x", "y"], "2 of 2 classes"),
         ("x\nx\ny", ["x", "y"], "x stand there twice"),
-        ("x\ta\nx\tb", ["x"], "1 classes have two names"),
+        ("x\ta\nx\tb", ["x"], "1 class has two names"),
         ("\n", ["x"], "it holds no names"),
     ):
         with pytest.raises(BadInput) as refused:

@@ -17,7 +17,7 @@ from efficientvlm.data.images import open_sized
 from efficientvlm.data.kinds.kind import Kind, Picture, Row
 from efficientvlm.data.preprocessing import Preprocessing
 from efficientvlm.data.skips import Skips
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 
 T = TypeVar("T")
 SPLIT_SEED = 20190719  # fixed, so that an image is held out in every stage or in none
@@ -233,7 +233,7 @@ class Files(Generic[T]):
 def several(kind: Kind[Any, Any], images: list[bytes | Path], where: str) -> list[bytes | Path]:
     """`images` of a row; :class:`BadInput` if they are not as many as a sample of `kind` has, or one of them is there twice."""
     if len(images) != len(kind.pictures):
-        raise BadInput(where, f"it has {len(images)} pictures, {len(kind.pictures)} are needed", "mend or remove the row")
+        raise BadInput(where, f"it has {number_of(len(images), 'picture')}, and takes {len(kind.pictures)}", "mend or remove the row")
     if any(image in images[:at] for at, image in enumerate(images)):
         name = next((shorten(str(image)) for image in images if isinstance(image, Path)), "the same bytes")
         raise BadInput(where, f"one picture is there twice ({name})", "name the picture that is meant, or remove the row")

@@ -158,7 +158,7 @@ def sidecar(picture: Path, found: Found, stems: Counter[Path]) -> list[str]:
     if not texts:
         raise BadInput(str(picture), f"there is no {stem.name}.txt beside it", "write its caption there, or remove the picture")
     if stems[stem] > 1 or len(texts) > 1:
-        several = f"{stems[stem]} pictures and {len(texts)} files of captions have its name"
+        several = f"{number_of(stems[stem], 'picture')} and {number_of(len(texts), 'file')} of captions have its name"
         raise BadInput(str(picture), several, "give every picture a name of its own")
     with opened(texts[0]) as file:
         check_size(".txt", os.fstat(file.fileno()).st_size, str(picture))

@@ -139,9 +139,9 @@ class OverPictures(Generic[T]):
         if not counts[self.work_done]:
             if isinstance(lines, GrowingLines):
                 lines.discard()  # nothing to go on from
-            raise BadInput(
-                f"none of {len(pictures):,} pictures can be read", f"the first, {self.first_lost}", "give pictures, e.g. PNG or JPEG"
-            )
+            several = len(pictures) > 1
+            what = f"none of {len(pictures):,} pictures can be read" if several else "the one picture cannot be read"
+            raise BadInput(what, f"{'the first, ' * several}{self.first_lost}", "give pictures, e.g. PNG or JPEG")
         if counts["skipped"]:
             say(f"predict: {counts['skipped']:,} of {len(pictures):,} pictures cannot be read and were left out")
 
