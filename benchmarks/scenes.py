@@ -60,7 +60,7 @@ class Task:
     student: str = "student"
     """The stage of the recipe that shrinks."""
     general: tuple[str, ...] = ("distilled",)
-    """Stages of the recipe that distil before the task; the steps of all that distil on the task count as well."""
+    """Stages of the recipe that distil before the task."""
 
     @property
     def models(self) -> list[str]:
@@ -161,16 +161,11 @@ class Scenes(Chain):
         self.task = task
 
     @property
-    def lessons(self) -> list[tuple[str, int]]:
-        """The method's stages that train without a cut, the last one on each of the data of the task, and the steps of all that are on the
-        same; those of general stages count as the last."""
-        found: dict[str, tuple[str, int]] = {}
-        for name in self.steps:
-            config = self.settings(name)
-            if name.startswith(f"{self.task.name}-") and getattr(config, "teacher", None):
-                found[config.data] = (name, found.get(config.data, (name, 0))[1] + config.max_steps)
-        *first, (last, steps) = found.values()
-        return [*first, (last, steps + sum(self.settings(name).max_steps for name in self.task.general))]
+    def steps_taught(self) -> int:
+        """Training steps that the method's student takes under a teacher."""
+        own = [config for name in self.steps if name.startswith(f"{self.task.name}-") and (config := self.settings(name))]
+        taught = [config.max_steps for config in own if getattr(config, "teacher", None)]
+        return sum(taught) + sum(self.settings(name).max_steps for name in self.task.general)
 
     def model(self, name: str) -> str:
         """The checkpoint of a row."""
@@ -186,11 +181,9 @@ class Scenes(Chain):
             cut = {"method": "magnitude", "sparsity": pruned.sparsity, "round_to": pruned.round_to, "keep_dense": False}
             model = self.root / self.task.student.replace("student", "cut")
             self.run("prune", model.name, task="none", model=self.made(self.task.student), seed=self.seed, **cut)
-            for number, (stage, steps) in enumerate(self.lessons, 1):
-                out = f"{own}-{PLAIN}-{number}"
-                self.like(stage, out, model=str(model), teacher=None, weights=None, kd=None, max_steps=steps)
-                model = self.root / out
-            return str(model)
+            out = f"{own}-{PLAIN}"
+            self.like(f"{own}-final", out, model=str(model), teacher=None, weights=None, kd=None, max_steps=self.steps_taught)
+            return str(self.root / out)
         if name == TEACHER or not self.task.learnt:
             return teacher
         out = f"{own}-{name.replace(' ', '-')}"
