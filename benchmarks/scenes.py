@@ -163,7 +163,7 @@ class Scenes(Chain):
     @property
     def steps_taught(self) -> int:
         """Training steps that the method's student takes under a teacher."""
-        own = [config for name in self.steps if name.startswith(f"{self.task.name}-") and (config := self.settings(name))]
+        own = [self.settings(name) for name in self.steps if name.startswith(f"{self.task.name}-")]
         taught = [config.max_steps for config in own if getattr(config, "teacher", None)]
         return sum(taught) + sum(self.settings(name).max_steps for name in self.task.general)
 
