@@ -71,7 +71,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("retrieval", "mean_recall", ("image_to_text_r1", "text_to_image_r1"), learnt=False),
-        Task("captions", "cider_d", ("bleu_4", "rouge_l")),
+        Task("captions", "cider_d", ("bleu_4", "rouge_l"), student="captions-student", general=()),
         Task(
             "statements",
             "statement_accuracy",
