@@ -171,7 +171,7 @@ OPTIONS: dict[str, Option] = {
     "cache_teacher": option(bool, "--cache-teacher/--no-cache-teacher", "Run the teacher once a sample; memory for time.", panel=KNOWLEDGE),
     "sparsity": option(float, "--sparsity", "Part of what can be removed that is removed, 0 to 1.", panel=UNITS),
     "to": option(
-        str, "--to", "What the whole model may cost instead: 30M parameters, with --budget macs 1.5G, with latency 20ms.", "SIZE", UNITS
+        str, "--to", "What the whole model may cost instead: 30M parameters, with --budget macs 1.5G; or 20ms a request.", "SIZE", UNITS
     ),
     "budget": option(str, "--budget", "What is counted: parameters, macs or latency.", panel=UNITS),
     "prune.text_length": option(int, "--text-length", "Budgets macs and latency: tokens a text.", panel=UNITS),

@@ -176,7 +176,9 @@ def test_settings_of_an_absolute_target():
     common = {"out": "a", "task": "none", "method": "magnitude", "model": "b"}
     assert Prune(**common, to=30_000_000).to == "30000000"
     assert Prune(**common, to="2.5G", budget="macs").to == "2.5G"
-    for wrong in ({"to": True}, {"to": "20ms"}, {"to": "3M", "tower_sparsity": {"vision": 0.5}}, {"to": [3]}):
+    assert Prune(**common, to="20ms").budget == Prune(**common, to="1.5 s").budget == "latency"
+    wrongs = {"to": True}, {"to": "20ms", "budget": "macs"}, {"to": "30Q"}, {"to": "3M", "tower_sparsity": {"vision": 0.5}}, {"to": [3]}
+    for wrong in wrongs:
         with pytest.raises(ValidationError):
             Prune(**common, **wrong)
 

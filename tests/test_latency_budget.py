@@ -355,6 +355,7 @@ def test_a_run_goes_on_and_is_cut_again_by_its_own_table(chain, tmp_path, instea
     from efficientvlm.stages import prune
 
     settings = {**TRAIN, "model": str(chain / "distilled"), "data": SHAPES, "sparsity": 0.4, "budget": "latency", "save_every": 2}
+    settings["requests"] = {"rounds": 3}
     out = tmp_path / "pruned"
     trained = prune.Pruning.train
     monkeypatch.setattr(prune.Pruning, "train", lambda *given: trained(*given) and (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -373,11 +374,13 @@ def test_a_run_goes_on_and_is_cut_again_by_its_own_table(chain, tmp_path, instea
     assert again.config["budget"] == "latency" and again.extra["budget"]["all"]["achieved"] >= 0.6
     run_stage("prune", out=str(tmp_path / "other"), sparsity=0.6, requests={"batch_size": 2}, **common)
     assert len(instead) == 2 and read_table(tmp_path / "other").batch == 2
+    requests = require_complete(tmp_path / "other").config["requests"]
+    assert requests == {**manifest.config["requests"], "batch_size": 2}, "the others stay as they were"
 
 
 def test_a_plan_measures_nothing(chain, tmp_path, instead, evlm):
     words = ("prune", "--model", chain / "teacher", "--task", "none", "--set", "method=magnitude", "--out", tmp_path / "cut", "--dry-run")
-    code, out, _ = evlm(*words, "--budget", "latency", "--to", "20ms")
+    code, out, _ = evlm(*words, "--to", "20ms")
     assert code == 0 and "is measured when the stage runs" in out and not instead and not (tmp_path / "cut").exists()
 
 

@@ -36,3 +36,9 @@ def amount_of(budget: str, text: str) -> int:
     if not 1 <= amount <= MOST:
         raise ValueError(f"{text!r} is not between 1 and 10^18{' ns' if budget == 'latency' else ''}")
     return amount
+
+
+def is_time(text: object) -> bool:
+    """Whether `text` is an amount of time."""
+    form = FORM.fullmatch(text.strip()) if isinstance(text, str) else None
+    return form is not None and form[2] in TIMES

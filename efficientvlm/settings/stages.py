@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from efficientvlm.settings.amounts import Amount, amount_of
+from efficientvlm.settings.amounts import Amount, amount_of, is_time
 from efficientvlm.settings.base import Aside, Count, DataName, Device, Pixels, Precision, Seed, Size, Strict, Threads
 from efficientvlm.settings.common import Learning, Measuring, Read, Samples, Stage, Taught
 from efficientvlm.settings.methods import METHODS, GateQuirks, Gates
@@ -138,12 +138,19 @@ class Prune(Following, Recut):
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
     to: Amount | None = Field(
         None,
-        description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, 1.5G macs, or 20ms a request",
+        description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, 1.5G macs, or 20ms a request (budget latency)",
     )
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
     keep_dense: bool = True
     calibration_batches: Count = Field(8, ge=1, description="batches of the Taylor criterion")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted_by_its_unit(cls, values: Any) -> Any:
+        """A time that the whole may take says by itself what is counted."""
+        said = isinstance(values, dict) and "budget" not in values and is_time(values.get("to"))
+        return {**values, "budget": "latency"} if said else values
 
     @classmethod
     def task_of(cls, values: Mapping[str, Any]) -> Any:

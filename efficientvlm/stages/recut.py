@@ -151,6 +151,8 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     of_the_data = () if config.data else ("data", "columns", "val", "val_fraction", "limit")
     inherited = ("task", "budget", "text_length", "requests", *of_the_data)
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
+    if requests := given.get("requests"):  # those that are not given stay
+        given["requests"] = {**earlier.config.get("requests", {}), **requests}
     if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
         names = {"quirks", *own.model_fields} - (Prune.model_fields.keys() - {"quirks"})
         known |= {name: earlier.config[name] for name in names if name in earlier.config and name not in given}
