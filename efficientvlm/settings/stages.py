@@ -138,7 +138,7 @@ class Prune(Following, Recut):
     tower_sparsity: dict[str, float] = Field(default_factory=dict, description="separate budgets instead of one")
     to: Amount | None = Field(
         None,
-        description="instead of sparsity, what the whole model may cost: 30M parameters, embeddings included, 1.5G macs, or 20ms a request (budget latency)",
+        description="instead of sparsity, what the whole may cost: 30M parameters with embeddings, 1.5G macs, or 20ms (budget latency)",
     )
     round_to: Count = Field(1, ge=1, description="neurons of a layer are kept in multiples of this")
     allow_blind: bool = Field(False, description="an input may be cut off from an output; else its last path stays open")
