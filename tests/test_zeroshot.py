@@ -238,13 +238,19 @@ def test_the_nearest_class_by_hand(clip: str, photos: Path, tmp_path: Path) -> N
 
 def test_names_that_are_alike_or_cannot_be_read(clip: str) -> None:
     texts = texts_of(load(clip, weights=False))
-    counts, remarks = of_names(texts, Classes(["1", "2", "3"], ["cat", "Cat", "dogs"]))
-    assert counts["shared_class_names"] == 2 and "2 of 3 classes have a name in common" in remarks[0]
+    plain = Prompts.of(["{}"])
+    counts, remarks = of_names(texts, Classes(["1", "2", "3"], ["cat", "Cat", "dogs"]), plain)
+    assert counts["shared_class_names"] == 2 and "2 of 3 classes read alike (cat, Cat)" in remarks[0]
+    long = Classes(["1", "2", "3"], ["a " * texts.max_tokens + end for end in ("cat", "dogs")] + ["cat"])
+    assert of_names(texts, long, plain)[0]["shared_class_names"] == 2
+    with pytest.raises(BadInput, match="3 class names cannot be told apart"):
+        of_names(texts, long, Prompts.of(["a " * texts.max_tokens + "{}"]))
+    assert of_names(texts, long, Prompts.of(["a " * texts.max_tokens + "{}", "{}"]))[0]["shared_class_names"] == 2
     tokenizer = texts.tokenizer
     if texts.unknown is not None or tokenizer.unk_token_id is not None:
         with pytest.raises(BadInput, match="2 class names cannot be told apart"):
-            of_names(texts, Classes(["1", "2"], ["貓", "狗"]))
-        counts, remarks = of_names(texts, Classes(["1", "2", "3"], ["貓", "狗", "cat 貓 a"]))
+            of_names(texts, Classes(["1", "2"], ["貓", "狗"]), plain)
+        counts, remarks = of_names(texts, Classes(["1", "2", "3"], ["貓", "狗", "cat 貓 a"]), plain)
         assert counts == {"unread_class_names": 3, "shared_class_names": 2} and len(remarks) == 2
 
 

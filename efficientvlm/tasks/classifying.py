@@ -60,7 +60,7 @@ def classify(config: ZeroshotQuestion, loaded: Loaded) -> dict[str, Any]:
     named = [Path(resolve(name)) for name in config.image]
     pictures = Unlabelled(named)
     sheet = picture_path(config.sheet, [path for path in named if path.is_file()]) if config.sheet else None
-    for remark in (*pictures.remarks, *of_names(texts, classes)[1]):
+    for remark in (*pictures.remarks, *of_names(texts, classes, prompts)[1]):
         say(f"predict: {remark}")
     quiet = config.quiet or len(pictures) <= BATCH
     features = class_features(loaded, texts, classes, prompts, batch_size=BATCH, title="predict", quiet=quiet)

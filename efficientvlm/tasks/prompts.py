@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,28 +104,39 @@ def class_features(loaded: Loaded, texts: Texts, classes: Classes, prompts: Prom
     return features
 
 
-def of_names(texts: Texts, classes: Classes) -> tuple[dict[str, int], list[str]]:
-    """Counts and remarks on names that the tokenizer cannot read, and on those that are alike to it, so that the first of their classes is
-    always said.
+def of_names(texts: Texts, classes: Classes, prompts: Prompts) -> tuple[dict[str, int], list[str]]:
+    """Counts and remarks on names that the tokenizer cannot read, and on those whose sentences read alike, so that the first of their
+    classes is always said.
 
     Raises:
-        BadInput: they are all alike to it.
+        BadInput: they all read alike.
     """
-    own = Texts(texts.tokenizer)
-    ids, identities = own.ids(classes.names), own.identities(classes.names)
-    unread = [name for name, identity in zip(classes.names, identities, strict=True) if identity is None]
-    if len(set(map(tuple, ids))) == 1 < len(set(classes.names)):
-        why = f"to the tokenizer all of them are one ({named(classes.names)})"
-        raise BadInput(f"{len(classes):,} class names cannot be told apart", why, "name the classes in its language")
-    shared = Counter(map(tuple, ids))
-    alike = [name for name, tokens in zip(classes.names, ids, strict=True) if shared[tuple(tokens)] > 1]
+    own = Texts(texts.tokenizer, texts.max_tokens)
+    unread = [name for name, identity in zip(classes.names, own.identities(classes.names), strict=True) if identity is None]
+    groups = _alike(own, classes.names, prompts)
+    alike = [classes.names[number] for number in sorted(number for group in groups for number in group)]
+    if len(alike) == len(classes) and len(groups) == 1 and len(set(classes.names)) > 1:
+        why = f"as the tokenizer reads them, up to {own.max_tokens} tokens, their sentences are one ({named(classes.names)})"
+        raise BadInput(f"{len(classes):,} class names cannot be told apart", why, "name the classes in its language, or in fewer words")
     remarks = []
     if unread:
         remarks.append(f"the tokenizer lacks a part of {len(unread):,} of {len(classes):,} class names ({named(unread)})")
     if alike:
         why = "the first of those that are alike is said for all of them"
-        remarks.append(f"{len(alike):,} of {len(classes):,} classes have a name in common ({named(list(dict.fromkeys(alike)))}): {why}")
+        remarks.append(f"{len(alike):,} of {len(classes):,} classes read alike ({named(list(dict.fromkeys(alike)))}): {why}")
     return {"unread_class_names": len(unread), "shared_class_names": len(alike)}, remarks
+
+
+def _alike(texts: Texts, names: Sequence[str], prompts: Prompts) -> list[list[int]]:
+    """Groups of the numbers of `names` of which every sentence has the same tokens, after the cut; mostly the first template tells all apart."""
+    groups, room_of_text = [list(range(len(names)))], texts.room()
+    for template in prompts.templates:
+        parts: dict[tuple[int, ...], list[int]] = {}
+        for at, group in enumerate(groups):
+            for number, ids in zip(group, texts.ids([template.replace(PLACE, names[number]) for number in group]), strict=True):
+                parts.setdefault((at, *ids[:room_of_text]), []).append(number)
+        groups = [part for part in parts.values() if len(part) > 1]
+    return groups
 
 
 def record_of(prompts: Prompts) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Zeroshot(Asked):
         sets = list(sets_of(config, source, others or {}))
         texts = texts_of(loaded)
         for one in sets:
-            for remark in (*one.classes.remarks, *of_names(texts, one.classes)[1]):
+            for remark in (*one.classes.remarks, *of_names(texts, one.classes, one.prompts)[1]):
                 say(f"{title if one.name == OWN else f'eval {one.name}'}: {remark}", quiet=quiet)
         features: dict[tuple[tuple[str, ...], ...], Tensor] = {}
         metrics: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Zeroshot(Asked):
             if key not in features:
                 features[key] = class_features(loaded, texts, one.classes, one.prompts, batch_size=config.batch_size, **shown)
             told, values[one.name] = told_of(loaded, one, features[key], config.batch_size, **shown)
-            told |= of_names(texts, one.classes)[0]
+            told |= of_names(texts, one.classes, one.prompts)[0]
             if one.name == OWN:
                 metrics |= told
             else:
@@ -148,7 +148,7 @@ class Zeroshot(Asked):
 
     def reading_of_measuring(self, config: ZeroshotEval, loaded: Loaded, source: Any) -> Reading:
         classes = classes_named(classes_of(source), NamesFile.read(expanded(config.classes)) if config.classes else None, config.data)
-        counts, remarks = of_names(texts_of(loaded), classes)
+        counts, remarks = of_names(texts_of(loaded), classes, Prompts.of(config.templates))
         return Reading({"classes": len(classes), **counts}, [*classes.remarks, *remarks])
 
     def bytes_of_measuring(self, config: ZeroshotEval, loaded: Loaded, source: Any) -> int:
