@@ -137,14 +137,22 @@ def test_a_file_of_names(tmp_path: Path) -> None:
         ("a\nb", ["0", "2"], "has a class 2, and there are 2 names, counted from 0"),
         ("a\tb", ["x", "y"], "2 of 2 classes of d have no name there: x, y"),
         ("a\nb\nc", ["x", "y"], "2 of 2 classes"),
-        ("x\nx\ny", ["x", "y"], "x stand there twice"),
+        ("x\nx\ny", ["x", "y"], "there is more than one x"),
+        ("x\ta\ny", ["x", "y"], "other lines have a class, a tab and its name, 'y' has not"),
+        ("n01440764 tench\ndog", wnids, "a synset and its name, 'dog' has not"),
         ("x\ta\nx\tb", ["x"], "1 class has two names"),
         ("\n", ["x"], "it holds no names"),
     ):
         with pytest.raises(BadInput) as refused:
             of("bad.txt", text, known)
         assert why in refused.value.why, text
-    for name, content in (("bad.json", b"[1, 2]"), ("deep.json", b"[" * 5000), ("latin.txt", b"caf\xe9"), ("no.csv", b"a,b\n1,2")):
+    for name, content in (
+        ("bad.json", b"[1, 2]"),
+        ("deep.json", b"[" * 5000),
+        ("twice.json", b'{"a": "b", "a": "c"}'),
+        ("latin.txt", b"caf\xe9"),
+        ("no.csv", b"a,b\n1,2"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadInput, match="cannot read the class names"):
             NamesFile.read(tmp_path / name)
@@ -192,8 +200,8 @@ def test_templates(tmp_path: Path) -> None:
         tmp_path / "own.txt"
     ]
     (tmp_path / "own.txt").write_text("{}\nno place\n")
-    for wrong in (str(tmp_path / "own.txt"), "clip-80"):
-        with pytest.raises(BadInput):
+    for wrong in (str(tmp_path / "own.txt"), "clip-80", "", " "):
+        with pytest.raises(BadInput, match=r"templates"):
             Prompts.of([wrong])
 
 

@@ -19,7 +19,7 @@ from efficientvlm.data.text_tables import lines_of
 from efficientvlm.errors import BadInput, number_of, shorten
 
 LARGEST = 64 * MIB
-SYNSET = re.compile(r"n\d{8}")
+SYNSET, ANY = re.compile(r"n\d{8}"), re.compile(".+")
 KEY_NAMES = ("class", "label", "key", "id", "wnid", "synset")
 NAMED = 3
 
@@ -77,16 +77,16 @@ class NamesFile:
     def _json(cls, path: Path, text: str) -> NamesFile:
         fix = 'write a list of names, or an object of them: {"n01440764": "tench"}'
         try:
-            found = json.loads(text)
+            found = json.loads(text, object_pairs_hook=tuple)  # an object of Python would keep the last of two names
         except (ValueError, RecursionError) as error:
             raise cls._wrong(path, f"it is no JSON ({error})", fix) from None
         if isinstance(found, list):
             return cls(path, listed=[cls._name(path, one, fix) for one in found])
-        if not isinstance(found, dict):
+        if not isinstance(found, tuple):
             raise cls._wrong(path, "it is neither a list nor an object", fix)
-        if all(isinstance(one, list) and len(one) == 2 for one in found.values()):
-            return cls._pairs(path, [(str(key), cls._name(path, name, fix)) for key, name in found.values()])
-        return cls._pairs(path, [(key, cls._name(path, name, fix)) for key, name in found.items()])
+        if all(isinstance(one, list) and len(one) == 2 for _, one in found):
+            found = tuple((str(key), name) for _, (key, name) in found)
+        return cls._pairs(path, [(key, cls._name(path, name, fix)) for key, name in found])
 
     @classmethod
     def _rows(cls, path: Path, text: str, mark: str, ending: str) -> NamesFile:
@@ -105,13 +105,17 @@ class NamesFile:
             if short := next((number for number, row in enumerate(full, 2) if len(row) <= max(key, at)), None):
                 raise cls._wrong(path, f"row {short} has too few cells", "write a class and its name")
             return cls._pairs(path, [(row[key].strip(), row[at].strip()) for row in full])
-        tabbed = [line.partition("\t") for line in lines]
-        if tabbed and all(name.strip() for _, _, name in tabbed):
-            return cls._pairs(path, [(key.strip(), name.strip()) for key, _, name in tabbed])
-        words = [line.strip().partition(" ") for line in lines]
-        if words and all(SYNSET.fullmatch(key) and name.strip() for key, _, name in words):
-            return cls._pairs(path, [(key, name.strip()) for key, _, name in words])
-        return cls(path, listed=[line.strip() for line in lines])
+        lines = [line.strip() for line in lines]
+        for between, form, what in (("\t", ANY, "a class, a tab and its name"), (" ", SYNSET, "a synset and its name")):
+            pairs = [(key.strip(), name.strip()) for key, _, name in (line.partition(between) for line in lines)]
+            fit = [bool(name and form.fullmatch(key)) for key, name in pairs]
+            if not any(fit):
+                continue
+            if not all(fit):
+                why = f"other lines have {what}, '{shorten(lines[fit.index(False)], 60)}' has not"
+                raise cls._wrong(path, why, f"write {what} in every line, or in none")
+            return cls._pairs(path, pairs)
+        return cls(path, listed=lines)
 
     @classmethod
     def _pairs(cls, path: Path, pairs: Sequence[tuple[str, str]]) -> NamesFile:
@@ -153,7 +157,7 @@ class NamesFile:
             return Classes(list(mapped), list(mapped.values()))
         if set(known) <= set(listed):
             if twice := [text for text, count in Counter(listed).items() if count > 1]:
-                why = f"{named(twice)} stand there twice, and the classes of {name} are named by it"
+                why = f"there is more than one {named(twice)}, and the classes of {name} are named by it"
                 raise self._wrong(self.path, why, "write every class once, or a class, a tab and its name a line")
             return Classes(list(listed), list(listed))
         by_key = {said(key): key for key in known}

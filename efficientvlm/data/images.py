@@ -60,7 +60,7 @@ def open_sized(source: str | Path | bytes, size: Preprocessing | int | None = No
         raise BadInput(where, f"it has more than {MAX_PIXELS:,} pixels", "scale it down") from None
     except Exception as error:  # noqa: BLE001  on damaged bytes Pillow raises whatever its decoders stumble over
         reason = f"it cannot be read as a picture ({str(error).split(' <')[0] or type(error).__name__})"
-        raise BadInput(where, f"{file}: {reason}" if file else reason, "replace or remove it") from None
+        raise BadInput(where, reason if file in where else f"{file}: {reason}", "replace or remove it") from None
 
 
 def _reduce(image: Image.Image, how: Preprocessing) -> tuple[int, int] | None:
@@ -82,7 +82,8 @@ def _bytes_of(source: str | Path | bytes, where: str) -> IO[bytes]:
     try:
         content = open_plain(Path(source))
     except BadInput as error:
-        raise BadInput(where, f"{source}: it cannot be read as a picture ({error.why})", "replace or remove it") from None
+        reason = f"it cannot be read as a picture ({error.why})"
+        raise BadInput(where, reason if str(source) in where else f"{source}: {reason}", "replace or remove it") from None
     if (size := os.fstat(content.fileno()).st_size) > LARGEST_PICTURE:
         content.close()
         raise BadInput(where, f"{source} has {size:,} bytes, a picture at most {LARGEST_PICTURE:,}", "scale it down")

@@ -59,7 +59,7 @@ def classify(config: ZeroshotQuestion, loaded: Loaded) -> dict[str, Any]:
     out = _csv_path(config) if config.out else None
     named = [Path(resolve(name)) for name in config.image]
     pictures = Unlabelled(named)
-    sheet = picture_path(config.sheet, [path for path in named if path.is_file()]) if config.sheet else None
+    sheet = picture_path(config.sheet, [path for path in named if path.is_file()], option="--sheet") if config.sheet else None
     for remark in (*pictures.remarks, *of_names(texts, classes, prompts)[1]):
         say(f"predict: {remark}")
     quiet = config.quiet or len(pictures) <= BATCH

@@ -127,7 +127,7 @@ class OverPictures(Generic[T]):
 
     def lost(self, name: str, error: BadInput, what: str = "") -> str:
         """Why `what` of a picture is left out; the first few are said."""
-        why = f"{what}{name}: {(error.why or error.what).removeprefix(f'{name}: ')}"
+        why = f"{what}{name}: {error.why or error.what}"
         self.told[what] += 1
         if self.told[what] <= SHOWN:
             say(f"predict: left out {why}")

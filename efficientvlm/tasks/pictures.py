@@ -30,7 +30,7 @@ def with_box(image: str | Path, box: PixelBox) -> Image.Image:
     return picture
 
 
-def picture_path(out: str, sources: Sequence[str | Path] = ()) -> Path:
+def picture_path(out: str, sources: Sequence[str | Path] = (), *, option: str = "--out") -> Path:
     """The PNG file that a picture is written to: none yet, or one that :func:`write_picture` wrote.
 
     Raises:
@@ -38,11 +38,11 @@ def picture_path(out: str, sources: Sequence[str | Path] = ()) -> Path:
     """
     path = result_path(out, "found.png")
     if path.suffix.lower() != ".png":
-        raise BadInput(f"--out {out}", "pictures are written as PNG", "give a file that is called .png")
+        raise BadInput(f"{option} {out}", "pictures are written as PNG", "give a file that is called .png")
     if any(os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source) for source in sources):
-        raise BadInput(f"--out {out}", "it is the picture itself, which is not changed", "give another file")
+        raise BadInput(f"{option} {out}", "it is the picture itself, which is not changed", "give another file")
     if os.path.lexists(path) and not _is_ours(path):
-        raise BadInput(f"--out {out}", "there is another picture, which evlm predict did not write", "remove it, or give another file")
+        raise BadInput(f"{option} {out}", "there is another picture, which evlm predict did not write", "remove it, or give another file")
     return path
 
 

@@ -48,7 +48,7 @@ class Prompts:
             elif one in TEMPLATES:
                 templates += TEMPLATES[one]
             else:
-                templates += _lines(expanded(one))
+                templates += _lines(one)
         return cls(list(dict.fromkeys(templates)), files)
 
     def texts(self, name: str) -> list[str]:
@@ -61,10 +61,11 @@ def files_of(given: Sequence[str]) -> list[Path]:
     return [expanded(one) for one in given if PLACE not in one and one not in TEMPLATES]
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
+def _lines(name: str) -> list[str]:
+    path = expanded(name)
+    if not name.strip() or not path.exists():
         why = f"it is no template, which has {PLACE} for the class, no file, and none of the known lists {', '.join(TEMPLATES)}"
-        raise BadInput(f"templates {shorten(str(path), 80)}", why, f'write for example "a photo of a {PLACE}."')
+        raise BadInput(f"templates '{shorten(name, 80)}'", why, f'write for example "a photo of a {PLACE}."')
     content = read_limited(path, LARGEST, "a file of templates")
     try:
         lines = [line.strip() for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
@@ -128,7 +129,7 @@ def of_names(texts: Texts, classes: Classes, prompts: Prompts) -> tuple[dict[str
 
 
 def _alike(texts: Texts, names: Sequence[str], prompts: Prompts) -> list[list[int]]:
-    """Groups of the numbers of `names` of which every sentence has the same tokens, after the cut; mostly the first template tells all apart."""
+    """Groups of the numbers of `names` of which every sentence is cut to the same tokens; the first template mostly tells all apart."""
     groups, room_of_text = [list(range(len(names)))], texts.room()
     for template in prompts.templates:
         parts: dict[tuple[int, ...], list[int]] = {}

@@ -123,7 +123,7 @@ def asked_texts(config: RetrievalQuestion) -> list[str]:
 
 def said_of_lost(files: Files) -> list[str]:
     """That pictures were left out, how many, and why the first of them."""
-    lines = [f"left out {path}: {(error.why or error.what).removeprefix(f'{path}: ')}" for path, error in list(files.lost.items())[:SHOWN]]
+    lines = [f"left out {path}: {error.why or error.what}" for path, error in list(files.lost.items())[:SHOWN]]
     return [*lines, f"{len(files.lost):,} of {len(files.paths):,} pictures cannot be read and were left out"] if lines else []
 
 
