@@ -59,7 +59,7 @@ FIGURES = {
         "cider_d",
         ("bleu_1", "bleu_4", "rouge_l", "cider_d"),
         {
-            TEACHER: ("captions-teacher", ("aligned", "captions-teacher"), "pretrained towers, contrast and hidden words, then captions"),
+            TEACHER: ("captions-teacher", ("aligned", "captions-teacher"), "pretrained towers, contrast, then captions"),
             PLAIN: ("captions-no-kd", ("captions-no-kd",), CUT),
             METHOD: ("captions-final", ("captions-distilled", "captions-pruned", "captions-final"), TAUGHT),
         },
