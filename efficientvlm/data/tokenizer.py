@@ -210,7 +210,7 @@ def _load_stock(folder: Path, kind: str, bert: bool) -> PreTrainedTokenizerFast:
 def _tried(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """`tokenizer`, after it has read and written a sentence: what is wrong with its parts shows when they run."""
     for text in (TRIAL, ""):
-        tokenizer.decode(tokenizer(text)["input_ids"])
+        tokenizer.decode(tokenizer(text, verbose=False)["input_ids"])
     return tokenizer
 
 
