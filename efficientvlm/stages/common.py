@@ -57,7 +57,7 @@ def open_output(config: Any, stage: str, control: Control, inputs: Mapping[str, 
     output = claimed[0] if claimed else Output(files.expanded(config.out), stage, given, {}, settings, mine=False)
     output.up_to_date, output.beside = answer["up_to_date"], answer["beside"]
     if output.up_to_date:
-        others = ["what was learnt is the same; evlm eval measures it, --force makes it anew"] if output.differing else []
+        others = ["what was made is the same; --force makes it anew"] if output.differing else []
         say("\n  ".join([f"{stage}: {output.path} is up to date", *output.differing, *others]), quiet=control.quiet)
     return output
 
