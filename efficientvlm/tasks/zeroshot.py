@@ -95,19 +95,20 @@ class Zeroshot(Asked):
         """
         sets = list(sets_of(config, source, others or {}))
         texts = texts_of(loaded)
-        for one in sets:
-            for remark in (*one.classes.remarks, *of_names(texts, one.classes, one.prompts)[1]):
+        counted_names = [of_names(texts, one.classes, one.prompts) for one in sets]
+        for one, (_, remarks) in zip(sets, counted_names, strict=True):
+            for remark in (*one.classes.remarks, *remarks):
                 say(f"{title if one.name == OWN else f'eval {one.name}'}: {remark}", quiet=quiet)
         features: dict[tuple[tuple[str, ...], ...], Tensor] = {}
         metrics: dict[str, Any] = {}
         values: dict[str, float] = {}
-        for one in sets:
+        for one, (counts, _) in zip(sets, counted_names, strict=True):
             shown: dict[str, Any] = {"title": title if one.name == OWN else f"eval {one.name}", "quiet": quiet}
             key = tuple(one.classes.names), tuple(one.prompts.templates)
             if key not in features:
                 features[key] = class_features(loaded, texts, one.classes, one.prompts, batch_size=config.batch_size, **shown)
             told, values[one.name] = told_of(loaded, one, features[key], config.batch_size, **shown)
-            told |= of_names(texts, one.classes, one.prompts)[0]
+            told |= counts
             if one.name == OWN:
                 metrics |= told
             else:
