@@ -36,12 +36,12 @@ def of(lines: Lines, column: str) -> list[float]:
 
 
 def by_model(lines: Lines, task: str) -> dict[str, Lines]:
-    """The rows of a task by model; they differ in their seeds."""
+    """The rows of a task by model, those that see everything first; they differ in their seeds."""
     found: dict[str, Lines] = {}
     for line in lines:
         if line["task"] == task:
             found.setdefault(line["model"], []).append(line)
-    return found
+    return {name: found[name] for name in (*SEEING, *found) if name in found}
 
 
 def doubts(models: dict[str, Lines]) -> list[str]:
