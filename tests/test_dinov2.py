@@ -119,6 +119,7 @@ def test_other_kinds_of_dinov2_are_refused_by_name(towers, tmp_path, change, mes
         ("encoder.layer.0.norm2.bias", None, "lack 1 tensor"),
         ("embeddings.register_tokens", torch.ones(1, 4, 32), "no place for"),
         ("encoder.layer.1.mlp.fc2.weight", torch.full((32, 64), float("nan")), "not all finite"),
+        ("encoder.layer.1.mlp.fc2.weight", torch.full((32, 64), 1e300, dtype=torch.float64), "not all finite"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(towers, tmp_path, name, value, message):

@@ -148,6 +148,11 @@ def test_neurons_that_a_dinov2_of_transformers_cannot_count_are_said() -> None:
         ("convnext", lambda f: spoil_weights(f, lambda t: t.update({"layernorm.bias": torch.ones(9)})), "mismatched keys"),
         ("dinov2", lambda f: spoil_weights(f, lambda t: t.update({"embeddings.register_tokens": torch.ones(1, 4, 16)})), "unexpected keys"),
         ("swin", lambda f: spoil_weights(f, lambda t: t["layernorm.bias"].fill_(float("nan"))), "not all finite"),
+        (
+            "swin",
+            lambda f: spoil_weights(f, lambda t: t.update({"layernorm.bias": t["layernorm.bias"].double() + 1e300})),
+            "not all finite",
+        ),
     ],
 )
 def test_backbones_that_do_not_fit_are_refused(tmp_path: Path, name: str, spoil: Any, said: str) -> None:

@@ -197,3 +197,50 @@ def test_the_stage(tmp_path, capsys):
         with pytest.raises(BadInput, match=r"the tokenizer has \d+ tokens|the tokenizer has no \[DEC\]"):
             import_.run(config.model_copy(update={"out": str(tmp_path / f"{vocab}")}), QUIET)
         assert not (tmp_path / f"{vocab}").exists()
+
+
+WRONG = {
+    "float64 beyond float32": (torch.full((64,), 1e300, dtype=torch.float64), "not all finite floats"),
+    "integers": (torch.ones(64, dtype=torch.int8), "not all finite floats"),
+    "complex": (torch.ones(64, dtype=torch.complex64), "not all finite floats"),
+    "float8, not a number": (torch.full((64,), float("nan")).to(torch.float8_e5m2), "not all finite floats"),
+    "sparse": (torch.ones(64).to_sparse(), "sparse"),
+    "without values": (torch.ones(64, device="meta"), "no values"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("layout", ["captioning", "pretrain"])
+def test_tensors_that_are_no_weights(tmp_path, kind, layout):
+    tensor, why = WRONG[kind]
+    with_tensor = {"model": published(layout) | {"visual_encoder.norm.weight": tensor}}
+    torch.save(with_tensor, tmp_path / "x.pth")  # noqa: TID251  what the published code does
+    with pytest.raises(BadInput) as refused:
+        read_published(tmp_path / "x.pth")
+    assert why in refused.value.why
+
+
+@pytest.mark.parametrize("layout", ["pretrain", "retrieval"])
+@pytest.mark.parametrize("temperature", [-0.1, float("inf"), 1j])
+def test_a_temperature_is_one_in_every_layout(tmp_path, layout, temperature):
+    with_it = {"model": published(layout) | {"temp": torch.tensor(temperature)}}
+    torch.save(with_it, tmp_path / "x.pth")  # noqa: TID251  what the published code does
+    with pytest.raises(BadInput, match="damaged"):
+        read_published(tmp_path / "x.pth")
+
+
+def test_layers_that_do_not_look_at_images_are_told(tmp_path):
+    state = {name: value for name, value in published("captioning").items() if "layer.1.crossattention" not in name}
+    _, _, report = read_published(safe(tmp_path / "x.safetensors", state))
+    assert report.remarks == ["only 2 of 3 layers of decoder attend to images"]
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize(
+    "text", ["<!DOCTYPE html>\n<p>No such file</p>" + "." * 90, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"]
+)
+def test_a_text_in_place_of_weights_is_quoted(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput) as refused:
+        read_published(tmp_path / name)
+    assert text.splitlines()[0] in refused.value.why

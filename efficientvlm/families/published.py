@@ -13,7 +13,7 @@ from torch import Tensor
 
 from efficientvlm import families
 from efficientvlm.errors import BadInput, number_of
-from efficientvlm.families.weights import AGAIN, finite, read_file, renewed
+from efficientvlm.families.weights import AGAIN, floats, read_file, renewed
 from efficientvlm.settings.layouts import LAYOUTS, Layout
 
 FIX = f"give a published X-VLM, EfficientVLM or BLIP file: {', '.join(sorted({layout.name for layout in LAYOUTS}))}"
@@ -26,7 +26,7 @@ class Report:
     """What became of the entries of a published file: how many were mapped, and which were ignored, by reason.
 
     `assumed` are configuration fields that the file cannot tell and nobody gave. `family` is that of the network in it, `added` are tokens
-    of it that the tokenizer lacked.
+    of it that the tokenizer lacked, `remarks` what else has to be said of the file.
     """
 
     layout: str = ""
@@ -35,6 +35,7 @@ class Report:
     ignored: dict[str, list[str]] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def ignore(self, reason: str, name: str) -> None:
         self.ignored.setdefault(reason, []).append(name)
@@ -79,12 +80,12 @@ class Published:
                 raise BadInput(
                     f"{self.path} is ambiguous", f"it holds {name} with and without a prefix", "remove one of them from the file"
                 )
-            elif not (tensor.is_floating_point() and finite(tensor)):
+            elif floats(tensor) is None:
                 raise BadInput(f"{self.path} is damaged", f"{name} is not all finite floats", AGAIN)
             else:
                 called[ours] = name
         if unknown:
-            raise BadInput(f"{self.path} has {len(unknown)} entries of unknown meaning", listed(unknown), FIX)
+            raise BadInput(f"{self.path} has {number_of(len(unknown), 'entry', 'entries')} of unknown meaning", listed(unknown), FIX)
         return called
 
     def require_equal(self, name: str, twin: str, fix: str) -> None:
@@ -193,6 +194,10 @@ def _entries(path: Path, report: Report, values: bool) -> dict[str, Tensor]:
     for name, value in zip(map(renewed, names), content.values(), strict=True):
         if not isinstance(value, Tensor):
             raise BadInput(f"{path} holds no model", f"its entry {name} is a {type(value).__name__}, not a tensor", FIX)
+        if value.layout is not torch.strided or (values and value.is_meta):
+            raise BadInput(
+                f"{path} holds no model", f"its entry {name} is sparse, or has a shape but no values", "save it as a dense tensor"
+            )
         if name in tensors:
             raise BadInput(f"{path} is ambiguous", f"it holds {name} under an old and a new name", "remove one of them from the file")
         tensors[name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import string
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from efficientvlm.checkpoints.manifest import inside, read_json
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, shorten
 
 # what reading damaged bytes raises, tried on some thousand damaged files
 DAMAGED = (
@@ -56,17 +57,26 @@ def read_file(path: Path, *, values: bool = True) -> dict[str, Any]:
                     raise BadInput(f"{path} is damaged", f"the checksum of {broken} is wrong", AGAIN)
         content = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)  # noqa: TID251  the one place that reads published pickles
     except (SafetensorError, BadZipFile) as error:
-        raise BadInput(f"{path} is damaged or cut short", _first_line(error), AGAIN) from None
+        raise BadInput(f"{path} is damaged or cut short", _text_in(path) or _first_line(error), AGAIN) from None
     except OSError as error:
         raise BadInput(f"cannot read {path}", _first_line(error), "check the path") from None
     except DAMAGED as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             fix = "where you trust it, save its tensors as .safetensors and import that"
             raise BadInput(f"{path} holds more than tensors", f"it refers to {found[1]}, and no code is run here", fix) from None
-        raise BadInput(f"{path} is damaged, or no PyTorch file", _first_line(error), AGAIN) from None
+        raise BadInput(f"{path} is damaged, or no PyTorch file", _text_in(path) or _first_line(error), AGAIN) from None
     if not isinstance(content, Mapping):
         raise BadInput(f"{path} holds no weights", f"it is a {type(content).__name__}", "give a file of named tensors")
     return dict(content)
+
+
+def _text_in(path: Path) -> str:
+    """That a file is a text, as a page or a git-lfs pointer saved in place of weights is, and how it begins; empty where it is none."""
+    with path.open("rb") as file:
+        begin = file.read(60)
+    if not begin or set(begin) - set(map(ord, string.printable)):
+        return ""
+    return f"it is a text that begins with {shorten(begin.decode().split(chr(10))[0])!r}, not weights"
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:
@@ -111,6 +121,12 @@ def weight_files(folder: Path) -> list[Path]:
 def finite(values: Tensor) -> bool:
     """Whether all values are finite numbers; a finite sum, which is fast to make, says so already. True on the meta device."""
     return values.is_meta or bool(values.sum().isfinite() or values.isfinite().all())
+
+
+def floats(tensor: Tensor) -> Tensor | None:
+    """`tensor` as float32; None unless it holds real floats that are finite as such too, as far as its values are known."""
+    found = tensor.detach().to(torch.float32) if tensor.is_floating_point() else None
+    return found if found is not None and finite(found) else None
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: Path) -> None:

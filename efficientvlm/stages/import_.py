@@ -100,6 +100,8 @@ def _tell(report: Report, able: Sequence[str], control: Control) -> None:
     say(f"import: {report.layout} layout, {report.mapped} tensors; it can {can}", quiet=control.quiet)
     if report.added:
         say(f"import: added to the tokenizer, as published: {', '.join(report.added)}", quiet=control.quiet)
+    for remark in report.remarks:
+        say(f"import: {remark}", quiet=control.quiet)
     for reason, names in report.ignored.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         say(f"import: ignored {shown} ({reason})", quiet=control.quiet)

@@ -16,7 +16,7 @@ from efficientvlm.families.blip.start import Sizes, fresh_config
 from efficientvlm.families.checks import Many
 from efficientvlm.families.published import FIX, HEAD_WIDTH, TIED, Published, grid_of, require_usual_heads
 from efficientvlm.families.towers.parts import resize_positions
-from efficientvlm.families.weights import AGAIN
+from efficientvlm.families.weights import AGAIN, floats
 from efficientvlm.settings.base import parse
 
 VISION = {
@@ -130,9 +130,11 @@ def _config(file: Published, given: Mapping[str, Any]) -> SlicedBlipConfig:
         crossing = {"text": crossing["text"] | crossing["decoder"]}
     few = {tower: sorted(layers) for tower, layers in crossing.items() if len(layers) < depth[tower]}
     config.cross_layers = few or None
+    file.report.remarks = [f"only {len(layers)} of {depth[tower]} layers of {tower} attend to images" for tower, layers in few.items()]
     if file.layout.images > 1:
         config.merging_layers = sorted(int(found[2]) for found in map(LAYER.match, tensors) if found and found[3] == f"{MERGE}.weight")
-    config.contrast_temperature = None if config.shares else _temperature(file)
+    temperature = _temperature(file)
+    config.contrast_temperature = None if config.shares else temperature
     config.answers = answers if answers is None else [*answers]
     config.rank_top = config.rank_top if rank_top is None else rank_top
     return config
@@ -142,9 +144,10 @@ def _temperature(file: Published) -> float | None:
     """What a network that only compares and matches was trained with; None where the file, or what was read of it, does not say."""
     if "temp" not in file.tensors or file.tensors["temp"].is_meta:
         return None
-    value = file.tensors["temp"].float()
-    if value.numel() != 1 or not 0 < float(value) < HOTTEST:
-        raise BadInput(f"{file.path} is damaged", f"temp is {value.tolist()}, a temperature is above 0 and below {HOTTEST}", AGAIN)
+    stored = file.tensors["temp"]
+    value = floats(stored)
+    if value is None or value.numel() != 1 or not 0 < float(value) < HOTTEST:
+        raise BadInput(f"{file.path} is damaged", f"temp is {stored.tolist()}, a temperature is above 0 and below {HOTTEST}", AGAIN)
     return round(float(value), 6)
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from efficientvlm.families.dual.network import MODELS, TOWER
 from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
 from efficientvlm.families.loading import advice, image_statistics, open_config, open_model, read_json
-from efficientvlm.families.weights import finite, read_folder
+from efficientvlm.families.weights import floats, read_folder
 
 CONFIGS: dict[str, Any] = {STOCK[0]: DualConfig, **{kind.model_type: kind for kind in MODELS}}
 OWN = {kind.model_type for kind in MODELS}
@@ -101,7 +100,8 @@ def filled(model: Any, state: dict[str, Tensor], left: list[str], where: Path, f
     found = {"missing keys": missing, "unexpected keys": surplus, "mismatched keys": wrong}
     if said := [f"{len(names)} {what}, first {names[0]}" for what, names in found.items() if names]:
         raise BadInput(f"{where}: weights do not fit config.json", "; ".join(said), advice(where))
-    if broken := [name for name, tensor in state.items() if not (tensor.is_floating_point() and finite(tensor))]:
-        raise BadInput(f"{where} holds damaged weights", f"{broken[0]} is not all finite floats", advice(where))
-    model.load_state_dict({**own, **{name: tensor.to(torch.float32) for name, tensor in state.items()}}, strict=True)
+    for name, tensor in state.items():
+        if (values := floats(tensor)) is None:
+            raise BadInput(f"{where} holds damaged weights", f"{name} is not all finite floats", advice(where))
+        own[name].copy_(values)
     return model.eval()

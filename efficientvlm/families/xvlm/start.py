@@ -15,7 +15,7 @@ from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput, number_of, shorten
 from efficientvlm.families.loading import image_statistics, open_config, read_json
 from efficientvlm.families.towers.parts import resize_positions
-from efficientvlm.families.weights import finite, read_folder
+from efficientvlm.families.weights import floats, read_folder
 from efficientvlm.families.xvlm.config import XVLMConfig, check_sizes, checked_settings
 from efficientvlm.families.xvlm.dinov2 import MEAN, STD, add_patch_bias, check_dinov2, dinov2_state, dinov2_values
 from efficientvlm.families.xvlm.names import bert_name, clip_name, stack_name
@@ -211,9 +211,9 @@ def _fill(model: XVLMModel, state: Mapping[str, Tensor], vision: Path, text: Pat
                 f"{name} has shape {list(tensor.shape)}, {needed} is needed",
                 "save or download the model again",
             )
-        if not (tensor.is_floating_point() and finite(tensor)):
+        if (found := floats(tensor)) is None:
             raise BadInput("the weights of a tower are damaged", f"{name} is not all finite floats", "fetch them again")
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+        own[name].copy_(found)
     return new
 
 
