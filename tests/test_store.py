@@ -120,8 +120,15 @@ def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monke
     assert store.has(names).tolist() == [True, True, False, True, True, False]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stage("embed", model=teacher, out=str(tmp_path / "whole"), **SHAPES)
+@pytest.mark.parametrize("side", ["images", "sentences"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(embed, "say", lambda text, **_: said.append(text))
+    (tmp_path / "pile.txt").write_text("".join(f"a dog and {number} cats in a garden\n" for number in range(10)))
+    own = {"side": side, "max_tokens": 4, "data": str(tmp_path / "pile.txt")} if side == "sentences" else {}
+    settings = SHAPES | own
+    run_stage("embed", model=teacher, out=str(tmp_path / "whole"), **settings)
+    assert any("10 texts have more" in text for text in said) == (side == "sentences")
     whole, write, written = files(tmp_path / "whole"), embed.write_shard, []
 
     def stops(path: Path, *content: Any) -> None:
@@ -132,11 +139,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, m
 
     monkeypatch.setattr(embed, "write_shard", stops)
     with pytest.raises((Interrupted, KeyboardInterrupt)):
-        run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **SHAPES)
-    run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **SHAPES)
+        run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
+    run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
     assert files(tmp_path / "parts") == whole and len(set(written)) == len(written) == 3
+    assert any("that is of the 2 samples that were left to do" in text for text in said) == (side == "sentences")
     with pytest.raises(BadInput, match="batch_size"):
-        run_stage("embed", QUIET, model=teacher, out=str(tmp_path / "parts"), **SHAPES | {"batch_size": 2})
+        run_stage("embed", QUIET, model=teacher, out=str(tmp_path / "parts"), **settings | {"batch_size": 2})
 
 
 def test_ids_of_equal_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:

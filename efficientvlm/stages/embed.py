@@ -173,7 +173,10 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
             done += len(samples)
             write_shard(folder / shard_name(number), ids, vectors, missing)
             write_atomic(folder / "state.json", b"{}\n")  # from now on there is something to go on from
-    for remark in of_read(embedder.texts):
+    remarks = of_read(embedder.texts)
+    if remarks and len(lacking) < len(share):
+        remarks.append(f"that is of the {number_of(sum(len(samples) for _, samples in lacking), 'sample')} that were left to do")
+    for remark in remarks:
         say(f"embed: {remark}", quiet=control.quiet)
 
 
