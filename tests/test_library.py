@@ -54,6 +54,18 @@ def test_a_finished_network_says_what_the_gated_one_said() -> None:
         efficientvlm.Pruner.of(model, sparsity=0.9, steps=1, min_heads=4, min_neurons=64)
 
 
+@pytest.mark.parametrize("budget", ["parameters", "macs"])
+def test_sparsity_is_a_part_of_the_network_that_was_whole(budget: str) -> None:
+    torch.manual_seed(0)
+    model = efficientvlm.of_stock(prune_in_a_loop.clip()).eval()
+    for sparsity, more in ((0.3, True), (0.3, False), (0.5, True)):
+        pruner = efficientvlm.Pruner.of(model, budget=budget, sparsity=sparsity, steps=1)
+        pruner.begin_step(0)
+        pruner.end_step(0)
+        model, before = pruner.finish(), efficientvlm.count_parameters(model)["total"]
+        assert (efficientvlm.count_parameters(model)["total"] < before) is more, "a cut that was made already is counted"
+
+
 @pytest.mark.parametrize("kind", [SiglipModel, BlipForQuestionAnswering])
 def test_a_stock_object_becomes_ours_with_the_same_values(kind: Any) -> None:
     torch.manual_seed(0)

@@ -12,17 +12,15 @@ from efficientvlm.compression.macs import MultiplyAdds
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput
 
-TEXT_LENGTH = 12
-
 
 def cost_of(
-    model: Any, budget: str = "parameters", *, text_length: int = TEXT_LENGTH, table: LatencyTable | None = None, round_to: int = 1
+    model: Any, budget: str = "parameters", *, text_length: int | None = None, table: LatencyTable | None = None, round_to: int = 1
 ) -> Cost:
     """What `budget` counts of `model`, which may be shapes on the meta device.
 
     Args:
-        budget: `parameters`; `macs`: multiply-accumulates of one image and one text of `text_length` tokens; or `latency`: nanoseconds by
-            `table`, of layers that keep neurons in multiples of `round_to`.
+        budget: `parameters`; `macs`: multiply-accumulates of one image and one text of `text_length` tokens, by default 12 or as many as
+            are read; or `latency`: nanoseconds by `table`, of layers that keep neurons in multiples of `round_to`.
 
     Raises:
         BadInput: another budget; no table, or one of another network.
@@ -32,7 +30,7 @@ def cost_of(
             raise BadInput("a latency budget needs a table", "milliseconds are measured", "make one with evlm bench --table")
         return Milliseconds(model, table, round_to=round_to)
     if budget == "macs":
-        return MultiplyAdds(model, text_length=text_length)
+        return MultiplyAdds(model, text_length=text_length or model.config.sizes().usual_text)
     if budget != "parameters":
         raise BadInput(f"no such budget: {budget}", "there are parameters, macs and latency", "use one of them")
     anatomy = Anatomy.of(model)

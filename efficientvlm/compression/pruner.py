@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from efficientvlm.compression.budgets import TEXT_LENGTH, cost_of, reachable
+from efficientvlm.compression.budgets import cost_of, reachable
 from efficientvlm.compression.gates import Gates, attach
 from efficientvlm.compression.latency import LatencyTable
 from efficientvlm.compression.snapping import snap
@@ -87,7 +87,7 @@ class Pruner(nn.Module):
         sparsity: float | None = None,
         steps: int,
         budget: str = "parameters",
-        text_length: int = TEXT_LENGTH,
+        text_length: int | None = None,
         table: LatencyTable | None = None,
         warmup: float = 0.3,
         seed: int = 0,
@@ -98,9 +98,10 @@ class Pruner(nn.Module):
         """Fresh gates on `model`.
 
         Args:
-            sparsity: part of what can be removed that is removed, 0 to 1; or `to`, what the whole network may cost instead.
-            budget: what is counted: `parameters`; `macs`, those of one image and one text of `text_length` tokens; or `latency`, in
-                nanoseconds by `table`, which `stages.budgeting.read_table` reads.
+            sparsity: part of what can be removed that is removed, 0 to 1, what earlier cuts removed among it; or `to`, what the whole
+                network may cost instead.
+            budget: what is counted: `parameters`; `macs`, those of one image and one text of `text_length` tokens, by default 12 or as many
+                as are read; or `latency`, in nanoseconds by `table`, which `stages.budgeting.read_table` reads.
             warmup: part of `steps` until all of it is asked for.
             head_init, neuron_init: log α at the start; heads that start at 10 move only in long runs (EfficientVLM), at 2 in short ones.
             limits: as of :meth:`Scope.of`: kinds, towers, tower_sparsity, min_heads, min_neurons, round_to, allow_blind, to.
@@ -111,8 +112,7 @@ class Pruner(nn.Module):
         """
         if (sparsity is None) == (limits.get("to") is None):
             raise BadInput("how much is to go is not said once", "sparsity is a part of it, to what may be left", "give one of the two")
-        plain = budget == "parameters" and sparsity is not None
-        cost = None if plain else cost_of(model, budget, text_length=text_length, table=table, round_to=limits.get("round_to", 1))
+        cost = cost_of(model, budget, text_length=text_length, table=table, round_to=limits.get("round_to", 1))
         scope = reachable(model, sparsity or 0.0, cost, **limits)
         gates = Gates(scope.units, seed=seed, head_init=head_init, neuron_init=neuron_init)
         return cls(model, scope, gates, steps=steps, warmup_steps=round(warmup * steps), seed=seed).to(next(model.parameters()).device)

@@ -21,7 +21,6 @@ from efficientvlm.families.towers.parts import normalise
 TOLERANCE = 1e-5
 """How far outputs may be from those of another class, relative to the largest if above 1."""
 INSTEAD = "use --format onnx, which keeps every saving, or --format padded, which fills the gaps with zeros"
-TEXT_LENGTH = 12
 
 
 def padded(model: Any) -> Any:
@@ -133,7 +132,7 @@ def _random_batch(model: Any) -> dict[str, Any]:
     """An example batch of three with random normalised pixels and tokens."""
     sizes = model.config.sizes()
     draw = torch.Generator().manual_seed(0)
-    batch = model.example(3, min(TEXT_LENGTH, sizes.max_positions))
+    batch = model.example(3, sizes.usual_text)
     for name, value in batch.items():
         if name.endswith("_ids") and value.dim() == 2:
             batch[name] = torch.randint(sizes.vocab_size, value.shape, generator=draw)
@@ -155,7 +154,10 @@ def _largest(wanted: list[Tensor], got: list[Tensor]) -> float:
 def cost(before: Any, after: Any) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds of the checkpoint and of the exported network."""
     parameters = {name: count_parameters(model)["total"] for name, model in (("before", before), ("after", after))}
-    macs = {name: count_macs(model, text_length=TEXT_LENGTH)["total"] for name, model in (("before", before), ("after", after))}
+    macs = {
+        name: count_macs(model, text_length=model.config.sizes().usual_text)["total"]
+        for name, model in (("before", before), ("after", after))
+    }
     return {"parameters": parameters, "macs": macs}
 
 

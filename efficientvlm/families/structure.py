@@ -13,6 +13,7 @@ from efficientvlm.families.anatomy import CROSS_HEAD, HEAD, NEURON, Flow
 
 T = TypeVar("T")
 DAMAGED = "restore config.json, or make the folder again"
+USUAL_TEXT = 12
 
 
 class Sizes(NamedTuple):
@@ -32,6 +33,11 @@ class Sizes(NamedTuple):
     image_std: tuple[float, ...]
     window: int | None = None
     """Tokens on a side of the windows that images are attended to in; None: every token sees all."""
+
+    @property
+    def usual_text(self) -> int:
+        """Tokens of a text by which networks are counted and compared where nothing else is said; no more than are read."""
+        return min(USUAL_TEXT, self.max_positions)
 
     def shapes(self, tower: str) -> dict[str, list[int]]:
         """The different widths and numbers of heads of `tower`, in their order: of most towers one each."""

@@ -33,7 +33,6 @@ from efficientvlm.settings.common import Learning
 from efficientvlm.tasks.influence import Influence, not_measured, tell
 from efficientvlm.training.loop import Spent
 
-TEXT_LENGTH = 12
 SKIPPED = "skipped.jsonl"
 
 
@@ -143,7 +142,7 @@ def observed(title: str, config: Learning, measurement: Callable[[], Influence],
 
 def accounted(model: Any) -> dict[str, Any]:
     """What :func:`account` says of a network, for texts of the usual length or as long as it reads."""
-    return account(model, text_length=min(TEXT_LENGTH, model.config.sizes().max_positions))
+    return account(model, text_length=model.config.sizes().usual_text)
 
 
 def write(

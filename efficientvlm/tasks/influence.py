@@ -21,7 +21,6 @@ from efficientvlm.runtime.progress import say
 from efficientvlm.training.loop import Batch
 
 SAMPLES = 32
-TEXT_LENGTH = 12
 PICTURES = {"pixels": "left image", "second_pixels": "right image"}
 """What each is of a network that reads two; one alone is the image."""
 TEXTS = ("text_ids", "question_ids")
@@ -60,7 +59,7 @@ def of_anything(loaded: Loaded) -> Influence:
     """The same without data: what random pictures and tokens do to the outputs, for a network of any task."""
     model, sizes = loaded.model, loaded.sizes
     draw = torch.Generator().manual_seed(0)
-    batch = model.example(SAMPLES, min(TEXT_LENGTH, sizes.max_positions))
+    batch = model.example(SAMPLES, sizes.usual_text)
     if not draw_inputs(loaded, batch, draw):
         return not_measured("the tokenizer has no words")
     pictures = {what: name for name, what in PICTURES.items() if name in batch}
