@@ -32,6 +32,7 @@ from efficientvlm.tasks.ranking import generate
 
 FAMILY = BLIP()
 CLOSE = dict(rtol=1e-5, atol=1e-5)
+NORM, POSITIONS = "vision_model.post_layernorm.weight", "text_encoder.embeddings.position_ids"
 NAMES = ("blip-qa", "blip-caption", "blip-retrieval")
 KEPT = {
     "vision.0.head": [1, 3],
@@ -455,6 +456,8 @@ def test_folders_of_older_versions(tmp_path):
         (lambda f: spoil_weights(f, lambda t: t.update(extra=torch.ones(1))), "first extra"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "is damaged or cut short"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+        (lambda f: spoil_weights(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})), "only floating-point weights"),
+        (lambda f: spoil_weights(f, lambda t: t.update({POSITIONS: torch.tensor([[1, 0]])})), "does not count from 0"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
     ],
 )

@@ -306,6 +306,7 @@ def change(state, name):
         (lambda s: s.update({"vision_encoder.patch_embed.proj.weight": torch.ones(2)}), "unknown meaning"),
         (lambda s: [drop(s, n) for n in list(s) if "crossattention" in n], "none of its text layers has cross-attention"),
         (lambda s: [drop(s, n) for n in list(s) if n.startswith("vision")], "no X-VLM file"),
+        (lambda s: s.update({"vision_encoder.position_ids": torch.arange(5).flip(0)[None]}), "does not count from 0"),
     ],
 )
 def test_files_that_cannot_be_imported(tmp_path, spoil, message):

@@ -40,6 +40,7 @@ TWO = {
 }
 WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
 SAYS = "text_decoder.cls.predictions"
+POSITIONS = "text_decoder.bert.embeddings.position_ids"
 
 
 def theirs(name: str) -> str:
@@ -161,6 +162,7 @@ def change(state: dict[str, Tensor], name: str) -> None:
         ("pretrain", lambda s: change(s, "text_decoder.bert.encoder.layer.1.output.dense.weight"), "differs from text_encoder"),
         ("pretrain", lambda s: s.pop("text_decoder.bert.encoder.layer.1.attention.self.key.bias"), "lacks 1 tensor"),
         ("pretrain", lambda s: s.pop("temp"), "lacks 1 tensor.*temp"),
+        ("captioning", lambda s: s.update({POSITIONS: torch.arange(20).roll(1)[None]}), "does not count from 0"),
         ("retrieval", lambda s: s.update({"temp": torch.tensor(-1.0)}), "temperature is above 0"),
         ("retrieval", lambda s: s.update({"itm_head.weight": torch.ones(3, 64)}), "another shape.*itm_head"),
     ],

@@ -17,7 +17,7 @@ from efficientvlm.checkpoints.pointers import pointers, without_code
 from efficientvlm.data import preprocessing
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.families.checks import CORRECT, check_channels
-from efficientvlm.families.weights import require_finite
+from efficientvlm.families.weights import require_finite, require_plain
 from efficientvlm.runtime.memory import out_of_memory
 from efficientvlm.runtime.progress import say
 from efficientvlm.settings.base import check_plain
@@ -97,6 +97,7 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
         BadInput: weights that are missing, surplus, of another shape than `config` says, not finite, or not readable.
     """
     try:
+        require_plain(path)
         with silent():
             model, info = kind.from_pretrained(
                 path,
@@ -108,7 +109,7 @@ def open_model(kind: Any, path: Path, config: Any) -> Any:
                 key_mapping=getattr(kind, "renamed", None),
                 ignore_mismatched_sizes=True,  # they are reported below; without it the first one raises
             )
-    except MemoryError:
+    except (MemoryError, BadInput):
         raise
     except Exception as error:
         if out_of_memory(error):

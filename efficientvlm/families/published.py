@@ -13,7 +13,7 @@ from torch import Tensor
 
 from efficientvlm import families
 from efficientvlm.errors import BadInput, number_of
-from efficientvlm.families.weights import AGAIN, floats, read_file, renewed
+from efficientvlm.families.weights import AGAIN, counting, floats, read_file, renewed
 from efficientvlm.settings.layouts import LAYOUTS, Layout
 
 FIX = f"give a published X-VLM, EfficientVLM or BLIP file: {', '.join(sorted({layout.name for layout in LAYOUTS}))}"
@@ -88,6 +88,12 @@ class Published:
             raise BadInput(f"{self.path} has {number_of(len(unknown), 'entry', 'entries')} of unknown meaning", listed(unknown), FIX)
         return called
 
+    def require_counting(self, name: str) -> None:
+        """:class:`BadInput` unless the numbers of positions in `name`, which are made anew, count from 0, as far as they are known."""
+        if not counting(self.tensors[name]):
+            why = f"{name} does not count from 0, and here positions always do"
+            raise BadInput(f"{self.path} cannot be imported", why, "order the rows of its position embedding by it, and leave it out")
+
     def require_equal(self, name: str, twin: str, fix: str) -> None:
         """:class:`BadInput` unless `name` and `twin`, which are one tensor here, are there and equal, as far as values are known."""
         if twin not in self.tensors:
@@ -102,7 +108,7 @@ class Published:
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in families.get(self.layout.family).build(config).state_dict().items()}
         if missing := sorted(set(expected) - set(state)):
-            raise BadInput(f"{self.path} lacks {number_of(len(missing), 'tensor')}", listed(missing), AGAIN)
+            raise BadInput(f"{self.path} lacks {number_of(len(missing), 'tensor')}", f"{listed(missing)}, as they are called here", AGAIN)
         if surplus := sorted(set(state) - set(expected)):
             raise BadInput(f"{self.path} has {number_of(len(surplus), 'tensor')} without a place", listed(surplus), FIX)
         wrong = [f"{name} {[*state[name].shape]} instead of {[*shape]}" for name, shape in expected.items() if state[name].shape != shape]

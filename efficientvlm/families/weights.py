@@ -129,6 +129,27 @@ def floats(tensor: Tensor) -> Tensor | None:
     return found if found is not None and finite(found) else None
 
 
+def counting(tensor: Tensor) -> bool:
+    """Whether the numbers of positions in `tensor` are 0, 1, 2, ... along its last dimension, as far as its values are known."""
+    return tensor.is_meta or bool((tensor == torch.arange(tensor.shape[-1] if tensor.dim() else 1)).all())
+
+
+def require_plain(folder: Path) -> None:
+    """:class:`BadInput` if the safetensors of a model folder hold whole numbers in place of weights, or positions out of their order."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  no mapping
+            positions = {name: opened.get_tensor(name) for name in kinds if name.endswith("position_ids")}
+        for name, numbers in positions.items():
+            if not counting(numbers):
+                why = f"{name} does not count from 0, and here positions always do"
+                raise BadInput(f"{folder} cannot be opened", why, "order the rows of its position embedding by it, and leave it out")
+        for name, kind in kinds.items():
+            if not (kind.startswith(("F", "BF")) or name in positions or name.endswith("relative_position_index")):
+                why = f"{name} holds {kind}, and only floating-point weights are opened"
+                raise BadInput(f"{folder} cannot be opened", why, "give the model as it was before it was quantised")
+
+
 def require_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
     """:class:`BadInput` if one of the tensors of `where` holds NaN or an infinity."""
     if broken := [name for name, values in tensors.items() if not finite(values)]:

@@ -182,6 +182,7 @@ def _shared(config: SlicedBlipConfig, name: str) -> str:
 def _reason(file: Published, config: SlicedBlipConfig, name: str) -> str | None:
     """Why an entry is left out; None if it is not."""
     if name.endswith(".position_ids"):
+        file.require_counting(name)
         return "numbers of positions, made anew"
     if name.startswith(AVERAGES):
         return "averaged encoders, of training alone; training makes its own"

@@ -60,6 +60,8 @@ def _state(file: Published, depths: list[int]) -> dict[str, Tensor]:
 
 def _reason(file: Published, name: str) -> str | None:
     """Why an entry is left out; None if it is not."""
+    if name.endswith("position_ids"):
+        file.require_counting(name)
     if name.endswith(MADE_ANEW):
         return "numbers of positions and windows, made anew"
     if name.startswith("l0_module."):
