@@ -140,7 +140,7 @@ class Cache:
         """A cache whose row i continues row `rows[i]` of this one."""
         chosen = Cache()
         chosen.length = self.length
-        chosen.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+        chosen.kv = {layer: (take(k, rows), take(v, rows)) for layer, (k, v) in self.kv.items()}
         return chosen
 
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
