@@ -200,7 +200,8 @@ def _lines(forecast: Plan) -> Iterator[str]:
             yield f"{stage.name}: {remark}"
     measured = any(stage.time for stage in forecast.stages if stage.run)
     most = max((stage.memory["total"] for stage in forecast.stages if stage.memory), default=0)
-    yield f"memory: {size(most)} at most in all, with activations as {'measured on real steps' if measured else 'estimated'}"
+    if most:
+        yield f"memory: {size(most)} at most in all, with activations as {'measured on real steps' if measured else 'estimated'}"
     for disk in forecast.disks:
         peak, left, free = (size(disk[key]) for key in ("peak", "left", "free"))
         yield f"disk: {peak} at the fullest, {left} in the end; {free} are free in {disk['folder']}"

@@ -10,6 +10,7 @@ from stand_in import write_stand_in, write_tokenizer
 
 from efficientvlm.control import Control
 from efficientvlm.planning import activations
+from efficientvlm.planning.checks import preflight
 from efficientvlm.planning.plan import Plan, plan
 from efficientvlm.recipe import Step, load_recipe, names, validate
 
@@ -82,6 +83,18 @@ def planned(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: i
 def test_one_is_planned_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrow network of the same layers; all of them at full size below."""
     planned(f"{FOLDER}/captioning", tmp_path, monkeypatch, **NARROW)
+
+
+@pytest.mark.parametrize("name, millions", [(f"{FOLDER}/general", MILLIONS["pretrained"]), ("dlip/general", 252.44)])
+def test_nothing_has_to_be_there_for_a_plan(name: str, millions: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(activations, "training", lambda run, images: 0)
+    made = plan(steps(name), Control(quiet=True))
+    first = made.stages[0]
+    assert not made.problems.found and not any(tmp_path.iterdir())
+    assert first.after and first.after["parameters"]["total"] / 1e6 == pytest.approx(millions, abs=0.01)
+    assert "is not there: planned as" in first.notes[0] and "bert-base-uncased is not there" in first.notes[1]
+    assert any("does not exist" in str(problem.error) for problem in preflight(steps(name)).found), "it cannot run"
 
 
 @pytest.mark.slow

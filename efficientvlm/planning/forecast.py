@@ -22,6 +22,7 @@ from efficientvlm.loaded import Loaded, read_as
 from efficientvlm.planning import costs, selecting, storing
 from efficientvlm.planning.chain import Blocked, Chain, Look, Planned
 from efficientvlm.planning.checks import importable, path_problems, place
+from efficientvlm.planning.expected import stand_in
 from efficientvlm.planning.parts import Forecast, book, folder, result_file, training
 from efficientvlm.planning.stores import Foreseen
 from efficientvlm.recipe import FILES, Step
@@ -51,7 +52,7 @@ def forecast(chain: Chain, step: Step) -> Forecast:
     found = Forecast(step.name, step.stage, getattr(config, "out", None))
     problems = chain.problems
     before = len(problems.found)
-    for error in path_problems(step, set(chain.outputs)):
+    for error in path_problems(step, set(chain.outputs)) if stand_in(config) is None else ():
         problems.add(step.name, error)
     if found.out and step.stage not in REPLACED:
         with problems.of(step.name):
@@ -81,6 +82,8 @@ def look_at(chain: Chain, step: Step, found: Forecast) -> None:
     config, look = step.config, Look(chain, step.name)
     if step.stage == "report":
         return picture(found)
+    if expected := stand_in(config):
+        return weigh(expected, chain, step, found)
     if step.stage == "import":
         importable(config.model)  # type: ignore[attr-defined]
     try:

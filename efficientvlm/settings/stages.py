@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -64,11 +64,28 @@ class InitConfig(Stage):
     )
 
 
+class Expected(NamedTuple):
+    """A published network: its family, what is set of its base size, and its tokens."""
+
+    family: str
+    settings: dict[str, Any]
+    vocab_size: int
+
+
+EXPECTED = {
+    "xvlm-base": Expected("xvlm", {}, 30522),
+    "blip-base": Expected("blip", {"network": "pretrain", "image_size": 224}, 30524),
+}
+
+
 class ImportConfig(Stage):
     model: str = Field(description="published .th / .pth / .safetensors file, or folder or hub id (owner/name) of a CLIP, SigLIP or BLIP")
     layout: Literal["auto", "pretrain", "retrieval", "vqa", "nlvr2", "text_assignment", "captioning", "grounding"] = "auto"
     tokenizer: str | None = Field(None, description="folder of the tokenizer; by default the one in the folder `model`")
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
+    expects: Annotated[Literal["xvlm-base", "blip-base"] | None, Aside()] = Field(
+        None, description="what `evlm plan` takes in the place of a file that is not there; the import itself does not read it"
+    )
 
 
 class Pretrain(Learning):
