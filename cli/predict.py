@@ -11,7 +11,19 @@ from efficientvlm.cli.stages import command
 from efficientvlm.errors import BadInput
 
 SHOWN = (
-    *("answer", "probability", "answers", "caption", "captions", "described", "classified", "skipped", "kept", "dropped"),
+    *(
+        "answer",
+        "probability",
+        "probability_of_true",
+        "answers",
+        "caption",
+        "captions",
+        "described",
+        "classified",
+        "skipped",
+        "kept",
+        "dropped",
+    ),
     *("out", "sheet"),
 )
 """What people see of an answer, where it is there."""

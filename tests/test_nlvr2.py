@@ -83,7 +83,7 @@ def test_it_is_measured_asked_and_timed(two: Path, tmp_path: Path, evlm: Callabl
     asked = ["predict", "--model", two / "tuned"]
     code, out, _ = evlm(*asked, *pictures, "--statement", "both are red", "--json")
     answer = json.loads(out)
-    assert code == 0 and answer["answer"] == ("true" if answer["probability"] > 0.5 else "false")
+    assert code == 0 and answer["answer"] == ("true" if answer["probability_of_true"] > 0.5 else "false")
     for wrong in ([*pictures[:2], "--statement", "x"], [*pictures, "--statement", " "], [*pictures, "--statement", "x", "--question", "y"]):
         assert evlm(*asked, *wrong)[0] in (2, 3)
     assert evlm(*asked, *pictures[:2], "--image", tmp_path / "none.png", "--statement", "x")[0] == 3

@@ -114,7 +114,7 @@ class NLVR2(Learnt, Asked):
         with torch.inference_mode():
             logits = loaded.model.eval().run(on_device(batch, loaded.model.device))["logits"].float()
         probability = float(logits.softmax(-1)[0, 1])
-        return {"statement": config.statement, "answer": "true" if probability > 0.5 else "false", "probability": probability}
+        return {"statement": config.statement, "answer": "true" if probability > 0.5 else "false", "probability_of_true": probability}
 
     def can_be_timed(self, models: Sequence[Loaded]) -> bool:
         return all(self.able(loaded) for loaded in models)
