@@ -113,7 +113,9 @@ class Published:
             raise BadInput(f"{self.path} has {number_of(len(surplus), 'tensor')} without a place", listed(surplus), FIX)
         wrong = [f"{name} {[*state[name].shape]} instead of {[*shape]}" for name, shape in expected.items() if state[name].shape != shape]
         if wrong:
-            raise BadInput(f"{self.path} has {number_of(len(wrong), 'tensor')} of another shape", listed(wrong), FIX)
+            raise BadInput(
+                f"{self.path} has {number_of(len(wrong), 'tensor')} of another shape", f"{listed(wrong)}, as they are called here", FIX
+            )
 
     def value(self, name: str) -> Tensor:
         """The entry `name` as a float32 tensor."""

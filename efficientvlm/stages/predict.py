@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from efficientvlm.errors import BadInput
 from efficientvlm.loaded import keep_length, load
 from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.settings.base import parse
@@ -18,6 +19,9 @@ def run(*, model: str, task: str | None = None, **asked: Any) -> dict[str, Any]:
     """
     loaded = load(model, exported=True)
     chosen = asked_of(loaded, asked, task)
+    if lacking := chosen.asks.lacking({"model": model, **asked}):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in lacking)
+        raise BadInput(f"{options} was not given", f"{model} is asked by it", "give it")
     config = parse(chosen.asks, {"model": model, **asked}, "evlm predict")
     keep_length(loaded, config.max_tokens)
     loaded.model.to(pick_device(config.device))

@@ -92,7 +92,11 @@ class Grounding(Learnt, Asked):
             raise refusal(loaded.config, "match", str(loaded.path))
         _, layers = gradcam.crossing(loaded.model)
         if config.layer is not None and config.layer >= layers:
-            raise BadInput(f"layer {config.layer}", f"{loaded.path} has {layers} layers that see images", f"use 0 to {layers - 1}")
+            raise BadInput(
+                f"layer {config.layer}",
+                f"{loaded.path} has {layers} layers that see images",
+                f"use 0 to {layers - 1}" if layers > 1 else "use 0",
+            )
 
     def evaluate(self, config: GroundingEval, loaded: Loaded, source: Any, *, title: str, quiet: bool) -> dict[str, Any]:
         """Every phrase of `source` looked for in its picture: `metric`, `mode`, with Grad-CAM its `layer`, `metrics`."""
