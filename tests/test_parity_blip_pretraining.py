@@ -22,7 +22,7 @@ from efficientvlm.objectives.momentum import Features, MomentumContrast
 
 FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../shared/parity") / "blip_pretrain_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers in {FOLDER}; name their folder in EVLM_PARITY")
-CLOSE = dict(rtol=1e-4, atol=1e-5)
+CLOSE = dict(rtol=1e-4, atol=5e-5)  # processors round differently; the second step has gone through an optimizer
 PARTS = {
     "blocks": "encoder.layers",
     "attn.qkv": "self_attn.qkv",

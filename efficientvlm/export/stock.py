@@ -18,7 +18,7 @@ from efficientvlm.families.anatomy import NEURON
 from efficientvlm.families.loading import open_model
 from efficientvlm.families.towers.parts import normalise
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4  # rounding of float32 alone reached 2e-5 on some processors
 """How far outputs may be from those of another class, relative to the largest if above 1."""
 INSTEAD = "use --format onnx, which keeps every saving, or --format padded, which fills the gaps with zeros"
 
