@@ -152,8 +152,9 @@ def counted(place: Place, deadly: int | None = None) -> Callable[[], None]:
 
 
 def outputs(place: Place, before: Seen) -> dict[str, tuple[str, ...]]:
-    """Files of the output, and whatever else is new."""
-    return {name: what for name, what in seen(place.work).items() if name not in before or name == "o" or name.startswith("o/")}
+    """Files of the output, and whatever else is new; of manifests all but what every run has of its own."""
+    found = seen(place.work, times=False)
+    return {name: what for name, what in found.items() if name not in before or name == "o" or name.startswith("o/")}
 
 
 def reference(name: str, stock: Stock, root: Path, found: dict[str, Reference]) -> Job:
