@@ -85,6 +85,9 @@ def test_nothing_is_made_before_there_is_a_result(tmp_path: Path) -> None:
     timed = {"model": "m", "sha256": "0" * 64, "trained": True}
     measured = {"timed": "what", "precision": "fp32", "text_length": 12, "machine": {"name": "m", "threads": 1}, "models": [timed]}
     written = file.write({**measured, "latency": []})
+    left = tmp_path / "new" / "deep" / ".evlm-killed"  # by a process that ended right after it had written the result
+    left.mkdir(0o700)
+    (left / "record.json").write_text(json.dumps({"program": "efficientvlm", "user": os.geteuid(), "target": "r.json"}))
     again = opened(tmp_path / "new" / "deep" / "r.json")
     assert again.finished == written and [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["r.json"]
 

@@ -12,6 +12,7 @@ from typing import Any
 from efficientvlm.checkpoints import manifest
 from efficientvlm.checkpoints.files import check_writable, result_path, unwritable, write_atomic
 from efficientvlm.checkpoints.folder import fingerprint
+from efficientvlm.checkpoints.scratch import sweep
 from efficientvlm.errors import BadInput
 from efficientvlm.report import shapes
 from efficientvlm.settings.base import Strict
@@ -54,7 +55,9 @@ class ResultFile:
             BadInput: the file is no result, a result of other inputs or settings (without `force`), or cannot be written.
         """
         file = cls.examine(config, stage, inputs, force=force)
-        if file.path and not file.finished:
+        if file.path and file.finished:
+            sweep(file.path.parent)  # of a process that was killed right after it had written the result
+        elif file.path:
             check_writable(file.path)
         return file
 
