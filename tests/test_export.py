@@ -609,6 +609,11 @@ def test_large_weights_lie_beside_their_graph(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "int8").mkdir()
     onnx_files.write(graph, tmp_path / "image.onnx")
     onnx_files.quantise(tmp_path / "image.onnx", tmp_path / "int8" / "image.onnx")
+    stored = onnx.load(tmp_path / "int8" / "image.onnx").graph.initializer
+    weights = [
+        onnx.numpy_helper.to_array(tensor) for tensor in stored if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2
+    ]
+    assert weights and max(abs(weight.astype(int)).max() for weight in weights) == 64  # more would not fit where two products share 16 bits
     assert (tmp_path / "image.onnx.data").is_file() and (tmp_path / "int8" / "image.onnx.data").is_file()
     assert onnx_files.difference(graph, open_session(tmp_path / "image.onnx")) < 1e-5
     assert 0 < onnx_files.difference(graph, open_session(tmp_path / "int8" / "image.onnx")) < 0.5
