@@ -13,8 +13,8 @@ USERS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
-# Tests of a file run one after the other, files side by side.
-PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
+# Tests of a file run one after the other, files side by side, in the order of their names: the longest tests are not the last ones.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 12
 TREE := build/types/efficientvlm
 
 OTHERS := test-oldest test-newest test-latest

@@ -427,8 +427,11 @@ def test_attention_without_a_mask_is_one_operator_unless_standard_onnx_is_wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "nothing left"])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("toy", "cross_encoder", "blip-pretraining")])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [(name, 0.5) for name in CONFIGS if name not in ("toy", "cross_encoder", "blip-pretraining")]
+    + [(name, 0.0) for name in ("clip", "xvlm", "xvlm-swin", "blip-caption")],  # nothing left: a family each, and the Swin
+)
 def test_graphs_of_every_family_and_pruned_shape(name: str, share: float, tmp_path: Path) -> None:
     model, _ = build(name)
     units = model.units()
