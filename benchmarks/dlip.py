@@ -1,12 +1,13 @@
 """Does a light BLIP keep what its teacher can do, what of DLIP does it, and do the paper's findings hold on made scenes?
 
-python benchmarks/dlip.py [--task retrieval|captions|answers] [--part main|information|modules|start] [--row NAME] [--seed 0]
+python benchmarks/dlip.py [--task retrieval|captions|answers] [--part main|modules|information|start] [--row NAME] [--seed 0]
     [--out runs/dlip-scenes] [--list]
 
 A row is a model of one task and seed. The recipe `dlip/scenes-TASK` says how its teacher and its student are trained; all other rows are
 variations of its stages: another shape, without a teacher, with a part of the terms, with a tower drawn at random. There is one teacher, of
-seed 0; the seed is that of its students. What variations of one seed share is made once. A row is appended to the CSV as soon as it is
-measured; rows that are there are passed over, and a training that was interrupted resumes.
+seed 0; the seed is that of its students. What variations of one seed share is made once. Students of the parts `information` and `modules`
+take a third of the recipe's steps, and so does the one that they are compared with. A row is appended to the CSV as soon as it is measured;
+rows that are there are passed over, and a training that was interrupted resumes.
 
 The part `start` trains no task: it says how much a student agrees with its teacher as it was cut, and after some steps, in a CSV of its
 own. `publish_dlip.py` makes tables and plots of both.
@@ -44,7 +45,8 @@ TASKS = {"retrieval": "mean_recall", "captions": "cider_d", "answers": "accuracy
 BESIDE = ("image_to_text_r1", "text_to_image_r1", "bleu_4", "rouge_l")
 AXES = ("captions", "retrieval")
 TEACHER, STUDENT, ALONE, BLIND = "teacher", "small", "small, no teacher", "text only"
-MAIN, INFORMATION, MODULES, START = PARTS = ("main", "information", "modules", "start")
+MAIN, MODULES, INFORMATION, START = PARTS = ("main", "modules", "information", "start")
+BRIEF, BRIEFER = "small, a third of the steps", 3
 DECODER = ("decoder_state", "lm_logits", "decoder_self_attention")
 OF_METHOD = ("teacher", "distillation", "kd", "weights", "preset", "temperature", "cache_teacher")
 SHORT, COMPARED = 100, 256
@@ -91,8 +93,9 @@ MODELS = {
         shape={"layers": {"vision": 4, "text": 3, "decoder": 3}, "neurons": {"vision": 320, "text": 320}},
     ),
     "small, pruned": Model("the small student without 30 % of its prunable weights, pruned beside the teacher", pruned=0.3),
+    BRIEF: Model("the small student, distilled before the task and on it for a third of the steps", MODULES, tasks=AXES),
     **{
-        f"{preset} alone": Model(f"the small student, terms of the kind {preset} alone", INFORMATION, terms={"preset": preset})
+        f"{preset} alone": Model(f"the small student, terms of the kind {preset} alone", INFORMATION, terms={"preset": preset}, tasks=AXES)
         for preset in ("feature", "logit", "attention")
     },
     "vision narrower": narrower("vision", width={"vision": 64}, neurons={"vision": 168}),
@@ -167,6 +170,8 @@ class Variations:
 
     def taught(self, stage: str, student: str, teacher: str, model: Model, out: str, **changes: Any) -> str:
         """`student` after the `stage` of the recipe, in which it follows the output `teacher` of the recipe, or nobody."""
+        if model.part in (MODULES, INFORMATION):
+            changes["max_steps"] = self.chain.settings(stage).max_steps // BRIEFER
         if not model.taught:
             instead = "pretrain" if self.chain.steps[stage].stage == "distill" else None
             return self.like(stage, out, stage=instead, model=student, **dict.fromkeys(OF_METHOD), **changes)

@@ -19,6 +19,7 @@ from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/dlip.md"), Path("docs/dlip.png")
 TEACHER, STUDENT, ALONE, BASE = "teacher", "small", "small, no teacher", "base"
+BRIEF = "small, a third of the steps"
 TASKS = ("retrieval", "captions", "answers")
 NAMES = {"mean_recall": "mean recall", "cider_d": "CIDEr-D", "accuracy": "accuracy"}
 KEPT, LEAST, SMALL, FAST, BASE_KEPT = 0.95, 0.9, 0.224, 2.7, 0.99
@@ -89,7 +90,7 @@ def findings(found: Kept) -> Iterator[tuple[str, str]]:
     rules = (
         ("vision and text are to be shrunk in balance", ("both narrower", "vision narrower", "text narrower"), TASKS),
         ("a moderate number of fusion layers is enough", ("fusion 2", "fusion 3"), TASKS),
-        ("a decoder needs a distillation of its own", (STUDENT, "no decoder terms"), ("captions",)),
+        ("a decoder needs a distillation of its own", (BRIEF, "no decoder terms"), ("captions",)),
         ("pretrained weights matter for vision more than for text", ("text random", "vision random"), TASKS),
     )
     for rule, names, tasks in rules:
@@ -128,13 +129,14 @@ def main_table(lines: Lines, task: str) -> list[str]:
 
 
 def other_table(lines: Lines, part: str) -> list[str]:
-    """Markdown rows of the rows of a part: what they keep of the teacher in each task, and the student of the recipe first."""
-    found, tasks = kept(lines), tasks_of(lines)
-    names = list(dict.fromkeys(line["model"] for line in lines if line["part"] == part))
+    """Markdown rows of the rows of a part: what they keep of the teacher in each task, and the student with all terms first."""
+    found = kept(lines)
+    own = [line for line in lines if line["part"] == part]
+    tasks, names = tasks_of(own), list(dict.fromkeys(line["model"] for line in own))
     if not names:
         return []
     out = [f"| model | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
-    for name in (STUDENT, *names):
+    for name in dict.fromkeys((BRIEF, *names)):
         cells = (f"{100 * found[task][name]:.1f} %" if name in found[task] else "–" for task in tasks)
         out.append(f"| {name} | {' | '.join(cells)} |")
     return out
@@ -157,10 +159,11 @@ def block(lines: Lines, names: list[Path], starts: Lines, start_names: list[Path
     for task in tasks_of(lines):
         first = next(line for line in lines if line["task"] == task)
         parts += [f"### {task}", "", f"Data: `{first['data']}`, {first['images']} test images.", "", *main_table(lines, task), ""]
-    titles = {"information": "### Kinds of information alone", "modules": "### Modules"}
+    titles = {"modules": "### Modules", "information": "### Kinds of information alone"}
     for part, title in titles.items():
         if rows := other_table(lines, part):
-            parts += [title, "", "Part of the teacher's metric that is kept; one seed.", "", *rows, ""]
+            about = "Part of the teacher's metric that is kept by students that take a third of the recipe's steps; one seed."
+            parts += [title, "", about, "", *rows, ""]
     if said := [*findings(kept(lines))]:
         parts += ["| finding of the paper | here |", "| --- | --- |"]
         parts += [
