@@ -387,6 +387,19 @@ def test_damaged_files_are_bad_input_and_never_a_traceback(tmp_path, kind):
         read_file(tmp_path)
 
 
+def test_what_is_wrong_with_a_file_is_said_in_a_few_words(tmp_path):
+    path = pickled(tmp_path / "x.th", {"temp": torch.full((400,), 1.5)})
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(BadInput, match=r"its end is missing: it has only 900 bytes"):
+        read_file(path)
+    path.write_bytes(b"\x00\x01\x02" * 1000)
+    with pytest.raises(BadInput, match=r"its 3,000 bytes do not begin as those of torch.save do"):
+        read_file(path)
+    path.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"its 0 bytes"):
+        read_file(path)
+
+
 def test_changed_weights_are_noticed(tmp_path):
     path = pickled(tmp_path / "x.th", {"temp": torch.full((400,), 1.5)})
     data = bytearray(path.read_bytes())

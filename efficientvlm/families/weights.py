@@ -64,7 +64,7 @@ def read_file(path: Path, *, values: bool = True) -> dict[str, Any]:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             fix = "where you trust it, save its tensors as .safetensors and import that"
             raise BadInput(f"{path} holds more than tensors", f"it refers to {found[1]}, and no code is run here", fix) from None
-        raise BadInput(f"{path} is damaged, or no PyTorch file", _text_in(path) or _first_line(error), AGAIN) from None
+        raise BadInput(f"{path} is damaged, or no PyTorch file", _text_in(path) or _bytes_in(path) or _first_line(error), AGAIN) from None
     if not isinstance(content, Mapping):
         raise BadInput(f"{path} holds no weights", f"it is a {type(content).__name__}", "give a file of named tensors")
     return dict(content)
@@ -77,6 +77,16 @@ def _text_in(path: Path) -> str:
     if not begin or set(begin) - set(map(ord, string.printable)):
         return ""
     return f"it is a text that begins with {shorten(begin.decode().split(chr(10))[0])!r}, not weights"
+
+
+def _bytes_in(path: Path) -> str:
+    """That the end of a file of `torch.save` is missing, or that it is none at all; empty where neither is so."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    size = f"{path.stat().st_size:,} bytes"
+    if begin == b"PK\x03\x04":
+        return "" if is_zipfile(path) else f"its end is missing: it has only {size}"
+    return "" if begin[:1] == b"\x80" else f"its {size} do not begin as those of torch.save do"  # 80: the first of a pickle
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:

@@ -28,7 +28,9 @@ def amount_of(budget: str, text: str) -> int:
     Raises:
         ValueError: saying what is wrong with it.
     """
-    units, example = (TIMES, "20ms, with us, ms or s") if budget == "latency" else (COUNTS, "30M, with k, M, G or T")
+    units, example = (
+        (TIMES, "20ms, with us, ms or s") if budget == "latency" else (COUNTS, "30M, with k, M, G or T; a time ends in us, ms or s")
+    )
     form = FORM.fullmatch(text.strip())
     if form is None or form[2] not in units:
         raise ValueError(f"{text!r} is no {'time' if budget == 'latency' else f'number of {budget}'}; write e.g. {example}")
