@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientvlm.checkpoints import manifest as manifests
+from efficientvlm.checkpoints.files import STATE
 from efficientvlm.checkpoints.manifest import MANIFEST, Code, DataRecord, FileRecord, Manifest, Parent, digest, read, schema
 from efficientvlm.errors import BadInput
 
@@ -123,6 +124,9 @@ def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a finished checkpoint") as error:
         read(tmp_path)
     assert "evlm import" in error.value.fix
+    (tmp_path / STATE).mkdir()
+    with pytest.raises(BadInput, match=r"is not finished.*was interrupted, or is at work"):
+        read(tmp_path)
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(BadInput):
         read(tmp_path)

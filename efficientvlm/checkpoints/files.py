@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
 MANIFEST = "evlm_manifest.json"
+STATE = "training_state"
+"""Folder inside an output that is not finished."""
 MIB = 2**20
 CHUNK = MIB
 LARGE = 1024 * MIB

@@ -23,6 +23,7 @@ from efficientvlm.checkpoints import manifest as manifests
 from efficientvlm.checkpoints import ownership
 from efficientvlm.checkpoints.card import model_card
 from efficientvlm.checkpoints.files import (
+    STATE,
     expanded,
     files_below,
     fsync_dir,
@@ -38,7 +39,7 @@ from efficientvlm.checkpoints.lineage import CARD, is_read, known_data
 from efficientvlm.checkpoints.lock import Lock
 from efficientvlm.checkpoints.manifest import MANIFEST, FileRecord, Manifest, Parent
 from efficientvlm.checkpoints.ownership import LOCK, MARK, METRICS
-from efficientvlm.checkpoints.request import REQUEST, STATE, beside, compare, read_request, write_request
+from efficientvlm.checkpoints.request import REQUEST, beside, compare, read_request, write_request
 from efficientvlm.checkpoints.scratch import sweep
 from efficientvlm.errors import BadInput
 
@@ -58,8 +59,6 @@ def require_complete(spec: str | Path) -> Manifest:
     """
     folder = resolve(spec, checkpoint=True)
     try:
-        if (folder / STATE).is_dir() and not (folder / MANIFEST).exists():
-            raise BadInput(f"{folder} is not finished", "the stage that writes it was interrupted", "run its command again; it resumes")
         manifest = manifests.read(folder)
         problems = _wrong_sizes(folder, manifest)
     except OSError as error:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efficientvlm.checkpoints import manifest as manifests
-from efficientvlm.checkpoints.files import locate, resolve, sha256, walk
+from efficientvlm.checkpoints.files import STATE, locate, resolve, sha256, walk
 from efficientvlm.checkpoints.manifest import MANIFEST, DataRecord, Manifest
-from efficientvlm.checkpoints.request import STATE
 from efficientvlm.errors import BadInput
 
 CARD = "README.md"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from efficientvlm.checkpoints.files import MANIFEST as MANIFEST
-from efficientvlm.checkpoints.files import MIB, read_limited, unreadable
+from efficientvlm.checkpoints.files import MIB, STATE, read_limited, unreadable
 from efficientvlm.errors import BadInput, shorten
 from efficientvlm.settings.base import check_plain
 
@@ -235,12 +235,16 @@ def read(folder: Path) -> Manifest:
     """The manifest of a folder.
 
     Raises:
-        BadInput: there is none, it is damaged, or a newer version of this package wrote it.
+        BadInput: there is none (yet), it is damaged, or a newer version of this package wrote it.
     """
     path = folder / MANIFEST
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / STATE).is_dir():
+            raise BadInput(
+                f"{folder} is not finished", "the stage that writes it was interrupted, or is at work", "run its command again; it resumes"
+            ) from None
         raise BadInput(
             f"{folder} is not a finished checkpoint", f"it holds no {MANIFEST}", "finish the stage that writes it, or use evlm import"
         ) from None

@@ -12,10 +12,10 @@ from typing import Any
 
 from efficientvlm.checkpoints import files as places
 from efficientvlm.checkpoints import manifest as manifests
-from efficientvlm.checkpoints.files import expanded, kind, resolve, unreadable, walk
+from efficientvlm.checkpoints.files import STATE, expanded, kind, resolve, unreadable, walk
 from efficientvlm.checkpoints.lineage import CARD
 from efficientvlm.checkpoints.manifest import MANIFEST
-from efficientvlm.checkpoints.request import BEGINNING, REQUEST, STATE, UNDER_WAY, read_request
+from efficientvlm.checkpoints.request import BEGINNING, REQUEST, UNDER_WAY, read_request
 from efficientvlm.checkpoints.scratch import PROGRAM
 from efficientvlm.errors import BadInput
 

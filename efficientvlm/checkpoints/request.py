@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from efficientvlm.checkpoints import manifest as manifests
-from efficientvlm.checkpoints.files import fsync_dir, write_new
+from efficientvlm.checkpoints.files import STATE, fsync_dir, write_new
 from efficientvlm.checkpoints.scratch import PROGRAM
 from efficientvlm.errors import BadInput
 from efficientvlm.settings.compose import asides, of
 from efficientvlm.settings.stages import STAGES
 
-STATE = "training_state"
 REQUEST = "request.json"
 UNDER_WAY = "request.json.new"  # while it is being written
 BEGINNING = f'{{"program": "{PROGRAM}"'.encode()

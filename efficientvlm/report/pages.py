@@ -10,8 +10,18 @@ from typing import Any
 
 from efficientvlm import families
 from efficientvlm.checkpoints import influence, lineage, manifest
-from efficientvlm.checkpoints.files import check_writable, open_plain, resolve, result_path, shown, unreadable, unwritable, write_atomic
-from efficientvlm.checkpoints.folder import METRICS, STATE
+from efficientvlm.checkpoints.files import (
+    STATE,
+    check_writable,
+    open_plain,
+    resolve,
+    result_path,
+    shown,
+    unreadable,
+    unwritable,
+    write_atomic,
+)
+from efficientvlm.checkpoints.folder import METRICS
 from efficientvlm.checkpoints.lineage import Node
 from efficientvlm.checkpoints.manifest import MANIFEST, Manifest
 from efficientvlm.compression.reach import of_config

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.checkpoints.files import STATE, write_atomic
 from efficientvlm.checkpoints.folder import Output
 from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
-from efficientvlm.checkpoints.request import STATE
 from efficientvlm.checkpoints.store import FAMILY, INDEX, SENTENCES, read_shard, shard_name, write_index, write_shard
 from efficientvlm.control import Control
 from efficientvlm.data.ahead import Ahead, how_many, workers_of
