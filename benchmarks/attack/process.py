@@ -6,6 +6,7 @@ The process that forks has imported everything and started no thread, so that a 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import hashlib
 import json
@@ -235,6 +236,6 @@ def _look(path: Path, times: bool) -> tuple[str, ...]:
     except PermissionError:
         return *about, str(status.st_size), str(status.st_mtime_ns)
     if path.name == "evlm_manifest.json" and not times:
-        manifest = json.loads(content)
-        content = json.dumps({key: value for key, value in manifest.items() if key not in OF_THE_RUN}).encode()
+        with contextlib.suppress(ValueError):  # a damaged one counts as it is
+            content = json.dumps({key: value for key, value in json.loads(content).items() if key not in OF_THE_RUN}).encode()
     return *about, hashlib.sha256(MINUTE.sub(b"", content)).hexdigest()
