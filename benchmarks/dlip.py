@@ -90,7 +90,11 @@ MODELS = {
     BLIND: Model("the teacher's training on the task (of retrieval: its measurement) while pictures are painted gray", hidden=True),
     "base": Model(
         "two thirds as wide, all layers",
-        shape={"layers": {"vision": 4, "text": 3, "decoder": 3}, "neurons": {"vision": 320, "text": 320}},
+        shape={
+            "layers": {"vision": 4, "text": 3, "decoder": 3},
+            "width": {"vision": 64, "text": 64},
+            "neurons": {"vision": 320, "text": 320},
+        },
     ),
     "small, pruned": Model("the small student without 30 % of its prunable weights, pruned beside the teacher", pruned=0.3),
     BRIEF: Model("the small student, distilled before the task and on it for a third of the steps", MODULES, tasks=AXES),
