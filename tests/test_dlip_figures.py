@@ -139,7 +139,8 @@ def share(teacher: Any, shape: dict[str, Any]) -> float:
 def test_students_are_as_large_as_is_said(dlip: Any, teacher: Any) -> None:
     network, recipe = teacher
     own = {name: value for name, value in recipe.model_dump(exclude_unset=True).items() if name in ("layers", "width", "neurons")}
-    assert share(network, own) < 0.224 and share(network, {**own, **dlip.MODELS["base"].shape}) == pytest.approx(0.51, abs=0.01)
+    assert share(network, own) < 0.23  # of the network before the task; each task's is a little smaller
+    assert share(network, {**own, **dlip.MODELS["base"].shape}) == pytest.approx(0.51, abs=0.01)
     equal = [share(network, {**dlip.MODELS[f"{name} narrower"].shape, "layers": {}}) for name in ("vision", "text", "both")]
     assert equal == pytest.approx([0.7] * 3, abs=0.012) and max(equal) - min(equal) < 0.01
 
