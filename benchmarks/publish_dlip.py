@@ -27,6 +27,8 @@ KEPT, LEAST, SMALL, FAST, BASE_KEPT = 0.95, 0.9, 0.224, 2.7, 0.99
 times as fast in the mean at batch 8. And what the larger student keeps in the mean."""
 TIE = 0.01
 """Of the teacher's: what one seed does not tell apart."""
+SAME = 1e-3
+"""Teachers whose metrics are as close as this are one."""
 COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", ALONE: "#d9822b", BASE: "#3f8f5f", "small, pruned": "#8b5fbf"}
 OTHERS = "#aeb6c1"
 
@@ -69,9 +71,18 @@ def verdict(lines: Lines) -> list[str]:
         if STUDENT in models and ALONE in models:
             said.append(f"{task}: {against(models)}")
         said += [f"{task} does not count: {doubt}" for doubt in (doubts(models) if TEACHER in models else ["the teacher was not measured"])]
+        if others := beside_another(models):
+            said.append(f"{task}: {', '.join(others)} stood beside another training of the same teacher")
         if "text only" not in models:
             said.append(f"{task} does not count yet: no model without pictures stands beside it")
     return [f"{text[0].upper()}{text[1:]}." for text in said]
+
+
+def beside_another(models: dict[str, Lines]) -> list[str]:
+    """Models whose part of the teacher's metric is that of another teacher than the one in the table: trained again, it is not the same."""
+    best = of(models.get(TEACHER, []), "value")
+    pairs = {name: zip(of(some, "value"), of(some, "of_teacher"), strict=True) for name, some in models.items()}
+    return [name for name, some in pairs.items() if best and any(kept and abs(value / kept / best[0] - 1) > SAME for value, kept in some)]
 
 
 def against(models: dict[str, Lines]) -> str:

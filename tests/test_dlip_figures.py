@@ -75,6 +75,12 @@ def test_verdicts(publishing: Any, changed: dict[str, Any], said: str) -> None:
     assert said in " ".join(publishing.verdict(texts(rows(**changed))))
 
 
+def test_rows_beside_another_teacher_are_told(publishing: Any) -> None:
+    lines = texts([*rows(), line("captions", "small, pruned", 0.9, value=0.8)])
+    assert "Captions: small, pruned stood beside another training of the same teacher." in publishing.verdict(lines)
+    assert "another training" not in " ".join(publishing.verdict(texts(rows())))
+
+
 def test_what_is_not_measured_is_said(publishing: Any) -> None:
     found = " ".join(publishing.verdict(texts([line("retrieval", "teacher", 1.0), line("retrieval", "small", 0.96)])))
     assert "`small`: not measured yet on captions, answers" in found and "`base`: not measured yet on retrieval, captions, answers" in found
