@@ -18,6 +18,7 @@ FOLDER = Path(os.environ.get("EVLM_PARITY") or Path(__file__).parents[1] / "../s
 NETS = FOLDER / "blip_tasks_tiny"
 pytestmark = pytest.mark.skipif(not NETS.is_dir(), reason=f"no reference numbers in {NETS}; name their folder in EVLM_PARITY")
 CLOSE = dict(rtol=1e-4, atol=1e-5)
+ROUNDED = dict(rtol=1e-4, atol=1e-4)  # logits of up to 12: the published ones and ours are both 3e-5 off those of float64, by processor
 VOCAB = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[DEC]": 98, "[ENC]": 99}
 HEADS = {"vision_heads": 4, "text_heads": 4, "dropout": 0.0}
 
@@ -68,5 +69,5 @@ def test_pretraining():
     inputs = {"pixels": batch["image"], "image_index": rows, "text_ids": batch["text_ids"], "text_mask": batch["text_atts"]}
     with torch.no_grad():
         given = model.run(inputs, ["vision.features", "text.features"])
-    torch.testing.assert_close(given["lm_logits"], expected["step1.lm_logits"], **CLOSE)
+    torch.testing.assert_close(given["lm_logits"], expected["step1.lm_logits"], **ROUNDED)
     torch.testing.assert_close(given["logits"], expected["step1.itm_logits"][: len(rows)], **CLOSE)
