@@ -112,6 +112,7 @@ def test_the_machine_is_named(tmp_path, monkeypatch) -> None:
     file.write_text("processor : 0\nmodel name\t: Fast CPU @ 3 GHz\n")
     monkeypatch.setattr(hardware, "CPUINFO", file)
     assert machine_of(torch.device("cpu"))["name"] == "Fast CPU @ 3 GHz"
+    assert machine_of(torch.device("cpu"))["instructions"] == torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "none")
     assert processor()
 

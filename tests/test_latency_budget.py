@@ -26,6 +26,7 @@ from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.report.story import Chapter
 from efficientvlm.report.structure import sparsities
+from efficientvlm.runtime.hardware import machine_of
 from efficientvlm.settings.amounts import amount_of
 from efficientvlm.settings.stages import Bench, Prune
 from efficientvlm.stages import bench, budgeting, tabling
@@ -339,6 +340,9 @@ def test_tables_that_do_not_fit_are_refused_or_said(chain, tmp_path, instead, ca
 
     assert "of another machine (name a processor" in cut("machine")
     assert "(device a toaster" in cut("device", machine={**HERE, "device": "a toaster"})
+    here = machine_of(torch.device("cpu"))
+    assert "another machine" not in cut("here", machine=here)
+    assert "of another machine (instructions of 1999)" in cut("older", machine={**here, "instructions": "of 1999"})
     assert "the pruned model has" in cut("answers", answers=3)
     for name, changes in {"shapes": {"shapes": "1" * 64}, "timed": {"timed": "a walk"}, "image": {"image_size": 7}}.items():
         with pytest.raises(BadInput, match=r"another (network|request)"):

@@ -219,7 +219,7 @@ def test_timings_of_another_machine_stay_what_they_are(
     monkeypatch.setattr("efficientvlm.runtime.hardware.processor", lambda: "Another CPU")
     assert [stage.status for stage in plan([Step("speed", "bench", speed(folder, "vqa", out=out))]).stages] == ["up to date"]
     assert bench.run(speed(folder, "vqa", out=out), Control()) == first
-    assert f"of another machine ({first['machine']['name']}, " in capsys.readouterr().err
+    assert f"of another machine ({first['machine']['name']} with {torch.backends.cpu.get_cpu_capability()}, " in capsys.readouterr().err
     assert bench.run(speed(folder, "vqa", out=out), FORCE)["machine"]["name"] == "Another CPU"
 
 

@@ -136,6 +136,18 @@ def test_settings_that_change_nothing_learnt_may_change_on_resume(chain: Path, t
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 6]
 
 
+def test_other_instructions_of_the_processor_are_recorded(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
+    stop_at(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        run_stage("finetune", **settings)
+    here = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "others")
+    made = run_stage("finetune", **settings)
+    changed = {"step": 3, "what": "instructions", "before": here, "now": "others", "same_bits": False}
+    assert [change.model_dump() for change in made.changes] == [changed]
+
+
 def test_another_number_of_threads_is_recorded(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**stages(chain)["finetune"], **TRAIN, "out": str(tmp_path / "out")}
     stop_at(monkeypatch, [2])

@@ -100,9 +100,15 @@ class LatencyTable(_Closed):
 
     def described(self) -> str:
         """What it holds for, in words."""
-        name, threads, version = map(self.machine.get, ("name", "threads", "torch"))
-        machine = f"{name}, {threads} thread{'s' * (threads != 1)}, torch {version}"
-        return f"batch {self.batch}, {self.precision}, texts of {self.text_length} tokens, {self.image_size} pixels, {machine}"
+        asked = f"batch {self.batch}, {self.precision}, texts of {self.text_length} tokens, {self.image_size} pixels"
+        return f"{asked}, {machine_in_words(self.machine)}"
+
+
+def machine_in_words(machine: dict[str, Any]) -> str:
+    """Name, instructions, threads and torch of a machine that something was timed on."""
+    name, threads, version = map(machine.get, ("name", "threads", "torch"))
+    kind = f" with {machine['instructions']}" if "instructions" in machine else ""
+    return f"{name}{kind}, {threads} thread{'s' * (threads != 1)}, torch {version}"
 
 
 class Milliseconds(Cost):

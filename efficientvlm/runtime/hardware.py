@@ -55,6 +55,7 @@ def processor() -> str:
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """What the timings were taken on."""
+    """What the timings were taken on. Rented processors of one name differ in their `instructions`, and so in speed and rounding."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {"device": device.type, "name": name, "cpus": os.cpu_count() or 0, "torch": torch.__version__}
+    found = {"device": device.type, "name": name, "cpus": os.cpu_count() or 0, "torch": torch.__version__}
+    return found if device.type == "cuda" else {**found, "instructions": torch.backends.cpu.get_cpu_capability()}

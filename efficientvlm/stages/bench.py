@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from efficientvlm.compression.accounting import count_parameters
-from efficientvlm.compression.latency import LatencyTable
+from efficientvlm.compression.latency import LatencyTable, machine_in_words
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.onnx.description import is_exported
@@ -78,7 +78,7 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
         inputs[MACHINE] = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
         file = ResultFile.open(config, "bench", inputs, force=control.force)
         if file.finished:
-            where = "" if file.finished["machine"] == machine else f", of another machine ({described(file.finished['machine'])})"
+            where = "" if file.finished["machine"] == machine else f", of another machine ({machine_in_words(file.finished['machine'])})"
             say(f"bench: {file.path} is up to date: these are its earlier timings{where}, --force measures again", quiet=control.quiet)
             return file.finished
         models = [load(spec, exported=True) for spec in config.models]
@@ -166,11 +166,6 @@ def calls_of(
         label: task.timed(loaded, config, device, among, quiet) if task else forward(loaded, config, device)
         for label, loaded in models.items()
     }
-
-
-def described(machine: dict[str, Any]) -> str:
-    """Name, threads and torch of a machine."""
-    return f"{machine.get('name')}, {machine.get('threads')} thread{'s' * (machine.get('threads') != 1)}, torch {machine.get('torch')}"
 
 
 def unique(names: list[str]) -> list[str]:

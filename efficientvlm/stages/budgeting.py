@@ -150,6 +150,7 @@ def differing(config: Prune, table: LatencyTable) -> None:
         here = machine_of(pick_device(str(table.machine.get("device"))))
     except BadInput:  # there is no such device here
         here = {}
-    if others := [name for name in ("device", "name", "torch") if table.machine.get(name) != here.get(name)]:
+    told = [name for name in ("device", "name", "instructions", "torch") if name in table.machine]
+    if others := [name for name in told if table.machine[name] != here.get(name)]:
         there = ", ".join(f"{name} {table.machine.get(name)}" for name in others)
         say(f"WARNING: prune: the latency table is of another machine ({there}): its milliseconds are those of that one")

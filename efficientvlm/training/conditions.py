@@ -22,6 +22,7 @@ def conditions(config: Strict, stage: str, device: torch.device) -> dict[str, An
         **{name: getattr(config, name) for name in sorted(asides(stage).keys() & type(config).model_fields) if name not in HIDDEN},
         "device": device.type,
         "processor": machine["name"],
+        "instructions": machine.get("instructions", "of the GPU"),
         "torch": machine["torch"],
         "threads": torch.get_num_threads(),
         "processes": ranks.world(),
