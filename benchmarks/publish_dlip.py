@@ -187,8 +187,10 @@ def block(lines: Lines, names: list[Path], starts: Lines, start_names: list[Path
         )
         about += f"distillation, on {starts[0]['scenes']} test scenes: {links(start_names)}."
         parts += ["### Which columns a student begins with", "", about, "", *start_table(starts), ""]
-    loads = of(lines, "load")
-    timed = f" Timed with {lines[0]['threads']} thread(s), load of the machine {min(loads):g} to {max(loads):g}." if loads else ""
+    timed = ""
+    if loads := of(lines, "load"):
+        threads = " or ".join(dict.fromkeys(line["threads"] for line in lines if line["threads"]))
+        timed = f" Timed with {threads} thread{'s' * (threads != '1')}, load of the machine {min(loads):g} to {max(loads):g}."
     parts += [f"Every run: {links(names)}.{timed}", "", f"![What is kept of the teacher]({PICTURE.name})"]
     return "\n".join(parts)
 
