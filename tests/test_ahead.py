@@ -92,6 +92,8 @@ def test_a_run_that_was_stopped_goes_on_with_another_number(chain: Path, album: 
     nursery.whole("pretrain", out=str(tmp_path / "out"), workers=1, **settings)
     assert counted(tmp_path / "out")[2] == counted(tmp_path / "whole")[2]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    ours, whole = (counted(tmp_path / name)[3] for name in ("out", "whole"))
+    assert ours.pop("read_from_step") == 3 and ours.keys() == whole.keys() and ours["texts"] == whole["texts"]
     (change,) = require_complete(tmp_path / "out").changes
     assert (change.what, change.before, change.now, change.same_bits) == ("workers", 2, 1, True)
 
@@ -129,10 +131,27 @@ def test_a_worker_that_is_killed_is_told_and_the_run_goes_on_later(chain: Path, 
     out = str(tmp_path / "out")
     assert nursery.finish(nursery.start("pretrain", out=out, workers=2, fault=("loses_a_worker_at", 5), **settings)) == [3]
     what, why, fix = (tmp_path / "out.error-0").read_text().splitlines()
-    assert what == "a process that reads pictures was killed" and "Killed" in why and "lower workers" in fix
+    assert what == "a process that reads pictures was killed" and "Killed" in why and "with fewer workers" in fix and "None" not in fix
     nursery.whole("pretrain", out=out, workers=2, **settings)
     nursery.whole("pretrain", out=str(tmp_path / "whole"), workers=0, **settings)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def killed_meanwhile(*_: Any) -> Any:
+    """In the place of what fetches a tensor from a worker."""
+    os.kill(max(children()), signal.SIGKILL)
+    raise ConnectionResetError
+
+
+def not_fetched(*_: Any) -> Any:
+    raise EOFError
+
+
+@pytest.mark.parametrize(("fetch", "told"), [(killed_meanwhile, OutOfMemory), (not_fetched, EOFError)])
+def test_a_worker_that_dies_while_its_result_is_fetched_is_told(fetch: Any, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", fetch)
+    with pytest.raises(told), enough_memory("reading", "lower batch_size"), Ahead(torch.zeros, range(3, 9), 1) as found:
+        list(found)
 
 
 LONG = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,18 @@ def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monke
     store = Store.open(tmp_path / "out")
     assert (store.count, store.missing) == (4, 2) and set(manifest.extra["missing_samples"]) == {"number 2", names[5]}
     assert store.has(names).tolist() == [True, True, False, True, True, False]
+    (line,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert names[2] in line["sample"] and "picture" in line["reason"] and manifest.data[0].skipped == 1
+
+
+def test_a_run_that_is_stopped_before_its_first_shard_leaves_nothing(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop:
+        requested = True
+
+    monkeypatch.setattr(embed, "stop_flag", lambda: nullcontext(Stop()))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("embed", model=teacher, out=str(tmp_path / "out"), **SHAPES)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("side", ["images", "sentences"])

@@ -117,6 +117,12 @@ class Ahead(Generic[Job, Made]):
             return made
         try:
             result: _Result = next(self._results)
+        except (ConnectionError, EOFError):  # of fetching the result of a worker that died meanwhile
+            try:
+                _check_alive(self._results)
+            finally:
+                self.close()
+            raise
         except BaseException:  # the last one, a dead worker or a signal
             self.close()
             raise
@@ -211,6 +217,17 @@ def _forked(owner: Ahead[Any, Any], make: Callable[[Any], Any], jobs: Iterable[A
         results = iter(loader)
     _running.add(owner)
     return results
+
+
+def _check_alive(results: Any) -> None:
+    """RuntimeError, in torch's words, if a worker ends within a second; torch itself may be the first to say so."""
+    workers = {worker.sentinel: worker for worker in getattr(results, "_workers", ())}
+    for sentinel in connection.wait(list(workers), timeout=1):
+        worker = workers[sentinel]
+        worker.join()  # its files are closed before it is gone
+        code = worker.exitcode
+        how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited unexpectedly with exit code {code}"
+        raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}.")
 
 
 def _as_it_is(value: Any) -> Any:

@@ -124,8 +124,12 @@ def titled(title: str, reading: Reading) -> Iterator[str]:
         yield f"{title}: {remark}"
 
 
-def all_read(title: str, texts: Texts, before: Reading, quiet: bool) -> dict[str, int]:
-    """What a manifest keeps: the counts made before training, and the tokens that were read in it, of which too many unknown are said."""
+def all_read(title: str, texts: Texts, before: Reading, quiet: bool, begun: int = 0) -> dict[str, int]:
+    """What a manifest keeps: the counts made before training, and the tokens that were read in it, of which too many unknown are said.
+
+    A run that went on at step `begun` has read its texts from there on, which is said and kept too.
+    """
     for remark in of_read(texts):
-        say(f"{title}: {remark}", quiet=quiet)
-    return {**before.counts, "tokens_read": texts.read, "unknown_tokens_read": texts.unread, "texts_cut": len(texts.cut)}
+        say(f"{title}: {remark}" + f"; that is of what was read from step {begun} on" * bool(begun), quiet=quiet)
+    counts = {**before.counts, "tokens_read": texts.read, "unknown_tokens_read": texts.unread, "texts_cut": len(texts.cut)}
+    return counts | ({"read_from_step": begun} if begun else {})

@@ -45,7 +45,8 @@ def enough_memory(phase: str, lower: str, more: Callable[[], str] = lambda: "") 
         if isinstance(error, RuntimeError) and (died := WORKER.search(str(error))):
             how = f"signal: {died[1].strip()}" if died[1] else f"exit code {died[2]}" if died[2] else "it is gone"
             why = f"{how}; the system does that where memory is short, shared memory too"
-            raise OutOfMemory("a process that reads pictures was killed", why, f"lower workers (0: none), or {lower}{more()}") from None
+            fix = f"run the same command again, with fewer workers (0: none); or {lower}{more()}"
+            raise OutOfMemory("a process that reads pictures was killed", why, fix) from None
         if not out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory in {phase}", reason(error), lower + more()) from error

@@ -102,8 +102,8 @@ def learning(config: Learning, output: Output, grows: Sequence[str] = ()) -> Ite
         Diverged, OutOfMemory: the last good state stays.
     """
     again = "; that begins anew, with --force"
-    names = ("batch_size", *grows, "max_tokens")
-    lower = f"lower {', '.join(f'{name} (now {getattr(config, name)})' for name in names)}"
+    now = {name: getattr(config, name) for name in ("batch_size", *grows, "max_tokens")}
+    lower = f"lower {', '.join(f'{name} (now {value})' if value is not None else name for name, value in now.items())}"
     if config.keeps_teacher:
         lower = f"leave {config.keeps_teacher} out, or {lower}"
     try:

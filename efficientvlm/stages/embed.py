@@ -34,7 +34,7 @@ from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say, telling
 from efficientvlm.selection.rules import Array
 from efficientvlm.settings.stages import Embed
-from efficientvlm.stages.common import finished, making, open_output, say_notes
+from efficientvlm.stages.common import finished, gather_skipped, keep_skipped, list_skipped, making, open_output
 from efficientvlm.stages.embedder import Embedder
 from efficientvlm.stages.imported import Compared, Import, VectorFile, opened_file
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
@@ -96,13 +96,14 @@ def run(config: Embed, control: Control) -> Manifest:
     output = open_output(config, "embed", control, inputs_of(job))
     if output.up_to_date:
         return finished(output)
-    say_notes(source, config.split, control.quiet)
     with making(output):
         unusable = source.skips.count if hasattr(source, "skips") else 0
+        keep_skipped(output, {config.split: source}, control.quiet)
         if job.file:
             taken = take_over(config, control, job, output)
             return gather(config, control, job, output, taken.lost, taken.remarks)
         ranks.together(partial(work, config, control, job, output))
+        gather_skipped({config.split: source})
 
         def lost(keys: Array) -> int:
             return len(source) - len(keys) + unusable  # equal sentences have one key
@@ -137,11 +138,11 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
     compared = Compared({})
     if config.model:
         embedder = Embedder(load(config.model), pick_device(config.device), precision=config.precision, max_tokens=config.max_tokens)
-        compared = taken.compared(Shards(config, embedder, source))
+        compared = taken.compared(Shards(config, embedder, source, folder))
     with stop_flag() as stop, Bar("embed", job.file.count, quiet=control.quiet) as bar:
         for number, (ids, vectors, missing) in enumerate(taken.shards(config.shard_size)):
             if stop.requested:
-                raise Interrupted("stopped", "shards that are finished are kept", "run the same command again")
+                raise stopped(folder)
             compared.look_at(ids, vectors)
             if not (place := folder / shard_name(number)).exists():
                 write_shard(place, ids, vectors, missing)
@@ -153,6 +154,13 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
     return taken
 
 
+def stopped(folder: Path) -> BaseException:
+    """What a run raises that was asked to stop: there is something to go on from, or nothing yet. Several processes stop together."""
+    if ranks.launched() == 1 and not (folder / "state.json").exists():
+        return KeyboardInterrupt()
+    return Interrupted("stopped", "shards that are finished are kept", "run the same command again")
+
+
 def work(config: Embed, control: Control, job: Embedding, output: Output) -> None:
     """Make the shards of this process that are not there."""
     source, folder = job.data["data"], output.path / STATE / WORK
@@ -162,7 +170,7 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     device = pick_device(config.device)
     source.workers = how_many(config.workers, device)
     embedder = Embedder(load(str(config.model)), device, precision=config.precision, max_tokens=config.max_tokens)
-    shards = Shards(config, embedder, source)
+    shards = Shards(config, embedder, source, folder)
     total = sum(len(samples) for _, samples in share)
     done = total - sum(len(samples) for _, samples in lacking)
     lower = f"lower batch_size (now {config.batch_size})"
@@ -182,14 +190,14 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
 class Shards:
     """Makes the shards of a store, by a network."""
 
-    def __init__(self, config: Embed, embedder: Embedder, source: Any) -> None:
-        self.config, self.source, self.embedder = config, source, embedder
+    def __init__(self, config: Embed, embedder: Embedder, source: Any, folder: Path) -> None:
+        self.config, self.source, self.embedder, self.folder = config, source, embedder, folder
 
     def shard(self, samples: range, bar: Bar, done: int, stop: StopFlag) -> tuple[list[str], Any, dict[str, str]]:
         """Ids, vectors [N, E] and what is missing of `samples`, before which `done` are finished.
 
         Raises:
-            Interrupted: asked to stop, before the next batch.
+            Interrupted, KeyboardInterrupt: as :func:`stopped`, asked to stop before the next batch.
         """
         ids: list[str] = []
         found: list[Any] = [np.zeros((0, width_of(self.embedder.model)), np.float16)]
@@ -199,7 +207,7 @@ class Shards:
         with Ahead(self.read, batches, workers_of(self.source)) as read:
             for numbers, (names, content, lost) in zip(batches, read, strict=True):
                 if stop.requested:
-                    raise Interrupted("stopped", "shards that are finished are kept", "run the same command again")
+                    raise stopped(self.folder)
                 missing |= dict.fromkeys(map(str, lost), "it cannot be read")
                 if names:
                     vectors = self.embed(content).astype(np.float16)
@@ -263,6 +271,7 @@ def gather(
     for name in names:
         os.link(folder / name, output.staging / name)
     write_index(output.staging / INDEX, shards)
+    list_skipped(output, {config.split: source}, control.quiet)
     extra = {
         "side": config.side,
         "width": job.width,

@@ -231,7 +231,7 @@ class Learning(Job):
         if output.stage in MEASURING:
             extra["influence"] = observed(output.stage, config, lambda: self.task.influence(config, student, source), quiet)
         extra |= self.task.notes(config, student, self.sources["train"])
-        extra["reading"] = all_read(output.stage, self.texts, self.reading, quiet)
+        extra["reading"] = all_read(output.stage, self.texts, self.reading, quiet, spent.begun)
         common: dict[str, Any] = {"control": control, "spent": spent, "sources": self.sources, "extra": extra}
         common |= {"image_processor": student.image_processor, "metrics": {"train": spent.last, "val": val}}
         return write(output, student.family, student.model, student.tokenizer, **common)

@@ -140,6 +140,7 @@ def train(
     torches = [optimizer.torch for optimizer in optimizers]
     spent = restore(output.state_dir, objective, torches, steps)
     begun, before = spent.steps, spent.seconds
+    spent.begun = begun
     now = conditions(options, output.stage, hardware.device) | {"workers": feed.workers}
     changed = changes(spent.conditions, now, output.stage, begun, steps)
     spent.conditions, spent.changes = now, spent.changes + [change.model_dump() for change in changed]

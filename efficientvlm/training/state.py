@@ -31,7 +31,7 @@ LONGEST_LINE = 2**20
 class Spent:
     """What a training run took, interruptions included; `open_line` sums the metrics line that is not written yet.
 
-    `conditions` are those it trained under last, `changes` what changed before (conditions.py).
+    `conditions` are those it trained under last, `changes` what changed before (conditions.py); at step `begun` it went on last.
     """
 
     seconds: float = 0.0
@@ -41,6 +41,7 @@ class Spent:
     open_line: dict[str, float] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    begun: int = 0
 
 
 def tensors_of(objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -165,7 +166,8 @@ def _read_spent(state: Path, steps: int) -> Spent:
         if path.is_symlink() or sha256(path) != digest:
             raise ValueError(f"{name} is not as it was written")
     try:
-        spent = TypeAdapter(Spent).validate_json(json.dumps({name: values[name] for name in asdict(Spent())}), strict=True)
+        known = {name: values[name] for name in asdict(Spent()) if name in values or name != "begun"}
+        spent = TypeAdapter(Spent).validate_json(json.dumps(known), strict=True)
     except ValidationError as error:
         (first, *_) = error.errors()
         raise ValueError(f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
