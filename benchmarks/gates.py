@@ -26,6 +26,8 @@ CHOICES = {
     arm.name: arm
     for arm in (
         Arm("multipliers", "gates learnt from the start, under multipliers and a target that grows linearly (as published)"),
+        Arm("held", "the same, but the target begins to rise after 0.3 of the gate phase", gates={"sparsity_hold": 0.3}),
+        Arm("held, one stage", "the same, and both stages in one of their length", gates={"sparsity_hold": 0.3}, one=True),
         ARMS["magnitude-kd"],
         Arm("taylor-kd", "the method with Torch-Pruning Taylor importance in place of learnt gates", "tuned", method="taylor"),
     )

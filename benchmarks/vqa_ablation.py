@@ -38,7 +38,7 @@ PRETRAINED = "bundled:easy-vqa-pretrained"
 PAIRS = "shapes:difficulty=2,size=100000"
 DISTILL_STEPS, PRUNE_STEPS, FINETUNE_STEPS = 200, 600, 600
 TRAINING = {"batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup": 0.05, "eval_limit": 200, "save_every": 100}
-LEARNT = {"sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
+LEARNT = {"sparsity_hold": 0.0, "sparsity_warmup": 0.5, "gates": {"lr": 0.05, "multiplier_lr": 0.05, "head_init": 2.0}}
 TIMED: dict[str, Any] = {"batch_sizes": [1, 8], "rounds": 40, "text_length": 12}
 EVERY = "every"  # quirk that a stage knows
 
@@ -67,7 +67,8 @@ class Arm:
     """One way to a small model.
 
     `start`: distilled, student (shrunk only), tuned (one of these, trained on the task), sliced (the method's structure cut out of the
-    student) or random.
+    student) or random. `settings` are those of every stage that trains, `gates` of the one whose gates are learnt,
+    which with `one` takes all steps on the task.
     """
 
     name: str
@@ -76,6 +77,8 @@ class Arm:
     kd: bool = True
     method: str = "l0"
     settings: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    one: bool = False
     without: tuple[str, ...] = ()
 
 
@@ -196,8 +199,11 @@ class Chain:
             return out
         if arm.name == "tower-budgets":
             cut["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
-        pruned = self.folder / "pruned"
-        self.stage("prune", pruned, model=self.start(), max_steps=PRUNE_STEPS, **cut, **LEARNT)
+        pruned, cut = self.folder / "pruned", cut | LEARNT | arm.gates
+        if arm.one:
+            self.stage("prune", out, model=self.start(), max_steps=PRUNE_STEPS + FINETUNE_STEPS, **cut)
+            return out
+        self.stage("prune", pruned, model=self.start(), max_steps=PRUNE_STEPS, **cut)
         self.stage("finetune", out, model=str(pruned), max_steps=FINETUNE_STEPS, **common)
         return out
 

@@ -267,6 +267,8 @@ def test_curves_end_where_the_log_ends_and_mark_the_phases(runs: Path) -> None:
     story = page.tell_folder(runs)
     chapter = next(chapter for chapter in story.chapters if chapter.label == "pruned")
     assert chapter.manifest and training.phases(chapter.manifest, chapter.lines) == [(30, "target full"), (60, "structure final")]
+    held = chapter.manifest.model_copy(update={"config": chapter.manifest.config | {"sparsity_hold": 0.25}})
+    assert training.phases(held, chapter.lines) == [(15, "target rises"), (45, "target full"), (60, "structure final")]
     loss, task, sparsity = (Checked(str(chart)) for chart in training.charts(chapter, chapter.manifest))
     assert "step 100: loss 0.8" in loss.words and "loss" in loss.words and "structure final" in task.words
     assert "step 40: expected 20.0 %, target 40.0 %" in sparsity.words and len(sparsity.all("polyline")) == 2

@@ -231,6 +231,27 @@ def gated(quirks: GateQuirks, epoch: int = 4) -> tuple[Gated, Scope]:
     return Gated(Inner(model), pruner), scope
 
 
+def test_no_more_is_asked_for_than_fresh_gates_give_until_the_target_rises() -> None:
+    objective, scope = gated(GateQuirks())
+    model, fresh = objective.pruner.model, Gates(scope.units, head_init=2.0)
+
+    def pruner(scope: Scope, hold: int) -> Pruner:
+        objective.pruner.remove()
+        made = objective.pruner = Pruner(model, scope, fresh, steps=20, hold_steps=hold, warmup_steps=10)
+        return made
+
+    published = pruner(scope, 0)
+    assert [published.target(step).item() for step in (0, 5, 10)] == [0, 0.25, 0.5]
+    little = pruner(Scope.of(Anatomy.of(model), 0.001), 6)
+    assert little.target(0).item() == little.target(19).item() == pytest.approx(0.001)
+    held = pruner(scope, 6)
+    begin = held.budget.expected(fresh.p_open()).detach()
+    assert 0.01 < begin.item() < 0.2 and held.penalty(6).item() == 0
+    torch.testing.assert_close(torch.cat([held.target(step) for step in (0, 6)]), begin.expand(2))
+    torch.testing.assert_close(held.target(11), (begin + 0.5) / 2)
+    assert held.target(16).item() == held.target(19).item() == 0.5
+
+
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:
     """The gates that the modules of `group` last saw."""
     tower, layer, kind = group.split(".")

@@ -206,7 +206,7 @@ def test_tables_are_those_of_the_code() -> None:
     more = {"embedding": {"sentences": "s"}}
     known = {name: usual for task in tasks for name, usual in stage_settings("prune", {**given, **more.get(task, {}), "task": task}).quirks}
     assert {name: value == "true" for name, value in quirks} == known
-    for name in ("freeze_at", "sparsity_warmup"):
+    for name in ("freeze_at", "sparsity_hold", "sparsity_warmup"):
         assert f"`{name}` = {Prune.model_fields[name].default} of" in pruning
     assert f"kd = {Distillation.model_fields['kd'].default} (--kd)" in (ROOT / "docs" / "distillation.md").read_text("utf-8")
 

@@ -186,3 +186,9 @@ def test_what_is_shown_obeys_nothing_and_is_short() -> None:
 def test_one_thing_is_not_called_several() -> None:
     assert [number_of(count, "text") for count in (0, 1, 2000)] == ["0 texts", "1 text", "2,000 texts"]
     assert [number_of(count, "class has", "classes have") for count in (1, 2)] == ["1 class has", "2 classes have"]
+
+
+def test_the_target_is_full_within_the_gate_phase() -> None:
+    assert stage_settings("prune", {**needed("prune"), "sparsity_hold": 0.4, "sparsity_warmup": 0.6}).sparsity_warmup == 0.6
+    with pytest.raises(BadInput, match="longer than the gate phase"):
+        stage_settings("prune", {**needed("prune"), "sparsity_hold": 0.6})

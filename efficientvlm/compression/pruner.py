@@ -32,7 +32,8 @@ class Pruner(nn.Module):
         model: the network. Its Linears get a forward pass of their own until :meth:`finish` or :meth:`remove`.
         scope: what may be removed of `model`, and how much.
         steps: length of the gate phase; 0 where the structure comes from elsewhere, by :meth:`settle`.
-        warmup_steps: steps until the whole sparsity is asked for.
+        hold_steps: steps in which no more sparsity is asked for than fresh gates give, so that the task is learnt before units go.
+        warmup_steps: steps after these until the whole sparsity is asked for.
         seed: of the gates' first values and of what is drawn in each step.
         settled: called when the structure has become final, while the weights are still whole.
         reads: int [gates], the gate that each unit is multiplied by; its own by default.
@@ -53,6 +54,7 @@ class Pruner(nn.Module):
 
     keep: Tensor
     frozen: Tensor
+    begin: Tensor
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Pruner(nn.Module):
         *,
         steps: int,
         warmup_steps: int,
+        hold_steps: int = 0,
         seed: int = 0,
         settled: Callable[[], None] = lambda: None,
         reads: Tensor | None = None,
@@ -71,13 +74,15 @@ class Pruner(nn.Module):
         super().__init__()
         self._model = (model,)  # not a part of this module
         self.scope, self.gates, self.budget, self.settled = scope, gates, Budget(scope), settled
-        self.steps, self.warmup_steps, self.seed, self.epoch = steps, max(1, warmup_steps), seed, epoch
+        self.steps, self.hold_steps, self.warmup_steps, self.seed, self.epoch = steps, hold_steps, max(1, warmup_steps), seed, epoch
         self.quirks = quirks or GateQuirks()
         self.register_buffer("keep", torch.ones(len(scope.units), dtype=torch.bool))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self.learning = True  # not `frozen`, known without asking a GPU
         self.register_load_state_dict_post_hook(lambda module, _: module._note())
         self.hooks, self.reads = attach(model, scope.units), reads
+        fresh = self.budget.expected(gates.p_open().detach()).minimum(self.budget.final)
+        self.register_buffer("begin", fresh if hold_steps else torch.zeros_like(fresh), persistent=False)
 
     @classmethod
     def of(
@@ -89,7 +94,8 @@ class Pruner(nn.Module):
         budget: str = "parameters",
         text_length: int | None = None,
         table: LatencyTable | None = None,
-        warmup: float = 0.3,
+        hold: float = 0.3,
+        warmup: float = 0.5,
         seed: int = 0,
         head_init: float = 10.0,
         neuron_init: float = 0.0,
@@ -102,7 +108,8 @@ class Pruner(nn.Module):
                 network may cost instead.
             budget: what is counted: `parameters`; `macs`, those of one image and one text of `text_length` tokens, by default 12 or as many
                 as are read; or `latency`, in nanoseconds by `table`, which `stages.budgeting.read_table` reads.
-            warmup: part of `steps` until all of it is asked for.
+            hold: part of `steps` before more is asked for than fresh gates give; 0: none, as published.
+            warmup: part of `steps` after that until all of it is asked for.
             head_init, neuron_init: log α at the start; heads that start at 10 move only in long runs (EfficientVLM), at 2 in short ones.
             limits: as of :meth:`Scope.of`: kinds, towers, tower_sparsity, min_heads, min_neurons, round_to, allow_blind, to.
 
@@ -115,7 +122,8 @@ class Pruner(nn.Module):
         cost = cost_of(model, budget, text_length=text_length, table=table, round_to=limits.get("round_to", 1))
         scope = reachable(model, sparsity or 0.0, cost, **limits)
         gates = Gates(scope.units, seed=seed, head_init=head_init, neuron_init=neuron_init)
-        return cls(model, scope, gates, steps=steps, warmup_steps=round(warmup * steps), seed=seed).to(next(model.parameters()).device)
+        rise: dict[str, Any] = {"hold_steps": round(hold * steps), "warmup_steps": round(warmup * steps)}
+        return cls(model, scope, gates, steps=steps, seed=seed, **rise).to(next(model.parameters()).device)
 
     @property
     def model(self) -> Any:
@@ -142,8 +150,12 @@ class Pruner(nn.Module):
         return self.budget(self.gates.p_open(), self.target(step)) if self.moving else torch.zeros((), device=self.keep.device)
 
     def target(self, step: int) -> Tensor:
-        """[budgets] sparsity asked for at `step`: linear from 0 over the warm-up, then constant."""
-        return self.budget.target(step % self.epoch if self.quirks.epoch_step else step, self.warmup_steps)
+        """[budgets] sparsity asked for at `step`: that of fresh gates until it rises linearly over the warm-up, then constant.
+
+        Without steps that hold it back it rises from 0 (EfficientVLM, published schedule).
+        """
+        own = step % self.epoch if self.quirks.epoch_step else step
+        return self.budget.target(max(0, own - self.hold_steps), self.warmup_steps, self.begin)
 
     def optimizers(self, *, lr: float = 0.01, multiplier_lr: float = 0.01) -> list[torch.optim.Optimizer]:
         """AdamW of constant rate on log α, and an ascending one on the multipliers (EfficientVLM); call it once."""

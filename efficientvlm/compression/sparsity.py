@@ -234,7 +234,7 @@ class Budget(nn.Module):
         """[budgets] expected sparsity for `p_open` [gates]."""
         return 1 - torch.stack([kept(p_open) for kept in self.kept]) / self.whole
 
-    def target(self, step: int, warmup_steps: int, start: float | Sequence[float] = 0.0) -> torch.Tensor:
+    def target(self, step: int, warmup_steps: int, start: float | Sequence[float] | torch.Tensor = 0.0) -> torch.Tensor:
         """[budgets] sparsity asked for at `step`."""
         begin = torch.as_tensor(start, dtype=self.final.dtype, device=self.final.device)
         return begin + (self.final - begin) * target_at(step, warmup_steps, 1.0)

@@ -56,14 +56,17 @@ def series(chapter: Chapter, name: str) -> list[tuple[float, float]]:
 
 
 def phases(manifest: Manifest, lines: Sequence[dict[str, float]]) -> list[tuple[float, str]]:
-    """Steps at which the sparsity target of a gated run was reached and its structure became final (as in stages/prune.py)."""
+    """Steps at which the sparsity target of a gated run rose and was full, and its structure became final (as in stages/prune.py)."""
     config = manifest.config
-    freeze_at, warmup = config.get("freeze_at"), config.get("sparsity_warmup")
+    given = [config.get("freeze_at"), config.get("sparsity_warmup"), config.get("sparsity_hold", 0)]
     gated = manifest.stage == "prune" and config.get("method") == "l0"
-    if not gated or not isinstance(freeze_at, int | float) or not isinstance(warmup, int | float):
+    parts = [float(part) for part in given if isinstance(part, int | float)]
+    if not gated or len(parts) < len(given):
         return []
+    freeze_at, warmup, hold = parts
     freeze = max(1, round(freeze_at * lines[-1]["step"]))
-    return [(round(warmup * freeze), "target full"), (freeze, "structure final")]
+    rises = [(round(hold * freeze), "target rises")] if hold else []
+    return [*rises, (round(hold * freeze) + round(warmup * freeze), "target full"), (freeze, "structure final")]
 
 
 def timing(trained: Sequence[tuple[Chapter, Manifest]]) -> Html | None:

@@ -10,7 +10,7 @@ from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Bench, Embed, Export, InitConfig, Prune
 from efficientvlm.settings.tasks import CaptioningSettings, Contrasting, PretrainingSettings, VQAEval
 
-OF_THE_GATES = {"sparsity_warmup", "freeze_at", "gates"}
+OF_THE_GATES = {"sparsity_hold", "sparsity_warmup", "freeze_at", "gates"}
 OF_VALIDATION = {"eval_limit", "eval_batch_size"}
 UNTRAINED = {*Taught.model_fields, *OF_THE_GATES, "calibration_batches"} - {"out", "seed", "model", "task", "device"}
 MEASURED = {*Data.model_fields, *OF_VALIDATION, "precision", "max_tokens", "quirks", "rank_top"}

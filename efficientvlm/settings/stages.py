@@ -145,7 +145,10 @@ class Prune(Following, Recut):
     table: str | None = Field(None, description="with budget latency, result of evlm bench --table; by default it is measured first")
     requests: Requests = Field(default_factory=Requests)
     method: Literal["l0", "magnitude", "taylor", "random"] = "l0"
-    sparsity_warmup: float = Field(0.3, ge=0, le=1, description="fraction of the gate phase until the full target")
+    sparsity_hold: float = Field(
+        0.3, ge=0, le=1, description="fraction of the gate phase before more is asked for: the task is learnt first; 0: none, as published"
+    )
+    sparsity_warmup: float = Field(0.5, ge=0, le=1, description="fraction of the gate phase in which the target then rises to the full one")
     freeze_at: float = Field(0.6, gt=0, le=1, description="fraction of all steps after which the structure is final")
     gates: Gates = Field(default_factory=Gates)
     kinds: list[Literal["head", "cross_head", "neuron"]] = Field(["head", "cross_head", "neuron"], min_length=1)
@@ -193,6 +196,13 @@ class Prune(Following, Recut):
         if task != "none" and info.data.get("data") == "" and not info.data.get("from_gates"):
             raise ValueError(f"{task} is learnt from data, which was not given")
         return task
+
+    @field_validator("sparsity_warmup")
+    @classmethod
+    def _within_the_phase(cls, warmup: float, info: ValidationInfo) -> float:
+        if (hold := info.data.get("sparsity_hold", 0.0)) + warmup > 1 + 1e-9:
+            raise ValueError(f"with sparsity_hold {hold:g} in front it is longer than the gate phase; together at most 1")
+        return warmup
 
     @field_validator("to")
     @classmethod

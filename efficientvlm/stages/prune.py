@@ -155,9 +155,9 @@ class Pruning(Learning):
         config, inner = self.config, self.objective()
         gates = Gates(self.scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
         steps = max(1, round(config.freeze_at * self.steps)) if config.method == "l0" else 0
-        warmup, epoch = round(config.sparsity_warmup * steps), self.plan.batches_per_epoch
-        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": self.released, "settled": settled}
-        return Gated(inner, Pruner(inner.model, self.scope, gates, steps=steps, warmup_steps=warmup, epoch=epoch, **common))
+        rise = {"hold_steps": round(config.sparsity_hold * steps), "warmup_steps": round(config.sparsity_warmup * steps)}
+        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": self.released, "settled": settled, **rise}
+        return Gated(inner, Pruner(inner.model, self.scope, gates, steps=steps, epoch=self.plan.batches_per_epoch, **common))
 
     def trial(self) -> Gated:
         objective = self.gated()
