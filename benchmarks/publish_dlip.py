@@ -31,6 +31,11 @@ SAME = 1e-3
 """Teachers whose metrics are as close as this are one."""
 COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", ALONE: "#d9822b", BASE: "#3f8f5f", "small, pruned": "#8b5fbf"}
 OTHERS = "#aeb6c1"
+VARIED = (
+    *("vision narrower", "text narrower", "both narrower", "fusion 1", "fusion 2", "fusion 3", "no decoder terms"),
+    *("vision random", "text random", "logit alone", "feature alone", "attention alone"),
+)
+"""Rows of all parts but the main one, in the order in which they are shown, behind the student with all terms."""
 
 Kept = dict[str, dict[str, float]]
 """Task → model → part of the teacher's metric, mean of the seeds."""
@@ -110,7 +115,7 @@ def findings(found: Kept) -> Iterator[tuple[str, str]]:
                 continue
             first, *others = (found[task][name] for name in names)
             gap = first - max(others)
-            holds = gap > TIE if rule.startswith(("a decoder", "pretrained")) else gap >= -TIE
+            holds = gap >= -TIE if rule.startswith("a moderate") else gap > TIE
             numbers = ", ".join(f"{name} {100 * found[task][name]:.1f} %" for name in names)
             yield rule, f"{task}: {'holds' if holds else 'a tie' if abs(gap) <= TIE else 'does not hold'} ({numbers})"
 
@@ -139,17 +144,25 @@ def main_table(lines: Lines, task: str) -> list[str]:
     return out
 
 
+def varied(lines: Lines) -> list[str]:
+    """The rows that are not of the main part, in the order of :data:`VARIED`."""
+    there = {line["model"] for line in lines if line["part"] != "main"}
+    return sorted(there, key=lambda name: (BRIEF, *VARIED).index(name))
+
+
 def other_table(lines: Lines, part: str) -> list[str]:
-    """Markdown rows of the rows of a part: what they keep of the teacher in each task, and the student with all terms first."""
+    """Markdown rows of a part: parameters, and what is kept of the teacher in each task; the student with all terms comes first."""
     found = kept(lines)
     own = [line for line in lines if line["part"] == part]
-    tasks, names = tasks_of(own), list(dict.fromkeys(line["model"] for line in own))
+    tasks, names = tasks_of(own), varied(own)
     if not names:
         return []
-    out = [f"| model | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
+    out = [f"| model | parameters | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 2) + "|"]
     for name in dict.fromkeys((BRIEF, *names)):
+        sizes = of([line for line in lines if line["model"] == name], "parameters_of_teacher")
+        size = f"{100 * mean(sizes):.1f} %" if sizes else "–"
         cells = (f"{100 * found[task][name]:.1f} %" if name in found[task] else "–" for task in tasks)
-        out.append(f"| {name} | {' | '.join(cells)} |")
+        out.append(f"| {name} | {size} | {' | '.join(cells)} |")
     return out
 
 
@@ -173,7 +186,10 @@ def block(lines: Lines, names: list[Path], starts: Lines, start_names: list[Path
     titles = {"modules": "### Modules", "information": "### Kinds of information alone"}
     for part, title in titles.items():
         if rows := other_table(lines, part):
-            about = "Part of the teacher's metric that is kept by students that take a third of the recipe's steps; one seed."
+            about = (
+                "Parameters, of the teacher's (mean of the tasks), and the part of its metric that is kept, by students that take a third "
+            )
+            about += "of the recipe's steps; one seed."
             parts += [title, "", about, "", *rows, ""]
     if said := [*findings(kept(lines))]:
         parts += ["| finding of the paper | here |", "| --- | --- |"]
@@ -200,7 +216,7 @@ def plot(lines: Lines, path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks, found = tasks_of(lines), kept(lines)
-    names = list(dict.fromkeys(line["model"] for line in lines if line["part"] != "main"))
+    names = varied(lines)
     panels = len(tasks) + bool(names)
     figure = Figure(figsize=(4.2 * panels, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -216,13 +232,14 @@ def plot(lines: Lines, path: Path) -> None:
         place.grid(alpha=0.25)
         place.legend(frameon=False, loc="lower right", fontsize=8)
     if names:
-        for number, task in enumerate(tasks):
-            places = [row + 0.8 * number / len(tasks) for row, name in enumerate(names) if name in found[task]]
-            axes[-1].barh(places, [100 * found[task][name] for name in names if name in found[task]], 0.8 / len(tasks), label=task)
+        shown = [task for task in tasks if found[task].keys() & {*names}]
+        for number, task in enumerate(shown):
+            places = [row + 0.8 * number / len(shown) for row, name in enumerate(names) if name in found[task]]
+            axes[-1].barh(places, [100 * found[task][name] for name in names if name in found[task]], 0.8 / len(shown), label=task)
         axes[-1].set_yticks([row + 0.3 for row in range(len(names))], names, fontsize=7)
         axes[-1].set(title="variations", xlabel="kept (% of the teacher's)")
         axes[-1].invert_yaxis()
-        axes[-1].legend(frameon=False, fontsize=8)
+        axes[-1].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, -0.12), ncol=len(shown))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 
