@@ -1,0 +1,108 @@
+"""Publish what gates choose beside scores: tables with verdicts and a plot of the rows of `gates.py`. Nothing is measured or typed here.
+
+python benchmarks/publish_gates.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import mean
+
+from publish_ablation import Group, check, groups, verdict
+from published import ROOT, published_rows, with_block
+
+from efficientvlm.checkpoints.files import write_atomic
+from efficientvlm.script import run_script
+
+PAGE, PICTURE = Path("docs/ablation.md"), Path("docs/gates.png")
+LEARNT, SCORES = "held", ("magnitude-kd", "taylor-kd")
+KEPT, AT = 0.97, 0.8
+"""The target: what the gates of the default keep of the teacher's accuracy at this sparsity."""
+COLOURS = {"multipliers": "#7fa8d6", "held": "#2a6fbb", "held, one stage": "#1b3f6e", "magnitude-kd": "#2e9e6b", "taylor-kd": "#d9822b"}
+
+
+def seeds_of(group: Group) -> str:
+    return f"{len(group.lines)} seeds" if len(group.lines) > 1 else "one seed"
+
+
+def said(found: list[Group]) -> list[str]:
+    """What the gates reach of the target on each task and at each sparsity, a sentence each; what is not measured is said."""
+    lines = []
+    for task, sparsity in dict.fromkeys((group.task, group.sparsity) for group in found):
+        arms = {group.arm: group for group in found if (group.task, group.sparsity) == (task, sparsity)}
+        where, own = f"{task} at {sparsity:g}", arms.get(LEARNT)
+        if own is None:
+            lines.append(f"{where}: `{LEARNT}` is not measured yet.")
+            continue
+        share = mean(own.of("accuracy_of_teacher"))
+        target = f" (target: {100 * KEPT:g} %: {'reached' if share >= KEPT else 'missed'})" if sparsity == AT else ""
+        text = f"{where}: `{LEARNT}` keeps {100 * share:.1f} % of the teacher's accuracy{target}, {seeds_of(own)}"
+        beside = []
+        for name in (*SCORES, "multipliers"):
+            if other := arms.get(name):
+                how = {"worse": "better than", "better": "worse than", "tie": "a tie with"}.get(verdict(own, other), "not compared with")
+                beside.append(f"{how} `{name}` ({100 * mean(other.of('accuracy_of_teacher')):.1f} %, {seeds_of(other)})")
+        lines.append(f"{text}; {', '.join(beside) or 'nothing beside it is measured yet'}.")
+    return lines
+
+
+def table(found: list[Group]) -> list[str]:
+    """Markdown rows: a task, a sparsity and an arm, and what it keeps of the teacher."""
+    head = ("task", "sparsity", "arm", "parameters", "of the teacher's accuracy", "seeds: worst to best")
+    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for group in sorted(found, key=lambda group: (group.task, -group.sparsity, list(COLOURS).index(group.arm))):
+        shares = [100 * value for value in group.of("accuracy_of_teacher")]
+        seeds = f"{min(shares):.1f} to {max(shares):.1f} ({len(shares)})" if len(shares) > 1 else "one seed"
+        size = f"{100 * mean(group.of('parameters_of_teacher')):.1f} %"
+        out.append(f"| {group.task} | {group.sparsity:g} | {group.arm} | {size} | {mean(shares):.1f} % | {seeds} |")
+    return out
+
+
+def block(found: list[Group], name: Path) -> str:
+    """What stands between the markers of the page."""
+    parts = [*(f"- {text}" for text in said(found)), "", *table(found), ""]
+    parts += [f"Every run: [{name.name}](../{name.as_posix()}).", "", f"![What gates and scores keep]({PICTURE.name})"]
+    return "\n".join(parts)
+
+
+def plot(found: list[Group], path: Path) -> None:
+    """A panel a task and sparsity: a row an arm, a point a run."""
+    from matplotlib.figure import Figure
+
+    panels = sorted(dict.fromkeys((group.task, group.sparsity) for group in found), key=lambda panel: (panel[0], -panel[1]))
+    figure = Figure(figsize=(4.4 * len(panels), 2.8), dpi=130, layout="constrained")
+    for axes, (task, sparsity) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for row, (arm, colour) in enumerate(COLOURS.items()):
+            for group in found:
+                if (group.task, group.sparsity, group.arm) == (task, sparsity, arm):
+                    shares = [100 * value for value in group.of("accuracy_of_teacher")]
+                    axes.scatter(shares, [row] * len(shares), color=colour, s=26, zorder=3)
+        axes.axvline(100, color="#1f2733", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(COLOURS)), list(COLOURS), fontsize=8)
+        axes.set_ylim(len(COLOURS) - 0.5, -0.5)
+        axes.set(title=f"{task}, sparsity {sparsity:g}", xlabel="kept of the teacher's accuracy (%)")
+        axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def publish(root: Path = ROOT) -> list[Path]:
+    """Write the block of the page and the plot below `root` from the CSV there; the files written.
+
+    Raises:
+        BadInput: no CSV or more than one, rows that cannot be compared, or a page without the two markers.
+    """
+    rows, name = published_rows(root, "gates", fix="run benchmarks/gates.py")
+    found = groups(rows)
+    check(found)
+    page = with_block((root / PAGE).read_text("utf-8"), "gates", block(found, name))
+    plot(found, root / PICTURE)
+    write_atomic(root / PAGE, page.encode())
+    return [root / PAGE, root / PICTURE]
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.exit(run_script(publish))

@@ -1,0 +1,67 @@
+"""What gates choose beside scores: the arms of the benchmark, verdicts and tables from its CSV, and the page that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_pages import ROOT, script
+
+PAGE = "docs/ablation.md"
+
+
+def line(arm: str, kept: float, seed: int = 0, sparsity: float = 0.8) -> dict[str, Any]:
+    about = {"data": "easy-vqa", "distill_steps": 200, "task_steps": 1200, "torch": "2", "parameters_of_teacher": 0.15}
+    shares = {"achieved_sparsity": sparsity, "accuracy": 0.99 * kept, "accuracy_of_teacher": kept}
+    return {"task": "easy-vqa", "arm": arm, "sparsity": f"{sparsity:g}", "seed": seed, **about, **shares}
+
+
+@pytest.fixture(scope="module")
+def publishing() -> Any:
+    return script("benchmarks/publish_gates.py")
+
+
+@pytest.mark.parametrize(
+    ("held", "taylor", "said"),
+    [
+        ((0.98, 0.975), (0.87, 0.88), "keeps 97.8 % of the teacher's accuracy (target: 97 %: reached), 2 seeds; better than `taylor-kd`"),
+        ((0.96, 0.965), (0.99,), "(target: 97 %: missed), 2 seeds; worse than `taylor-kd` (99.0 %, one seed)"),
+        ((0.98, 0.97), (0.974, 0.976), "a tie with `taylor-kd` (97.5 %, 2 seeds)"),
+        ((0.98,), (0.87, 0.88), "one seed; not compared with `taylor-kd`"),
+        ((0.98,), (), "one seed; nothing beside it is measured yet."),
+        ((), (0.9,), "`held` is not measured yet."),
+    ],
+)
+def test_verdicts(publishing: Any, held: tuple[float, ...], taylor: tuple[float, ...], said: str) -> None:
+    lines = [line(arm, kept, seed) for arm, some in (("held", held), ("taylor-kd", taylor)) for seed, kept in enumerate(some)]
+    (found,) = publishing.said(publishing.groups([{key: str(value) for key, value in row.items()} for row in lines]))
+    assert said in found
+
+
+def test_tables_and_plot_are_made_from_the_rows(publishing: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / PAGE).write_text((ROOT / PAGE).read_text("utf-8"))
+    append = script("benchmarks/published.py").append
+    for row in (line("held", 0.98), line("held", 0.96, 1), line("magnitude-kd", 0.4), line("held", 0.99, sparsity=0.6)):
+        append(tmp_path / "benchmarks/results/gates_some-cpu.csv", row)
+    assert publishing.publish(tmp_path) == [tmp_path / PAGE, tmp_path / "docs/gates.png"]
+    page = (tmp_path / PAGE).read_text("utf-8")
+    assert "| easy-vqa | 0.8 | held | 15.0 % | 97.0 % | 96.0 to 98.0 (2) |" in page and "easy-vqa at 0.6: `held` keeps 99.0 %" in page
+    assert (tmp_path / "docs/gates.png").stat().st_size
+
+
+def test_every_arm_has_a_colour_and_its_own_gates(publishing: Any) -> None:
+    gates = script("benchmarks/gates.py")
+    assert set(gates.CHOICES) == set(publishing.COLOURS)
+    assert {name: arm.gates for name, arm in gates.CHOICES.items() if arm.gates} == {
+        "held": {"sparsity_hold": 0.3},
+        "held, one stage": {"sparsity_hold": 0.3},
+    }
+    assert len(gates.runs(["easy-vqa"], [0.8], [0, 1], list(gates.CHOICES))) == 10
+
+
+def test_the_page_is_up_to_date(publishing: Any) -> None:
+    rows, name = publishing.published_rows(ROOT, "gates")
+    block = publishing.block(publishing.groups(rows), name)
+    assert block in (ROOT / PAGE).read_text("utf-8"), "run: python benchmarks/publish_gates.py"
