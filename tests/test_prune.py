@@ -17,7 +17,7 @@ from efficientvlm import families
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.gates import Gates, attach
-from efficientvlm.compression.pruner import Pruner
+from efficientvlm.compression.pruner import Pruner, rise
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.errors import BadInput, TargetMissed
@@ -250,6 +250,7 @@ def test_no_more_is_asked_for_than_fresh_gates_give_until_the_target_rises() -> 
     torch.testing.assert_close(torch.cat([held.target(step) for step in (0, 6)]), begin.expand(2))
     torch.testing.assert_close(held.target(11), (begin + 0.5) / 2)
     assert held.target(16).item() == held.target(19).item() == 0.5
+    assert rise(7, 0.5, 0.5) == {"hold_steps": 4, "warmup_steps": 3} and rise(20, 0, 0.5) == {"hold_steps": 0, "warmup_steps": 10}
 
 
 def applied(objective: Gated, scope: Scope, group: str) -> torch.Tensor:

@@ -18,6 +18,12 @@ from efficientvlm.errors import BadInput
 from efficientvlm.settings.methods import GateQuirks
 
 
+def rise(steps: int, hold: float, warmup: float) -> dict[str, Any]:
+    """`hold_steps` and `warmup_steps` of a gate phase of `steps`, of which both are fractions; together no longer than it."""
+    held = round(hold * steps)
+    return {"hold_steps": held, "warmup_steps": round((hold + warmup) * steps) - held}
+
+
 class Pruner(nn.Module):
     """Removes attention heads and neurons while the network is trained (EfficientVLM; L0 after Louizos et al. 2018).
 
@@ -122,8 +128,7 @@ class Pruner(nn.Module):
         cost = cost_of(model, budget, text_length=text_length, table=table, round_to=limits.get("round_to", 1))
         scope = reachable(model, sparsity or 0.0, cost, **limits)
         gates = Gates(scope.units, seed=seed, head_init=head_init, neuron_init=neuron_init)
-        rise: dict[str, Any] = {"hold_steps": round(hold * steps), "warmup_steps": round(warmup * steps)}
-        return cls(model, scope, gates, steps=steps, seed=seed, **rise).to(next(model.parameters()).device)
+        return cls(model, scope, gates, steps=steps, seed=seed, **rise(steps, hold, warmup)).to(next(model.parameters()).device)
 
     @property
     def model(self) -> Any:

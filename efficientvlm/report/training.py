@@ -66,7 +66,7 @@ def phases(manifest: Manifest, lines: Sequence[dict[str, float]]) -> list[tuple[
     freeze_at, warmup, hold = parts
     freeze = max(1, round(freeze_at * lines[-1]["step"]))
     rises = [(round(hold * freeze), "target rises")] if hold else []
-    return [*rises, (round(hold * freeze) + round(warmup * freeze), "target full"), (freeze, "structure final")]
+    return [*rises, (round((hold + warmup) * freeze), "target full"), (freeze, "structure final")]
 
 
 def timing(trained: Sequence[tuple[Chapter, Manifest]]) -> Html | None:

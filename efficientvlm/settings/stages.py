@@ -201,7 +201,7 @@ class Prune(Following, Recut):
     @classmethod
     def _within_the_phase(cls, warmup: float, info: ValidationInfo) -> float:
         if (hold := info.data.get("sparsity_hold", 0.0)) + warmup > 1 + 1e-9:
-            raise ValueError(f"with sparsity_hold {hold:g} in front it is longer than the gate phase; together at most 1")
+            raise ValueError(f"with sparsity_hold {hold:g} in front {warmup:g} is longer than the gate phase; together at most 1")
         return warmup
 
     @field_validator("to")

@@ -267,11 +267,11 @@ def gather(
     missing = {what: why for shard in shards for what, why in shard.missing.items()}
     keys = np.concatenate([np.zeros(0, np.uint64), *(shard.keys for shard in shards)])
     found, lost = len(keys), lost_of(keys)
+    list_skipped(output, {config.split: source}, control.quiet)
     check_missing(config, output, lost, found, missing)
     for name in names:
         os.link(folder / name, output.staging / name)
     write_index(output.staging / INDEX, shards)
-    list_skipped(output, {config.split: source}, control.quiet)
     extra = {
         "side": config.side,
         "width": job.width,

@@ -15,7 +15,7 @@ from efficientvlm.checkpoints.folder import Output, require_complete
 from efficientvlm.checkpoints.manifest import Manifest
 from efficientvlm.compression.gates import Gates
 from efficientvlm.compression.latency import LatencyTable
-from efficientvlm.compression.pruner import Pruner
+from efficientvlm.compression.pruner import Pruner, rise
 from efficientvlm.compression.snapping import snap_scores
 from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
@@ -155,8 +155,8 @@ class Pruning(Learning):
         config, inner = self.config, self.objective()
         gates = Gates(self.scope.units, seed=config.seed, **settings_of(config.gates, "head_init", "neuron_init", "init_std"))
         steps = max(1, round(config.freeze_at * self.steps)) if config.method == "l0" else 0
-        rise = {"hold_steps": round(config.sparsity_hold * steps), "warmup_steps": round(config.sparsity_warmup * steps)}
-        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": self.released, "settled": settled, **rise}
+        common: dict[str, Any] = {"seed": config.seed, "quirks": config.quirks, "reads": self.released, "settled": settled}
+        common |= rise(steps, config.sparsity_hold, config.sparsity_warmup)
         return Gated(inner, Pruner(inner.model, self.scope, gates, steps=steps, epoch=self.plan.batches_per_epoch, **common))
 
     def trial(self) -> Gated:
