@@ -11,8 +11,9 @@ from efficientvlm.families.blip.family import BLIP
 from efficientvlm.families.blip.names import LAYERS
 from efficientvlm.families.blip.published import STACKS, VISION, VISION_LAYER
 from efficientvlm.families.blip.start import fresh_config
+from efficientvlm.families.towers.names import BERT, BERT_LAYER, CLIP, CLIP_LAYER
 from efficientvlm.families.xvlm.config import XVLMConfig
-from efficientvlm.families.xvlm.names import BERT, BERT_LAYER, CLIP, CLIP_LAYER, published_name
+from efficientvlm.families.xvlm.names import published_name
 from efficientvlm.families.xvlm.network import XVLMModel
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -1,4 +1,4 @@
-"""X-VLM's vision tower from a DINOv2: the states that transformers' own network has, and what is refused."""
+"""A vision tower from a DINOv2 or a ViT: the states that transformers' own network has, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import QUIET, run_stage
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model, ViTConfig, ViTModel
 
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.errors import BadInput
 from efficientvlm.families.towers.parts import resize_positions
+from efficientvlm.families.vit_files import HALF, IMAGENET, add_patch_bias
 from efficientvlm.families.weights import read_folder
-from efficientvlm.families.xvlm.dinov2 import MEAN, STD, add_patch_bias
 from efficientvlm.families.xvlm.start import from_towers
 from efficientvlm.loaded import load
 
@@ -42,6 +42,9 @@ def towers(tmp_path_factory) -> Path:
     randomised(Dinov2Model(Dinov2Config(**SIZE))).save_pretrained(root / "dinov2")
     randomised(Dinov2Model(Dinov2Config(**SIZE, qkv_bias=False))).save_pretrained(root / "no_bias")
     randomised(Dinov2ForImageClassification(Dinov2Config(**SIZE, num_labels=3))).save_pretrained(root / "classifier")
+    shape = dict(SIZE, intermediate_size=48)
+    del shape["mlp_ratio"]
+    randomised(ViTModel(ViTConfig(**shape))).save_pretrained(root / "vit")
     tokenizer = train_wordpiece(["two dogs run on the grass", "a child in a red coat"], 60)
     for name in ("bert", "words"):
         save_tokenizer(tokenizer, root / name)
@@ -54,19 +57,25 @@ def built(towers: Path, vision: str | Path = "dinov2", **settings: Any) -> Any:
     return from_towers(towers / vision, towers / "bert", vocab, settings)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "no_bias", "classifier"])
+def stock(towers: Path, name: str, pixels: torch.Tensor) -> Any:
+    """What transformers' own network of the folder says of pictures, positions resized as its class does."""
+    if name != "vit":
+        return Dinov2Model.from_pretrained(towers / name).eval()(pixels, output_hidden_states=True)
+    return ViTModel.from_pretrained(towers / name).eval()(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "no_bias", "classifier", "vit"])
 @pytest.mark.parametrize("image_size", [28, 14, 35])
 def test_the_states_are_those_of_transformers_network(towers, name, image_size):
     model, new = built(towers, name, image_size=image_size)
-    stock = Dinov2Model.from_pretrained(towers / name).eval()
     pixels = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
-        ours, theirs = model.encode_image(pixels, keep=frozenset({"hidden"})), stock(pixels, output_hidden_states=True)
+        ours, theirs = model.encode_image(pixels, keep=frozenset({"hidden"})), stock(towers, name, pixels)
     torch.testing.assert_close(ours.states, theirs.last_hidden_state, **CLOSE)
     for mine, other in zip(ours.hidden, theirs.hidden_states, strict=True):
         torch.testing.assert_close(mine, other, **CLOSE)
     assert not [tensor for tensor in new if tensor.startswith("vision.")]
-    assert (tuple(model.config.image_mean), tuple(model.config.image_std)) == (MEAN, STD)
+    assert (tuple(model.config.image_mean), tuple(model.config.image_std)) == (HALF if name == "vit" else IMAGENET)
 
 
 def test_layer_scale_goes_into_weights_and_biases(towers):
@@ -142,7 +151,7 @@ def test_a_checkpoint_of_it_opens_again_and_is_cut(towers, tmp_path):
     assert model.config.vision_layers == 2 and not model.config.vision_pre_norm and model.config.vision_activation == "gelu"
     assert not any(name.startswith("vision.pre_norm") for name in model.state_dict())
     settings = json.loads((tmp_path / "start" / "preprocessor_config.json").read_text())
-    assert settings["image_mean"] == list(MEAN) and settings["size"] == {"height": 14, "width": 14}
+    assert settings["image_mean"] == list(IMAGENET[0]) and settings["size"] == {"height": 14, "width": 14}
 
 
 SENTENCES = {"heads": ["itc"], "text_layers": 4, "fusion_layers": 0, "text_pooling": "mean", "embed_dim": 16}

@@ -514,10 +514,10 @@ def test_layer_choice_and_fresh_tensors(towers, tokenizer):
 
 
 def test_published_layer_choice_of_twelve():
-    from efficientvlm.families.xvlm.start import _chosen
+    from efficientvlm.families.pretrained import chosen_layers
 
-    assert list(_chosen(Path("clip"), 12, 6)) == [1, 3, 5, 7, 9, 11]
-    assert list(_chosen(Path("clip"), 12, 12)) == list(range(12))
+    assert list(chosen_layers(Path("clip"), 12, 6)) == [1, 3, 5, 7, 9, 11]
+    assert list(chosen_layers(Path("clip"), 12, 12)) == list(range(12))
 
 
 def test_another_image_size_resizes_positions(towers, tokenizer):
@@ -529,7 +529,7 @@ def test_another_image_size_resizes_positions(towers, tokenizer):
 def test_towers_that_cannot_be_used(towers, tokenizer, tmp_path):
     clip, bert, size = towers / "clip", towers / "bert", len(tokenizer)
     for arguments, message in (
-        ((bert, bert, size), "not a CLIP, CLIP vision or DINOv2 model"),
+        ((bert, bert, size), "not a CLIP, CLIP vision, DINOv2 or ViT model"),
         ((clip, clip, size), "not a BERT"),
         ((tmp_path, bert, size), "no config.json"),
         ((clip, bert, size + 1), f"tokenizer has {size + 1} tokens"),

@@ -54,6 +54,16 @@ class Family:
     or sizes that do not fit together.
     """
 
+    towers_config: Callable[[Path, Path, Mapping[str, int], Mapping[str, Any], bool], Any]
+    """Only of a family that `init` builds from pretrained towers: the configuration of that network; no weights are read.
+
+    Called with the folders of a tower of images and of a BERT, the vocabulary (token → id), changed settings, and whether vectors of texts
+    are to be those of the BERT itself. :class:`BadInput` for towers, a vocabulary or settings that do not fit.
+    """
+
+    from_towers: Callable[[Path, Path, Mapping[str, int], Mapping[str, Any], bool], tuple[Any, list[str]]]
+    """With the same: the network, and the names of its tensors that are fresh, drawn from torch's generator."""
+
     def read_config(self, path: Path) -> Any:
         """The configuration of checkpoint folder `path`, a :class:`structure.Structure`; no weights are read.
 

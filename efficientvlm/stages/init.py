@@ -1,8 +1,9 @@
-"""init: a new model, random at a named size, or an X-VLM built from a CLIP or DINOv2 vision tower and a BERT text tower."""
+"""init: a new model, random at a named size, or built from a pretrained vision transformer and a BERT."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from efficientvlm.loaded import shapes
 from efficientvlm.settings.stages import InitConfig
 from efficientvlm.stages.common import making, open_output, write
 from efficientvlm.stages.workspace import Beginning, Workspace, inputs_of
-
-TOWERS_MAKE = "xvlm"
 
 
 def run(config: InitConfig, control: Control) -> Manifest:
@@ -44,13 +43,7 @@ def run(config: InitConfig, control: Control) -> Manifest:
                 place(model)
             origin: dict[str, Any] = {"origin": "random"}
         else:
-            from efficientvlm.families.xvlm.start import as_texts_are, from_towers
-
-            towers = resolve(config.vision_from or ""), resolve(config.text_from or "")
-            model, new = from_towers(*towers, len(tokenizer), changed(config))
-            if config.text_projection == "identity":
-                kept = as_texts_are(model)
-                new = [name for name in new if name not in kept]
+            model, new = family.from_towers(*towers_of(config), tokenizer.get_vocab(), changed(config), keeps_texts(config))
             origin = {"origin": "imported", "extra": {"new": new}}
         sources = {"train": job.data["data"]} if job.data else {}
         return write(output, family, model, tokenizer, control=control, sources=sources, **origin)
@@ -89,8 +82,8 @@ def check(config: InitConfig) -> None:
     """:class:`BadInput` unless `config` says exactly one thing to start from, and its family can."""
     if (config.size is None) == (config.vision_from is None) or (config.vision_from is None) != (config.text_from is None):
         raise BadInput("init needs a size or two towers", "", "give --size tiny, or both --vision-from DIR and --text-from DIR")
-    if config.vision_from and config.family != TOWERS_MAKE:
-        why = f"a CLIP or DINOv2 and a BERT make an {TOWERS_MAKE}"
+    if config.vision_from and not hasattr(families.get(config.family), "from_towers"):
+        why = "a vision transformer and a BERT make an X-VLM or a BLIP"
         raise BadInput(f"no {config.family} is built from towers", why, "give --size instead")
     if config.text_from and config.tokenizer == "train":
         why = "BERT's word embeddings belong to its own vocabulary"
@@ -130,11 +123,21 @@ def tokenizer_of(config: InitConfig, source: Any) -> Any:
     return with_special(train_wordpiece(texts(source), config.vocab_size - len(more)), more)
 
 
-def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, Any]:
+def towers_of(config: InitConfig) -> tuple[Path, Path]:
+    """The folders of the tower of images and of BERT."""
+    return resolve(config.vision_from or ""), resolve(config.text_from or "")
+
+
+def keeps_texts(config: InitConfig) -> bool:
+    """Whether vectors of texts are to be those of the BERT itself."""
+    return config.text_projection == "identity"
+
+
+def blueprint(config: InitConfig, vocab: Mapping[str, int]) -> tuple[Any, Any]:
     """Family and configuration of the new model; no weights are read.
 
     Args:
-        vocab: token → id, or just their number if the model is not going to read anything.
+        vocab: token → id.
 
     Raises:
         BadInput: sizes or towers that do not fit together, an unknown setting.
@@ -142,10 +145,4 @@ def blueprint(config: InitConfig, vocab: int | Mapping[str, int]) -> tuple[Any, 
     family = families.get(config.family)
     if config.size:
         return family, family.fresh_config(config.size, changed(config), vocab)
-    from efficientvlm.families.xvlm.start import check_kept, towers_config
-
-    number = vocab if isinstance(vocab, int) else len(vocab)
-    values = towers_config(resolve(config.vision_from or ""), resolve(config.text_from or ""), number, changed(config))[0]
-    if config.text_projection == "identity":
-        check_kept(values)
-    return family, values
+    return family, family.towers_config(*towers_of(config), vocab, changed(config), keeps_texts(config))

@@ -18,6 +18,7 @@ from efficientvlm.families.blip.config import (
 from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.blip.published import translate
 from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
+from efficientvlm.families.blip.towers import from_towers, towers_config
 from efficientvlm.families.checks import check_config
 from efficientvlm.families.family import Family
 from efficientvlm.families.headers import check_shapes
@@ -39,6 +40,20 @@ class BLIP(Family):
 
     def fresh_config(self, size: str, changes: Mapping[str, Any], vocab: int | Mapping[str, int]) -> SlicedBlipConfig:
         return self._checked(fresh_config(size, changes, vocab), "settings")
+
+    def towers_config(
+        self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool
+    ) -> SlicedBlipConfig:
+        if keep_texts:
+            why = "a BLIP projects the first token of a text to as many numbers as it compares, and is trained to"
+            raise BadInput("text_projection is identity", why, "leave it out")
+        return self._checked(towers_config(vision, text, vocab, changes), "settings")
+
+    def from_towers(
+        self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool
+    ) -> tuple[Any, list[str]]:
+        self.towers_config(vision, text, vocab, changes, keep_texts)
+        return from_towers(vision, text, vocab, changes)
 
     def read_config(self, path: Path) -> SlicedBlipConfig:
         """Of a folder of ours or of transformers; which of the three networks it is, `architectures` says there.

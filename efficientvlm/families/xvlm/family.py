@@ -16,6 +16,7 @@ from efficientvlm.families.published import Published
 from efficientvlm.families.xvlm.config import SIZES, XVLMConfig, check_fields, check_sizes, checked_settings
 from efficientvlm.families.xvlm.network import XVLMModel
 from efficientvlm.families.xvlm.published import translate
+from efficientvlm.families.xvlm.start import as_texts_are, check_kept, from_towers, towers_config
 
 
 class XVLM(Family):
@@ -31,6 +32,21 @@ class XVLM(Family):
         config = check_sizes(XVLMConfig(**{**SIZES[size], "vocab_size": number, **given}))
         check_config(config, "settings")
         return config
+
+    def towers_config(self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool) -> XVLMConfig:
+        config = towers_config(vision, text, len(vocab), changes)
+        if keep_texts:
+            check_kept(config)
+        return config
+
+    def from_towers(
+        self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool
+    ) -> tuple[XVLMModel, list[str]]:
+        model, new = from_towers(vision, text, len(vocab), changes)
+        if keep_texts:
+            kept = as_texts_are(model)
+            new = [name for name in new if name not in kept]
+        return model, new
 
     def read_config(self, path: Path) -> XVLMConfig:
         file = path / "config.json"

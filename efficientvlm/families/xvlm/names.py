@@ -1,55 +1,12 @@
-"""Tensor names of CLIP, DINOv2, BERT and the published X-VLM code, in ours."""
+"""Tensor names of the published X-VLM code, in ours."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-BOTH = ("weight", "bias")
-BERT_ATTENTION = {"self.query": ".q", "self.key": ".k", "self.value": ".v", "output.dense": ".out", "output.LayerNorm": "_norm"}
-BERT_LAYER = {
-    **{f"attention.{theirs}": f"attention{ours}" for theirs, ours in BERT_ATTENTION.items()},
-    **{f"crossattention.{theirs}": f"cross_attention{ours}" for theirs, ours in BERT_ATTENTION.items()},
-    "intermediate.dense": "ffn.fc1",
-    "output.dense": "ffn.fc2",
-    "output.LayerNorm": "ffn_norm",
-}
-BERT = {
-    "embeddings.word_embeddings.weight": "embeddings.word.weight",
-    "embeddings.position_embeddings.weight": "embeddings.position.weight",
-    "embeddings.token_type_embeddings.weight": "embeddings.token_type.weight",
-    **{f"embeddings.LayerNorm.{kind}": f"embeddings.norm.{kind}" for kind in BOTH},
-    **{f"cls.predictions.transform.dense.{kind}": f"head.transform.{kind}" for kind in BOTH},
-    **{f"cls.predictions.transform.LayerNorm.{kind}": f"head.norm.{kind}" for kind in BOTH},
-    "cls.predictions.bias": "head.bias",
-}
-CLIP_LAYER = {
-    **{f"self_attn.{part}_proj": f"attention.{part}" for part in ("q", "k", "v", "out")},
-    "layer_norm1": "attention_norm",
-    "layer_norm2": "ffn_norm",
-    "mlp.fc1": "ffn.fc1",
-    "mlp.fc2": "ffn.fc2",
-}
-CLIP = {
-    **dict.fromkeys(("class_embedding", "embeddings.class_embedding"), "class_embedding"),
-    **dict.fromkeys(("patch_embed.weight", "embeddings.patch_embedding.weight"), "patch_embedding.weight"),
-    **dict.fromkeys(("pos_embed.weight", "embeddings.position_embedding.weight"), "position_embedding"),
-    **{f"pre_layrnorm.{kind}": f"pre_norm.{kind}" for kind in BOTH},
-    **{f"post_layernorm.{kind}": f"post_norm.{kind}" for kind in BOTH},
-}
-DINOV2_LAYER = {
-    **{f"attention.attention.{theirs}": f"attention.{theirs[0]}" for theirs in ("query", "key", "value")},
-    "attention.output.dense": "attention.out",
-    **{f"attention.{part}_proj": f"attention.{'out' if part == 'o' else part}" for part in "qkvo"},
-    "norm1": "attention_norm",
-    "norm2": "ffn_norm",
-    "mlp.fc1": "ffn.fc1",
-    "mlp.fc2": "ffn.fc2",
-}
-DINOV2 = {
-    "embeddings.patch_embeddings.projection.weight": "patch_embedding.weight",
-    **{f"layernorm.{kind}": f"post_norm.{kind}" for kind in BOTH},
-}
+from efficientvlm.families.towers.names import BOTH, bert_name, clip_name
+
 SWIN_LAYER = {
     "attn.qkv": "attention.qkv",
     "attn.proj": "attention.out",
@@ -65,18 +22,7 @@ SWIN = {
     **{f"norm.{kind}": f"post_norm.{kind}" for kind in BOTH},
 }
 STAGE = re.compile(r"(?:vision_encoder\.)?layers\.(\d{1,3})\.(?:blocks\.(\d{1,3})\.(.+)(\.weight|\.bias|_table)|downsample\.(.+))$")
-LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.(.+)\.(weight|bias)$")
 CROSS = re.compile(r"(text_encoder|text_decoder)\.(?:bert\.)?encoder\.layer\.(\d{1,3})\.crossattention\.")
-
-
-def clip_name(name: str) -> str | None:
-    """Our name, below `vision.`, of a tensor of a CLIP vision tower; None for any other."""
-    return CLIP.get(name) or _in_layer(name, CLIP_LAYER)
-
-
-def dinov2_name(name: str) -> str | None:
-    """Our name, below `vision.`, of a tensor of a DINOv2, older and newer names alike; None for any other and for what has to be folded."""
-    return DINOV2.get(name) or _in_layer(name, DINOV2_LAYER)
 
 
 def swin_name(name: str, depths: Sequence[int]) -> str | None:
@@ -98,11 +44,6 @@ def swin_depths(names: Iterable[str]) -> list[int]:
             stage = int(found[1])
             blocks[stage] = max(blocks.get(stage, 0), int(found[2]) + 1)
     return [blocks.get(stage, 0) for stage in range(max(blocks, default=-1) + 1)]
-
-
-def bert_name(name: str) -> str | None:
-    """`embeddings.*`, `layers.N.*` or, of the prediction head, `head.*`, for a tensor of a BERT without prefix; None for any other."""
-    return BERT.get(name) or _in_layer(name, BERT_LAYER)
 
 
 def stack_name(found: str, first_fusion: int) -> str:
@@ -136,8 +77,3 @@ def published_name(name: str, first_fusion: int, depths: Sequence[int] = (), sta
 def first_fusion_layer(names: Mapping[str, object], stack: str = "text_encoder") -> int | None:
     """Number of the first layer with cross-attention in the `stack` of a published file."""
     return min((int(found[2]) for found in map(CROSS.match, names) if found and found[1] == stack), default=None)
-
-
-def _in_layer(name: str, parts: Mapping[str, str]) -> str | None:
-    found = LAYER.match(name)
-    return f"layers.{found[1]}.{parts[found[2]]}.{found[3]}" if found and found[2] in parts else None
