@@ -1,6 +1,6 @@
-"""Publish a finished recipe flickr8k or flickr8k-captions: the teacher, a student without a teacher, and the method; CSV, table in docs/.
+"""Publish a finished recipe flickr8k, flickr8k-captions or dlip/photos, teacher and students with and without it: CSV, table in docs/.
 
-python benchmarks/flickr8k.py [--task retrieval|captions] [runs/flickr8k]
+python benchmarks/flickr8k.py [--task retrieval|captions|dlip] [runs/flickr8k]
 
 Nothing is measured or typed here, and no model is published. Run it on the machine that trained.
 """
@@ -25,7 +25,6 @@ from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import run_script
 from efficientvlm.stages.results import read_result
 
-PAGE = Path("docs/own-data.md")
 DIRECTIONS = ("image_to_text", "text_to_image")
 TEACHER, PLAIN, METHOD = "teacher", "no-kd", "method"
 CUT = "shrunk teacher cut by magnitude, then trained without a teacher"
@@ -34,19 +33,24 @@ TAUGHT = "shrunk teacher, distilled, pruned with learnt gates and KD, finetuned 
 
 @dataclass(frozen=True)
 class Figures:
-    """`rows`: model → its checkpoint, the stages that were trained for it (after the teacher), and what it is; `metric` is the main one."""
+    """`rows`: model → its checkpoint, the stages that were trained for it (after the teacher), and what it is.
+
+    `compared` are the metrics whose share of the teacher's is given; `results` end the names of the results that metrics are read from.
+    """
 
     recipe: str
-    metric: str
+    compared: tuple[str, ...]
     metrics: tuple[str, ...]
     rows: dict[str, tuple[str, tuple[str, ...], str]]
+    results: tuple[str, ...] = ("val",)
+    page: Path = Path("docs/own-data.md")
 
 
 RECALLS = tuple(f"{direction}_r{top}" for direction in DIRECTIONS for top in (1, 5, 10))
 FIGURES = {
     "retrieval": Figures(
         "flickr8k",
-        "mean_recall",
+        ("mean_recall",),
         (*RECALLS, "mean_recall", "itm_accuracy", "itm_preferred"),
         {
             TEACHER: ("teacher", ("aligned", "teacher"), "pretrained towers, contrast, then contrast and matching"),
@@ -56,13 +60,25 @@ FIGURES = {
     ),
     "captions": Figures(
         "flickr8k-captions",
-        "cider_d",
+        ("cider_d",),
         ("bleu_1", "bleu_4", "rouge_l", "cider_d"),
         {
             TEACHER: ("captions-teacher", ("aligned", "captions-teacher"), "pretrained towers, contrast, then captions"),
             PLAIN: ("captions-no-kd", ("captions-no-kd",), CUT),
             METHOD: ("captions-final", ("captions-distilled", "captions-pruned", "captions-final"), TAUGHT),
         },
+    ),
+    "dlip": Figures(
+        "dlip-photos",
+        ("mean_recall", "cider_d"),
+        (*RECALLS, "mean_recall", "itm_accuracy", "bleu_4", "cider_d"),
+        {
+            TEACHER: ("teacher", ("aligned", "teacher"), "pretrained towers, contrast, then contrast, matching and captions"),
+            PLAIN: ("no-kd", ("no-kd",), "fewer layers and columns of the teacher, trained without it"),
+            METHOD: ("method", ("method",), "the same beginning, all nine terms of DLIP"),
+        },
+        results=("retrieval", "captions"),
+        page=Path("docs/dlip.md"),
     ),
 }
 
@@ -75,8 +91,8 @@ def publish(run: Path, root: Path = ROOT, figures: Figures = FIGURES["retrieval"
     """
     records, name = as_csv(rows(run, figures)), csv_of(figures.recipe.replace("-", "_"), processor())
     shown = list(csv.DictReader(io.StringIO(records.decode())))
-    page = with_block((root / PAGE).read_text("utf-8"), figures.recipe, block(shown, name, figures))
-    content = {root / name: records, root / PAGE: page.encode()}
+    page = with_block((root / figures.page).read_text("utf-8"), figures.recipe, block(shown, name, figures))
+    content = {root / name: records, root / figures.page: page.encode()}
     for path, data in content.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
@@ -96,32 +112,45 @@ def rows(run: Path, figures: Figures) -> list[dict[str, Any]]:
         raise BadInput(f"{run}: the students cannot be compared", f"steps {steps}, sparsity {sparsity}", "run the recipe again")
     for record in records:
         record["parameters_of_teacher"] = record["parameters"] / teacher["parameters"]
-        record[f"{figures.metric}_of_teacher"] = record[figures.metric] / teacher[figures.metric] if teacher[figures.metric] else None
+        for metric in figures.compared:
+            record[f"{metric}_of_teacher"] = record[metric] / teacher[metric] if teacher[metric] else None
     return records
 
 
 def row(run: Path, name: str, figures: Figures) -> dict[str, Any]:
     """The record of one model."""
     folder, stages, what = figures.rows[name]
-    done, result = require_complete(run / folder), read_result(run / f"{folder}-val.json", "eval")
-    if result["provenance"]["inputs"].get("model") != fingerprint(str(run / folder)):
-        raise BadInput(f"{run / folder}-val.json is out of date", "the checkpoint has changed since", f"evlm run {figures.recipe} again")
+    done = require_complete(run / folder)
+    results = {end: read_result(run / f"{folder}-{end}.json", "eval") for end in figures.results}
+    for end, result in results.items():
+        if result["provenance"]["inputs"].get("model") != fingerprint(str(run / folder)):
+            raise BadInput(
+                f"{run / folder}-{end}.json is out of date", "the checkpoint has changed since", f"evlm run {figures.recipe} again"
+            )
+    data = {(Path(result["data"]["name"]).name, result["data"]["split"], result["metrics"]["images"]) for result in results.values()}
+    if len(data) > 1:
+        raise BadInput(
+            f"{run / folder}: its results cannot stand in one row", "they are of different data", f"evlm run {figures.recipe} again"
+        )
     trained = [require_complete(run / stage) for stage in stages]
-    metrics, environment = result["metrics"], done.environment
+    metrics = {name: value for result in results.values() for name, value in result["metrics"].items()}
+    errors = [result["metrics"].get("standard_errors", {}).get(metric) for result in results.values() for metric in figures.compared]
+    counted, environment = done.accounting["parameters"], done.environment
     return {
         "model": name,
         "what": what,
-        "parameters": done.accounting["parameters"]["total"],
+        "parameters": counted["total"],
         "parameters_of_teacher": None,
+        "parameters_without_embeddings": counted["without_embeddings"],
         "macs": done.accounting["macs"]["total"],
         "image_size": done.accounting["macs"]["image_size"],
         "sparsity": done.accounting["sparsity"]["achieved"],
         **{metric: metrics[metric] for metric in figures.metrics},
-        f"{figures.metric}_of_teacher": None,
+        **{f"{metric}_of_teacher": None for metric in figures.compared},
         "images": metrics["images"],
         "captions": metrics.get("captions"),
-        "standard_error": metrics.get("standard_errors", {}).get(figures.metric),
-        "data": f"{Path(result['data']['name']).name} {result['data']['split']}",
+        "standard_error": next((error for error in errors if error is not None), None),
+        "data": "{} {}".format(*next(iter(data))),
         "training_images": next(record.count for record in trained[0].data if record.split == "train"),
         "steps": sum(steps(stage) for stage in trained),
         "samples": sum(stage.cost.samples for stage in trained),
@@ -144,8 +173,8 @@ def block(records: list[dict[str, str]], name: Path, figures: Figures) -> str:
     """What stands between the markers of the page, from the lines of the CSV `name`."""
     teacher, student = records[0], records[-1]
     photos = f"{int(teacher['images']):,} photos" + (f" and {int(teacher['captions']):,} captions" if teacher["captions"] else "")
-    if figures.metric == "cider_d":
-        written = caption_table(records)
+    if "cider_d" in figures.compared:
+        written = both_table(records) if "mean_recall" in figures.compared else caption_table(records)
         error = f"The standard error of CIDEr-D by photo is {percent(student['standard_error'])}"
     else:
         written, found = table(records), float(student["image_to_text_r10"])
@@ -172,6 +201,34 @@ def caption_table(records: list[dict[str, str]]) -> str:
         rest = [percent(record[name]) for name in ("bleu_1", "bleu_4", "rouge_l")]
         size = f"{int(record['parameters']) / 1e6:.1f} M"
         lines.append(f"| {' | '.join([record['model'], size, shares[0], percent(record['cider_d']), shares[1], *rest])} |")
+    return "\n".join(lines)
+
+
+def both_table(records: list[dict[str, str]]) -> str:
+    """The lines of a CSV of retrieval and captions as a table in Markdown; parameters also without embeddings, shares of the teacher's."""
+    heads = (
+        "",
+        "parameters",
+        "without embeddings",
+        "R@1 / 5 / 10 by photo",
+        "by caption",
+        "mean recall",
+        "kept",
+        "CIDEr-D",
+        "kept",
+        "BLEU-4",
+    )
+    lines, teacher = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"], records[0]
+    for record in records:
+        sizes = [
+            f"{int(record[name]) / 1e6:.1f} M, {percent(int(record[name]) / int(teacher[name]))} %"
+            for name in ("parameters", "parameters_without_embeddings")
+        ]
+        recalls = [" / ".join(percent(record[f"{direction}_r{top}"]) for top in (1, 5, 10)) for direction in DIRECTIONS]
+        found = [
+            text for name in ("mean_recall", "cider_d") for text in (percent(record[name]), f"{percent(record[f'{name}_of_teacher'])} %")
+        ]
+        lines.append(f"| {' | '.join([record['model'], *sizes, *recalls, *found, percent(record['bleu_4'])])} |")
     return "\n".join(lines)
 
 
@@ -206,7 +263,9 @@ def percent(fraction: str | float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Publish a finished recipe flickr8k or flickr8k-captions in benchmarks/results.")
+    parser = argparse.ArgumentParser(
+        description="Publish a finished recipe flickr8k, flickr8k-captions or dlip/photos in benchmarks/results."
+    )
     parser.add_argument("run", nargs="?", type=Path, help="folder of the recipe's stages; else runs/RECIPE")
     parser.add_argument("--task", choices=FIGURES, default="retrieval")
     options = parser.parse_args()

@@ -109,7 +109,7 @@ OPTIONS: dict[str, Option] = {
     "family": option(str, "--family", "xvlm, blip or clip."),
     "size": option(str, "--size", "tiny, small or base: random weights."),
     "vision_from": option(
-        str, "--vision-from", "Folder of an image model (init: CLIP, DINOv2; shrink: ViT, DINOv2, Swin, ConvNeXt).", "DIR"
+        str, "--vision-from", "Folder of an image model (init: CLIP, DINOv2, ViT; shrink: ViT, DINOv2, Swin, ConvNeXt).", "DIR"
     ),
     "text_from": option(str, "--text-from", "Folder of a BERT model.", "DIR"),
     "tokenizer": option(str, "--tokenizer", "Folder of a tokenizer.", "DIR"),

@@ -145,11 +145,34 @@ def test_the_recipe_of_captions_to_published_figures(world: Path, tmp_path: Path
     assert publisher.caption_table(rows) in page.read_text("utf-8")
 
 
-@pytest.mark.parametrize("task", ["retrieval", "captions"])
+@pytest.mark.slow
+def test_the_recipe_of_a_blip_to_published_figures(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    steps = {"aligned": 3, "teacher": 4, "method": 3, "no-kd": 3}
+    small = ["student.width={vision: 12, text: 12}", "student.neurons={vision: 24, text: 24}", "aligned.batch_size=8", "batch_size=4"]
+    sets = [*(f"{stage}.max_steps={count}" for stage, count in steps.items()), *small, "data=photos", "start.image_size=28"]
+    for step in validate(load_recipe("dlip/photos"), sets):
+        run(step.config, step.stage)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "dlip.md", tmp_path / "docs")
+    publisher, runs = script("benchmarks/flickr8k.py"), world / "runs" / "dlip-photos"
+    path, page = publisher.publish(runs, tmp_path, publisher.FIGURES["dlip"])
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == ["teacher", "no-kd", "method"] and [row["steps"] for row in rows] == ["7", "3", "3"]
+    assert {row["images"] for row in rows} == {"8"} and rows[1]["parameters"] == rows[2]["parameters"]
+    for name, result in (("mean_recall", "method-retrieval"), ("cider_d", "method-captions")):
+        assert rows[2][name] == f"{json.loads((runs / f'{result}.json').read_text())['metrics'][name]:.6g}"
+    counted = require_complete(runs / "method").accounting["parameters"]
+    assert int(rows[2]["parameters_without_embeddings"]) == counted["without_embeddings"] < counted["total"]
+    assert publisher.both_table(rows) in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captions", "dlip"])
 def test_the_published_table_is_that_of_the_csv(task: str) -> None:
     publisher, published = script("benchmarks/flickr8k.py"), script("benchmarks/published.py")
     figures = publisher.FIGURES[task]
-    block = published.block_of((ROOT / "docs" / "own-data.md").read_text("utf-8"), figures.recipe)
+    block = published.block_of((ROOT / figures.page).read_text("utf-8"), figures.recipe)
     found = [path for path in (ROOT / "benchmarks" / "results").glob(f"{figures.recipe.replace('-', '_')}_*.csv") if path.name in block]
     if not found:
         assert block.strip() == "Nothing has been measured yet."

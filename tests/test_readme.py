@@ -15,7 +15,7 @@ from compression_cases import BACKBONE
 from doc_pages import FENCE, ROOT, blocks, commands, evlm, inline_code, run, run_block, script, tables_restored, write_file
 from pydantic import BaseModel
 from test_import import published
-from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from efficientvlm.data.tokenizer import save_tokenizer, train_wordpiece
 from efficientvlm.settings.base import merge
@@ -40,6 +40,7 @@ def published_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_wordpiece(["what color is the car", "is there a boat", "yes no red blue"], 70)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
     CLIPVisionModel(CLIPVisionConfig(**size, image_size=64, patch_size=32)).save_pretrained(root / "clip-vit-base-patch16")
+    ViTModel(ViTConfig(**size, image_size=64, patch_size=32)).save_pretrained(root / "vit-base-patch16-224")
     text = BertConfig(**size, vocab_size=len(tokenizer), max_position_embeddings=20)
     BertModel(text, add_pooling_layer=False).save_pretrained(root / "bert-base-uncased")
     save_tokenizer(tokenizer, root / "bert-base-uncased")

@@ -46,7 +46,7 @@ Script = Literal[
 class InitConfig(Stage):
     family: Literal["xvlm", "blip", "clip"] = "xvlm"
     size: Literal["tiny", "small", "base"] | None = Field(None, description="random weights of a named size")
-    vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP or DINOv2 vision model")
+    vision_from: str | None = Field(None, description="folder of a Hugging Face CLIP (for an X-VLM), DINOv2 or ViT")
     text_from: str | None = Field(None, description="folder of a Hugging Face BERT model")
     tokenizer: str = Field("train", description="folder of a tokenizer, or `train`: WordPiece on the data")
     data: DataName | None = Field(None, description="data a tokenizer is trained on")
