@@ -134,7 +134,7 @@ def row(run: Path, name: str, figures: Figures) -> dict[str, Any]:
         )
     trained = [require_complete(run / stage) for stage in stages]
     metrics = {name: value for result in results.values() for name, value in result["metrics"].items()}
-    errors = [result["metrics"].get("standard_errors", {}).get(metric) for result in results.values() for metric in figures.compared]
+    errors = {name: value for result in results.values() for name, value in result["metrics"].get("standard_errors", {}).items()}
     counted, environment = done.accounting["parameters"], done.environment
     return {
         "model": name,
@@ -149,7 +149,7 @@ def row(run: Path, name: str, figures: Figures) -> dict[str, Any]:
         **{f"{metric}_of_teacher": None for metric in figures.compared},
         "images": metrics["images"],
         "captions": metrics.get("captions"),
-        "standard_error": next((error for error in errors if error is not None), None),
+        "standard_error": errors.get(figures.compared[-1]),
         "data": "{} {}".format(*next(iter(data))),
         "training_images": next(record.count for record in trained[0].data if record.split == "train"),
         "steps": sum(steps(stage) for stage in trained),
@@ -225,9 +225,7 @@ def both_table(records: list[dict[str, str]]) -> str:
             for name in ("parameters", "parameters_without_embeddings")
         ]
         recalls = [" / ".join(percent(record[f"{direction}_r{top}"]) for top in (1, 5, 10)) for direction in DIRECTIONS]
-        found = [
-            text for name in ("mean_recall", "cider_d") for text in (percent(record[name]), f"{percent(record[f'{name}_of_teacher'])} %")
-        ]
+        found = [text for name in ("mean_recall", "cider_d") for text in (percent(record[name]), kept(record[f"{name}_of_teacher"]))]
         lines.append(f"| {' | '.join([record['model'], *sizes, *recalls, *found, percent(record['bleu_4'])])} |")
     return "\n".join(lines)
 
@@ -256,6 +254,11 @@ def table(records: list[dict[str, str]]) -> str:
     by_caption = " / ".join(percent(top / images) for top in (1, 5, 10))
     lines.append(f"| by chance | | | {by_photo} | {by_caption} | | 50.0 | 50.0 |")
     return "\n".join(lines)
+
+
+def kept(fraction: str) -> str:
+    """Of what the teacher has; a dash where it has nothing."""
+    return f"{percent(fraction)} %" if fraction else "–"
 
 
 def percent(fraction: str | float) -> str:
