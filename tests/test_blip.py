@@ -528,8 +528,8 @@ def test_a_fresh_network_reads_and_writes_with_its_own_tokens(blip):
     assert config.text_config.sep_token_id == vocab["[SEP]"] and len(vocab) == config.text_config.vocab_size
     assert made.tokenizer.decode([vocab["[DEC]"], vocab["[SEP]"]], skip_special_tokens=True) == ""
     assert made.manifest.family == "blip" and made.manifest.origin == "random" and made.abilities == {"answer"}
-    with pytest.raises(BadInput, match="no blip is built from towers"):
-        run_stage("init", out=str(blip / "x"), family="blip", vision_from="a", text_from="b", tokenizer="b")
+    with pytest.raises(BadInput, match="no clip is built from towers"):
+        run_stage("init", out=str(blip / "x"), family="clip", vision_from="a", text_from="b", tokenizer="b")
 
 
 def test_a_chain_of_stages(blip):
