@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from published import ROOT, csv_of
 from vqa_ablation import ARMS, DATA, Arm, Run, fill
@@ -22,12 +23,14 @@ from efficientvlm.script import run_script
 
 SPARSITIES = (0.8, 0.6)
 SEEDS = (0, 1, 2)
+DEFAULTS: dict[str, Any] = {"sparsity_hold": 0.3, "gates": {}}
 CHOICES = {
     arm.name: arm
     for arm in (
         Arm("multipliers", "gates learnt from the start, under multipliers and a target that grows linearly (as published)"),
         Arm("held", "the same, but the target begins to rise after 0.3 of the gate phase", gates={"sparsity_hold": 0.3}),
         Arm("held, one stage", "the same, and both stages in one of their length", gates={"sparsity_hold": 0.3}, one=True),
+        Arm("defaults", "the same, with rates by the steps and heads that begin open (the defaults)", gates=DEFAULTS, one=True),
         ARMS["magnitude-kd"],
         Arm("taylor-kd", "the method with Torch-Pruning Taylor importance in place of learnt gates", "tuned", method="taylor"),
     )

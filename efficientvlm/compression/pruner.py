@@ -24,6 +24,17 @@ def rise(steps: int, hold: float, warmup: float) -> dict[str, Any]:
     return {"hold_steps": held, "warmup_steps": round((hold + warmup) * steps) - held}
 
 
+def rates(steps: int) -> tuple[float, float]:
+    """Rates of gates and of multipliers that suit a gate phase of `steps`, never below the published 0.01 of both.
+
+    A gate could cross the whole range of its log α (2 · ln 100) about four times. A multiplier has to outgrow what the task says of a unit
+    before the phase ends, or the gates are far from their target when the structure is made final, and order alone chooses the rest.
+
+    Source: ours, measured in benchmarks/gates.py.
+    """
+    return min(0.1, max(0.01, 36 / max(1, steps))), min(1.0, max(0.01, 144 / max(1, steps)))
+
+
 class Pruner(nn.Module):
     """Removes attention heads and neurons while the network is trained (EfficientVLM; L0 after Louizos et al. 2018).
 
@@ -162,11 +173,17 @@ class Pruner(nn.Module):
         own = step % self.epoch if self.quirks.epoch_step else step
         return self.budget.target(max(0, own - self.hold_steps), self.warmup_steps, self.begin)
 
-    def optimizers(self, *, lr: float = 0.01, multiplier_lr: float = 0.01) -> list[torch.optim.Optimizer]:
-        """AdamW of constant rate on log α, and an ascending one on the multipliers (EfficientVLM); call it once."""
-        rates: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
-        alpha = torch.optim.AdamW(self.gates.parameters(), lr=lr, **rates)
-        return [alpha, torch.optim.AdamW(self.budget.parameters(), lr=multiplier_lr, maximize=True, **rates)]
+    def rates(self, lr: float | None = None, multiplier_lr: float | None = None) -> tuple[float, float]:
+        """Rates of gates and of multipliers, those given or else what suits the gate phase (:func:`rates`)."""
+        of_gates, of_multipliers = rates(self.steps)
+        return of_gates if lr is None else lr, of_multipliers if multiplier_lr is None else multiplier_lr
+
+    def optimizers(self, *, lr: float | None = None, multiplier_lr: float | None = None) -> list[torch.optim.Optimizer]:
+        """AdamW of constant rate on log α, and an ascending one on the multipliers (EfficientVLM), by default as :func:`rates`; once."""
+        of_gates, of_multipliers = self.rates(lr, multiplier_lr)
+        common: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
+        alpha = torch.optim.AdamW(self.gates.parameters(), lr=of_gates, **common)
+        return [alpha, torch.optim.AdamW(self.budget.parameters(), lr=of_multipliers, maximize=True, **common)]
 
     def end_step(self, step: int) -> None:
         """After the update of step number `step`: gates stay where they can still move, and at the end of their phase are snapped.

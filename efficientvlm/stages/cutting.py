@@ -23,6 +23,8 @@ from efficientvlm.settings.stages import Prune
 from efficientvlm.training.state import unshared
 
 DENSE, GATES = "dense.safetensors", "gates.safetensors"
+FAR = 0.05
+"""Of what can be removed: gates that are further from the target than this when they become final are told."""
 
 
 def scope_of(config: Prune, model: Any, table: LatencyTable | None = None) -> Scope:
@@ -113,6 +115,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def say_lag(report: dict[str, Any], quiet: bool) -> None:
+    """Whether gates were still far from the target of a budget when the structure was made final (by :func:`cut_report`)."""
+    for name, part in report["budget"].items():
+        if (lag := part["achieved"] - part["expected"]) > FAR:
+            why = "their order, not their learning, chose the rest; give it more steps, or a larger gates.multiplier_lr"
+            say(f"prune: sparsity of {name}: gates were {lag:.2f} short of the target when they became final: {why}", quiet=quiet)
 
 
 def say_cut(report: dict[str, Any], quiet: bool) -> None:

@@ -21,19 +21,19 @@ from efficientvlm.compression.sparsity import Scope
 from efficientvlm.compression.surgery import slice_model
 from efficientvlm.control import Control
 from efficientvlm.data.batch import on_device
-from efficientvlm.errors import BadInput
+from efficientvlm.errors import BadInput, number_of
 from efficientvlm.loaded import Loaded, load
 from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.runtime import ranks
-from efficientvlm.runtime.progress import telling
+from efficientvlm.runtime.progress import say, telling
 from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import learning as training
 from efficientvlm.stages import recut
 from efficientvlm.stages.budgeting import given, keep_table, reads, settle
 from efficientvlm.stages.common import finished, learning, making, open_output, write
-from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
+from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, say_lag, scope_of
 from efficientvlm.stages.learning import Learning
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.influence import of_anything, tell
@@ -70,12 +70,19 @@ def run(config: Prune, control: Control) -> Manifest:
                 telling(f"scoring heads and neurons by {config.method}", quiet=control.quiet),
             ):
                 pruner.settle(snap_scores(run.scores(), scope))
+        lr, multiplier_lr = pruner.rates(config.gates.lr, config.gates.multiplier_lr)
+        if learnt:
+            said = f"gates learn in {number_of(pruner.steps, 'step')}, at a rate of {lr:g}, and their multipliers at {multiplier_lr:g}"
+            say(f"prune: {said}", quiet=control.quiet)
         spent = run.train(objective, output, control)
         keep = pruner.structure()
         extra = {**cut_report(scope, keep, pruner.gates if learnt else None), "dense_kept": student.model.config.kept}
+        extra |= {"gate_rates": {"lr": lr, "multiplier_lr": multiplier_lr}} if learnt else {}
         student.model.cpu()
         student.model = pruner.finish().to(run.hardware.device)
         say_cut(extra, control.quiet)
+        if learnt:
+            say_lag(extra, control.quiet)
 
         def finish() -> Manifest:
             keep_table(output)
