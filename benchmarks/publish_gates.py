@@ -17,10 +17,17 @@ from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/ablation.md"), Path("docs/gates.png")
-LEARNT, SCORES = "held, one stage", ("magnitude-kd", "taylor-kd")
+LEARNT, SCORES = "defaults", ("magnitude-kd", "taylor-kd")
 KEPT, AT = 0.97, 0.8
 """The target: what the gates of the default keep of the teacher's accuracy at this sparsity."""
-COLOURS = {"multipliers": "#7fa8d6", "held": "#2a6fbb", "held, one stage": "#1b3f6e", "magnitude-kd": "#2e9e6b", "taylor-kd": "#d9822b"}
+COLOURS = {
+    "multipliers": "#7fa8d6",
+    "held": "#2a6fbb",
+    "held, one stage": "#1b3f6e",
+    "defaults": "#7b4fa3",
+    "magnitude-kd": "#2e9e6b",
+    "taylor-kd": "#d9822b",
+}
 
 
 def seeds_of(group: Group) -> str:
@@ -40,7 +47,7 @@ def said(found: list[Group]) -> list[str]:
         target = f" (target: {100 * KEPT:g} %: {'reached' if share >= KEPT else 'missed'})" if sparsity == AT else ""
         text = f"{where}: `{LEARNT}` keeps {100 * share:.1f} % of the teacher's accuracy{target}, {seeds_of(own)}"
         beside = []
-        for name in (*SCORES, "multipliers", "held"):
+        for name in (*SCORES, "multipliers", "held", "held, one stage"):
             if other := arms.get(name):
                 how = {"worse": "better than", "better": "worse than", "tie": "a tie with"}.get(verdict(own, other), "not compared with")
                 beside.append(f"{how} `{name}` ({100 * mean(other.of('accuracy_of_teacher')):.1f} %, {seeds_of(other)})")
