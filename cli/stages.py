@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "init": Command(
-        "Make a new model at random, or an X-VLM from CLIP and BERT folders.",
+        "Make a new model at random, or an X-VLM or BLIP from the folders of a vision transformer and a BERT.",
         ("out", "family", "size", "vision_from", "text_from", "tokenizer", "data", "columns", "vocab_size", "image_size", *RUN),
     ),
     "import": Command(

@@ -56,9 +56,9 @@ def towers(tmp_path_factory) -> Path:
     return root
 
 
-def start(towers: Path, out: Path, vision: str = "vit", text: str = "bert", **given: Any) -> Any:
+def start(towers: Path, out: Path, vision: str = "vit", text: str = "bert", family: str = "blip", **given: Any) -> Any:
     where = dict(vision_from=str(towers / vision), text_from=str(towers / text), tokenizer=str(towers / "words"))
-    run_stage("init", QUIET, out=str(out), family="blip", **where, **given)
+    run_stage("init", QUIET, out=str(out), family=family, **where, **given)
     return load(str(out))
 
 
@@ -160,6 +160,50 @@ def test_weights_that_are_missing_are_named(towers, tmp_path, tower, name, messa
     others = {"vit": "vit", "bert": "bert"} | {tower: str(tmp_path / tower)}
     with pytest.raises(BadInput, match=message):
         start(towers, tmp_path / "x", others["vit"], others["bert"], settings={"network": "answer"})
+
+
+@pytest.mark.parametrize("family", ["blip", "xvlm"])
+@pytest.mark.parametrize(
+    ("tower", "name", "value"),
+    [
+        ("vit", "embeddings.cls_token", torch.zeros(1, 1, 33)),
+        ("vit", "embeddings.position_embeddings", torch.zeros(32)),
+        ("vit", "embeddings.position_embeddings", torch.zeros(1, 17, 32, dtype=torch.int64)),
+        ("vit", "encoder.layer.0.attention.attention.query.weight", torch.zeros(64, 32)),
+        ("vit", "encoder.layer.0.attention.attention.query.weight", torch.zeros(32, 32, dtype=torch.int64)),
+        ("vit", "encoder.layer.4.layernorm_before.weight", torch.ones(32)),
+        ("bert", "embeddings.token_type_embeddings.weight", torch.zeros(2, 1)),
+        ("bert", "embeddings.token_type_embeddings.weight", torch.zeros(0, 16)),
+        ("bert", "embeddings.token_type_embeddings.weight", None),
+        ("bert", "embeddings.word_embeddings.weight", torch.zeros(8, 16)),
+        ("bert", "encoder.layer.4.output.LayerNorm.weight", torch.ones(16)),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_they_are_folded(towers, tmp_path, family, tower, name, value):
+    shutil.copytree(towers / tower, tmp_path / tower)
+    weights = read_folder(towers / tower) | {name: value}
+    save_file({key: tensor for key, tensor in weights.items() if tensor is not None}, tmp_path / tower / "model.safetensors")
+    others = {"vit": "vit", "bert": "bert"} | {tower: str(tmp_path / tower)}
+    with pytest.raises(BadInput, match=r"does not fit|not all finite|no place for|lack"):
+        start(towers, tmp_path / "x", others["vit"], others["bert"], family=family)
+    assert not (tmp_path / "x").exists()
+
+
+def test_new_tokens_are_fresh_among_the_padding_of_a_bert(towers, tmp_path):
+    """As many rows of padding as only its own tokenizer explains, all of them zero."""
+    folder, old = tmp_path / "padded", read_folder(towers / "masked")
+    shutil.copytree(towers / "masked", folder)
+    shutil.copytree(towers / "words", folder, dirs_exist_ok=True)
+    values = json.loads((towers / "masked" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 400}))
+    padding = 400 - values["vocab_size"]
+    for name in [name for name, tensor in old.items() if len(tensor) == values["vocab_size"]]:
+        old[name] = torch.cat([old[name], torch.zeros(padding, *old[name].shape[1:])])
+    save_file(old, folder / "model.safetensors")
+    made = start(towers, tmp_path / "x", text=str(folder), settings={"network": "pretrain"})
+    words, vocab = made.model.get_input_embeddings().weight, made.tokenizer.get_vocab()
+    assert len(words) == 400 and all(words[vocab[token]].abs().sum() > 0 for token in ("[DEC]", "[ENC]"))
+    assert not torch.equal(words[vocab["[DEC]"]], words[vocab["[ENC]"]]) and not words[len(vocab) :].any()
 
 
 def test_another_vocabulary_is_refused(towers, tmp_path):

@@ -52,13 +52,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadInput(f"cannot read {file}", "it is not a JSON object", advice(file.parent))
     if found := sorted(set(pointers(values))):
-        _say_once(f"{file} points to code ({', '.join(found)}); it is not run, and not carried on")
+        say_once(f"{file} points to code ({', '.join(found)}); it is not run, and not carried on")
     without: dict[str, Any] = without_code(values)
     return without
 
 
 @cache
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
     say(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from transformers import BertConfig
 
 from efficientvlm.data.tokenizer import load_tokenizer
 from efficientvlm.errors import BadInput, number_of, shorten
-from efficientvlm.families.loading import open_config, read_json
+from efficientvlm.families.checks import CORRECT, MOST_LAYERS
+from efficientvlm.families.loading import open_config, read_json, say_once
 from efficientvlm.families.towers.names import bert_name
 from efficientvlm.families.weights import floats, read_folder
-from efficientvlm.runtime.progress import say
 
 MOST_PADDING = 128  # embeddings are padded to a multiple of 8, 64 or 128
 AGAIN = "save or download the model again"
+WORDS, PLACES, TYPES = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+BIAS = "cls.predictions.bias"
+LAYER = "encoder.layer."
 
 
 def kind_of(folder: Path, wanted: tuple[str, ...], what: str) -> str:
@@ -37,27 +40,58 @@ def read_config(kind: Any, folder: Path) -> Any:
     return open_config(kind, read_json(file), file)
 
 
+def check_layers(folder: Path, config: Any) -> None:
+    """:class:`BadInput` unless a configuration has a number of layers that a network can have."""
+    count = config.num_hidden_layers
+    if not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
+        raise BadInput(f"{folder}: {shorten(count)} layers", f"there can be 1 to {MOST_LAYERS}", CORRECT)
+
+
+def checked(folder: Path, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of a tower as float32; :class:`BadInput` unless it has the `shape` that its config.json says, and finite floats."""
+    if tuple(tensor.shape) != tuple(shape):
+        why = f"{name} has shape {list(tensor.shape)}, {list(shape)} is needed"
+        raise BadInput(f"{folder} does not fit its config.json", why, AGAIN)
+    if (found := floats(tensor)) is None:
+        raise BadInput(f"the weights in {folder} are damaged", f"{name} is not all finite floats", "fetch them again")
+    return found
+
+
 def bert_config(folder: Path, family: str) -> Any:
     """The configuration of the BERT in `folder`; :class:`BadInput` if there is none, or with another activation than the `family` has."""
     kind_of(folder, ("bert",), "a BERT")
     config = read_config(BertConfig, folder)
     if config.hidden_act != "gelu":
         raise BadInput(f"BERT in {folder}", f"its activation is {config.hidden_act}, {family}'s is gelu", "use a BERT with gelu")
+    check_layers(folder, config)
+    if not isinstance(dropped := config.hidden_dropout_prob, int | float) or not 0 <= dropped < 1:
+        raise BadInput(f"{folder}: hidden_dropout_prob is {shorten(dropped)}", "it is a part: from 0, and below 1", CORRECT)
     return config
 
 
-def bert_tensors(folder: Path) -> dict[str, Tensor]:
+def bert_tensors(folder: Path, config: Any) -> dict[str, Tensor]:
     """Tensors of a BERT by its own names, without prefix, cross-attention or pooler; of the prediction head too where it has one.
 
+    Those of the embeddings and the last bias are float32, in the shapes that its `config` says.
+
     Raises:
-        BadInput: unreadable weights, or a tensor of unknown meaning in embeddings or layers.
+        BadInput: unreadable weights, a tensor of unknown meaning in embeddings or layers, or one of these that does not fit.
     """
     tensors = {name.removeprefix("bert."): tensor for name, tensor in read_folder(folder).items()}
     if "cls.predictions.bias" not in tensors and "cls.predictions.decoder.bias" in tensors:
         tensors["cls.predictions.bias"] = tensors["cls.predictions.decoder.bias"]
     plain = {name: tensor for name, tensor in tensors.items() if (role := bert_name(name)) and "cross_attention" not in role}
-    no_strangers(folder, [name for name in tensors if name.startswith(("embeddings.", "encoder.")) and name not in plain])
-    return plain
+    unknown = [name for name in tensors if name.startswith(("embeddings.", "encoder.")) and name not in plain]
+    no_strangers(folder, [*unknown, *(name for name in plain if beyond(name, LAYER, config.num_hidden_layers))])
+    width = config.hidden_size
+    shapes = {WORDS: config.vocab_size, PLACES: config.max_position_embeddings, TYPES: config.type_vocab_size}
+    known = {**{name: (rows, width) for name, rows in shapes.items()}, BIAS: (config.vocab_size,)}
+    return plain | {name: checked(folder, name, plain[name], shape) for name, shape in known.items() if name in plain}
+
+
+def beyond(name: str, place: str, layers: int) -> bool:
+    """Whether tensor `name` is of a layer, called `place`N, that a network of so many `layers` does not have."""
+    return name.startswith(place) and int(name.removeprefix(place).partition(".")[0]) >= layers
 
 
 def check_vocabulary(folder: Path, embedded: int, tokens: int) -> None:
@@ -67,19 +101,20 @@ def check_vocabulary(folder: Path, embedded: int, tokens: int) -> None:
         BadInput: the tokenizer has more, or so many fewer that it is another one, than BERT's own.
     """
     padding = embedded - tokens
-    if padding < 0 or (padding and padding >= MOST_PADDING and not _own_tokenizer_has(folder, tokens)):
+    if padding < 0 or (padding and padding >= MOST_PADDING and len(own_vocabulary(folder) or ()) != tokens):
         why = f"BERT in {folder} embeds {embedded}, and its embeddings mean nothing for other tokens"
         raise BadInput(f"the tokenizer has {tokens} tokens", why, f"use BERT's own: --tokenizer {folder}")
     if padding:
-        say(f"init: BERT embeds {padding} more tokens than its tokenizer has; they are padding, stay, and are never read")
+        say_once(f"init: BERT embeds {number_of(padding, 'more token')} than its tokenizer has; they are padding, and stay")
 
 
-def _own_tokenizer_has(folder: Path, tokens: int) -> bool:
-    """Whether the tokenizer in BERT's own folder, if there is one, is of `tokens` tokens."""
+def own_vocabulary(folder: Path) -> Mapping[str, int] | None:
+    """Token → id of the tokenizer in BERT's own folder, if there is one."""
     try:
-        return len(load_tokenizer(folder, bert=True)) == tokens
+        found: Mapping[str, int] = load_tokenizer(folder, bert=True).get_vocab()
     except BadInput:
-        return False
+        return None
+    return found
 
 
 def chosen_layers(folder: Path, available: int, wanted: int) -> dict[int, int]:

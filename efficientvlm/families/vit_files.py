@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, Dinov2Config, ViTConfig
 from efficientvlm.data.preprocessing import CLIP_MEAN, CLIP_STD
 from efficientvlm.errors import BadInput
 from efficientvlm.families.loading import image_statistics
-from efficientvlm.families.pretrained import AGAIN, kind_of, no_strangers, read_config, renumbered
+from efficientvlm.families.pretrained import AGAIN, beyond, check_layers, checked, kind_of, no_strangers, read_config, renumbered
 from efficientvlm.families.towers.names import clip_name, dinov2_name, vit_name
 from efficientvlm.families.towers.parts import resize_positions
 from efficientvlm.families.weights import read_folder
@@ -76,15 +76,36 @@ class VitFiles(NamedTuple):
         tensors = read_folder(self.folder)
         prefix = self.kind.prefix if any(name.startswith(self.kind.prefix) for name in tensors) else ""
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        state = {role: tensor for name, tensor in own.items() if (role := self.kind.role(name))}
-        used = {name for name in own if self.kind.role(name)}
+        roles, config = {name: role for name in own if (role := self.kind.role(name))}, self.config
+        state = {role: checked(self.folder, name, own[name], self._shape(role)) for name, role in roles.items() if self._has(role)}
+        used = {name for name, role in roles.items() if self._has(role)}
         if self.kind is not CLIP:
             used |= {*RESHAPED, *self._fold(own, state)}
         no_strangers(self.folder, [n for n in own if n.startswith(("embeddings.", "encoder.", "layers.")) and n not in used])
-        table, config = state.get("position_embedding"), self.config
-        if table is not None and config.image_size != image_size and len(table) == 1 + (config.image_size // config.patch_size) ** 2:
-            state["position_embedding"] = resize_positions(table, image_size // config.patch_size)
+        if "position_embedding" in state and config.image_size != image_size:
+            state["position_embedding"] = resize_positions(state["position_embedding"], image_size // config.patch_size)
         return renumbered(state, "layers.", chosen)
+
+    def _has(self, role: str) -> bool:
+        """Whether config.json knows of the layer of this tensor."""
+        return not beyond(role, "layers.", self.config.num_hidden_layers)
+
+    def _shape(self, role: str) -> tuple[int, ...]:
+        """What shape the tensor of this role has by config.json."""
+        width, patch, part = self.config.hidden_size, self.config.patch_size, role.rpartition(".")[0].rpartition(".")[2]
+        if role == "position_embedding":
+            return self._positions, width
+        if role == "patch_embedding.weight":
+            return width, 3, patch, patch
+        rows = self.neurons if part == "fc1" else width
+        if role.endswith(".bias") or part.endswith("norm") or role == "class_embedding":
+            return (rows,)
+        return rows, self.neurons if part == "fc2" else width
+
+    @property
+    def _positions(self) -> int:
+        """A class token and the patches."""
+        return int(1 + (self.config.image_size // self.config.patch_size) ** 2)
 
     def _fold(self, own: Mapping[str, Tensor], state: dict[str, Tensor]) -> list[str]:
         """Add to the `state` of a DINOv2 or a ViT what has no role as it is; the names of the scales of layers.
@@ -95,22 +116,23 @@ class VitFiles(NamedTuple):
         config, layers = self.config, range(self.config.num_hidden_layers)
         there = layers if self.kind.config is Dinov2Config else ()
         scales = {f"encoder.layer.{layer}.layer_scale{which}.lambda1": (layer, which) for layer in there for which in "12"}
-        for name in (PATCH_BIAS, *scales):
-            if name not in own or own[name].shape != (config.hidden_size,):
-                found = f"has shape {list(own[name].shape)}" if name in own else "is missing"
-                raise BadInput(f"{self.kind.called} in {self.folder}", f"{name} {found}, [{config.hidden_size}] is needed", AGAIN)
+        if lost := [name for name in (PATCH_BIAS, *scales) if name not in own]:
+            raise BadInput(f"{self.kind.called} in {self.folder}", f"{lost[0]} is missing", AGAIN)
         for name, (layer, which) in scales.items():
+            scale = checked(self.folder, name, own[name], (config.hidden_size,))
             for kind in ("weight", "bias"):
                 at = f"layers.{layer}.{SCALED[which]}.{kind}"
-                if at in state and len(state[at]) == config.hidden_size:  # what is wrong there is found when the model is filled
-                    state[at] = state[at].float() * own[name].float().view(-1, *[1] * (state[at].ndim - 1))
+                if at in state:  # what is missing is found when the model is filled
+                    state[at] = state[at] * scale.view(-1, *[1] * (state[at].ndim - 1))
         if not config.qkv_bias:
             state |= {f"layers.{i}.attention.{p}.bias": torch.zeros(config.hidden_size) for i in layers for p in "qkv"}
-        state["patch_embedding.bias"] = own[PATCH_BIAS]
-        if (token := own.get(TOKEN)) is not None:
-            state["class_embedding"] = token.flatten()
-        if (positions := own.get(POSITIONS)) is not None:
-            state["position_embedding"] = positions.float().flatten(0, -2)
+        width = config.hidden_size
+        shapes = {PATCH_BIAS: (width,), TOKEN: (1, 1, width), POSITIONS: (1, self._positions, width)}
+        named = {PATCH_BIAS: "patch_embedding.bias", TOKEN: "class_embedding", POSITIONS: "position_embedding"}
+        for name, role in named.items():
+            if name in own:
+                found = checked(self.folder, name, own[name], shapes[name])
+                state[role] = found[0] if name == POSITIONS else found.flatten()
         return list(scales)
 
 
@@ -130,6 +152,11 @@ def vit_files(folder: Path, kinds: tuple[str, ...], what: str, activations: tupl
     if config.hidden_act not in activations or config.num_channels != 3:
         why = f"its activation is {config.hidden_act}, on {config.num_channels} channels; {family} has {' or '.join(activations)}, on 3"
         raise BadInput(named, why, "use another one")
+    check_layers(folder, config)
+    for name in ("image_size", "patch_size"):
+        sides = getattr(config, name)
+        if isinstance(sides, list | tuple) and len({*sides}) == 1:
+            setattr(config, name, sides[0])
     if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
         raise BadInput(named, f"its images or patches are not square ({config.image_size}, {config.patch_size})", "use another one")
     return VitFiles(folder, kind, config)

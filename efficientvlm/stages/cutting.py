@@ -120,9 +120,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def say_lag(report: dict[str, Any], quiet: bool) -> None:
     """Whether gates were still far from the target of a budget when the structure was made final (by :func:`cut_report`)."""
     for name, part in report["budget"].items():
-        if (lag := part["achieved"] - part["expected"]) > FAR:
-            why = "their order, not their learning, chose the rest; give it more steps, or a larger gates.multiplier_lr"
-            say(f"prune: sparsity of {name}: gates were {lag:.2f} short of the target when they became final: {why}", quiet=quiet)
+        if abs(lag := part["target"] - part["expected"]) > FAR:
+            where = "short of" if lag > 0 else "past"
+            why = "their order, not their learning, chose the rest; give it more steps, or another gates.multiplier_lr"
+            say(f"prune: sparsity of {name}: gates were {abs(lag):.2f} {where} the target when they became final: {why}", quiet=quiet)
 
 
 def say_cut(report: dict[str, Any], quiet: bool) -> None:

@@ -14,7 +14,21 @@ from efficientvlm.families.blip.config import SlicedBlipConfig
 from efficientvlm.families.blip.models import MODELS
 from efficientvlm.families.blip.names import IMAGE_LAYER, IMAGES, LAYERS, PREDICTIONS
 from efficientvlm.families.blip.start import DECODE, ENCODE, fresh_config
-from efficientvlm.families.pretrained import bert_config, bert_tensors, check_vocabulary, chosen_layers, fill, renumbered
+from efficientvlm.families.pretrained import (
+    AGAIN,
+    BIAS,
+    LAYER,
+    PLACES,
+    TYPES,
+    WORDS,
+    bert_config,
+    bert_tensors,
+    check_vocabulary,
+    chosen_layers,
+    fill,
+    own_vocabulary,
+    renumbered,
+)
 from efficientvlm.families.vit_files import VitFiles, vit_files
 
 FREE = (
@@ -22,8 +36,6 @@ FREE = (
     *("dropout", "embed_dim", "initializer_range"),
 )
 FRESH = ("vision_proj.", "text_proj.", "temp", "itm_head.", "cls_head.", f"{PREDICTIONS}.")
-WORDS, PLACES, TYPES = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
-BIAS = "cls.predictions.bias"
 TEXTS = {"text": "text_encoder.", "decoder": "text_decoder.bert."}
 
 
@@ -46,9 +58,9 @@ def from_towers(vision: Path, text: Path, vocab: Mapping[str, int], settings: Ma
 
     Source: BLIP (Li et al. 2022), section 4.1.
     """
-    config, vit, layers = _towers(vision, text, vocab, settings)
+    config, vit, bert = _towers(vision, text, vocab, settings)
     model = MODELS[type(config)](config).eval()
-    state = dict(_vision_state(vit, config)) | dict(_text_state(text, layers, model))
+    state = dict(_vision_state(vit, config)) | dict(_text_state(text, bert, model, _new_tokens(text, bert, vocab)))
     return model, fill(model, state, f"{vision} and {text}", lambda name: name.startswith(FRESH) or ".crossattention." in name)
 
 
@@ -61,13 +73,12 @@ def towers_config(vision: Path, text: Path, vocab: Mapping[str, int], settings: 
     return _towers(vision, text, vocab, settings)[0]
 
 
-def _towers(vision: Path, text: Path, vocab: Mapping[str, int], settings: Mapping[str, Any]) -> tuple[SlicedBlipConfig, VitFiles, int]:
-    """The configuration, what is known of the tower of images, and how many layers BERT has."""
+def _towers(vision: Path, text: Path, vocab: Mapping[str, int], settings: Mapping[str, Any]) -> tuple[SlicedBlipConfig, VitFiles, Any]:
+    """The configuration, what is known of the tower of images, and the configuration of BERT."""
     vit = vit_files(vision, ("vit", "dinov2"), "a ViT or DINOv2 model", ("gelu",), "a BLIP")
     bert, images = bert_config(text, "BLIP"), vit.config
     tokens = len(vocab)
-    own = tokens - sum(vocab[token] >= bert.vocab_size for token in (DECODE, ENCODE))
-    check_vocabulary(text, bert.vocab_size, own)
+    check_vocabulary(text, bert.vocab_size, tokens - len(_new_tokens(text, bert, vocab)))
     decided = {
         "patch_size": images.patch_size,
         "vision_width": images.hidden_size,
@@ -94,7 +105,7 @@ def _towers(vision: Path, text: Path, vocab: Mapping[str, int], settings: Mappin
     for tower, layers in config.layers().items():
         if layers:
             chosen_layers(*((vision, images.num_hidden_layers) if tower == "vision" else (text, bert.num_hidden_layers)), layers)
-    return config, vit, bert.num_hidden_layers
+    return config, vit, bert
 
 
 def _vision_state(vit: VitFiles, config: SlicedBlipConfig) -> Iterator[tuple[str, Tensor]]:
@@ -122,19 +133,29 @@ def _places(layers: int) -> Iterator[tuple[str, list[str]]]:
                 yield f"{LAYERS['vision']}.{layer}.{part}.{kind}", [f"layers.{layer}.{role}.{kind}" for role in roles]
 
 
-def _text_state(folder: Path, layers: int, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a BERT of so many layers in each tower of texts, as far as that has them itself; its words with the new tokens behind."""
-    tensors, own, depth = bert_tensors(folder), model.state_dict(), model.config.layers()
+def _new_tokens(text: Path, bert: Any, vocab: Mapping[str, int]) -> list[int]:
+    """Ids of [DEC] and [ENC], those that BERT was not trained with; where it has no tokenizer of its own, those that it does not embed."""
+    known = own_vocabulary(text)
+    marks = [(token, vocab[token]) for token in (DECODE, ENCODE)]
+    return [number for token, number in marks if (number >= bert.vocab_size if known is None else token not in known)]
+
+
+def _text_state(folder: Path, bert: Any, model: Any, new: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a BERT in each tower of texts, as far as that has them itself; words and their bias with `new` tokens as the model has."""
+    tensors, own, depth = bert_tensors(folder, bert), model.state_dict(), model.config.layers()
     types = tensors.pop(TYPES, None)
+    if types is None and bert.type_vocab_size:
+        raise BadInput(f"{folder} lacks 1 tensor", TYPES, AGAIN)
     if types is not None and PLACES in tensors:
-        tensors[PLACES] = tensors[PLACES].float() + types[0].float()
+        tensors[PLACES] = tensors[PLACES] + types[0]
     for name, fresh in ((WORDS, model.get_input_embeddings().weight.detach()), (BIAS, own.get(f"text_decoder.{BIAS}"))):
-        found = tensors.get(name)
-        if found is not None and fresh is not None and found.shape[1:] == fresh.shape[1:]:
-            tensors[name] = torch.cat([found, fresh[len(found) :].to(found)])
+        if name in tensors and fresh is not None:
+            longer = torch.cat([tensors[name], fresh[len(tensors[name]) :]])
+            longer[new] = fresh[new]
+            tensors[name] = longer
     for tower, prefix in TEXTS.items():
         if depth[tower]:
-            kept = renumbered(tensors, "encoder.layer.", chosen_layers(folder, layers, depth[tower]))
+            kept = renumbered(tensors, LAYER, chosen_layers(folder, bert.num_hidden_layers, depth[tower]))
             yield from ((prefix + name, tensor) for name, tensor in kept.items() if prefix + name in own)
     if depth["decoder"]:
         heads = {name: tensor for name, tensor in tensors.items() if name.startswith("cls.predictions.")}

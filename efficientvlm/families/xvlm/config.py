@@ -242,7 +242,7 @@ def _settings_schema() -> type[Strict]:
         "vision_pre_norm": bool,
         "vision_depths": Annotated[list[Annotated[Pixels, Field(strict=True)]], Field(min_length=2, max_length=8)] | None,
         "vision_window": Annotated[Pixels, Field(strict=True)],
-        "vision_drop_path": Annotated[float, Field(ge=0, lt=1)],
+        **dict.fromkeys(("dropout", "vision_drop_path"), Annotated[float, Field(ge=0, lt=1)]),
         "vision_activation": Literal["quick_gelu", "gelu"],
         "text_pooling": Literal["cls", "mean"],
     }

@@ -43,7 +43,7 @@ def from_towers(vision: Path, text: Path, vocab_size: int, settings: Mapping[str
     """
     config, vit, bert = _towers(vision, text, vocab_size, settings)
     stack = chosen_layers(text, bert.num_hidden_layers, config.text_layers + config.fusion_layers)
-    state = _vision_state(vit, config) | _text_state(text, stack, config)
+    state = _vision_state(vit, config) | _text_state(text, bert, stack, config)
     model = XVLMModel(config).eval()
     return model, fill(model, state, f"{vision} and {text}", lambda name: name.startswith(FRESH) or ".cross_attention" in name)
 
@@ -125,8 +125,8 @@ def _vision_state(vit: VitFiles, config: XVLMConfig) -> dict[str, Tensor]:
     return {f"vision.{role}": tensor for role, tensor in state.items()}
 
 
-def _text_state(folder: Path, chosen: Mapping[int, int], config: XVLMConfig) -> dict[str, Tensor]:
-    roles = {str(bert_name(name)): tensor for name, tensor in bert_tensors(folder).items()}
+def _text_state(folder: Path, bert: Any, chosen: Mapping[int, int], config: XVLMConfig) -> dict[str, Tensor]:
+    roles = {str(bert_name(name)): tensor for name, tensor in bert_tensors(folder, bert).items()}
     state = renumbered(roles, "layers.", chosen)
     keep_head = "mlm" in config.heads
     return {stack_name(role, config.text_layers): tensor for role, tensor in state.items() if keep_head or not role.startswith("head.")}
