@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     torch.manual_seed(0)
     model = efficientvlm.of_stock(clip()).train()  # the same values, keywords and outputs
     pruner = efficientvlm.Pruner.of(model, sparsity=0.5, steps=GATE_STEPS, head_init=2.0)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3), *pruner.optimizers(lr=0.1, multiplier_lr=0.1)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3), *pruner.optimizers()]
     for step in range(STEPS):
         pruner.begin_step(step)
         loss = model(**pairs(step), return_loss=True).loss + pruner.penalty(step)

@@ -19,7 +19,7 @@ class Pruning(TrainerCallback):
     """Gates on the model of a Trainer. The budget's gradient does not depend on the batch, so that it is added just before the update."""
 
     def __init__(self, pruner: efficientvlm.Pruner) -> None:
-        self.pruner, self.optimizers = pruner, pruner.optimizers(lr=0.1, multiplier_lr=0.1)
+        self.pruner, self.optimizers = pruner, pruner.optimizers()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pruner.begin_step(state.global_step)
