@@ -31,6 +31,7 @@ CHOICES = {
         Arm("held", "the same, but the target begins to rise after 0.3 of the gate phase", gates={"sparsity_hold": 0.3}),
         Arm("held, one stage", "the same, and both stages in one of their length", gates={"sparsity_hold": 0.3}, one=True),
         Arm("defaults", "the same, with rates by the steps and heads that begin open (the defaults)", gates=DEFAULTS, one=True),
+        Arm("tuned first", "trained on the task, then gates learnt under the defaults, and both in as many steps", "tuned", gates=DEFAULTS),
         ARMS["magnitude-kd"],
         Arm("taylor-kd", "the method with Torch-Pruning Taylor importance in place of learnt gates", "tuned", method="taylor"),
     )

@@ -25,6 +25,7 @@ COLOURS = {
     "held": "#2a6fbb",
     "held, one stage": "#1b3f6e",
     "defaults": "#7b4fa3",
+    "tuned first": "#b0306a",
     "magnitude-kd": "#2e9e6b",
     "taylor-kd": "#d9822b",
 }

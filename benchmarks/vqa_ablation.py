@@ -195,7 +195,8 @@ class Chain:
         if arm.start == "tuned":
             tuned = self.root / f"tuned{'-kd' * arm.kd}-{run.seed}"
             self.stage("finetune", tuned, model=self.start(), max_steps=PRUNE_STEPS, **common)
-            self.stage("prune", out, model=str(tuned), max_steps=FINETUNE_STEPS, **cut)
+            learnt = LEARNT | arm.gates if arm.method == "l0" else {}
+            self.stage("prune", out, model=str(tuned), max_steps=FINETUNE_STEPS, **cut | learnt)
             return out
         if arm.name == "tower-budgets":
             cut["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
