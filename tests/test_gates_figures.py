@@ -60,8 +60,9 @@ def test_every_arm_has_a_colour_and_its_own_gates(publishing: Any) -> None:
         "held": {"sparsity_hold": 0.3},
         "held, one stage": {"sparsity_hold": 0.3},
         "defaults": {"sparsity_hold": 0.3, "gates": {}},
+        "tuned first": {"sparsity_hold": 0.3, "gates": {}},
     }
-    assert len(gates.runs(["easy-vqa"], [0.8], [0, 1], list(gates.CHOICES))) == 12
+    assert len(gates.runs(["easy-vqa"], [0.8], [0, 1], list(gates.CHOICES))) == 14
 
 
 def test_the_page_is_up_to_date(publishing: Any) -> None:
