@@ -1,6 +1,6 @@
 """Do gates that are learnt choose better than a score does, where little may stay? Every arm with the same teacher, floors and steps.
 
-python benchmarks/gates.py [--data easy-vqa|shapes] [--sparsity 0.6|0.8] [--seed 0] [--arm NAME] [--out runs/ablation] [--list]
+python benchmarks/gates.py [--data easy-vqa|shapes] [--sparsity 0.4|0.6|0.8] [--seed 0] [--arm NAME] [--out runs/ablation] [--list]
 
 Chains and rows are those of `vqa_ablation.py`, and so are models that both need. A row is appended to the CSV as soon as a run ends; runs
 that have a row are passed over, and a run that was interrupted resumes.
@@ -21,7 +21,9 @@ from vqa_ablation import ARMS, DATA, Arm, Run, fill
 from efficientvlm.runtime.hardware import processor
 from efficientvlm.script import run_script
 
-SPARSITIES = (0.8, 0.6)
+SPARSITIES = (0.8, 0.6, 0.4)
+USUAL = SPARSITIES[:2]
+"""What all arms are run at."""
 SEEDS = (0, 1, 2)
 DEFAULTS: dict[str, Any] = {"sparsity_hold": 0.3, "gates": {}}
 CHOICES = {
@@ -46,11 +48,18 @@ def runs(data: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int],
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, known in (("data", list(DATA)), ("sparsity", SPARSITIES), ("seed", SEEDS), ("arm", list(CHOICES))):
-        parser.add_argument(f"--{option}", type=type(known[0]), choices=known, action="append", default=None, help="all by default")
+        parser.add_argument(
+            f"--{option}",
+            type=type(known[0]),
+            choices=known,
+            action="append",
+            default=None,
+            help="all by default, of sparsities 0.8 and 0.6",
+        )
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="where models are kept")
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
-    chosen = runs(options.data or list(DATA), options.sparsity or SPARSITIES, options.seed or SEEDS, options.arm or list(CHOICES))
+    chosen = runs(options.data or list(DATA), options.sparsity or USUAL, options.seed or SEEDS, options.arm or list(CHOICES))
     return run_script(lambda: [work(chosen, options.out, only_said=options.list)])
 
 
