@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from doc_pages import ROOT, script
 
-PAGE, LEARNT = "docs/ablation.md", "defaults"
+PAGE, LEARNT = "docs/ablation.md", "tuned first"
 
 
 def line(arm: str, kept: float, seed: int = 0, sparsity: float = 0.8) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def publishing() -> Any:
         ((0.98, 0.97), (0.974, 0.976), "a tie with `taylor-kd` (97.5 %, 2 seeds)"),
         ((0.98,), (0.87, 0.88), "one seed; not compared with `taylor-kd`"),
         ((0.98,), (), "one seed; nothing beside it is measured yet."),
-        ((), (0.9,), "`defaults` is not measured yet."),
+        ((), (0.9,), "`tuned first` is not measured yet."),
     ],
 )
 def test_verdicts(publishing: Any, held: tuple[float, ...], taylor: tuple[float, ...], said: str) -> None:
@@ -48,7 +48,8 @@ def test_tables_and_plot_are_made_from_the_rows(publishing: Any, tmp_path: Path)
     assert publishing.publish(tmp_path) == [tmp_path / PAGE, tmp_path / "docs/gates.png"]
     page = (tmp_path / PAGE).read_text("utf-8")
     assert (
-        "| easy-vqa | 0.8 | defaults | 15.0 % | 97.0 % | 96.0 to 98.0 (2) |" in page and "easy-vqa at 0.6: `defaults` keeps 99.0 %" in page
+        "| easy-vqa | 0.8 | tuned first | 15.0 % | 97.0 % | 96.0 to 98.0 (2) |" in page
+        and "easy-vqa at 0.6: `tuned first` keeps 99.0 %" in page
     )
     assert (tmp_path / "docs/gates.png").stat().st_size
 
