@@ -121,7 +121,7 @@ def test_every_arm_is_run_at_every_seed_it_needs() -> None:
 
 def test_gates_are_compared_with_scores_that_had_the_same_seeds_and_teacher() -> None:
     gates = script("benchmarks/gates.py")
-    chosen = gates.runs(list(gates.DATA), gates.SPARSITIES, gates.SEEDS, list(gates.CHOICES))
+    chosen = gates.runs(list(gates.DATA), gates.USUAL, gates.SEEDS, list(gates.CHOICES))
     assert len({run.key for run in chosen}) == len(chosen) == 2 * 2 * 3 * len(gates.CHOICES)
     assert all(run.arm.kd and not run.arm.without for run in chosen)
 

@@ -171,7 +171,7 @@ def test_a_folder_of_a_recipe_is_told_whole(runs: Path) -> None:
     assert "accuracy: easy-vqa test, 9,673 questions, rank" in told.words and "2 threads of Fast CPU" in told.words
     assert "50.1 % reached, 50.0 % asked 50.0 % 61.0 % 50.1 % 50 100" in told.words
     assert "vision 0 was 1" in told.words and "vision 1 was 3" in told.words and "decoder 0 2 of 4" in told.words
-    assert "gates.lr 0.05 0.01" in told.words and "init_std" not in told.words  # only what differs from the default
+    assert "gates.lr 0.05 – " in told.words and "init_std" not in told.words  # only what differs from the default
     assert "easy-vqa train 3,600 abababababab MIT" in told.words and "seed 3" in told.words
 
 
