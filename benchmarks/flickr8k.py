@@ -192,10 +192,15 @@ def block(records: list[dict[str, str]], name: Path, figures: Figures) -> str:
     )
 
 
+def headed(heads: tuple[str, ...]) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+
+
 def caption_table(records: list[dict[str, str]]) -> str:
     """The lines of the CSV as a table in Markdown; metrics times 100."""
     heads = ("", "parameters", "of the teacher's", "CIDEr-D", "of the teacher's", "BLEU-1", "BLEU-4", "ROUGE-L")
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    lines = headed(heads)
     for record in records:
         shares = [f"{percent(record[name])} %" for name in ("parameters_of_teacher", "cider_d_of_teacher")]
         rest = [percent(record[name]) for name in ("bleu_1", "bleu_4", "rouge_l")]
@@ -218,7 +223,7 @@ def both_table(records: list[dict[str, str]]) -> str:
         "kept",
         "BLEU-4",
     )
-    lines, teacher = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"], records[0]
+    lines, teacher = headed(heads), records[0]
     for record in records:
         sizes = [
             f"{int(record[name]) / 1e6:.1f} M, {percent(int(record[name]) / int(teacher[name]))} %"
@@ -242,7 +247,7 @@ def table(records: list[dict[str, str]]) -> str:
         "matching",
         "match preferred",
     )
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    lines = headed(heads)
     for record in records:
         recalls = [" / ".join(percent(record[f"{direction}_r{top}"]) for top in (1, 5, 10)) for direction in DIRECTIONS]
         share = percent(record["parameters_of_teacher"])

@@ -88,3 +88,11 @@ def nested(folder: Path, depth: int = 1200) -> Iterator[Path]:
     finally:
         for place in reversed(folders):
             place.rmdir()
+
+
+def randomised(model: Any) -> Any:
+    """Every parameter moved away from where it starts: scales from 1, biases from 0."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUIET, run_stage
+from conftest import QUIET, randomised, run_stage
 from safetensors.torch import save_file
 from transformers import (
     BertConfig,
@@ -32,13 +32,6 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 VIT = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7)
 BERT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=20)
 NEW = {"match": ("vision_proj", "text_proj", "itm_head"), "caption": ("text_decoder.cls",), "answer": ("text_decoder.cls",)}
-
-
-def randomised(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUIET, run_stage
+from conftest import QUIET, randomised, run_stage
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model, ViTConfig, ViTModel
 
@@ -25,14 +25,6 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 SIZE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=7, layer_norm_eps=1e-4)
 BERT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=20)
 BIAS, SCALE = "embeddings.patch_embeddings.projection.bias", "encoder.layer.2.layer_scale1.lambda1"
-
-
-def randomised(model: Any) -> Any:
-    """Every parameter moved away from where it starts: scales from 1, biases from 0."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,6 @@ class BLIP(Family):
     def from_towers(
         self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool
     ) -> tuple[Any, list[str]]:
-        self.towers_config(vision, text, vocab, changes, keep_texts)
         return from_towers(vision, text, vocab, changes)
 
     def read_config(self, path: Path) -> SlicedBlipConfig:

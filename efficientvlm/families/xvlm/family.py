@@ -43,7 +43,6 @@ class XVLM(Family):
     def from_towers(
         self, vision: Path, text: Path, vocab: Mapping[str, int], changes: Mapping[str, Any], keep_texts: bool
     ) -> tuple[XVLMModel, list[str]]:
-        self.towers_config(vision, text, vocab, changes, keep_texts)
         model, new = from_towers(vision, text, len(vocab), changes)
         if keep_texts:
             kept = as_texts_are(model)
