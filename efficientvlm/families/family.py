@@ -62,7 +62,7 @@ class Family:
     """
 
     from_towers: Callable[[Path, Path, Mapping[str, int], Mapping[str, Any], bool], tuple[Any, list[str]]]
-    """With the same, which :attr:`towers_config` found to fit: the network, and the names of its tensors that are fresh, drawn from torch's generator."""
+    """With the same, which `towers_config` found to fit: the network, and the names of its fresh tensors, drawn from torch's generator."""
 
     def read_config(self, path: Path) -> Any:
         """The configuration of checkpoint folder `path`, a :class:`structure.Structure`; no weights are read.
