@@ -156,6 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, m
         run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
     run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
     assert files(tmp_path / "parts") == whole and len(set(written)) == len(written) == 3
+    assert require_complete(str(tmp_path / "parts")).cost.seconds > 0
     assert any("that is of the 2 samples that were left to do" in text for text in said) == (side == "sentences")
     with pytest.raises(BadInput, match="batch_size"):
         run_stage("embed", QUIET, model=teacher, out=str(tmp_path / "parts"), **settings | {"batch_size": 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -139,19 +140,32 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
     if config.model:
         embedder = Embedder(load(config.model), pick_device(config.device), precision=config.precision, max_tokens=config.max_tokens)
         compared = taken.compared(Shards(config, embedder, source, folder))
+    began = time.monotonic()
     with stop_flag() as stop, Bar("embed", job.file.count, quiet=control.quiet) as bar:
         for number, (ids, vectors, missing) in enumerate(taken.shards(config.shard_size)):
             if stop.requested:
                 raise stopped(folder)
             compared.look_at(ids, vectors)
-            if not (place := folder / shard_name(number)).exists():
-                write_shard(place, ids, vectors, missing)
-            write_atomic(folder / "state.json", b"{}\n")
+            if not (folder / shard_name(number)).exists():
+                keep(folder, number, began, ids, vectors, missing)
+            began = time.monotonic()
             bar.update(min(job.file.count, (number + 1) * config.shard_size))
     taken.remarks += [compared.told(config.vectors, config.model)] if config.model else []
     for remark in taken.remarks:
         say(f"embed: {remark}", quiet=control.quiet)
     return taken
+
+
+def keep(folder: Path, number: int, began: float, ids: list[str], vectors: Any, missing: dict[str, str]) -> None:
+    """Write a shard that was `began` at that time; from now on there is something to go on from."""
+    write_atomic(folder / spent_name(number), f"{time.monotonic() - began:.3f}\n".encode())  # no part of the shard, which is always the same
+    write_shard(folder / shard_name(number), ids, vectors, missing)
+    write_atomic(folder / "state.json", b"{}\n")
+
+
+def spent_name(number: int) -> str:
+    """File of the seconds that a shard took."""
+    return f"{shard_name(number)}.seconds"
 
 
 def stopped(folder: Path) -> BaseException:
@@ -176,10 +190,10 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     lower = f"lower batch_size (now {config.batch_size})"
     with stop_flag() as stop, Bar("embed", total, start=done, quiet=control.quiet) as bar, enough_memory("embed", lower):
         for number, samples in lacking:
+            began = time.monotonic()
             ids, vectors, missing = shards.shard(samples, bar, done, stop)
             done += len(samples)
-            write_shard(folder / shard_name(number), ids, vectors, missing)
-            write_atomic(folder / "state.json", b"{}\n")  # from now on there is something to go on from
+            keep(folder, number, began, ids, vectors, missing)
     remarks = of_read(embedder.texts)
     if remarks and len(lacking) < len(share):
         remarks.append(f"that is of the {number_of(sum(len(samples) for _, samples in lacking), 'sample')} that were left to do")
@@ -284,7 +298,9 @@ def gather(
     }
     said = record(source, config.split)
     data = [DataRecord(**said | {"read_as": [*said["read_as"], *remarks]})]
-    manifest = output.manifest(family=FAMILY, data=data, cost=Cost(samples=found, peak_memory_bytes=peak_memory_bytes()), extra=extra)
+    spent = [float(path.read_text("ascii")) for path in (folder / spent_name(number) for number in range(count)) if path.exists()]
+    cost = Cost(seconds=round(sum(spent), 3), samples=found, peak_memory_bytes=peak_memory_bytes())
+    manifest = output.manifest(family=FAMILY, data=data, cost=cost, extra=extra)
     done = output.commit(manifest)
     without = f", {number_of(lost, 'sample has', 'samples have')} none" if lost else ""
     say(f"embed: wrote {output.path} · {number_of(found, 'vector')} of {extra['width']} numbers{without}", quiet=control.quiet)
