@@ -29,7 +29,8 @@ FOUND = 0.5
 STORED = 2.0
 """How many times as fast training from the stores of both sides has to be."""
 SELECTED, WHOLE, RANDOM, PAIRS = "selected", "whole pile", "random part", "true pairs"
-"""Rows of photos."""
+ORDER = (TEACHER, PAIRS, SELECTED, RANDOM, WHOLE)
+"""Rows of photos that come first, in the order of what they tell; the others follow as they were measured."""
 COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", UNREAD: "#3f8f5f", PRUNED: "#d9822b"}
 
 
@@ -39,6 +40,12 @@ def grouped(lines: Lines, column: str) -> dict[str, Lines]:
     for line in lines:
         found.setdefault(line[column], []).append(line)
     return found
+
+
+def of_photo_models(lines: Lines) -> dict[str, Lines]:
+    """The rows of photos by model, in the order in which they are shown."""
+    models = grouped(lines, "model")
+    return {name: models[name] for name in (*ORDER, *models) if name in models}
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -127,7 +134,7 @@ def store(lines: Lines) -> list[str]:
 
 
 def photos(lines: Lines) -> list[str]:
-    models = grouped(lines, "model")
+    models = of_photo_models(lines)
     shown = ("mean recall", "of the teacher's", "R@1: photo to text", "text to photo")
     head = ("model", "seeds", "photos", "sentences", "captions among them", *shown)
     rows = []
@@ -198,7 +205,7 @@ def plot_store(axes: Any, lines: Lines) -> None:
 
 def plot_photos(axes: Any, lines: Lines) -> None:
     """Mean recall by row, a point a seed beside the mean."""
-    models = grouped(lines, "model")
+    models = of_photo_models(lines)
     axes.barh(range(len(models)), [100 * mean(of(some, "mean_recall")) for some in models.values()], color="#aeb6c1")
     for place, some in enumerate(models.values()):
         axes.scatter([100 * value for value in of(some, "mean_recall")], [place] * len(some), color="#1f2733", s=14, zorder=3)

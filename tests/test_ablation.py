@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,25 @@ def test_the_runs_append_rows_of_equal_size_and_are_passed_over_afterwards(tmp_p
     assert ablation.main([*out, "--latency"]) == 0
     (timed,) = (tmp_path / published.RESULTS).glob("vqa_ablation_latency_*")
     assert len(published.rows_of(timed)) == 2 * len(arms)
+
+
+@pytest.mark.slow
+def test_budgets_are_compared_at_the_same_milliseconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    equal, published = script("benchmarks/equal_time.py"), script("benchmarks/published.py")
+    ablation, shapes = sys.modules[equal.Chain.__module__], "shapes:difficulty=2,size=40"
+    small = {"PAIRS": shapes, "DISTILL_STEPS": 1, "PRUNE_STEPS": 1, "FINETUNE_STEPS": 4}
+    small |= {"DATA": {"easy-vqa": ablation.Data("easy-vqa", shapes, "bundled:easy-vqa", tested=8)}}
+    small |= {"TRAINING": {**ablation.TRAINING, "batch_size": 4, "eval_limit": 4}}
+    for name, value in small.items():
+        for module in (ablation, equal):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(equal, "ROOT", tmp_path)
+    given = ["--sparsity", "0.6", "--seed", "1", "--out", str(tmp_path / "runs")]
+    assert equal.main(given) == 0
+    (path,) = (tmp_path / published.RESULTS).iterdir()
+    parameters, latency = published.rows_of(path)
+    assert (parameters["budget"], latency["budget"], parameters["seed"], latency["sparsity"]) == ("parameters", "latency", "1", "0.6")
+    assert 0.9 * float(parameters["table_ms"]) <= float(latency["table_ms"]) <= float(parameters["table_ms"])
+    before = path.read_bytes()
+    assert equal.main(given) == 0 and path.read_bytes() == before
