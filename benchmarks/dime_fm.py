@@ -1,7 +1,7 @@
 """Does a small tower of images keep what its CLIP can do, without pairs, and how much faster is it taught from stores?
 
 python benchmarks/dime_fm.py [--part scenes|store|photos] [--seed 0] [--row NAME] [--photos photos] [--towers towers]
-    [--out runs/dime-fm-figures] [--list]
+    [--precision fp32|bf16] [--out runs/dime-fm-figures] [--list]
 
 The part `scenes` has a teacher a seed, trained on made scenes as the recipe `dime_fm/scenes` says, and students that saw no picture of 20
 of its colours of shapes, which are what all are measured on. The part `store` times training steps with the teacher at work and with its
@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", action="append", help="name of a model or of a pair; all by default")
     parser.add_argument("--photos", type=Path, default=Path("photos"), help="what efficientvlm.examples.photo_teacher wrote")
     parser.add_argument("--towers", type=Path, default=Path("towers"), help="what efficientvlm.examples.towers wrote")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="in which students of photos are trained")
     parser.add_argument("--out", type=Path, default=Path("runs/dime-fm-figures"))
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
@@ -240,7 +241,7 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
     Raises:
         BadInput: a row of no such name.
     """
-    every = list(rows(options.part or PARTS, options.seed or SEEDS, Places(options.photos, options.towers)))
+    every = list(rows(options.part or PARTS, options.seed or SEEDS, Places(options.photos, options.towers, options.precision)))
     known = list(dict.fromkeys(row.key[-1] for row in every))
     if unknown := set(options.row or ()) - {*known}:
         raise BadInput(f"no row {', '.join(sorted(unknown))}", f"there are {'; '.join(known)}", "use one of these")

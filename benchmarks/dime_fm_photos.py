@@ -30,10 +30,12 @@ Measured = tuple[tuple[str, str], Callable[[Path], Iterator[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class Places:
-    """Folders that :mod:`efficientvlm.examples.photo_teacher` and :mod:`efficientvlm.examples.towers` wrote."""
+    """Folders that :mod:`efficientvlm.examples.photo_teacher` and :mod:`efficientvlm.examples.towers` wrote, and how students compute while
+    they learn."""
 
     photos: Path
     towers: Path
+    precision: str = "fp32"
 
     @property
     def overrides(self) -> list[str]:
@@ -122,7 +124,7 @@ class Photos:
         if model.stage != "pairs":
             made |= {f"{side[:-1]}_store": self.first.made(side) for side in ("images", "sentences")}
             made["sentences"] = str(self.places.pile) if model.whole else self.first.made("selected")
-        changes: dict[str, Any] = {**made, **model.changes}
+        changes: dict[str, Any] = {"precision": self.places.precision, **made, **model.changes}
         if model.drawn:
             changes["sentence_limit"] = len(self.selected())
         if model.part < 1:
@@ -144,9 +146,10 @@ def student(seed: int, name: str, places: Places, root: Path) -> Iterator[dict[s
     """Train, measure on the photos of validation, and say what came out."""
     made, model, began = Photos(seed, places, root), MODELS[name], time.process_time()
     about_pile = said_by_teacher(places)
-    accounting = checkpoint.require_complete(made.model(name)).accounting
-    seconds = time.process_time() - began
+    trained = checkpoint.require_complete(made.model(name))
+    seconds, accounting = time.process_time() - began, trained.accounting
     sizes: dict[str, Any] = {"cpu_seconds": round(seconds, 1), "steps": made.chain.settings(model.stage).max_steps}
+    sizes["precision"] = trained.config["precision"]
     sizes |= {"vision_parameters": accounting["parameters"]["by_tower"]["vision"], "sparsity": accounting["sparsity"]["achieved"]}
     if model.stage == "pairs":
         sizes |= {"sentences": about_pile["captions"], "captions_among": 1.0}
@@ -170,7 +173,7 @@ def among(sentences: Sequence[str], places: Places) -> float:
 
 def row(seed: int, name: str, metrics: dict[str, Any], places: Places, *, photos: int, what: str, **sizes: Any) -> dict[str, Any]:
     best = said_by_teacher(places)["metrics"]["mean_recall"]
-    columns = ("sentences", "captions_among", "steps", "vision_parameters", "sparsity", "cpu_seconds")
+    columns = ("sentences", "captions_among", "steps", "precision", "vision_parameters", "sparsity", "cpu_seconds")
     return {
         "seed": seed,
         "model": name,

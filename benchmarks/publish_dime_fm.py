@@ -145,7 +145,10 @@ def photos(lines: Lines) -> list[str]:
         rows.append(
             (name, str(len(some)), f"{int(some[0]['photos']):,}", sentences, percent(some, "captions_among"), recall, kept, *firsts)
         )
-    return [*table(head, rows), "", *(f"- {text}" for text in of_photos(models)), ""]
+    trained = [line for line in lines if line["model"] != TEACHER]
+    how = [" or ".join(dict.fromkeys(line[column] for line in trained)) for column in ("steps", "precision")]
+    steps = f"Students were trained for {how[0]} steps, in {how[1]}." if trained else "No student was trained yet."
+    return [*table(head, rows), "", *(f"- {text}" for text in of_photos(models)), "", steps]
 
 
 def of_photos(models: dict[str, Lines]) -> list[str]:

@@ -51,7 +51,7 @@ def of_store(source: str, speed: float) -> dict[str, Any]:
 def of_photos(model: str, recall: float, seed: int = 0) -> dict[str, Any]:
     sentences = "" if model == "teacher" else 15000
     firsts = {"image_to_text_r1": recall / 2, "text_to_image_r1": recall / 3}
-    about = {"photos": 3000, "sentences": sentences, "captions_among": 0.5, "torch": "2"}
+    about = {"photos": 3000, "sentences": sentences, "captions_among": 0.5, "torch": "2", "steps": 300, "precision": "bf16"}
     return {"seed": seed, "model": model, "mean_recall": recall, "of_teacher": recall / 0.4, **firsts, **about}
 
 
@@ -125,12 +125,13 @@ def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, 
     assert "2.10 times as many images a second (target: 2): reached." in page and "| model |" not in page
     for record in [*every_model(), of_scenes("student", 0.95, 0.93, seed=1)]:
         append(results / "dime_fm_scenes_some-cpu.csv", record)
-    for record in (of_photos("teacher", 0.4), of_photos("selected", 0.3), of_photos("selected", 0.32, seed=1)):
+    for record in (of_photos("selected", 0.3), of_photos("selected", 0.32, seed=1), of_photos("teacher", 0.4)):
         append(results / "dime_fm_photos_some-cpu.csv", record)
     written = publishing.publish(tmp_path)
     page = (tmp_path / PAGE).read_text("utf-8")
     assert "| student | 2 | 86.4 (85.5 to 87.3) | 96.0 % | 57.0 (55.8 to 58.2) | 95.0 % | 0.43 M, 27.0 % | 3.50 × | 94 % |" in page
     assert "| selected | 2 | 3,000 | 15,000 | 50.0 % | 31.0 (30.0 to 32.0) | 77.5 % |" in page
+    assert page.index("| teacher | 1 | 3,000 |") < page.index("| selected | 2 |") and "for 300 steps, in bf16." in page
     assert written == [tmp_path / PAGE, tmp_path / "docs/dime-fm.png"] and all(path.stat().st_size for path in written)
 
 
@@ -228,8 +229,9 @@ def test_rows_of_photos_come_out_of_a_chain(
         str(world / "towers"),
         *(part for name in names for part in ("--row", name)),
     ]
-    found = {record["model"]: record for record in table(dime_fm, "photos", *given)}
+    found = {record["model"]: record for record in table(dime_fm, "photos", *given, "--precision", "bf16")}
     assert set(found) == set(names) and found["teacher"]["of_teacher"] == "1"
+    assert {record["precision"] for name, record in found.items() if name != "teacher"} == {"bf16"}
     assert (found["half of the photos"]["photos"], found["random part"]["sentences"], found["true pairs"]["sentences"]) == (
         "12",
         "10",
