@@ -271,9 +271,17 @@ def test_rate(schedule: str, last: float | None) -> None:
     if last is not None:
         assert factors[-1] == pytest.approx(last)
     assert training.rate(0, 10, Train(warmup=0)) == 1.0
+
     counted = Train(schedule=schedule, warmup_steps=10, warmup=0.5)  # type: ignore[arg-type]
     assert [training.rate(step, 100, counted) for step in range(100)] == factors
     assert training.rate(3, 8, Train(warmup_steps=100)) == 0.04
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_rate_that_ends_above_zero(schedule: Any) -> None:
+    options, usual = Train(schedule=schedule, warmup=0, lr_end=0.05), Train(schedule=schedule, warmup=0)
+    for step in (0, 10, 99):
+        assert training.rate(step, 100, options) == pytest.approx(0.05 + 0.95 * training.rate(step, 100, usual))
 
 
 def test_rate_falls_after_every_epoch() -> None:
@@ -286,12 +294,13 @@ def test_rate_falls_after_every_epoch() -> None:
 
 def test_weight_decay_and_rates_by_kind_of_tensor() -> None:
     layer = torch.nn.Linear(3, 2)
-    options = Train(lr=0.1, new_lr_mult=3, weight_decay=0.5)
+    options = Train(lr=0.1, new_lr_mult=3, weight_decay=0.5, beta2=0.999)
     groups = training.adamw(layer.parameters(), options, fast=[layer.weight]).torch.param_groups
     assert [(g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
         (pytest.approx(0.3), 0.5, [(2, 3)]),
         (0.1, 0.0, [(2,)]),
     ]
+    assert {g["betas"] for g in groups} == {(0.9, 0.999)}
 
 
 def test_new_tensors_are_those_of_the_model_whatever_holds_it() -> None:

@@ -30,7 +30,7 @@ def stand_in(config: Any) -> Beginning | None:
         vocab |= {f"[unused{number}]": number for number in range(len(vocab), expected.vocab_size)}
         values = family.fresh_config("base", expected.settings | config.settings, vocab)
         remarks = [f"{config.model} is not there: planned as {config.expects}"]
-        remarks += [] if own else [f"{config.tokenizer} is not there: a word is planned as one token"]
+        remarks += [] if own else [f"{config.tokenizer or f'the tokenizer of {config.model}'} is not there: a word is planned as one token"]
         return family, shapes(family, values), tokenizer, remarks
 
     return Beginning(network)

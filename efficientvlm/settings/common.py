@@ -34,6 +34,8 @@ class Train(Strict):
     decay: float = Field(0.9, gt=0, le=1, description="exponential: that factor, for as many equal parts of the run as it has epochs")
     warmup: float = Field(0.1, ge=0, le=1, description="fraction of all steps")
     warmup_steps: Count | None = Field(None, ge=0, description="length of the warm-up in steps, instead of a fraction")
+    lr_end: float = Field(0.0, ge=0, lt=1, description="linear and cosine: fraction of `lr` that they end at")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW: how slowly its mean of squared gradients forgets")
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
     new_lr_mult: float = Field(2.0, gt=0, description="learning-rate factor of newly initialised tensors")
     clip: float | None = Field(1.0, gt=0, description="global gradient norm")

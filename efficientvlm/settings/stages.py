@@ -72,9 +72,12 @@ class Expected(NamedTuple):
     vocab_size: int
 
 
+VIT_L14 = {"patch_size": 14, "vision_width": 1024, "vision_layers": 24, "vision_heads": 16, "vision_intermediate": 4096}
+VIT_L14 |= {"text_width": 768, "text_heads": 12, "text_intermediate": 3072, "embed_dim": 768}
 EXPECTED = {
     "xvlm-base": Expected("xvlm", {}, 30522),
     "blip-base": Expected("blip", {"network": "pretrain", "image_size": 224}, 30524),
+    "clip-vit-large-patch14": Expected("clip", VIT_L14, 49408),
 }
 
 
@@ -83,7 +86,7 @@ class ImportConfig(Stage):
     layout: Literal["auto", "pretrain", "retrieval", "vqa", "nlvr2", "text_assignment", "captioning", "grounding"] = "auto"
     tokenizer: str | None = Field(None, description="folder of the tokenizer; by default the one in the folder `model`")
     settings: dict[str, Any] = Field(default_factory=dict, description="what a file does not say, e.g. text_heads")
-    expects: Annotated[Literal["xvlm-base", "blip-base"] | None, Aside()] = Field(
+    expects: Annotated[Literal["xvlm-base", "blip-base", "clip-vit-large-patch14"] | None, Aside()] = Field(
         None, description="what `evlm plan` takes in the place of a file that is not there; the import itself does not read it"
     )
 
@@ -386,6 +389,9 @@ class SelectSentences(Strict):
     cap: Count | None = Field(10, ge=1, description="sentences of which the same image is the nearest, at most; null: any number")
     total: Count | None = Field(None, ge=1, description="sentences in all, at most; the best are kept")
     min_similarity: float | None = Field(None, ge=-1, le=1, description="least cosine with the nearest image")
+    max_missing: Annotated[float, Aside()] = Field(
+        0.01, ge=0, le=1, description="part of the sentences that may be unreadable or without a usable vector"
+    )
     near: float | None = Field(
         0.97, gt=0, le=1, description="cosine at which a sentence repeats one kept of the same nearest image; null: none does"
     )

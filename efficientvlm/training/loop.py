@@ -80,7 +80,7 @@ def accelerator(device: str) -> Accelerator:
 def adamw(
     parameters: Iterable[nn.Parameter], options: Train, *, fast: Iterable[nn.Parameter] = (), biases: Iterable[nn.Parameter] = ()
 ) -> Optimizer:
-    """AdamW (0.9, 0.98) without weight decay on norms and other vectors, nor on `biases`, which may be tables of them.
+    """AdamW (0.9, `beta2`) without weight decay on norms and other vectors, nor on `biases`, which may be tables of them.
 
     Those in `fast` learn `new_lr_mult` times faster.
     """
@@ -98,7 +98,7 @@ def adamw(
         }
         for (decays, is_new), members in groups.items()
     ]
-    return Optimizer(torch.optim.AdamW(settings, betas=(0.9, 0.98), eps=1e-8, fused=True))
+    return Optimizer(torch.optim.AdamW(settings, betas=(0.9, options.beta2), eps=1e-8, fused=True))
 
 
 def rate(step: int, steps: int, options: Train) -> float:
@@ -110,7 +110,8 @@ def rate(step: int, steps: int, options: Train) -> float:
     done = (step - warm) / max(1, steps - warm)
     if options.schedule == "exponential":
         return float(options.decay ** int(step * options.epochs / steps))
-    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
+    left = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
+    return options.lr_end + (1 - options.lr_end) * left
 
 
 def train(
