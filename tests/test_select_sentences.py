@@ -95,6 +95,7 @@ def test_a_model_embeds_the_sentences_of_a_table(given: dict[str, Any], tmp_path
     run_stage("import", model=str(write_clip(tmp_path / "hf", byte_pairs())), out=str(tmp_path / "clip"))
     parquet.write_table(pa.table({"said": [*SAID[:50], None, " "], "number": range(52)}), tmp_path / "pile.parquet")
     settings = {"images": given["images"], "model": str(tmp_path / "clip"), "sentences": str(tmp_path / "pile.parquet"), "near": None}
+    settings["max_missing"] = 0.05
     out = tmp_path / "out"
     found = run_stage("select-sentences", **settings, columns={"sentence": "said"}, batch_size=20, out=str(out)).metrics["sentences"]
     assert found["dropped"]["unreadable"] == found["dropped"]["empty"] == 1 and found["read"] == 52
@@ -105,7 +106,7 @@ def test_a_model_embeds_the_sentences_of_a_table(given: dict[str, Any], tmp_path
         assert abs(float((images @ vector / np.linalg.norm(images, axis=1)).max()) - row["similarity"]) < 1e-5
 
 
-def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], tmp_path: Path) -> None:
+def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file with a row a row of the pile; what the store lacks is counted, and one of another teacher is refused."""
     (tmp_path / "some.txt").write_text("\n".join(SAID[:200]))
     vectors = np.load(given["sentence_vectors"])[:200]
@@ -113,7 +114,12 @@ def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], 
     imported = {"data": str(tmp_path / "some.txt"), "side": "sentences", "vectors": str(tmp_path / "some.npy")}
     run_stage("embed", out=str(tmp_path / "store"), **imported)
     in_file = run_stage("select-sentences", **given, out=str(tmp_path / "file"))
-    in_store = run_stage("select-sentences", **given | {"sentence_vectors": str(tmp_path / "store")}, out=str(tmp_path / "out"))
+    by_store, searched = given | {"sentence_vectors": str(tmp_path / "store")}, []
+    with pytest.raises(BadInput, match="42 of 246 sentences cannot be used: 1 unreadable, 41 without vector"):
+        run_stage("select-sentences", **by_store, out=str(tmp_path / "out"))
+    monkeypatch.setattr(select_sentences.Selection, "take", lambda self, begin, *rest: searched.append(begin))
+    in_store = run_stage("select-sentences", **by_store, max_missing=0.18, out=str(tmp_path / "out"))
+    assert not searched and "nobody knows whether images and sentences lie in one space" in in_store.data[0].read_as[0]
     lacking = in_store.metrics["sentences"]["dropped"]
     assert lacking["without_vector"] == len(SAID) - 200 + 1 and "not_finite" not in lacking
     whole, some = (rows(tmp_path / name) for name in ("file", "out"))
@@ -128,6 +134,8 @@ def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], 
     [
         ({"min_similarity": 1.0}, "none of 246 sentences is kept"),
         ({"images": "pile.txt"}, "is no .npy file"),
+        ({"sentences": "binary.txt"}, "no text at all"),
+        ({"sentences": "returns.txt"}, "carriage returns"),
         ({"images": "sentences"}, "not a finished checkpoint"),
         ({"images": "narrow.npy"}, "different spaces"),
         ({"sentence_vectors": "images.npy"}, "does not fit"),
@@ -147,8 +155,11 @@ def test_what_cannot_be_is_refused(
     monkeypatch.setitem(sys.modules, "faiss", None)
     np.save(tmp_path / "narrow.npy", np.ones((4, 5), np.float32))
     (tmp_path / "text.npy").write_text("a dog")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(4)) * 50 + b"\0" * 200)
+    (tmp_path / "returns.txt").write_bytes(b"a dog\ra cat\rtwo birds")
     (tmp_path / "sentences").mkdir()
-    change = {name: str(tmp_path / value) if name in ("images", "sentence_vectors") else value for name, value in change.items()}
+    places = ("images", "sentence_vectors", "sentences")
+    change = {name: str(tmp_path / value) if name in places else value for name, value in change.items()}
     with pytest.raises(BadInput, match=message):
         run_stage("select-sentences", **(given | change), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

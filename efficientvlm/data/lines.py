@@ -25,6 +25,7 @@ T = TypeVar("T")
 SUFFIX = ".txt"
 SPLIT_SEED = 20190719  # fixed, so that a line is held out in every stage or in none
 ATTEMPTS = 1000
+FIRST = 4096  # bytes by which a file of something else is known
 AT_ONCE = 1000  # lines that are read one after another
 LONGEST = 400_000  # bytes of a line: what is longer has more characters than a text may have, whatever they are
 
@@ -173,9 +174,7 @@ class Lines(Generic[T]):
         starts, sizes, numbers = array("q"), array("i"), array("q")
         offset = 0
         with opened(path) as file:
-            begin = file.read(4096)
-            if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 3 * begin.count(0) > len(begin) > 0:
-                raise BadInput(f"data {path}", "it is UTF-16 text, or no text at all", "save the file as UTF-8")
+            refuse_other(f"data {path}", file.read(FIRST))
             file.seek(0)
             for number, (line, size) in enumerate(bounded(file, digest.update), 1):
                 skipped = len(BOM) if offset == 0 and line is not None and line.startswith(BOM) else 0
@@ -191,6 +190,14 @@ class Lines(Generic[T]):
                     numbers.append(number)
                 offset += size
         return Spans(np.array(starts, np.int64), np.array(sizes, np.int32), np.array(numbers, np.int64))
+
+
+def refuse_other(what: str, begin: bytes) -> None:
+    """:class:`BadInput` where a file that begins so holds no lines of UTF-8; `what` names it."""
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 3 * begin.count(0) > len(begin) > 0:
+        raise BadInput(what, "it is UTF-16 text, or no text at all", "save the file as UTF-8")
+    if begin.count(b"\r") > 1 and b"\n" not in begin:
+        raise BadInput(what, "its lines end in carriage returns, which are no ends of lines here", "save the file with line feeds")
 
 
 def _is_text(line: bytes) -> bool:

@@ -10,6 +10,7 @@ from typing import IO
 
 import numpy as np
 
+from efficientvlm.data.lines import FIRST, refuse_other
 from efficientvlm.data.stream_rows import read_file
 from efficientvlm.data.tables import one_line
 from efficientvlm.data.text_tables import BOM, is_unicode, opened
@@ -69,10 +70,9 @@ class Pile:
 
     def _lines(self) -> Iterator[str | None]:
         with opened(self.path) as file:
-            start = file.read(3)
-            if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise BadInput(f"{self.path} cannot be read", "it is UTF-16 text", "save the file as UTF-8")
-            file.seek(3 if start == BOM else 0)
+            start = file.read(FIRST)
+            refuse_other(f"{self.path} cannot be read", start)
+            file.seek(len(BOM) if start.startswith(BOM) else 0)
             while line := file.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     _skip_line(file)

@@ -157,8 +157,8 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
 
 
 def keep(folder: Path, number: int, began: float, ids: list[str], vectors: Any, missing: dict[str, str]) -> None:
-    """Write a shard that was `began` at that time; from now on there is something to go on from."""
-    write_atomic(folder / spent_name(number), f"{time.monotonic() - began:.3f}\n".encode())  # no part of the shard, which is always the same
+    """Write a shard that was `began` at that time; from now on there is something to go on from. Its bytes do not say how long it took."""
+    write_atomic(folder / spent_name(number), f"{time.monotonic() - began:.3f}\n".encode())
     write_shard(folder / shard_name(number), ids, vectors, missing)
     write_atomic(folder / "state.json", b"{}\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
@@ -43,7 +44,10 @@ TEXT, TABLE = "sentences.txt", "sentences.parquet"
 
 @dataclass(frozen=True)
 class Selecting(Job):
-    """What is selected from, and how. `loaded` are the shapes of the teacher, if it embeds sentences here; `said` their vectors, if not."""
+    """What is selected from, and how. `loaded` are the shapes of the teacher, if it embeds sentences here; `said` their vectors, if not.
+
+    `unknown` is what nobody knows of the teachers.
+    """
 
     pile: Pile
     images: Vectors
@@ -52,6 +56,7 @@ class Selecting(Job):
     rules: Rules
     limits: Limits
     approximate: bool
+    unknown: list[str]
 
 
 def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
@@ -63,6 +68,7 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
     pile = Pile(resolve(config.sentences), config.columns.get("sentence"))
     images = stored_vectors(config.images, IMAGES, workspace, workspace.digest(config.model) if config.model else None)
     loaded, said = None, None
+    teachers = {config.images: getattr(images, "teacher", None)}
     if config.model:
         loaded = workspace.checkpoint(config.model)
         require(loaded.model, "embed")
@@ -71,6 +77,9 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
         assert config.sentence_vectors is not None
         said = sentence_vectors(config.sentence_vectors, workspace, getattr(images, "teacher", None))
         width, whose = said.width, config.sentence_vectors
+        teachers[whose] = said.teacher
+    unknown = [spec for spec, teacher in teachers.items() if teacher is None]
+    told = [f"{' and '.join(unknown)} do not say by which teacher: nobody knows whether images and sentences lie in one space"]
     if width != images.width:
         why = f"those of {config.images} have {images.width} numbers, those of {whose} {width}"
         raise BadInput("images and sentences lie in different spaces", why, "embed both with the same teacher")
@@ -81,7 +90,7 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
     limits = Limits(**{name: getattr(config, name) for name in names})
     rules = Rules(config.per_image, config.cap, config.total, config.near, config.reserve)
     read = {"model": config.model, "images": config.images, "sentences": config.sentences, "sentence_vectors": config.sentence_vectors}
-    return Selecting(pile, images, loaded, said, rules, limits, approximate, inputs=read)
+    return Selecting(pile, images, loaded, said, rules, limits, approximate, told if unknown else [], inputs=read)
 
 
 def run(config: SelectSentences, control: Control) -> Manifest:
@@ -135,7 +144,7 @@ class Selection:
 
     def __init__(self, config: SelectSentences, job: Selecting, folder: Path, quiet: bool) -> None:
         self.config, self.job, self.folder, self.quiet = config, job, folder, quiet
-        self.remarks: list[str] = []
+        self.remarks: list[str] = list(job.unknown)
         self.total, self.repeats = self._repeats()
         device = pick_device(config.device)
         with telling("preparing the search among images", quiet=quiet):
@@ -183,6 +192,7 @@ class Selection:
                     saved = time.monotonic()
                 bar.update(done)
                 self._stop(stop, done)
+        self._check_missing(counts)
         choice, held = self.candidates.choose()
         self.candidates.close()
         rules = self.job.rules
@@ -208,6 +218,16 @@ class Selection:
         if self.embed:
             self.remarks += of_read(self.embed.texts)
         return {"read": total, "kept": len(order), "images": len(np.unique(self.kept[1])), "dropped": dict(sorted(counts.items()))}
+
+    def _check_missing(self, counts: Counter[str]) -> None:
+        """:class:`BadInput` if too many sentences cannot be used; what was found is kept."""
+        found = {reason: counts[reason] for reason in ("unreadable", "without_vector", "not_finite") if counts[reason]}
+        share, most = sum(found.values()) / max(1, self.total), self.config.max_missing
+        if share > most:
+            what = f"{sum(found.values()):,} of {self.total:,} sentences cannot be used"
+            why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in found.items())
+            fix = f"allow it with --set max_missing={min(1.0, math.ceil(100 * share) / 100):g}: nothing is searched again"
+            raise BadInput(what, f"{why}; at most {most:.2%} may be", f"mend the file or embed its sentences, or {fix}")
 
     def _stop(self, stop: StopFlag, done: int) -> None:
         if stop.requested and done < self.total:

@@ -63,6 +63,10 @@ class Said(Protocol):
     @property
     def width(self) -> int: ...
 
+    @property
+    def teacher(self) -> str | None:
+        """Digest of the manifest of the checkpoint whose vectors they are; None where nobody knows."""
+
     def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
         """Unit vectors [n, E] of the rows `numbers` [N] of the pile, which say `sentences`, and of which of them there is one [N]."""
 
@@ -73,6 +77,7 @@ class ByRow:
     def __init__(self, file: ArrayFile) -> None:
         self.file, self.width = file, file.width
         self.count: int | None = file.count
+        self.teacher: str | None = None
 
     def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
         return unit(self.file.rows(numbers)), np.ones(len(numbers), bool)
@@ -84,7 +89,7 @@ class ByText:
     count = None
 
     def __init__(self, store: Store) -> None:
-        self.store, self.width = store, store.width
+        self.store, self.width, self.teacher = store, store.width, store.teacher
 
     def of(self, numbers: Array, sentences: Sequence[str]) -> tuple[Array, Array]:
         names = [sentence(text).id for text in sentences]
@@ -107,8 +112,7 @@ def stored_vectors(spec: str, side: str, workspace: Workspace, teacher: str | No
     if path.is_file():
         raise BadInput(f"{path} holds no embeddings of {side}", "it is no .npy file", "give one, or a folder that evlm embed wrote")
     store: Store = workspace.store(spec)
-    for remark in store.check(side=side, teacher=teacher):
-        workspace.note(remark)
+    store.check(side=side, teacher=teacher)  # a teacher that nobody knows is told by who asks
     return store
 
 
