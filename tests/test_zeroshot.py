@@ -21,7 +21,7 @@ from PIL import Image
 
 from efficientvlm.data.class_names import Classes, NamesFile, classes_named
 from efficientvlm.data.kinds.labels import LABELS, classes_of, present_in
-from efficientvlm.data.opening import open_data, usable
+from efficientvlm.data.opening import notes, open_data, usable
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.loaded import load, texts_of
 from efficientvlm.settings.tasks import TEMPLATES
@@ -70,6 +70,8 @@ def test_the_class_of_a_picture_is_the_folder_that_it_lies_in(tmp_path: Path) ->
     for name in ("a/abbey/1.png", "c/church/indoor/2.png", "c/church/outdoor/3.png", "h/hotel/indoor/4.png"):
         paint(tmp_path / "deep" / name, (0, 0, 0), len(name))
     assert labels(str(tmp_path / "deep")) == [["abbey"], ["church/indoor"], ["outdoor"], ["hotel/indoor"]]
+    (tmp_path / "deep/w/wood").mkdir(parents=True)
+    assert "1 folder holds no picture and names no class: w/wood" in notes(open_data(LABELS, str(tmp_path / "deep"), "test"))
     with pytest.raises(BadInput, match="folders of splits") as splits:
         open_data(LABELS, str(tmp_path), "test")
     assert "train, val" in splits.value.why

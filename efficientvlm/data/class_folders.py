@@ -13,7 +13,7 @@ from efficientvlm.data.skips import Skips
 from efficientvlm.data.splits import split_of
 from efficientvlm.data.tables import MemoryTable
 from efficientvlm.data.text_tables import is_unicode
-from efficientvlm.errors import BadInput, shorten
+from efficientvlm.errors import BadInput, number_of, shorten
 
 FIX = "put the pictures into a folder a class, or write metadata.csv (file_name,label)"
 
@@ -52,6 +52,9 @@ def class_folder(folder: Path, skips: Skips) -> MemoryTable | None:
     note(found, skips, shards=False)
     if texts := sum(map(len, found.texts.values())):
         skips.note(f"{texts} .txt files were not read: a class is the name of a folder")
+    if bare := sorted(str(path.relative_to(folder)) for path in found.bare):
+        held = number_of(len(bare), "folder holds no picture and names no class", "folders hold no picture and name no class")
+        skips.note(f"{held}: {shorten(', '.join(bare), 100)}")
     skips.note(f"the classes are the names of {len(set(labels))} folders: {shorten(', '.join(sorted(set(labels))), 100)}")
     return MemoryTable({"image": pictures, "label": labels}, folder, lambda row: str(pictures[row]), digest.hexdigest())
 

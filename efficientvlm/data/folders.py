@@ -37,6 +37,8 @@ class Found:
     followed: int = 0
     circles: int = 0
     """Links to folders that were followed, and those that were not, because the folder is in it already."""
+    bare: list[Path] = field(default_factory=list)
+    """Folders with neither pictures nor subfolders."""
 
 
 def image_folder(folder: Path, skips: Skips) -> MemoryTable | None:
@@ -91,7 +93,7 @@ def walk(folder: Path, skips: Skips) -> Found:
             continue
         seen.add((status.st_dev, status.st_ino))
         found.followed += link
-        folders = []
+        folders, before = [], len(found.pictures)
         for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith("."):
@@ -109,6 +111,8 @@ def walk(folder: Path, skips: Skips) -> Found:
                 found.texts.setdefault(path.with_suffix(""), []).append(path)
             else:
                 found.others[path.suffix.lower() or "no ending"] += 1
+        if not folders and len(found.pictures) == before:
+            found.bare.append(place)
         waiting += sorted(folders, reverse=True)  # links last: what they lead to may be here itself
     found.pictures.sort()
     found.shards.sort()
