@@ -109,6 +109,8 @@ def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monke
         vectors[-1, 0] = np.nan
         return vectors
 
+    with pytest.raises(BadInput, match="no images in split val"):
+        run_stage("embed", model=teacher, data=str(folder), split="val", side="images", out=str(tmp_path / "val"))
     monkeypatch.setattr(embed.Shards, "embed", not_finite)
     asked = SHAPES | {"model": teacher, "data": str(folder), "out": str(tmp_path / "out"), "shard_size": 6, "batch_size": 6}
     with pytest.raises(BadInput, match="2 of 6 images have no vector"):
@@ -118,7 +120,8 @@ def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monke
     monkeypatch.setattr(embed.Shards, "embed", None)
     manifest = run_stage("embed", max_missing=0.4, **asked)
     store = Store.open(tmp_path / "out")
-    assert (store.count, store.missing) == (4, 2) and set(manifest.extra["missing_samples"]) == {"number 2", names[5]}
+    assert (store.count, store.missing) == (4, 2)
+    assert set(manifest.extra["missing_samples"]) == {str(folder / names[2]), names[5]}
     assert store.has(names).tolist() == [True, True, False, True, True, False]
     (line,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
     assert names[2] in line["sample"] and "picture" in line["reason"] and manifest.data[0].skipped == 1
@@ -134,8 +137,10 @@ def test_a_run_that_is_stopped_before_its_first_shard_leaves_nothing(teacher: st
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("side", ["images", "sentences"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+@pytest.mark.parametrize(("side", "damaged"), [("images", False), ("sentences", False), ("images", True)])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, damaged: bool
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(embed, "say", lambda text, **_: said.append(text))
     (tmp_path / "pile.txt").write_text("".join(f"a dog and {number} cats in a garden\n" for number in range(10)))
@@ -154,8 +159,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: str, tmp_path: Path, m
     monkeypatch.setattr(embed, "write_shard", stops)
     with pytest.raises((Interrupted, KeyboardInterrupt)):
         run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
+    if damaged:
+        path = tmp_path / "parts/training_state/step-1/shard-00000.arrow"
+        path.write_bytes(path.read_bytes()[:300])
+        written[0] = ""
     run_stage("embed", model=teacher, out=str(tmp_path / "parts"), **settings)
-    assert files(tmp_path / "parts") == whole and len(set(written)) == len(written) == 3
+    assert any("it is made again" in text for text in said) == damaged
+    assert files(tmp_path / "parts") == whole and len(set(written)) == len(written) == 3 + damaged
     assert require_complete(str(tmp_path / "parts")).cost.seconds > 0
     assert any("that is of the 2 samples that were left to do" in text for text in said) == (side == "sentences")
     with pytest.raises(BadInput, match="batch_size"):

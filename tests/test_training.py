@@ -271,7 +271,6 @@ def test_rate(schedule: str, last: float | None) -> None:
     if last is not None:
         assert factors[-1] == pytest.approx(last)
     assert training.rate(0, 10, Train(warmup=0)) == 1.0
-
     counted = Train(schedule=schedule, warmup_steps=10, warmup=0.5)  # type: ignore[arg-type]
     assert [training.rate(step, 100, counted) for step in range(100)] == factors
     assert training.rate(3, 8, Train(warmup_steps=100)) == 0.04

@@ -46,6 +46,8 @@ SORTED = 16
 """Batches of sentences that are sorted by length together."""
 LISTED = 100
 """Samples without a vector that a manifest names."""
+NUMBER = "number "
+"""What a shard calls a sample that cannot be read by, before its place."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def prepare(config: Embed, workspace: Workspace) -> Embedding:
         if file and ranks.launched() > 1:
             raise BadInput("several processes were started", "an import is the work of one", "start a single process")
     source = workspace.data(config, kind, config.split, teacher.preprocessing if teacher and config.side != SENTENCES else None)
+    if not len(source):
+        why = "of a single file or folder nothing is held out here" if config.split != "train" else "no sample of it is left"
+        raise BadInput(
+            f"data {config.data} has no {config.side} in split {config.split}", why, "use --split train, or data with that split"
+        )
     read = {"model": config.model, "vectors": config.vectors, "ids": config.ids}
     return Embedding(teacher, file, width, inputs=read, data={"data": source})
 
@@ -156,6 +163,16 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
     return taken
 
 
+def whole(path: Path, quiet: bool) -> bool:
+    """Whether a shard of an earlier run is there; one that was damaged since is said and removed."""
+    try:
+        return path.exists() and len(read_shard(path).keys) >= 0
+    except BadInput as error:
+        say(f"embed: {error.what} ({error.why}): it is made again", quiet=quiet)
+        path.unlink()
+        return False
+
+
 def keep(folder: Path, number: int, began: float, ids: list[str], vectors: Any, missing: dict[str, str]) -> None:
     """Write a shard that was `began` at that time; from now on there is something to go on from. Its bytes do not say how long it took."""
     write_atomic(folder / spent_name(number), f"{time.monotonic() - began:.3f}\n".encode())
@@ -180,7 +197,7 @@ def work(config: Embed, control: Control, job: Embedding, output: Output) -> Non
     source, folder = job.data["data"], output.path / STATE / WORK
     folder.mkdir(exist_ok=True)
     share = list(enumerate(shards_of(config, source)))[ranks.rank() :: ranks.launched()]
-    lacking = [(number, samples) for number, samples in share if not (folder / shard_name(number)).exists()]
+    lacking = [(number, samples) for number, samples in share if not whole(folder / shard_name(number), control.quiet)]
     device = pick_device(config.device)
     source.workers = how_many(config.workers, device)
     embedder = Embedder(load(str(config.model)), device, precision=config.precision, max_tokens=config.max_tokens)
@@ -237,7 +254,7 @@ class Shards:
         """Ids and pictures (uint8 [B, 3, H, W]) or texts of the samples that can be read, and the numbers of the others."""
         items, lost = usable(self.source, numbers), []
         if len(items) < len(numbers):  # a sample that cannot be read is counted once, however often it is met
-            lost = [f"number {number}" for number in numbers if not usable(self.source, [number])]
+            lost = [f"{NUMBER}{number}" for number in numbers if not usable(self.source, [number])]
         names = [item.id for item in items]
         if self.config.side == SENTENCES:
             return names, [item.text for item in items], lost
@@ -281,6 +298,10 @@ def gather(
     missing = {what: why for shard in shards for what, why in shard.missing.items()}
     keys = np.concatenate([np.zeros(0, np.uint64), *(shard.keys for shard in shards)])
     found, lost = len(keys), lost_of(keys)
+    numbered = [what for what in missing if what.startswith(NUMBER)]
+    reasons = getattr(getattr(source, "skips", None), "reasons", {})
+    if numbered and len(reasons) >= len(numbered):  # else they were read by a run that was stopped, whose names are in `skipped.jsonl`
+        missing = reasons | {what: why for what, why in missing.items() if what not in numbered}
     list_skipped(output, {config.split: source}, control.quiet)
     check_missing(config, output, lost, found, missing)
     for name in names:
