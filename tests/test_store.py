@@ -96,6 +96,20 @@ def test_a_store_that_does_not_fit_is_refused(teacher: str, tmp_path: Path) -> N
         Store.open(teacher)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_pictures_that_were_replaced_are_other_data(tmp_path: Path, listed: bool) -> None:
+    """Of all splits alike, and of a part of the data; of pictures inside a table the table says all."""
+    folder = tmp_path / "data"
+    names = pictures(folder, 8)
+    if listed:
+        (folder / "all.csv").write_text("".join(f"{name}\n" for name in ["image", *names]))
+    spec = str(folder / "all.csv") if listed else str(folder)
+    before = origin(open_data(IMAGES, spec, "train"))
+    assert origin(open_data(IMAGES, spec, "val")) == origin(open_data(IMAGES, spec, "train", limit=3)) == before
+    (folder / names[5]).write_bytes((folder / names[5]).read_bytes() + b"more")
+    assert origin(open_data(IMAGES, spec, "train")) != before
+
+
 def test_what_cannot_be_embedded_is_left_out(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many are refused; then the same command goes on, once it is allowed, and embeds nothing again."""
     folder = tmp_path / "pictures"

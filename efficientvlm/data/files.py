@@ -85,10 +85,22 @@ class Files(Generic[T]):
                     digest.update(_file_digest(where))
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def origin(self) -> str:
-        """sha256 over the data files alone: the same for all splits and parts of them."""
-        return self.table.digest
+        """sha256 over the data files and the sizes of all pictures in files of their own: the same for all splits and parts of them."""
+        digest, sized = hashlib.sha256(self.table.digest.encode()), False
+        for row in range(len(self.table)) if self.kind.pictures else ():
+            try:
+                images = self._images(row)
+                sizes = [image.stat().st_size for image in images if isinstance(image, Path)]
+            except (BadInput, OSError):
+                sizes = []
+            else:
+                if not sizes:  # the pictures lie in the data files
+                    break
+            digest.update(f"{sizes}".encode())
+            sized = sized or bool(sizes)
+        return digest.hexdigest() if sized else self.table.digest
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -223,7 +223,7 @@ def notes(source: Source[Any]) -> list[str]:
 def origin(source: Source[Any]) -> str:
     """sha256 (hex) of what the samples come from, whatever split or part of it is read and in whatever form.
 
-    Of pictures in files of their own only the names count, and in a folder without a table their sizes.
+    Of pictures in files of their own the names and the numbers of bytes count.
     """
     own: Any = source
     return str(getattr(own, "origin", None) or source.fingerprint)
