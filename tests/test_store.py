@@ -181,6 +181,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert any("it is made again" in text for text in said) == damaged
     assert files(tmp_path / "parts") == whole and len(set(written)) == len(written) == 3 + damaged
     assert require_complete(str(tmp_path / "parts")).cost.seconds > 0
+    card = (tmp_path / "parts/README.md").read_text("utf-8")
+    count = require_complete(str(tmp_path / "parts")).extra["count"]
+    assert f"{count} vectors of 8 numbers, of {side}, written by `evlm embed`" in card and "| samples | licence |" in card
     assert any("that is of the 2 samples that were left to do" in text for text in said) == (side == "sentences")
     with pytest.raises(BadInput, match="batch_size"):
         run_stage("embed", QUIET, model=teacher, out=str(tmp_path / "parts"), **settings | {"batch_size": 2})

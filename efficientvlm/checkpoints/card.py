@@ -15,6 +15,8 @@ from efficientvlm.errors import printable
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.tasks import ABOUT
 
+HELD = {"embeddings": "vectors", "sentences": "sentences"}
+"""Family → what a folder holds that is no network."""
 NAME = re.compile(r"[\w.:/@+ -]+")  # of what the header names; anything else is told below, as text
 
 
@@ -48,8 +50,7 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
         f"# {plain(name)}",
         "",
-        f"A {plain(manifest.family)} checkpoint written by {code(f'evlm {manifest.stage}')} "
-        f"(efficientvlm {plain(manifest.code.version)}){origin}.",
+        f"{what_it_is(manifest)} written by {code(f'evlm {manifest.stage}')} (efficientvlm {plain(manifest.code.version)}){origin}.",
         f"Made from {'; '.join(made_from)}." if made_from else "It was made from no other checkpoint.",
         "",
     ]
@@ -59,10 +60,11 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
     if manifest.stage == "import" and manifest.extra.get("source"):
         licence = plain(str(manifest.extra.get("licence") or "not stated"))
         lines += [f"Imported from {code(str(manifest.extra['source']))}, licence: {licence}.", ""]
+    held = HELD.get(manifest.family, "weights")
     rows = [(record.name, record.split, f"{record.count:,}", record.licence) for record in data]
-    lines += _table("Data and licences", ("data", "split", "images", "licence"), rows)
+    lines += _table("Data and licences", ("data", "split", "samples" if manifest.family in HELD else "images", "licence"), rows)
     lines += [
-        "The weights may be used as far as the licences of the data and of the models they were made from allow.",
+        f"The {held} may be used as far as the licences of the data and of the models they were made from allow.",
         "",
         "## Use",
         "",
@@ -73,6 +75,23 @@ def model_card(manifest: Manifest, name: str, data: Sequence[DataRecord] = ()) -
         "",
     ]
     return "\n".join(lines)
+
+
+def what_it_is(manifest: Manifest) -> str:
+    """What a folder holds, as the beginning of a sentence."""
+    if manifest.family in HELD:
+        return f"{counted(manifest) or HELD[manifest.family].capitalize()},"
+    return f"A {plain(manifest.family)} checkpoint"
+
+
+def counted(manifest: Manifest) -> str:
+    """What a folder without weights holds, counted; empty where the manifest does not say."""
+    said = manifest.extra
+    if {"side", "count", "width"} <= said.keys():
+        lacking = f", {said['missing']:,} without one" if said.get("missing") else ""
+        return f"{said['count']:,} vectors of {said['width']:,} numbers, of {said['side']}{lacking}"
+    found = manifest.metrics.get("sentences") or {}
+    return f"{found['kept']:,} of {found['read']:,} sentences" if {"kept", "read"} <= found.keys() else ""
 
 
 def examples(kind: type[Strict]) -> str:
@@ -127,6 +146,8 @@ def sizes(manifest: Manifest) -> str:
         parts.append(f"{short(macs['total'])} MACs")
     if sparsity.get("achieved"):
         parts.append(f"sparsity {sparsity['achieved']:.3f}")
+    if manifest.family in HELD and counted(manifest):
+        parts.append(counted(manifest))
     return "  ".join(parts)
 
 
