@@ -26,7 +26,9 @@ def loaded_array(path: Path) -> Array:
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TokenError, OverflowError) as error:
-        raise BadInput(f"{path} cannot be read", str(error).lower(), fix) from None
+        objects = "pickle" in str(error)
+        why = "it holds objects of Python, which are never unpickled" if objects else str(error).lower()
+        raise BadInput(f"{path} cannot be read", why, fix) from None
     if not isinstance(found, np.ndarray):
         found.close()
         raise BadInput(f"{path} cannot be read", "it is an archive of tables", fix)
