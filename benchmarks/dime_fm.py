@@ -138,6 +138,7 @@ def kept(seed: int, name: str, root: Path) -> Iterator[dict[str, Any]]:
         "cpu_seconds": round(seconds, 1),
         "data": chain.settings("teacher-test").data,
         "images": chain.settings("teacher-test").limit,
+        "classified": chain.settings("teacher-classes").limit,
         **about(WHAT[name]),
     }
 

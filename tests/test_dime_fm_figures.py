@@ -32,8 +32,9 @@ def of_scenes(model: str, accuracy: float, first: float, seed: int = 0, **more: 
     part = 1.0 if model == "teacher" else 0.27
     sizes = {"vision_parameters": int(part * 1.6e6), "vision_of_teacher": part, "macs_of_teacher": part}
     kept = {"accuracy": 0.9 * accuracy, "accuracy_of_teacher": accuracy, "r1": 0.6 * first, "r1_of_teacher": first}
+    counted = {"data": "shapes:only=20", "images": 500, "classified": 1000}
     timed = {"batch_8_speedup": 1.0 if model == "teacher" else 3.5, "threads": 1, "load": 1.5}
-    return {"seed": seed, "model": model, **kept, **sizes, **timed, "data": "shapes:only=20", "images": 1000, "torch": "2", **more}
+    return {"seed": seed, "model": model, **kept, **sizes, **timed, **counted, "torch": "2", **more}
 
 
 def every_model(student: float = 0.97, **more: Any) -> list[dict[str, Any]]:
@@ -129,6 +130,7 @@ def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, 
         append(results / "dime_fm_photos_some-cpu.csv", record)
     written = publishing.publish(tmp_path)
     page = (tmp_path / PAGE).read_text("utf-8")
+    assert "of 1,000 test images; R@1 among 500" in page
     assert "| student | 2 | 86.4 (85.5 to 87.3) | 96.0 % | 57.0 (55.8 to 58.2) | 95.0 % | 0.43 M, 27.0 % | 3.50 × | 94 % |" in page
     assert "| selected | 2 | 3,000 | 15,000 | 50.0 % | 31.0 (30.0 to 32.0) | 77.5 % |" in page
     assert page.index("| teacher | 1 | 3,000 |") < page.index("| selected | 2 |") and "for 300 steps, in bf16." in page
