@@ -84,7 +84,8 @@ def scenes(lines: Lines) -> list[str]:
         kept = [percent(some, column) for column in ("accuracy_of_teacher", "r1_of_teacher")]
         rows.append((name, str(len(some)), values[0], kept[0], values[1], kept[1], size, fast, f"{100 * of_macs(some):.0f} %"))
     sizes = [f"{int(lines[0][column]):,}" for column in ("classified", "images")]
-    data = f"Data: `{lines[0]['data']}`; accuracy among all colours of shapes, of {sizes[0]} test images; R@1 among {sizes[1]}, mean of both ways."
+    data = f"Data: `{lines[0]['data']}`; accuracy among all colours of shapes, of {sizes[0]} test images; R@1 among {sizes[1]}, as mean of "
+    data += "both ways."
     timed = f"Timed at batch 8 with {lines[0]['threads']} thread(s), load of the machine {loads(lines)}."
     return [data, "", *table(head, rows), "", *(f"- {text}" for text in of_scenes(models)), "", timed]
 
