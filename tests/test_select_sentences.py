@@ -106,6 +106,33 @@ def test_a_model_embeds_the_sentences_of_a_table(given: dict[str, Any], tmp_path
         assert abs(float((images @ vector / np.linalg.norm(images, axis=1)).max()) - row["similarity"]) < 1e-5
 
 
+def test_tokens_are_counted_over_all_runs(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stage("import", model=str(write_clip(tmp_path / "hf", byte_pairs())), out=str(tmp_path / "clip"))
+    settings = {
+        "images": given["images"],
+        "model": str(tmp_path / "clip"),
+        "sentences": given["sentences"],
+        "max_tokens": 4,
+        "batch_size": 40,
+    }
+    whole = run_stage("select-sentences", **settings, out=str(tmp_path / "whole"))
+    (remark,) = [text for text in whole.data[0].read_as if "more than 4 tokens" in text]
+    monkeypatch.setattr(select_sentences, "SAVE_EVERY", 0.0)
+    take, died = select_sentences.Selection.take, []
+
+    def dies(self: Any, begin: int, *rest: Any) -> None:
+        if begin == 120 and not died:
+            died.append(begin)
+            raise KeyboardInterrupt
+        take(self, begin, *rest)
+
+    monkeypatch.setattr(select_sentences.Selection, "take", dies)
+    with pytest.raises(Exception, match="stopped"):
+        run_stage("select-sentences", **settings, out=str(tmp_path / "out"))
+    assert run_stage("select-sentences", **settings, out=str(tmp_path / "out")).data[0].read_as == whole.data[0].read_as
+    assert remark.split()[0] not in ("0", "1")
+
+
 def test_sentences_are_found_in_a_store_by_what_they_say(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file with a row a row of the pile; what the store lacks is counted, and one of another teacher is refused."""
     (tmp_path / "some.txt").write_text("\n".join(SAID[:200]))

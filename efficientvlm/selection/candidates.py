@@ -67,8 +67,8 @@ class Candidates:
         self.record = record_of(width)
         self.threshold = np.full(images if rules.by_image else 1, -np.inf, np.float32)
         """Cosine that a later sentence has to exceed, by image."""
-        self.done, self.counts = 0, Counter[str]()
-        """Sentences that were read, and how many of them were dropped before they became candidates."""
+        self.done, self.counts, self.beside = 0, Counter[str](), Counter[str]()
+        """Sentences that were read, how many of them were dropped before they became candidates, and what else was counted."""
         self.part, self.count, self._kept = 0, 0, np.empty(0, self._columns)
         self._new: list[Array] = []
         self._unseen = 0
@@ -96,13 +96,14 @@ class Candidates:
         if self._unseen >= max(FEWEST, len(self._kept)):
             self._sort_out()
 
-    def save(self, done: int, counts: Mapping[str, int]) -> None:
-        """Put down that `done` sentences were read, and `counts` of those that were dropped: from here a killed run goes on."""
+    def save(self, done: int, counts: Mapping[str, int], beside: Mapping[str, int] | None = None) -> None:
+        """Put down that `done` sentences were read, `counts` of those that were dropped, and what was counted `beside`: from here a killed
+        run goes on."""
         old = self._trim() if self.count >= 2 * len(self._kept) + FEWEST else None
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.done, self.counts = done, Counter(counts)
-        state = {"done": done, "counts": dict(counts), "part": self.part, "rows": self.count}
+        self.done, self.counts, self.beside = done, Counter(counts), Counter(beside or {})
+        state = {"done": done, "counts": dict(counts), "beside": dict(self.beside), "part": self.part, "rows": self.count}
         write_atomic(self.folder / STATE, json.dumps(state).encode())
         if old is not None:
             old.unlink(missing_ok=True)
@@ -178,6 +179,7 @@ class Candidates:
         try:
             state = json.loads((self.folder / STATE).read_bytes())
             self.done, self.counts, self.part = int(state["done"]), Counter(state["counts"]), int(state["part"])
+            self.beside = Counter(state.get("beside", {}))
             rows, path = int(state["rows"]), self._path(int(state["part"]))
             if path.stat().st_size < rows * self.record.itemsize:
                 raise ValueError(f"{path.name} is cut short")

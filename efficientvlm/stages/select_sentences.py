@@ -18,7 +18,7 @@ from efficientvlm.checkpoints.files import resolve, write_atomic
 from efficientvlm.checkpoints.manifest import Cost, DataRecord, Manifest, peak_memory_bytes
 from efficientvlm.checkpoints.store import IMAGES
 from efficientvlm.control import Control
-from efficientvlm.data.reading import of_read
+from efficientvlm.data.reading import cut_off, unknown
 from efficientvlm.errors import BadInput, Interrupted
 from efficientvlm.families.network import require
 from efficientvlm.loaded import Loaded, load
@@ -154,6 +154,8 @@ class Selection:
                 else Exact(job.images, device)
             )
         self.candidates = Candidates(folder, len(job.images.ids), job.images.width, job.rules)
+        self.tokens = Counter(self.candidates.beside)
+        """What the tokenizer made of the sentences so far, those of a run that was killed among them."""
         self.embed: Embedder | None = None
         if config.model:
             self.embed = Embedder(load(config.model), device, precision=config.precision, max_tokens=config.max_tokens)
@@ -188,7 +190,7 @@ class Selection:
                 self.take(begin, list(islice(rows, size)), counts)
                 done = min(total, begin + size)
                 if done == total or stop.requested or time.monotonic() - saved > SAVE_EVERY:
-                    self.candidates.save(done, counts)
+                    self.candidates.save(done, counts, self.tokens)
                     saved = time.monotonic()
                 bar.update(done)
                 self._stop(stop, done)
@@ -216,7 +218,9 @@ class Selection:
                 f"used up the reserve (now {rules.reserve})"
             )
         if self.embed:
-            self.remarks += of_read(self.embed.texts)
+            tokens = self.tokens
+            self.remarks += unknown(tokens["read"], tokens["unread"], "that were read")
+            self.remarks += cut_off(tokens["cut"], tokens["longest"], self.embed.texts.max_tokens)
         return {"read": total, "kept": len(order), "images": len(np.unique(self.kept[1])), "dropped": dict(sorted(counts.items()))}
 
     def _check_missing(self, counts: Counter[str]) -> None:
@@ -246,7 +250,11 @@ class Selection:
             return
         at, said = np.array(numbers), [texts[number - begin] or "" for number in numbers]
         if self.embed:
+            reader, longest = self.embed.texts, self.tokens["longest"]
+            before = Counter(read=reader.read, unread=reader.unread, cut=len(reader.cut))
             vectors = self.embed.sentences(said)
+            self.tokens += Counter(read=reader.read, unread=reader.unread, cut=len(reader.cut)) - before
+            self.tokens["longest"] = max(longest, reader.longest)
         else:
             assert self.job.said
             vectors, there = self.job.said.of(at, said)
