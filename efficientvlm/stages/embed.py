@@ -165,12 +165,15 @@ def _taken_over(config: Embed, control: Control, job: Embedding, folder: Path) -
 
 def whole(path: Path, quiet: bool) -> bool:
     """Whether a shard of an earlier run is there; one that was damaged since is said and removed."""
+    if not path.exists():
+        return False
     try:
-        return path.exists() and len(read_shard(path).keys) >= 0
+        read_shard(path)
     except BadInput as error:
         say(f"embed: {error.what} ({error.why}): it is made again", quiet=quiet)
         path.unlink()
         return False
+    return True
 
 
 def keep(folder: Path, number: int, began: float, ids: list[str], vectors: Any, missing: dict[str, str]) -> None:

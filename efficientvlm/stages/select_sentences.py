@@ -78,8 +78,8 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
         said = sentence_vectors(config.sentence_vectors, workspace, getattr(images, "teacher", None))
         width, whose = said.width, config.sentence_vectors
         teachers[whose] = said.teacher
-    unknown = [spec for spec, teacher in teachers.items() if teacher is None]
-    told = [f"{' and '.join(unknown)} do not say by which teacher: nobody knows whether images and sentences lie in one space"]
+    nameless = " and ".join(spec for spec, teacher in teachers.items() if teacher is None)
+    told = f"of {nameless} nobody knows the teacher, so nobody knows whether images and sentences lie in one space"
     if width != images.width:
         why = f"those of {config.images} have {images.width} numbers, those of {whose} {width}"
         raise BadInput("images and sentences lie in different spaces", why, "embed both with the same teacher")
@@ -90,7 +90,7 @@ def prepare(config: SelectSentences, workspace: Workspace) -> Selecting:
     limits = Limits(**{name: getattr(config, name) for name in names})
     rules = Rules(config.per_image, config.cap, config.total, config.near, config.reserve)
     read = {"model": config.model, "images": config.images, "sentences": config.sentences, "sentence_vectors": config.sentence_vectors}
-    return Selecting(pile, images, loaded, said, rules, limits, approximate, told if unknown else [], inputs=read)
+    return Selecting(pile, images, loaded, said, rules, limits, approximate, [told] if nameless else [], inputs=read)
 
 
 def run(config: SelectSentences, control: Control) -> Manifest:
