@@ -47,6 +47,8 @@ WHAT = {
 }
 OF_RECIPE = {TEACHER: "teacher", UNREAD: "distilled", PRUNED: "pruned"}
 """Row → the stage of the recipe that makes it."""
+BATCHES, MEASURED = (8, 32), ("median_ms", "speedup", "speedup_q1", "speedup_q3")
+"""Pictures and texts of a request that is timed, and what is written down of it."""
 COUNTED_TEXT = 12
 """Tokens of a text, both of the multiply-adds in a manifest and of what is timed."""
 
@@ -95,11 +97,11 @@ class Scenes(Chain):
         out = f"{name.replace(',', '').replace(' ', '-')}-{test}.json"
         return dict(self.like(f"teacher-{test}", out, model=self.model(name))["metrics"])
 
-    def speed(self, name: str) -> dict[str, Any]:
+    def speed(self, name: str, batch: int) -> dict[str, Any]:
         """Latency of a row's model and its speed-up over the teacher, both timed in turns."""
         models = {each: self.model(each) for each in dict.fromkeys((TEACHER, name))}
-        out = f"{name.replace(',', '').replace(' ', '-')}-speed.json"
-        return self.timed(out, models, text_length=COUNTED_TEXT)[name]
+        out = f"{name.replace(',', '').replace(' ', '-')}-speed-{batch}.json"
+        return self.timed(out, models, text_length=COUNTED_TEXT, batch_sizes=[batch])[name]
 
 
 def every_composition(data: str) -> str:
@@ -115,7 +117,7 @@ def kept(seed: int, name: str, root: Path) -> Iterator[dict[str, Any]]:
     seconds = time.process_time() - began
     classes, found = chain.tested(name, "classes"), chain.tested(name, "test")
     best_classes, best = chain.tested(TEACHER, "classes"), chain.tested(TEACHER, "test")
-    timings = chain.speed(name)
+    timings = {batch: chain.speed(name, batch) for batch in BATCHES}
     tower, whole = (each["parameters"]["by_tower"]["vision"] for each in (model, teacher))
     yield {
         "seed": seed,
@@ -132,9 +134,9 @@ def kept(seed: int, name: str, root: Path) -> Iterator[dict[str, Any]]:
         "macs": model["macs"]["total"],
         "macs_of_teacher": model["macs"]["total"] / teacher["macs"]["total"],
         "sparsity": model["sparsity"]["achieved"],
-        **{f"batch_8_{column}": timings[column] for column in ("median_ms", "speedup", "speedup_q1", "speedup_q3")},
-        "threads": timings["threads"],
-        "load": timings["load"],
+        **{f"batch_{batch}_{column}": timed[column] for batch, timed in timings.items() for column in MEASURED},
+        "threads": timings[BATCHES[0]]["threads"],
+        "load": timings[BATCHES[0]]["load"],
         "cpu_seconds": round(seconds, 1),
         "data": chain.settings("teacher-test").data,
         "images": chain.settings("teacher-test").limit,
