@@ -170,6 +170,8 @@ def of_photos(models: dict[str, Lines]) -> list[str]:
     ):
         if SELECTED in recalls and name in recalls:
             said.append(f"Selected sentences against {text}: {against(recalls[SELECTED], recalls[name])}.")
+    others = [name for name in recalls if name not in ORDER] if SELECTED in recalls else []
+    said += [f"`{name}` against `{SELECTED}`: {against(recalls[name], recalls[SELECTED])}." for name in others]
     if SELECTED in recalls and PAIRS in recalls:
         reached = mean(recalls[SELECTED]) >= mean(recalls[PAIRS])
         said.append(
