@@ -1,4 +1,5 @@
-"""Publish what gates choose beside scores: tables with verdicts and a plot of the rows of `gates.py`. Nothing is measured or typed here.
+"""Publish what gates choose beside scores: tables with verdicts and a plot of the rows of `gates.py` and, where there are any, of
+`photo_gates.py`. Nothing is measured or typed here.
 
 python benchmarks/publish_gates.py
 """
@@ -12,13 +13,14 @@ from pathlib import Path
 from statistics import mean
 
 from publish_ablation import Group, check, groups, verdict
-from published import ROOT, published_rows, with_block
+from published import ROOT, csvs, published_rows, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/ablation.md"), Path("docs/gates.png")
 LEARNT, SCORES = "tuned first", ("magnitude-kd", "taylor-kd")
+PHOTOS = "photo_gates"
 KEPT, AT = 0.97, 0.8
 """The target: what gates that are learnt as proposed keep of the teacher's accuracy at this sparsity."""
 COLOURS = {
@@ -76,6 +78,27 @@ def block(found: list[Group], name: Path) -> str:
     return "\n".join(parts)
 
 
+def of_photos(lines: list[dict[str, str]], name: Path) -> str:
+    """What stands between the markers of the page about photos."""
+    arms = {arm: [line for line in lines if line["arm"] == arm] for arm in dict.fromkeys(line["arm"] for line in lines)}
+    recalls = {arm: [100 * float(line["mean_recall"]) for line in some] for arm, some in arms.items()}
+    head = ("arm", "parameters", "mean recall", "seeds: worst to best", "of the teacher's")
+    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for arm, some in arms.items():
+        parts = [mean(100 * float(line[column]) for line in some) for column in ("parameters_of_teacher", "mean_recall_of_teacher")]
+        seeds = f"{min(recalls[arm]):.1f} to {max(recalls[arm]):.1f} ({len(some)})" if len(some) > 1 else "one seed"
+        out.append(f"| {arm} | {parts[0]:.1f} % | {mean(recalls[arm]):.1f} | {seeds} | {parts[1]:.1f} % |")
+    own, other = recalls.get(LEARNT, []), recalls.get(SCORES[0], [])
+    if len(own) > 1 and len(other) > 1:
+        gap, spread = mean(own) - mean(other), max(max(some) - min(some) for some in (own, other))
+        how = "a tie" if abs(gap) <= spread else "better" if gap > 0 else "worse"
+        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {gap:+.1f} points of mean recall, seeds spread over {spread:.1f}: {how}."]
+    first = lines[0]
+    told = f"The teacher has {100 * float(first['teacher_mean_recall']):.1f}. {first['task_steps']} steps on the task, trained in "
+    told += f"{first['precision']}."
+    return "\n".join([*out, "", told, f"Every run: [{name.name}](../{name.as_posix()})."])
+
+
 def plot(found: list[Group], path: Path) -> None:
     """A panel a task (a row of panels) and sparsity: a row an arm, a point a run."""
     from matplotlib.figure import Figure
@@ -108,6 +131,8 @@ def publish(root: Path = ROOT) -> list[Path]:
     found = groups(rows)
     check(found)
     page = with_block((root / PAGE).read_text("utf-8"), "gates", block(found, name))
+    if csvs(root, PHOTOS):
+        page = with_block(page, "photo-gates", of_photos(*published_rows(root, PHOTOS)))
     plot(found, root / PICTURE)
     write_atomic(root / PAGE, page.encode())
     return [root / PAGE, root / PICTURE]
