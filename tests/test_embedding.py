@@ -133,6 +133,14 @@ def test_a_plan_counts_what_is_learnt(towers: Path) -> None:
     assert all(stage.memory and stage.time for stage in made.stages)
 
 
+@pytest.mark.parametrize(("learn_texts", "said"), [(False, True), (True, False)])
+def test_terms_that_read_no_sentence_are_said(towers: Path, learn_texts: bool, said: bool) -> None:
+    weights = {"vl": 0.0, "pvl": 1.0, "cosine": 1.0}
+    settings = stage_settings("distill", {"out": "a", **given(towers, weights=weights, learn_texts=learn_texts)})
+    made = plan([Step("distilled", "distill", settings)], QUIET)
+    assert not made.problems.found and any("no term compares sentences" in note for note in made.stages[0].notes) is said
+
+
 def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, tmp_path: Path) -> None:
     stores = {side: str(tmp_path / side) for side in ("images", "sentences")}
     for side, data in (("images", "shapes:difficulty=2,size=40"), ("sentences", DATA["sentences"])):
