@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from efficientvlm.settings.common import Data, Learning, Machine, Measuring, Rea
 from efficientvlm.settings.compose import of
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import STAGES
-from efficientvlm.settings.tasks import TASKS, Answered, Written
+from efficientvlm.settings.tasks import TASKS
 
 SHARED = {
     Stage: "Output",
@@ -29,8 +30,6 @@ SHARED = {
     Taught: "Stages that may have a teacher",
     Measuring: "Stages that measure",
 }
-PARTS = (Answered, Written)
-"""Of settings of a task, which stand with them."""
 HEAD = """# Every setting
 
 Made from `efficientvlm/settings/` by `python docs/make_settings.py`. Any of them can be given as `--set NAME=VALUE`, or in a recipe by its
@@ -58,8 +57,8 @@ def page() -> str:
             users = [name for name, other in stages.items() if issubclass(other, kind)]
             parts += section(f"Task {task}: {', '.join(users)}", [], kind)
     for method, tasks in METHODS.items():
-        common = [base for kind in tasks.values() for base in kind.__mro__[1:] if issubclass(base, Taught) and base is not Taught]
-        knowing = {kind: [task for task, other in tasks.items() if issubclass(other, kind)] for kind in (*common, *tasks.values())}
+        kinds = [base for kind in tasks.values() for base in taught(kind)]
+        knowing = {kind: [task for task, other in tasks.items() if issubclass(other, kind)] for kind in kinds}
         for kind, known in sorted(knowing.items(), key=lambda item: -len(item[1])):
             users = dict.fromkeys(name for task in known for name in TASKS[task] if issubclass(STAGES[name], Taught))
             whose = f", task{'s' * (len(known) > 1)} {', '.join(known)}" if len(known) < len(tasks) else ""
@@ -74,18 +73,32 @@ def section(title: str, users: list[str], kind: type[Strict]) -> list[str]:
 
 
 def rows(kind: type[Strict]) -> list[str]:
-    """A table row a setting of its own; groups of settings under dotted names."""
-    parents = [base for base in reversed(kind.__mro__[1:]) if issubclass(base, Strict) and base not in PARTS]
+    """A table row a setting that stands under no parent's title; groups of settings under dotted names."""
+    parents = [base for base in reversed(kind.__mro__[1:]) if base in titled()]
     inherited = {name: repr(info) for base in parents for name, info in flat(base).items()}
     lines = []
     for name, info in flat(kind).items():
-        if inherited.get(name) == repr(info):
-            continue
+        if inherited.get(name) == repr(info) or (name == "task" and kind not in STAGES.values()):
+            continue  # the tasks of a stage stand with it
         words = of_stage(kind, name) or info.annotation
         shown = "*needed*" if info.is_required() else "–" if info.default is None else f"`{json.dumps(usual(info))}`"
         mark = " °" if any(isinstance(part, Aside) for part in info.metadata) else ""
         lines.append(f"| `{name}`{mark} | {values(words)} | {shown} | {(info.description or '').replace('|', '/')} |")
     return lines
+
+
+@cache
+def titled() -> frozenset[type]:
+    """The classes of settings that have a title of their own."""
+    of_tasks = {kind for stages in TASKS.values() for kind in stages.values()}
+    return frozenset(
+        {*SHARED, *STAGES.values(), *of_tasks, *(base for tasks in METHODS.values() for kind in tasks.values() for base in taught(kind))}
+    )
+
+
+def taught(kind: type[Strict]) -> list[type[Strict]]:
+    """A method's settings on a task, after those that it shares with other tasks."""
+    return [*(base for base in kind.__mro__[1:] if issubclass(base, Taught) and base is not Taught), kind]
 
 
 def of_stage(kind: type[Strict], name: str) -> Any:

@@ -216,5 +216,12 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     assert (ROOT / "docs" / "settings.md").read_text("utf-8") == script("docs/make_settings.py").page(), "run: python docs/make_settings.py"
 
 
+def test_the_page_of_settings_lists_them_all() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text("utf-8")
+    flat = script("docs/make_settings.py").flat
+    names = {name for stage in STAGES for kind in variants(stage) for name in flat(kind)}
+    assert not [name for name in sorted(names) if f"| `{name}`" not in page]
+
+
 def test_the_page_of_commands_is_up_to_date() -> None:
     assert (ROOT / "docs" / "commands.md").read_text("utf-8") == script("docs/make_commands.py").page(), "run: python docs/make_commands.py"
