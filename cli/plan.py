@@ -64,7 +64,7 @@ def plan(
         str | None,
         typer.Option(
             "--of",
-            help="Of what parameters are a share: network (default), encoders (of images and texts), or so many, of which encoders are.",
+            help="What --parameters is a share of: network (default), encoders (of images and texts), or a number for the encoders'.",
             metavar="NAME|NUMBER",
             rich_help_panel=STUDENTS,
         ),
