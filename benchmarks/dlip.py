@@ -307,10 +307,10 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
     parts = options.part or [part for part in PARTS if part != START or not options.task]
     for run in runs(options.task or [*TASKS], options.seed or SEEDS, parts, options.row or [*MODELS]):
         own = run.model.part == START
-        name, but = ("dlip_start", "") if own else ("dlip", "start")
+        name = "dlip_start" if own else "dlip"
         path = ROOT / csv_of(name, processor())
         paths[path] = None
-        if run.key in {(line.get("task", ""), line["seed"], line["model"]) for line in lines_of(name, but, ROOT)}:
+        if run.key in {(line.get("task", ""), line["seed"], line["model"]) for line in lines_of(name, ROOT)}:
             continue
         print(" · ".join(filter(None, run.key)), file=sys.stderr, flush=True)
         if not options.list:

@@ -193,7 +193,7 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one (which machine's is published?), or a page without the two markers.
     """
-    rows, name = published_rows(root, "vqa_ablation", but="latency", fix="run benchmarks/vqa_ablation.py, or move the others away")
+    rows, name = published_rows(root, "vqa_ablation", fix="run benchmarks/vqa_ablation.py, or move the others away")
     found = groups(rows)
     check(found)
     timed = rows_of(root / name.with_name(name.name.replace("vqa_ablation_", "vqa_ablation_latency_")))

@@ -65,36 +65,35 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
 
 
-def published_rows(root: Path, name: str, *, but: str = "", fix: str = "move the others away") -> tuple[list[dict[str, str]], Path]:
-    """The lines of the one CSV of the benchmark `name` below `root`, and its path below it; `but` begins what follows the name in others.
+def published_rows(root: Path, name: str, *, fix: str = "move the others away") -> tuple[list[dict[str, str]], Path]:
+    """The lines of the one CSV of the benchmark `name` below `root`, and its path below it.
 
     Raises:
         BadInput: there is none or more than one.
     """
-    found = csvs(root, name, but)
+    found = csvs(root, name)
     if len(found) != 1:
         raise BadInput(f"{len(found)} CSVs of {name.replace('_', ' ')}", "one machine's is published", fix)
     return rows_of(found[0]), RESULTS / found[0].name
 
 
-def lines_of(name: str, but: str = "", root: Path = ROOT) -> list[dict[str, str]]:
+def lines_of(name: str, root: Path = ROOT) -> list[dict[str, str]]:
     """The lines of all machines' CSVs of the benchmark `name`: what was measured on one need not be measured again."""
-    return [line for path in csvs(root, name, but) for line in rows_of(path)]
+    return [line for path in csvs(root, name) for line in rows_of(path)]
 
 
-def csvs(root: Path, name: str, but: str = "") -> list[Path]:
-    """The CSVs of the benchmark `name` below `root`, one a machine; `but` begins what follows the name in others."""
-    found = sorted((root / RESULTS).glob(f"{name}_*.csv"))
-    return [path for path in found if not but or not path.name.startswith(f"{name}_{but}")]
+def csvs(root: Path, name: str) -> list[Path]:
+    """The CSVs of the benchmark `name` below `root`, one a machine, whose name has no underscore; those of `name_more` are another's."""
+    return [path for path in sorted((root / RESULTS).glob(f"{name}_*.csv")) if "_" not in path.stem.removeprefix(f"{name}_")]
 
 
-def all_rows(root: Path, name: str, keys: Sequence[str], *, but: str = "", fix: str) -> tuple[list[dict[str, str]], list[Path]]:
+def all_rows(root: Path, name: str, keys: Sequence[str], *, fix: str) -> tuple[list[dict[str, str]], list[Path]]:
     """The lines of all machines' CSVs of the benchmark `name` below `root`, and their paths below it; a run was made on one of them.
 
     Raises:
         BadInput: there is no CSV, or two lines have equal `keys`.
     """
-    paths = csvs(root, name, but)
+    paths = csvs(root, name)
     if not paths:
         raise BadInput(f"0 CSVs of {name}", "", fix)
     lines: list[dict[str, str]] = []

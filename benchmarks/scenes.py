@@ -262,7 +262,7 @@ def work(tasks: Sequence[str], seeds: Sequence[int], root: Path, *, only_said: b
     """Add every row that is not there yet, in this machine's CSV or in another's; this one's."""
     path = ROOT / csv_of("scenes", processor())
     for run in runs(tasks, seeds):
-        if run.key in {(line["task"], line["seed"], line["model"]) for line in lines_of("scenes", root=ROOT)}:
+        if run.key in {(line["task"], line["seed"], line["model"]) for line in lines_of("scenes", ROOT)}:
             continue
         print(" ".join(run.key), file=sys.stderr, flush=True)
         if not only_said:

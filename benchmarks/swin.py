@@ -236,7 +236,7 @@ def publish(root: Path = ROOT) -> list[Path]:
     Raises:
         BadInput: no CSV or more than one, or a page without the two markers.
     """
-    page, text = root / PAGE, table(*published_rows(root, "swin", but="stages"))
+    page, text = root / PAGE, table(*published_rows(root, "swin"))
     write_atomic(page, with_block(page.read_text("utf-8"), "swin", text).encode())
     return [page]
 

@@ -64,9 +64,3 @@ def test_every_arm_has_a_colour_and_its_own_gates(publishing: Any) -> None:
         "tuned first": {"sparsity_hold": 0.3, "gates": {}},
     }
     assert len(gates.runs(["easy-vqa"], [0.8], [0, 1], list(gates.CHOICES))) == 14
-
-
-def test_the_page_is_up_to_date(publishing: Any) -> None:
-    rows, name = publishing.published_rows(ROOT, "gates")
-    block = publishing.block(publishing.groups(rows), name)
-    assert block in (ROOT / PAGE).read_text("utf-8"), "run: python benchmarks/publish_gates.py"
