@@ -1,5 +1,5 @@
 """Publish what gates choose beside scores: tables with verdicts and a plot of the rows of `gates.py` and, where there are any, of
-`photo_gates.py`. Nothing is measured or typed here.
+`photo_gates.py` and `equal_time.py`. Nothing is measured or typed here.
 
 python benchmarks/publish_gates.py
 """
@@ -21,6 +21,7 @@ from efficientvlm.script import run_script
 PAGE, PICTURE = Path("docs/ablation.md"), Path("docs/gates.png")
 LEARNT, SCORES = "tuned first", ("magnitude-kd", "taylor-kd")
 PHOTOS = "photo_gates"
+BUDGETS, EQUAL_TIME = Path("docs/pruning.md"), "equal_time"
 KEPT, AT = 0.97, 0.8
 """The target: what gates that are learnt as proposed keep of the teacher's accuracy at this sparsity."""
 COLOURS = {
@@ -99,6 +100,26 @@ def of_photos(lines: list[dict[str, str]], name: Path) -> str:
     return "\n".join([*out, "", told, f"Every run: [{name.name}](../{name.as_posix()})."])
 
 
+def of_equal_time(lines: list[dict[str, str]], name: Path) -> str:
+    """What stands between the markers of the page about budgets, at equal milliseconds."""
+    head = ("sparsity", "budget", "seeds", "of the teacher's accuracy", "ms by the table", "ms measured", "parameters", "multiply-adds")
+    out, said = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"], []
+    for sparsity in dict.fromkeys(line["sparsity"] for line in lines):
+        kept: dict[str, list[float]] = {}
+        for budget in ("parameters", "latency"):
+            some = [line for line in lines if (line["sparsity"], line["budget"]) == (sparsity, budget)]
+            shares = kept[budget] = [100 * float(line["accuracy_of_teacher"]) for line in some]
+            means = [mean(float(line[column]) for line in some) for column in ("table_ms", "median_ms", "parameters", "macs")]
+            shown = f"{mean(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})"
+            cells = (f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[2] / 1e3:.0f} k", f"{means[3] / 1e6:.1f} M")
+            out.append(f"| {sparsity} | {budget} | {len(shares)} | {shown} | {' | '.join(cells)} |")
+        gap = mean(kept["latency"]) - mean(kept["parameters"])
+        spread = max(max(shares) - min(shares) for shares in kept.values())
+        how = "one seed tells nothing" if len(kept["latency"]) < 2 else "a tie" if abs(gap) <= spread else "better" if gap > 0 else "worse"
+        said.append(f"- What is asked for by a sparsity of {sparsity}: milliseconds against parameters {gap:+.1f} points: {how}.")
+    return "\n".join([*out, "", *said, "", f"Every run: [{name.name}](../{name.as_posix()})."])
+
+
 def plot(found: list[Group], path: Path) -> None:
     """A panel a task (a row of panels) and sparsity: a row an arm, a point a run."""
     from matplotlib.figure import Figure
@@ -134,8 +155,13 @@ def publish(root: Path = ROOT) -> list[Path]:
     if csvs(root, PHOTOS):
         page = with_block(page, "photo-gates", of_photos(*published_rows(root, PHOTOS)))
     plot(found, root / PICTURE)
-    write_atomic(root / PAGE, page.encode())
-    return [root / PAGE, root / PICTURE]
+    pages = {root / PAGE: page}
+    if csvs(root, EQUAL_TIME):
+        text = (root / BUDGETS).read_text("utf-8")
+        pages[root / BUDGETS] = with_block(text, "equal-time", of_equal_time(*published_rows(root, EQUAL_TIME)))
+    for path, text in pages.items():
+        write_atomic(path, text.encode())
+    return [*pages, root / PICTURE]
 
 
 if __name__ == "__main__":
