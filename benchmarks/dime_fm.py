@@ -38,14 +38,15 @@ RECIPES = ROOT / "recipes" / "dime_fm"
 SEEDS = (0, 1, 2)
 SCENES, STORE = "scenes", "store"
 PARTS = (SCENES, STORE, PHOTOS)
-TEACHER, STUDENT, UNREAD, PRUNED = "teacher", "student", "student, not read either", "pruned"
+TEACHER, STUDENT, PUBLISHED, UNREAD, PRUNED = "teacher", "student", "both terms", "both terms unread", "pruned"
 WHAT = {
     TEACHER: "a CLIP, trained on pairs of all colours of shapes",
-    STUDENT: "a quarter of its layers of images, distilled on pictures without 20 of them",
-    UNREAD: "the same, and no sentence names one of the 20",
-    PRUNED: "heads and neurons of the teacher's tower of images, cut to the size of the student without labels; data as of the one above",
+    STUDENT: "a quarter of its layers of images, distilled by L_p-vl alone, which reads no sentence, on pictures without 20 of them",
+    PUBLISHED: "the same with L_vl and L_p-vl, weighed as published; sentences name all of them",
+    UNREAD: "the same as that, and no sentence names one of the 20",
+    PRUNED: "heads and neurons of the teacher's tower of images, cut to the size of the student without labels, by its term and data",
 }
-OF_RECIPE = {TEACHER: "teacher", UNREAD: "distilled", PRUNED: "pruned"}
+OF_RECIPE = {TEACHER: "teacher", STUDENT: "distilled", PRUNED: "pruned"}
 """Row → the stage of the recipe that makes it."""
 BATCHES, MEASURED = (8, 32), ("median_ms", "speedup", "speedup_q1", "speedup_q3")
 """Pictures and texts of a request that is timed, and what is written down of it."""
@@ -89,18 +90,19 @@ class Scenes(Chain):
         own = self.settings("distilled")
         for needed in (own.model, own.image_store):
             self.made(Path(needed).name)
-        self.like("distilled", "distilled-all-read", sentences=every_composition(own.sentences))
-        return str(self.root / "distilled-all-read")
+        read = every_composition(own.sentences) if name == PUBLISHED else own.sentences
+        self.like("distilled", name.replace(" ", "-"), weights=None, sentences=read)
+        return str(self.root / name.replace(" ", "-"))
 
     def tested(self, name: str, test: str) -> dict[str, Any]:
         """The metrics of a row's model by the test `classes` or `test` of the recipe, measured once."""
-        out = f"{name.replace(',', '').replace(' ', '-')}-{test}.json"
+        out = f"{name.replace(' ', '-')}-{test}.json"
         return dict(self.like(f"teacher-{test}", out, model=self.model(name))["metrics"])
 
     def speed(self, name: str, batch: int) -> dict[str, Any]:
         """Latency of a row's model and its speed-up over the teacher, both timed in turns."""
         models = {each: self.model(each) for each in dict.fromkeys((TEACHER, name))}
-        out = f"{name.replace(',', '').replace(' ', '-')}-speed-{batch}.json"
+        out = f"{name.replace(' ', '-')}-speed-{batch}.json"
         return self.timed(out, models, text_length=COUNTED_TEXT, batch_sizes=[batch])[name]
 
 
@@ -253,7 +255,7 @@ def work(options: argparse.Namespace) -> dict[Path, None]:
         name = f"dime_fm_{row.part}"
         path = ROOT / csv_of(name, processor())
         paths[path] = None
-        there = {tuple(line[column] for column in KEYS[row.part]) for line in lines_of(name, root=ROOT)}
+        there = {tuple(line[column] for column in KEYS[row.part]) for line in lines_of(name, ROOT)}
         if row.key in there or (options.row and row.key[-1] not in options.row):
             continue
         print(" · ".join((row.part, *row.key)), file=sys.stderr, flush=True)

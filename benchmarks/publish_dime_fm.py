@@ -20,7 +20,7 @@ from efficientvlm.errors import BadInput
 from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/dime-fm.md"), Path("docs/dime-fm.png")
-TEACHER, STUDENT, UNREAD, PRUNED = "teacher", "student", "student, not read either", "pruned"
+TEACHER, STUDENT, PUBLISHED, UNREAD, PRUNED = "teacher", "student", "both terms", "both terms unread", "pruned"
 ACCURACY, FIRST, SMALL, FAST = 0.95, 0.9, 0.29, 0.9
 """The target on scenes: at least these parts of the teacher's accuracy and R@1, at most this part of its tower's parameters, at least this
 part of what fewer multiply-adds promise."""
@@ -33,7 +33,7 @@ ORDER = (TEACHER, PAIRS, SELECTED, RANDOM, WHOLE)
 """Rows of photos that come first, in the order of what they tell; the others follow as they were measured."""
 FEW, MANY = 8, 32
 """Batches that are timed; the target is held against the larger one, in which what is no product of matrices takes little."""
-COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", UNREAD: "#3f8f5f", PRUNED: "#d9822b"}
+COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", PUBLISHED: "#3f8f5f", UNREAD: "#7b4fa3", PRUNED: "#d9822b"}
 
 
 def grouped(lines: Lines, column: str) -> dict[str, Lines]:
@@ -97,7 +97,7 @@ def scenes(lines: Lines) -> list[str]:
 def of_scenes(models: dict[str, Lines]) -> list[str]:
     """What the students reach of the target, each a sentence."""
     said = []
-    for name in (STUDENT, UNREAD):
+    for name in (STUDENT, PUBLISHED, UNREAD, PRUNED):
         if name not in models:
             said.append(f"`{name}`: not measured yet.")
             continue

@@ -12,6 +12,7 @@ from doc_pages import ROOT, script
 from test_dime_fm_recipes import taught
 from test_flickr8k import world  # noqa: F401
 
+from efficientvlm.checkpoints.files import MANIFEST
 from efficientvlm.data.shapes import parse
 from efficientvlm.errors import BadInput
 
@@ -39,7 +40,7 @@ def of_scenes(model: str, accuracy: float, first: float, seed: int = 0, **more: 
 
 
 def every_model(student: float = 0.97, **more: Any) -> list[dict[str, Any]]:
-    kept = {"teacher": 1.0, "student": student, "student, not read either": 0.8, "pruned": 0.7}
+    kept = {"teacher": 1.0, "student": student, "both terms unread": 0.8, "pruned": 0.7}
     return [of_scenes(name, part, part, **({} if name == "teacher" else more)) for name, part in kept.items()]
 
 
@@ -111,7 +112,7 @@ def test_verdicts(publishing: Any, changed: dict[str, Any], said: str) -> None:
 def test_what_is_not_measured_and_what_does_not_count_is_said(publishing: Any) -> None:
     lines = texts([of_scenes("teacher", 1.0, 0.7), of_scenes("student", 0.97, 0.95)])
     found = " ".join(publishing.of_scenes(publishing.grouped(lines, "model")))
-    assert "`student, not read either`: not measured yet." in found
+    assert "`both terms unread`: not measured yet." in found
     assert "Nothing of this counts: the teacher's R@1 is 42.0 %, less than 50." in found
 
 
@@ -179,7 +180,7 @@ def test_photos_have_three_seeds_where_sentences_are_compared(dime_fm: Any) -> N
     assert {name for _, name in found} - several >= {"without vl", "without pvl", "half of the photos", "a tenth of the photos"}
 
 
-def test_sentences_of_the_first_student_name_every_composition(dime_fm: Any) -> None:
+def test_sentences_may_name_every_composition(dime_fm: Any) -> None:
     own = dime_fm.Scenes(0, Path("runs")).settings("distilled").sentences
     every = dime_fm.every_composition(own)
     assert parse(own).among and parse(every).among is None and parse(every).seed == parse(own).seed
@@ -199,7 +200,11 @@ def test_rows_of_scenes_come_out_of_a_chain(dime_fm: Any, tmp_path: Path, monkey
     assert all(record["data"].endswith("only=20") and float(record["batch_8_speedup"]) > 0 for record in found.values())
     assert all(0 <= float(record[name]) <= 1 for record in found.values() for name in ("accuracy", "r1"))
     assert float(found["pruned"]["sparsity"]) == pytest.approx(0.2, abs=0.03)
-    assert {path.name for path in (tmp_path / "runs/scenes/0").iterdir()} >= {"distilled", "distilled-all-read", "images", "pruned"}
+    made = tmp_path / "runs/scenes/0"
+    assert {path.name for path in made.iterdir()} >= {"distilled", "both-terms", "both-terms-unread", "images", "pruned"}
+    read = [json.loads((made / name / MANIFEST).read_text("utf-8"))["config"] for name in ("distilled", "both-terms", "both-terms-unread")]
+    assert ["without=" in config["sentences"] for config in read] == [True, False, True]
+    assert [config["weights"]["vl"] for config in read] == [0.0, 0.7, 0.7]
 
 
 @pytest.mark.slow
