@@ -107,6 +107,15 @@ def test_unreachable_targets_exit_4_with_the_numbers(anatomy):
         Scope.of(anatomy, 0.0, tower_sparsity={"vision": 1.0}, min_heads=1).check_feasible()
 
 
+def test_a_floor_of_one_kind_is_no_floor_of_another(anatomy):
+    for kinds, floor in ((["head", "cross_head"], {"min_neurons": 10_000}), (["neuron"], {"min_heads": 10_000})):
+        alone = Scope.of(anatomy, 0.0, kinds=kinds, allow_blind=True)
+        most = alone.cost.removed(alone.active) / anatomy.total
+        Scope.of(anatomy, 0.999 * most, kinds=kinds, allow_blind=True, **floor).check_feasible()
+        with pytest.raises(TargetMissed):
+            Scope.of(anatomy, 0.001, allow_blind=True, min_heads=10_000, min_neurons=10_000).check_feasible()
+
+
 def test_need_is_the_fewest_elements_that_reach_the_target(anatomy):
     for sparsity in (0.0, 0.07, 0.1, 0.3, 0.7, 1.0):
         target = Scope.of(anatomy, sparsity).targets[0]

@@ -131,7 +131,7 @@ def _first_best(values: Floats, scope: Scope) -> Floats:
     """`values` with those of a group that :meth:`Scope.check_feasible` counts as kept, its first, as high as its highest."""
     raised = values.copy()
     for name, part in Groups(scope.units).slices.items():
-        raised[part.start : part.start + max(1, scope.floor(name))] = values[part].max()
+        raised[part][: max(1, scope.floor(name))] = values[part].max()
     return raised
 
 

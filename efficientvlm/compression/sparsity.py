@@ -134,7 +134,7 @@ class Scope:
         return [unit for unit, active in zip(self.anatomy.units, self.active, strict=True) if active]
 
     def floor(self, group: str, paths: Collection[str] = ()) -> int:
-        """Fewest units that are kept of `group`, when those of `paths` are needed as paths."""
+        """Fewest units that are kept of `group`, when those of `paths` are needed as paths; all of them where it has no more than that."""
         least = int(group in paths)
         if group.endswith(NEURON):
             return math.ceil(max(self.min_neurons, least) / self.round_to) * self.round_to
@@ -174,7 +174,7 @@ class Scope:
         removed = self.active.copy()
         paths = frozenset() if self.allow_blind else self.paths(self.cheapness)
         for name, part in self.anatomy.groups.slices.items():
-            removed[part.start : part.start + self.floor(name, paths)] = False
+            removed[part][: self.floor(name, paths)] = False
         for target in self.targets:
             most = self.cost.removed(removed & self._of(target), target.towers)
             if most < target.need:
@@ -192,7 +192,7 @@ class Scope:
                 f"the least is {least}; {rest} are of what no cut removes ({', '.join(limits)})",
                 "ask for that or more, lower the floors, or allow more towers and kinds",
             )
-        best = (target.gone + most) / max(target.whole, 1)
+        best = math.floor(1e4 * (target.gone + most) / max(target.whole, 1)) / 1e4
         return TargetMissed(
             f"sparsity {target.sparsity:g} of {target.name} cannot be reached",
             f"at most {best:.4f} of its {self.cost.said(target.whole, 'prunable')} can go ({', '.join(limits)})",
