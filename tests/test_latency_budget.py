@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,31 @@ from conftest import SHAPES, TRAIN, run_stage
 from doc_pages import script
 from pydantic import ValidationError
 
+from efficientvlm import families
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.compression.anatomy import Anatomy
 from efficientvlm.compression.budgets import cost_of, reachable
-from efficientvlm.compression.latency import Curve, LatencyTable, digest_of, rising
+from efficientvlm.compression.latency import Check, Curve, LatencyTable, digest_of, rising
 from efficientvlm.compression.probe import Probe
 from efficientvlm.compression.pruner import Pruner
 from efficientvlm.compression.snapping import snap
 from efficientvlm.compression.sparsity import Budget
 from efficientvlm.compression.surgery import slice_model
+from efficientvlm.control import Control
 from efficientvlm.errors import BadInput, TargetMissed
 from efficientvlm.loaded import Loaded, load
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
 from efficientvlm.report.story import Chapter
 from efficientvlm.report.structure import sparsities
 from efficientvlm.runtime.hardware import machine_of
 from efficientvlm.settings.amounts import amount_of
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.stages import Bench, Prune
 from efficientvlm.stages import bench, budgeting, tabling
 from efficientvlm.stages.budgeting import TABLE, read_table
 from efficientvlm.stages.cutting import scope_of
+from efficientvlm.tasks.known import TASKS
 
 ABOUT = {"timed": bench.FORWARD, "model": "0" * 64, "precision": "fp32", "text_length": 12, "image_size": 16}
 HERE = {"device": "cpu", "name": "a processor", "cpus": 1, "torch": "2", "threads": 1}
@@ -340,10 +347,13 @@ def test_tables_that_do_not_fit_are_refused_or_said(chain, tmp_path, instead, ca
 
     assert "of another machine (name a processor" in cut("machine")
     assert "(device a toaster" in cut("device", machine={**HERE, "device": "a toaster"})
-    here = machine_of(torch.device("cpu"))
+    here = {**machine_of(torch.device("cpu")), "threads": 1}
     assert "another machine" not in cut("here", machine=here)
     assert "of another machine (instructions of 1999)" in cut("older", machine={**here, "instructions": "of 1999"})
     assert "the pruned model has" in cut("answers", answers=3)
+    check = Check(part=0.5, measured_ms=9.0, predicted_ms=6.0)
+    assert "not to be trusted: with 0.50 of the units a request took 9.00 ms, by the table 6.00 ms" in cut("noisy", checks=[check])
+    assert "not to be trusted" not in cut("calm", checks=[check.model_copy(update={"measured_ms": 7.0})])
     for name, changes in {"shapes": {"shapes": "1" * 64}, "timed": {"timed": "a walk"}, "image": {"image_size": 7}}.items():
         with pytest.raises(BadInput, match=r"another (network|request)"):
             cut(name, **changes)
@@ -380,6 +390,70 @@ def test_a_run_goes_on_and_is_cut_again_by_its_own_table(chain, tmp_path, instea
     assert len(instead) == 2 and read_table(tmp_path / "other").batch == 2
     requests = require_complete(tmp_path / "other").config["requests"]
     assert requests == {**manifest.config["requests"], "batch_size": 2}, "the others stay as they were"
+
+
+def test_a_recipe_that_is_finished_is_planned_as_such(chain, tmp_path, instead):
+    file, cut = tmp_path / "table.json", tmp_path / "cut"
+    common = {"model": str(chain / "teacher"), "task": "none", "method": "magnitude", "budget": "latency", "sparsity": 0.3}
+    settings = {"time": ("bench", {"models": [str(chain / "teacher")], "table": True, "batch_sizes": [8], "rounds": 1, "out": str(file)})}
+    settings["cut"] = ("prune", {**common, "table": str(file), "out": str(cut)})
+    steps = [Step(name, stage, stage_settings(stage, values)) for name, (stage, values) in settings.items()]
+    for made in ("new", "up to date"):
+        planned = plan(steps, Control(quiet=True))
+        assert not planned.problems.found and [stage.status for stage in planned.stages] == [made, made]
+        for stage, values in settings.values():
+            run_stage(stage, **values)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch": 0}, "batch"),
+        ({"precision": "fp3"}, "precision"),
+        ({"text_length": -3}, "text_length"),
+        ({"machine": {}}, "machine says nothing of device, name, threads, torch"),
+        ({"whole_ms": 0.0}, "layers and rest take"),
+        ({"rest_ms": 500.0}, "layers and rest take"),
+        ({"curves": "twice"}, "two curves"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(wrong, said, tmp_path):
+    values = made_up(on_meta("toy")).model_dump(mode="json")
+    values |= {"curves": [*values["curves"], values["curves"][0]]} if wrong.get("curves") else wrong
+    (tmp_path / "table.json").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=said):
+        read_table(tmp_path / "table.json")
+
+
+def test_what_a_run_refuses_a_plan_refuses(chain, tmp_path):
+    source = load(str(chain / "teacher"))
+    file = tmp_path / "walk.json"
+    file.write_bytes(budgeting.as_json(made_up(source.model, timed="a walk", image_size=source.sizes.image_size)))
+    common = {"model": str(chain / "teacher"), "task": "none", "method": "magnitude", "budget": "latency", "sparsity": 0.3, "out": "cut"}
+    for more, said in (({"table": str(file)}, "another request"), ({"requests": {"device": "cuda"}}, "layers cannot be timed")):
+        if more.get("requests") and torch.cuda.is_available():
+            continue
+        made = plan([Step("cut", "prune", stage_settings("prune", {**common, **more}))], Control(quiet=True))
+        assert [problem for problem in made.problems.found if said in str(problem.as_dict())]
+
+
+def test_a_network_without_a_task_is_budgeted_by_its_forward_pass():
+    """A BLIP of pre-training would become another network, to describe images: its table is of what it is."""
+    model = on_meta("blip-pretraining")
+    family = families.get("blip")
+    loaded = Loaded(Path("x"), family, model, None, None)
+    assert bench.tabled(loaded, TASKS["captioning"]) is None and bench.tabled(loaded, None) is None
+    able = Loaded(Path("x"), family, on_meta("blip-caption"), None, None)
+    assert bench.tabled(able, TASKS["captioning"]) is TASKS["captioning"]
+
+
+def test_the_least_time_that_is_named_can_be_asked_for():
+    model = on_meta("xvlm")
+    cost = cost_of(model, "latency", table=made_up(model, rest_ms=10.0004561))
+    with pytest.raises(TargetMissed) as caught:
+        reachable(model, 0.0, cost, to=amount_of("latency", "1us"))
+    (least,) = re.findall(r"the least is ([\d.]+) ms", caught.value.why)
+    assert reachable(model, 0.0, cost, to=amount_of("latency", f"{least}ms"))
 
 
 def test_a_plan_measures_nothing(chain, tmp_path, instead, evlm):

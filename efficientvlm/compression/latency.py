@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import pairwise
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from efficientvlm.errors import BadInput
 
 NANOSECONDS = 10**6
 """In a millisecond. Costs are whole nanoseconds, so that they add up exactly."""
+
+DOUBTFUL = 0.25
+"""By what part of itself a prediction may be missed before that is said."""
 
 Time = Annotated[float, Field(ge=0, le=1e9)]
 """Milliseconds, at most those of eleven days: sums of nanoseconds stay whole numbers of 64 bits."""
@@ -83,17 +86,36 @@ class LatencyTable(_Closed):
     model: str
     shapes: str
     machine: dict[str, Any]
-    precision: str
-    batch: int
-    text_length: int
-    image_size: int
-    answers: int
-    rounds: int
+    precision: Literal["fp32", "bf16"]
+    batch: int = Field(ge=1)
+    text_length: int = Field(ge=1)
+    image_size: int = Field(ge=1)
+    answers: int = Field(ge=0)
+    rounds: int = Field(ge=1)
     whole_ms: Time
     rest_ms: Time
     scale: float = Field(gt=0)
     curves: list[Curve]
     checks: list[Check] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if lacking := [key for key in ("device", "name", "threads", "torch") if key not in self.machine]:
+            raise ValueError(f"machine says nothing of {', '.join(lacking)}")
+        if len(self.by_group()) != sum(len(curve.layers) for curve in self.curves):
+            raise ValueError("a layer has two curves of a kind")
+        parts = self.rest_ms + sum(len(curve.layers) * curve.ms[-1] for curve in self.curves)
+        if abs(parts - self.whole_ms) > 1e-3 * max(parts, self.whole_ms):
+            raise ValueError(f"layers and rest take {parts:.3f} ms together, and whole_ms is {self.whole_ms:.3f}")
+        return self
+
+    def doubts(self) -> list[str]:
+        """Requests that took another time than the table says of them, in words; the noise of the machine while it was measured."""
+        return [
+            f"with {check.part:.2f} of the units a request took {check.measured_ms:.2f} ms, by the table {check.predicted_ms:.2f} ms"
+            for check in self.checks
+            if abs(check.measured_ms - check.predicted_ms) > DOUBTFUL * check.predicted_ms
+        ]
 
     def by_group(self) -> dict[str, Curve]:
         return {f"{curve.tower}.{layer}.{curve.kind}": curve for curve in self.curves for layer in curve.layers}
@@ -176,7 +198,7 @@ class Milliseconds(Cost):
         return _AtCounts(self, as_mask(active, len(self._towers)), as_mask(counted, len(self._towers)))
 
     def said(self, amount: int, what: str = "") -> str:
-        return f"{amount / NANOSECONDS:,.3f} {what} ms" if what else f"{amount / NANOSECONDS:,.3f} ms"
+        return f"{-(-amount // 1000) / 1000:,.3f} {what} ms" if what else f"{-(-amount // 1000) / 1000:,.3f} ms"
 
     def facts(self) -> dict[str, Any]:
         of_the_table = ("timed", "model", "machine", "precision", "batch", "text_length", "image_size", "answers", "scale")
@@ -244,7 +266,8 @@ def check_shapes(model: Any, table: LatencyTable) -> None:
     listed = {name: curve.counts[-1] for name, curve in table.by_group().items()}
     if table.shapes != digest_of(model) or listed != {name: count for name, count in counts.items() if count}:
         why = "layers, widths, heads, neurons or vocabulary are not those of the network that is pruned"
-        raise BadInput("the latency table is of another network", why, "measure one of this network: evlm bench --table")
+        fix = "measure one of this network, once it is one of its task: evlm bench --table"
+        raise BadInput("the latency table is of another network", why, fix)
 
 
 def curves_of(anatomy: Anatomy, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:

@@ -30,6 +30,7 @@ from efficientvlm.runtime.hardware import pick_device
 from efficientvlm.settings.common import Learning as Learns
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.bench import Timing
+from efficientvlm.stages.budgeting import timing_device
 from efficientvlm.stages.embed import Embedding
 from efficientvlm.stages.evaluate import Evaluation
 from efficientvlm.stages.learning import Learning
@@ -59,14 +60,18 @@ def forecast(chain: Chain, step: Step) -> Forecast:
             check_place(found.out)
     with problems.of(step.name):
         pick_device(getattr(config, "device", "auto"))
+    if isinstance(config, Prune) and config.budget == "latency" and not config.table:
+        with problems.of(step.name):
+            timing_device(config)
     with problems.of(step.name):
         try:
             look_at(chain, step, found)
         except Blocked as blocked:
             found.notes.append(str(blocked))
-    found.notes += chain.notes.pop(step.name, [])
+    found.notes += [*chain.notes.pop(step.name, []), *step.notes]
     if found.out and place(found.out) not in chain.outputs:
-        chain.stale.add(place(found.out))
+        if found.status != "up to date":
+            chain.stale.add(place(found.out))
         chain.outputs[place(found.out)] = None
     if len(problems.found) > before and found.status != "up to date":
         found.status = "cannot run"
@@ -157,7 +162,7 @@ def counted(config: Prune, scope: Scope, found: Forecast) -> None:
     if config.budget != scope.cost.budget:
         standing_in = any(target.sparsity for target in scope.targets)
         stands = "multiply-adds stand in for it" if standing_in else "sizes are those of the whole network"
-        found.notes.append(f"what layers take is measured when the stage runs, unless --table names it; here {stands}")
+        found.notes.append(f"what layers take is measured when the stage runs, or read from its table; here {stands}")
         return
     cost, to = scope.cost, next((target.to for target in scope.targets), None)
     if cost.budget != "parameters" or to is not None:

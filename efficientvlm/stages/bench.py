@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from efficientvlm.compression.latency import LatencyTable, machine_in_words
 from efficientvlm.control import Control
 from efficientvlm.errors import BadInput
 from efficientvlm.families.onnx.description import is_exported
-from efficientvlm.loaded import Loaded, check_precision, load, text_length
+from efficientvlm.loaded import Loaded, check_precision, load, shapes, text_length
 from efficientvlm.runtime.hardware import machine_of, pick_device, synchronise
 from efficientvlm.runtime.memory import enough_memory
 from efficientvlm.runtime.progress import Bar, say
@@ -96,7 +96,15 @@ def run(config: Bench, control: Control) -> dict[str, Any]:
                 synchronise=lambda: synchronise(device),
                 progress=bar.update,
             )
-        table = table_of(models[0], job.task, config, machine, inputs["models.0"], control.quiet) if config.table else None
+        table = None
+        if config.table:
+            source = load(config.models[0])  # timing above may have made it able to do a task
+            task = tabled(source, job.task)
+            if task is not job.task:
+                say("bench: the table is of the forward pass: the network would have other layers for its task", quiet=control.quiet)
+            table = table_of(source, task, config, machine, inputs["models.0"], control.quiet)
+            for doubt in table.doubts():
+                say(f"WARNING: bench: the table is not to be trusted: {doubt}; measure with more rounds on a quiet machine")
     sizes = [
         {
             "model": label,
@@ -155,6 +163,16 @@ def timed_of(models: Sequence[Loaded]) -> Asked | None:
     """The task that `models` are asked while they are timed; None where it is the forward pass."""
     asked = (task for loaded in models for task in preferred(loaded) if isinstance(task, Asked))
     return next((task for task in asked if task.can_be_timed(models)), None)
+
+
+def tabled(loaded: Loaded, task: Asked | None) -> Asked | None:
+    """What a latency table of `loaded` is of: `task`, or None, the forward pass, where a network able to do it would have other units."""
+    if task is None:
+        return None
+    able = replace(loaded, model=shapes(loaded.family, loaded.model.config))
+    with torch.device("meta"):
+        task.make_able(able)
+    return task if able.model.units() == loaded.model.units() else None
 
 
 def calls_of(

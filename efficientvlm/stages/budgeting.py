@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from efficientvlm.checkpoints import manifest
@@ -79,16 +80,45 @@ def settle(config: Prune, loaded: Loaded, output: Output, quiet: bool) -> Latenc
     kept = output.state_dir / TABLE
     table = read_table(kept) if kept.is_file() else given(config)
     timed = deployed(config, loaded)
-    task = bench.timed_of([timed])
+    task = asked_of(timed)
     if table is None:
         table = measured(config, timed, task, quiet)
     else:
         check_request(table, timed, task)
     say(f"prune: by a latency table of {table.described()}; {table.whole_ms:.2f} ms the whole, {table.rest_ms:.2f} stay", quiet=quiet)
-    differing(config, table)
+    differing(table, timed)
+    for doubt in table.doubts():
+        say(f"WARNING: prune: the latency table is not to be trusted: {doubt}; measure one with more rounds on a quiet machine")
     if not kept.is_file():
         write_atomic(kept, as_json(table))
     return table
+
+
+def asked_of(loaded: Loaded) -> Asked | None:
+    """What a network is asked while it is timed for a budget; None where it is the forward pass."""
+    return bench.tabled(loaded, bench.timed_of([loaded]))
+
+
+def fitting(config: Prune, loaded: Loaded, workspace: Workspace) -> LatencyTable | None:
+    """As :func:`given`, for `loaded`, as shapes, able to do the task.
+
+    Raises:
+        BadInput: also a table of another network, or of another request.
+    """
+    table = given(config, workspace)
+    if table is not None:
+        timed = deployed(config, loaded)
+        check_request(table, timed, asked_of(timed))
+    return table
+
+
+def timing_device(config: Prune) -> torch.device:
+    """Where layers are timed; :class:`BadInput` if it is not there."""
+    try:
+        return pick_device(config.requests.device)
+    except BadInput as error:
+        fix = "leave --set requests.device=... out, or bring a table that was measured there: --table FILE"
+        raise BadInput(f"layers cannot be timed: {error.what}", error.why, fix) from None
 
 
 def reads(config: Prune) -> dict[str, str | None]:
@@ -116,7 +146,7 @@ def deployed(config: Prune, loaded: Loaded) -> Loaded:
 def measured(config: Prune, loaded: Loaded, task: Asked | None, quiet: bool) -> LatencyTable:
     """A table of `loaded`, as `config.requests` says."""
     asked = config.requests
-    device = pick_device(asked.device)
+    device = timing_device(config)
     settings = Bench(
         models=[str(loaded.path)],
         batch_sizes=[asked.batch_size],
@@ -139,13 +169,13 @@ def check_request(table: LatencyTable, loaded: Loaded, task: Asked | None) -> No
         if of_table != own:
             why = f"its {what} is {of_table}; that of the pruned model is {own}"
             raise BadInput("the latency table is of another request", why, "measure one of this network: evlm bench --table")
+
+
+def differing(table: LatencyTable, loaded: Loaded) -> None:
+    """Say where a table is of another number of answers than `loaded` has, or of another machine than this one."""
     answers = len(loaded.config.answers or [])
     if answers != table.answers:
         say(f"WARNING: prune: the latency table is of a choice among {table.answers} answers; the pruned model has {answers}")
-
-
-def differing(config: Prune, table: LatencyTable) -> None:
-    """Say where a table is of another machine than this one."""
     try:
         here = machine_of(pick_device(str(table.machine.get("device"))))
     except BadInput:  # there is no such device here

@@ -31,7 +31,7 @@ from efficientvlm.settings.base import settings_of
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages import learning as training
 from efficientvlm.stages import recut
-from efficientvlm.stages.budgeting import given, keep_table, reads, settle
+from efficientvlm.stages.budgeting import fitting, keep_table, reads, settle
 from efficientvlm.stages.common import finished, learning, making, open_output, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, say_lag, scope_of
 from efficientvlm.stages.learning import Learning
@@ -106,11 +106,13 @@ def prepare(config: Prune, workspace: Workspace) -> Job:
         return recut.prepare(config, workspace)
     if config.task == "none":
         loaded = workspace.checkpoint(config.model)
-        return Untrained(loaded, scope_of(config, loaded.model, given(config, workspace)), inputs={"model": config.model, **reads(config)})
+        return Untrained(
+            loaded, scope_of(config, loaded.model, fitting(config, loaded, workspace)), inputs={"model": config.model, **reads(config)}
+        )
     workspace.check(problems(config))
     job = training.prepare(config, workspace)
     fields = {**vars(job), "inputs": job.inputs | reads(config)}
-    pruning = Pruning(**fields, scope=scope_of(config, job.student.model, given(config, workspace)))
+    pruning = Pruning(**fields, scope=scope_of(config, job.student.model, fitting(config, job.student, workspace)))
     workspace.check(pruning.problems())
     return pruning
 
