@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PRUNE, SHAPES, SIZES, TRAIN, run_stage
+from conftest import PRUNE, QUIET, SHAPES, SIZES, TRAIN, run_stage
 from safetensors.torch import load_file
 
 from efficientvlm import families
@@ -26,6 +26,10 @@ from efficientvlm.loaded import load
 from efficientvlm.objectives.efficientvlm import released_rows
 from efficientvlm.objectives.gated import Gated
 from efficientvlm.objectives.objective import Objective
+from efficientvlm.planning.plan import plan
+from efficientvlm.recipe import Step
+from efficientvlm.settings import idle
+from efficientvlm.settings.compose import stage_settings
 from efficientvlm.settings.methods import GateQuirks, VQAPruningQuirks
 from efficientvlm.settings.stages import Prune
 from efficientvlm.stages.cutting import DENSE, save_tensors
@@ -149,6 +153,37 @@ def test_without_dense_weights_only_more_can_go(chain: Path, tmp_path: Path) -> 
         recut(tmp_path / "small", tmp_path / "less", 0.2)
     assert refused.value.exit_code == 3 and not (tmp_path / "less").exists()
     assert recut(tmp_path / "small", tmp_path / "more", 0.6).accounting["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_recut_keeps_the_limits_of_the_first_cut(chain: Path, tmp_path: Path) -> None:
+    limits = {"min_heads": 1, "round_to": 8, "kinds": ["head", "neuron"], "towers": ["vision", "text"]}
+    prune(chain, tmp_path / "first", tower_sparsity={"vision": 0.3}, sparsity=0.1, **limits)
+    again = recut(tmp_path / "first", tmp_path / "again", 0.15).config
+    assert {name: again[name] for name in limits} == limits and not again["tower_sparsity"]
+    free = recut(tmp_path / "first", tmp_path / "free", 0.2, min_heads=0, towers=["vision"]).config
+    assert free["min_heads"] == 0 and free["round_to"] == 8 and free["towers"] == ["vision"]
+    cut = stage_settings("prune", {"from_gates": str(tmp_path / "first"), "sparsity": 0.15, "out": "cut"})
+    (notes,) = (stage.notes for stage in plan([Step("cut", "prune", cut)], QUIET).stages)
+    assert any("budgets of single towers (vision 0.3)" in note for note in notes)
+
+
+def test_what_is_gone_already_is_not_asked_for_again(chain: Path, tmp_path: Path) -> None:
+    for settings in ({"sparsity": 0.3}, {"sparsity": 0.3, "budget": "macs"}):
+        with pytest.raises(BadInput, match="nothing would be removed") as refused:
+            prune(chain, tmp_path / "none", model=str(chain / "pruned"), **settings)
+        assert "is gone already" in refused.value.why and not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_says_what_has_no_effect(chain: Path, tmp_path: Path) -> None:
+    def notes(**values: Any) -> list[str]:
+        config = stage_settings("prune", {"out": "cut", **values})
+        return plan([Step("cut", "prune", config, idle.said(config, values))], QUIET).stages[0].notes
+
+    prune(chain, tmp_path / "first", budget="macs")
+    untrained = {"model": str(chain / "teacher"), "task": "none", "method": "magnitude", "text_length": 9}
+    assert "text_length has no effect with budget parameters" in notes(**untrained)
+    again = notes(from_gates=str(tmp_path / "first"), sparsity=0.6, text_length=9)
+    assert not [note for note in again if "no effect" in note], "the budget is that of the first cut, and counts it"
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "random"])

@@ -59,9 +59,12 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"distillation", "decoder_init"} | (of_the_method - Learning.model_fields.keys() - {"quirks"}), "without a teacher"
     if isinstance(config, Prune) and config.to is not None:
         yield {"sparsity"}, "beside to"
-    if isinstance(config, Prune) and config.budget == "parameters":
+    inherited = (
+        isinstance(config, Prune) and config.from_gates and "budget" not in config.model_fields_set
+    )  # from the run that is cut again
+    if isinstance(config, Prune) and config.budget == "parameters" and not inherited:
         yield {"text_length"}, "with budget parameters"
-    if isinstance(config, Prune) and config.budget != "latency":
+    if isinstance(config, Prune) and config.budget != "latency" and not inherited:
         yield {"table", "requests"}, f"with budget {config.budget}"
     elif isinstance(config, Prune) and config.table:
         yield {"text_length", "requests"}, "beside table"

@@ -249,10 +249,16 @@ class Gates(Strict):
     """How gates learn (hard concrete)."""
 
     lr: float | None = Field(
-        None, gt=0, description="of log α, constant; by default 36 by the steps in which gates learn, from 0.01, as published, to 0.1"
+        None,
+        gt=0,
+        le=1e3,
+        description="of log α, constant; by default 36 by the steps in which gates learn, from 0.01, as published, to 0.1",
     )
     multiplier_lr: float | None = Field(
-        None, gt=0, description="of the Lagrange multipliers, which ascend; by default 144 by those steps, from 0.01, as published, to 1"
+        None,
+        gt=0,
+        le=1e3,
+        description="of the Lagrange multipliers, which ascend; by default 144 by those steps, from 0.01, as published, to 1",
     )
     head_init: float = Field(10.0, description="mean of log α of heads at the start")
     neuron_init: float = Field(0.0, description="mean of log α of neurons at the start; 0 starts at 10 % expected sparsity")

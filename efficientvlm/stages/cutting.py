@@ -34,7 +34,7 @@ def scope_of(config: Prune, model: Any, table: LatencyTable | None = None) -> Sc
     one, or one that so many multiply-adds do not reach: `scope.cost.budget` says so.
 
     Raises:
-        BadInput: the model costs no more than the target already; `text_length` is more than it reads.
+        BadInput: the model costs no more than the target already, or as much is gone of it; `text_length` is more than it reads.
         TargetMissed: floors, kinds or towers make the target unreachable, or the last path of an input would have to go.
     """
     limits = settings_of(config, "kinds", "towers", "tower_sparsity", "min_heads", "min_neurons", "round_to", "allow_blind")
@@ -48,7 +48,14 @@ def scope_of(config: Prune, model: Any, table: LatencyTable | None = None) -> Sc
             return reachable(model, config.sparsity if to is None else 0.0, cost, **limits)
         return reachable(model, 0.0, cost, **limits | {"tower_sparsity": {}})
     cost = cost_of(model, config.budget, text_length=config.text_length, table=table, round_to=config.round_to)
-    return reachable(model, config.sparsity, cost, to=to, **limits)
+    scope = reachable(model, config.sparsity, cost, to=to, **limits)
+    asked = [target for target in scope.targets if target.sparsity]
+    if asked and not config.from_gates and not any(target.need for target in asked):
+        gone = ", ".join(f"{target.gone / target.whole:.4f} of {target.name}" for target in asked)
+        raise BadInput(
+            f"nothing would be removed of {config.model}", f"by {config.budget} {gone} is gone already", "ask for more than that"
+        )
+    return scope
 
 
 def cut_report(scope: Scope, keep: Tensor, gates: Gates | None) -> dict[str, Any]:

@@ -29,12 +29,15 @@ from efficientvlm.settings.base import Strict
 from efficientvlm.settings.compose import stage_settings, tasks_of
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Prune
-from efficientvlm.stages.budgeting import given, keep_table, reads, settle
+from efficientvlm.stages.budgeting import fitting, keep_table, reads, settle
 from efficientvlm.stages.common import making, observed, open_output, validated, write
 from efficientvlm.stages.cutting import DENSE, GATES, cut_report, save_tensors, say_cut, scope_of
 from efficientvlm.stages.workspace import Job, Workspace, inputs_of
 from efficientvlm.tasks.known import TASKS, learnt_by
 from efficientvlm.tasks.task import Learnt
+
+LIMITS = ("kinds", "towers", "min_heads", "min_neurons", "round_to")
+"""What may be removed in the first cut, and so in another one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
         raise lacking(pruned, GATES)
     tensors = read_tensors(pruned, GATES) if learnt else {}
     config = settled(config, pruned.manifest)
+    if (own := pruned.manifest.config.get("tower_sparsity")) and not config.tower_sparsity:
+        towers = ", ".join(f"{tower} {value:g}" for tower, value in own.items())
+        workspace.note(f"the budgets of single towers ({towers}) were those of that run alone: here one holds over all towers")
     task = learnt_by(config)
     check_task(config, pruned)
     keep_length(pruned, config.max_tokens)
@@ -77,7 +83,7 @@ def prepare(config: Prune, workspace: Workspace) -> Recut:
     if teacher:
         workspace.check(task.teacher_problems(config, workspace.checkpoint(teacher)))
     dense = DENSE in pruned.manifest.files
-    table = given(config, workspace)
+    table = fitting(config, pruned, workspace)
     if not dense:
         check_sparsity(config, pruned, table, learnt=learnt)
     whole = replace(pruned, model=shapes(pruned.family, dense_config(pruned))) if dense else pruned
@@ -136,7 +142,7 @@ def run(config: Prune, control: Control) -> Manifest:
 
 
 def settled(config: Prune, earlier: Manifest) -> Prune:
-    """`config` with what it leaves out of model, task and data taken from the run that is cut again, whose manifest is `earlier`.
+    """`config` with what it leaves out of model, task, data and limits taken from the run that is cut again, whose manifest is `earlier`.
 
     So are the settings that only the task has: it may measure by them; and the teacher, or what stands for it, where it measures by that.
 
@@ -151,6 +157,7 @@ def settled(config: Prune, earlier: Manifest) -> Prune:
     of_the_data = () if config.data else ("data", "columns", "val", "val_fraction", "limit")
     inherited = ("task", "budget", "text_length", "requests", *of_the_data)
     known = {name: earlier.config[name] for name in inherited if earlier.config.get(name) and not given.get(name)}
+    known |= {name: earlier.config[name] for name in LIMITS if earlier.config.get(name) is not None and name not in given}
     if requests := given.get("requests"):  # those that are not given stay
         given["requests"] = {**earlier.config.get("requests", {}), **requests}
     if own := tasks_of("prune").get(given.get("task") or known.get("task", "")):
