@@ -124,15 +124,6 @@ FORMULAS: dict[str, Formula] = {
 """Weight → its term."""
 
 
-OF_SENTENCES = ("vl", "affinity")
-"""Terms that compare images with sentences; the others compare sentences only where these are learnt too."""
-
-
-def reads_sentences(settings: Any) -> bool:
-    """Whether what is learnt depends on the sentences."""
-    return bool(settings.learn_texts or any(getattr(settings.weights, name) for name in OF_SENTENCES))
-
-
 def needs(student: Loaded, teacher: Loaded, settings: Any) -> Iterator[BadInput]:
     """Every reason why `teacher` cannot teach `student` as `settings` say.
 

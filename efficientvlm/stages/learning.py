@@ -72,9 +72,10 @@ def prepare(config: settings.Learning, workspace: Workspace) -> Learning:
     sources = {split: workspace.data(config, task.kind, split, student.preprocessing) for split in ("train", "val")}
     beside = {role: workspace.data(other.config, other.kind, "train", None) for role, other in task.beside(config).items()}
     stores = {role: workspace.store(folder) for role, folder in task.stores(config).items()}
-    digest = workspace.digest(spec) if spec and stores else None
-    read = task.fitting(config, student, teacher, digest, stores, sources | beside, workspace.note)
-    sources, beside = ({role: read[role] for role in some} for some in (sources, beside))
+    if stores:
+        digest = workspace.digest(spec) if spec else None
+        read = task.fitting(config, student, teacher, digest, stores, sources | beside, workspace.note)
+        sources, beside = ({role: read[role] for role in some} for some in (sources, beside))
     with torch.device("meta"):
         model, new = task.adapt(config, student, teacher)
     student.model = model.eval()

@@ -25,7 +25,7 @@ from efficientvlm.data.texts import Texts
 from efficientvlm.data.transforms import augment
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import Loaded, read_as, texts_of
-from efficientvlm.objectives.dime_fm import reads_sentences, unfit
+from efficientvlm.objectives.dime_fm import unfit
 from efficientvlm.objectives.embedding import EmbeddingTeacher, Unpaired, first_of, learnt_by_images, width_of
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import StoredTeacher
@@ -120,8 +120,6 @@ class Embedding(Learnt):
     ) -> dict[str, Any]:
         if not self.able(student) or (teacher and not self.able(teacher)):
             return sources  # said elsewhere
-        if not reads_sentences(config):
-            note("no term compares sentences (the weights vl and affinity are 0): they change nothing of what is learnt")
         width, found = width_of(teacher.model) if teacher else None, dict(sources)
         for role, store in stores.items():
             side, split = STORED[role]

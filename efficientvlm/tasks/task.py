@@ -198,7 +198,7 @@ class Learnt(Task):
         """The training data `sources`, by role, without the samples that `stores` lack, and what is not known or left out is noted.
 
         Args:
-            digest: that of the teacher's manifest, by which a store names it; None without a teacher or stores.
+            digest: that of the teacher's manifest, by which a store names it; None without a teacher.
 
         Raises:
             BadInput: a store is of another teacher or of other data, or too much is missing.
