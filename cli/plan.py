@@ -64,7 +64,8 @@ def plan(
         str | None,
         typer.Option(
             "--of",
-            help="What --parameters is a share of: network (default), encoders (of images and texts), or a number for the encoders'.",
+            help="What --parameters is a share of: network (default), encoders (of images and texts), or a NUMBER; "
+            "with the last two only the student's encoders are counted.",
             metavar="NAME|NUMBER",
             rich_help_panel=STUDENTS,
         ),
