@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from published import ROOT, about, share
+from published import ROOT, about, of_towers, share
 from scenes import Chain
 
 from efficientvlm.checkpoints import folder as checkpoint
@@ -40,10 +40,8 @@ class Places:
     @property
     def overrides(self) -> list[str]:
         """Of the recipe, so that it reads them."""
-        dinov2, minilm = self.towers / "dinov2-small", self.towers / "minilm"
-        start = [f"start.vision_from={dinov2}", f"start.text_from={minilm}", f"start.tokenizer={minilm}"]
         pile = [f"sentences.data={self.pile}", f"selected.sentences={self.pile}"]
-        return [f"data={self.photos}", f"images.vectors={self.photos / 'vectors.parquet'}", *pile, *start]
+        return [f"data={self.photos}", f"images.vectors={self.photos / 'vectors.parquet'}", *pile, *of_towers(self.towers)]
 
     @property
     def pile(self) -> Path:

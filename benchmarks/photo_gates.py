@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from published import ROOT, about, append, csv_of, rows_of
+from published import ROOT, about, append, csv_of, of_towers, rows_of
 from scenes import Chain
 
 from efficientvlm.checkpoints import folder as checkpoint
@@ -98,10 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(options: argparse.Namespace) -> Path:
     """The CSV of this machine, to which rows were added."""
-    path, towers = ROOT / csv_of("photo_gates", processor()), options.towers
-    given = [f"data={options.data}", f"precision={options.precision}"]
-    given += [f"start.vision_from={towers / 'dinov2-small'}"]
-    given += [f"start.{name}={towers / 'minilm'}" for name in ("text_from", "tokenizer")]
+    path = ROOT / csv_of("photo_gates", processor())
+    given = [f"data={options.data}", f"precision={options.precision}", *of_towers(options.towers)]
     for seed, arm in product(options.seed or SEEDS, WHAT):
         if (arm, str(seed)) not in {(line["arm"], line["seed"]) for line in rows_of(path)}:
             print(arm, seed, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published import ROOT, published_rows, rows_of, with_block
+from published import ROOT, is_tie, published_rows, rows_of, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
@@ -38,12 +38,6 @@ class Group:
     def of(self, column: str) -> list[float]:
         return [float(line[column]) for line in self.lines]
 
-    @property
-    def spread(self) -> float:
-        """Best minus worst accuracy over the seeds."""
-        values = self.of("accuracy")
-        return max(values) - min(values)
-
 
 def groups(lines: Iterable[dict[str, str]]) -> list[Group]:
     """The lines by task, arm and sparsity, in the order of their first appearance; the first task's first."""
@@ -62,7 +56,7 @@ def verdict(method: Group | None, other: Group) -> str:
     if method is None or len(method.lines) < 2 or other.arm == METHOD:
         return "–"
     gap = mean(other.of("accuracy")) - mean(method.of("accuracy"))
-    if abs(gap) <= max(method.spread, other.spread):
+    if is_tie(method.of("accuracy"), other.of("accuracy")):
         return "tie"
     return "better" if gap > 0 else "worse"
 

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from publish_scenes import Lines, of
-from published import ROOT, all_rows, csvs, links, of_one_torch, with_block
+from published import ROOT, against, all_rows, csvs, grouped, links, markdown, of_one_torch, spread, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.errors import BadInput
@@ -36,28 +36,10 @@ FEW, MANY = 8, 32
 COLOURS = {TEACHER: "#1f2733", STUDENT: "#2a6fbb", PUBLISHED: "#3f8f5f", UNREAD: "#7b4fa3", PRUNED: "#d9822b"}
 
 
-def grouped(lines: Lines, column: str) -> dict[str, Lines]:
-    """The rows by what stands in `column`, in the order of the file."""
-    found: dict[str, Lines] = {}
-    for line in lines:
-        found.setdefault(line[column], []).append(line)
-    return found
-
-
 def of_photo_models(lines: Lines) -> dict[str, Lines]:
     """The rows of photos by model, in the order in which they are shown."""
     models = grouped(lines, "model")
     return {name: models[name] for name in (*ORDER, *models) if name in models}
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
-
-
-def spread(values: list[float]) -> str:
-    """The mean of some seeds in per cent, and their worst and best."""
-    shown = f"{100 * mean(values):.1f}"
-    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def loads(lines: Lines) -> str:
@@ -88,10 +70,10 @@ def scenes(lines: Lines) -> list[str]:
         kept = [percent(some, column) for column in ("accuracy_of_teacher", "r1_of_teacher")]
         rows.append((name, str(len(some)), values[0], kept[0], values[1], kept[1], size, times, part))
     sizes = [f"{int(lines[0][column]):,}" for column in ("classified", "images")]
-    data = f"Data: `{lines[0]['data']}`; accuracy among all colours of shapes, of {sizes[0]} test images; R@1 among {sizes[1]}, as mean of "
-    data += "both ways."
+    data = f"Accuracy among all colours of shapes: of {sizes[0]} test images of `{lines[0]['classified_data']}`. R@1, as mean of both "
+    data += f"ways: among {sizes[1]} of `{lines[0]['data']}`."
     timed = f"Timed with {lines[0]['threads']} thread(s), load of the machine {loads(lines)}."
-    return [data, "", *table(head, rows), "", *(f"- {text}" for text in of_scenes(models)), "", timed]
+    return [data, "", *markdown(head, rows), "", *(f"- {text}" for text in of_scenes(models)), "", timed]
 
 
 def of_scenes(models: dict[str, Lines]) -> list[str]:
@@ -112,8 +94,11 @@ def of_scenes(models: dict[str, Lines]) -> list[str]:
         )
         said.append(f"{text}{'reached' if reached else 'missed'}{', of one seed' if len(some) == 1 else ''}.")
     if STUDENT in models and PRUNED in models:
-        gap = 100 * (mean(of(models[STUDENT], "r1")) - mean(of(models[PRUNED], "r1")))
-        said.append(f"`{PRUNED}`, of equal size, is {abs(gap):.1f} points of R@1 {'behind' if gap > 0 else 'ahead of'} `{STUDENT}`.")
+        seeds = {line["seed"] for line in models[STUDENT]} & {line["seed"] for line in models[PRUNED]}
+        for column, unit in (("accuracy", "points of accuracy"), ("r1", "points of R@1")):
+            own, other = (of([line for line in models[name] if line["seed"] in seeds], column) for name in (PRUNED, STUDENT))
+            if seeds:
+                said.append(f"`{PRUNED}`, of equal size, against `{STUDENT}`, of the same seeds: {against(own, other, unit)}.")
     worst = min(of(models.get(TEACHER, []), "r1"), default=0.0)
     if worst < FOUND:
         said.append(f"Nothing of this counts: the teacher's R@1 is {100 * worst:.1f} %, less than {100 * FOUND:.0f}.")
@@ -138,7 +123,7 @@ def store(lines: Lines) -> list[str]:
             )
             said.append(f"- `{name}`, {text} (target: {STORED:g}): {'reached' if both >= STORED else 'missed'}.")
     timed = f"Medians of steps in one process with {lines[0]['threads']} thread(s), the ways in turns; load of the machine {loads(lines)}."
-    return [*table(head, rows), "", *said, "", timed]
+    return [*markdown(head, rows), "", *said, "", timed]
 
 
 def photos(lines: Lines) -> list[str]:
@@ -156,7 +141,7 @@ def photos(lines: Lines) -> list[str]:
     trained = [line for line in lines if line["model"] != TEACHER]
     how = [" or ".join(dict.fromkeys(line[column] for line in trained)) for column in ("steps", "precision")]
     steps = f"Students were trained for {how[0]} steps, in {how[1]}." if trained else "No student was trained yet."
-    return [*table(head, rows), "", *(f"- {text}" for text in of_photos(models)), "", steps]
+    return [*markdown(head, rows), "", *(f"- {text}" for text in of_photos(models)), "", steps]
 
 
 def of_photos(models: dict[str, Lines]) -> list[str]:
@@ -173,22 +158,18 @@ def of_photos(models: dict[str, Lines]) -> list[str]:
     others = [name for name in recalls if name not in ORDER] if SELECTED in recalls else []
     said += [f"`{name}` against `{SELECTED}`: {against(recalls[name], recalls[SELECTED])}." for name in others]
     if SELECTED in recalls and PAIRS in recalls:
-        reached = mean(recalls[SELECTED]) >= mean(recalls[PAIRS])
-        said.append(
-            f"That no pairs are needed to reach what pairs give, as the paper says, {'holds' if reached else 'does not hold'} here."
-        )
+        pairs = mean(recalls[PAIRS])
+        reached = mean(recalls[SELECTED]) >= pairs
+        text = f"That no pairs are needed to reach what pairs give, as the paper says, {'holds' if reached else 'does not hold'} here for"
+        text += f" `{SELECTED}` (both terms)"
+        more = [name for name in others if mean(recalls[name]) >= pairs]
+        reach = "; ".join(f"`{name}` ({seeds_in_words(recalls[name])}) reaches it" for name in more)
+        said.append(f"{text}{f', while {reach}' if reach else ''}.")
     return said
 
 
-def against(own: list[float], other: list[float]) -> str:
-    """The gap in points of mean recall, and whether the seeds tell it from none."""
-    gap = 100 * (mean(own) - mean(other))
-    text = f"{abs(gap):.1f} points of mean recall {'more' if gap >= 0 else 'less'}"
-    if min(len(own), len(other)) < 2:
-        return f"{text}, of one seed"
-    return (
-        f"{text}{', a tie beside the spread of the seeds' if abs(gap) <= 100 * max(max(some) - min(some) for some in (own, other)) else ''}"
-    )
+def seeds_in_words(values: list[float]) -> str:
+    return "one seed" if len(values) == 1 else f"{len(values)} seeds"
 
 
 def plot_scenes(axes: Any, lines: Lines) -> None:

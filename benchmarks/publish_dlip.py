@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from publish_scenes import Lines, by_model, doubts, of
-from published import ROOT, all_rows, csvs, lines_of, links, of_one_torch, with_block
+from published import ROOT, all_rows, csvs, is_tie, lines_of, links, of_one_torch, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
@@ -78,7 +78,7 @@ def verdict(lines: Lines) -> list[str]:
         said += [f"{task} does not count: {doubt}" for doubt in (doubts(models) if TEACHER in models else ["the teacher was not measured"])]
         if others := beside_another(models):
             said.append(
-                f"{task}: the per cent of {', '.join(others)} are of a teacher that was trained another time, not of the one in the table"
+                f"{task}: the percentages of {', '.join(others)} are of another training of the teacher, not of the one in the table"
             )
         if "text only" not in models:
             said.append(f"{task} does not count yet: no model without pictures stands beside it")
@@ -99,8 +99,7 @@ def against(models: dict[str, Lines]) -> str:
     text = f"with a teacher the student keeps {abs(100 * gap):.1f} points {'more' if gap > 0 else 'less'} than without one"
     if min(len(own), len(other)) < 2:
         return f"{text}, which one seed does not prove"
-    spread = max(max(some) - min(some) for some in (own, other))
-    return f"{text}{', a tie beside the spread of the seeds' if abs(gap) <= spread else ''}"
+    return f"{text}{', a tie beside the spread of the seeds' if is_tie(own, other) else ''}"
 
 
 def findings(found: Kept) -> Iterator[tuple[str, str]]:

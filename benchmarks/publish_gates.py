@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from publish_ablation import Group, check, groups, verdict
-from published import ROOT, csvs, published_rows, with_block
+from published import ROOT, against, csvs, grouped, markdown, of_one_torch, published_rows, spread, with_block
 
 from efficientvlm.checkpoints.files import write_atomic
 from efficientvlm.script import run_script
@@ -80,53 +80,52 @@ def block(found: list[Group], name: Path) -> str:
 
 
 def of_photos(lines: list[dict[str, str]], name: Path) -> str:
-    """What stands between the markers of the page about photos."""
-    arms = {arm: [line for line in lines if line["arm"] == arm] for arm in dict.fromkeys(line["arm"] for line in lines)}
-    recalls = {arm: [100 * float(line["mean_recall"]) for line in some] for arm, some in arms.items()}
-    head = ("arm", "parameters", "mean recall", "seeds: worst to best", "of the teacher's")
-    out = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    """What stands between the markers of the page about photos.
+
+    Raises:
+        BadInput: rows that cannot be compared.
+    """
+    of_one_torch(lines)
+    arms = grouped(lines, "arm")
+    recalls = {arm: [float(line["mean_recall"]) for line in some] for arm, some in arms.items()}
+    rows = []
     for arm, some in arms.items():
-        parts = [mean(100 * float(line[column]) for line in some) for column in ("parameters_of_teacher", "mean_recall_of_teacher")]
-        seeds = f"{min(recalls[arm]):.1f} to {max(recalls[arm]):.1f} ({len(some)})" if len(some) > 1 else "one seed"
-        out.append(f"| {arm} | {parts[0]:.1f} % | {mean(recalls[arm]):.1f} | {seeds} | {parts[1]:.1f} % |")
-    own, other = recalls.get(LEARNT, []), recalls.get(SCORES[0], [])
-    if len(own) > 1 and len(other) > 1:
-        gap, spread = mean(own) - mean(other), max(max(some) - min(some) for some in (own, other))
-        how = "a tie" if abs(gap) <= spread else "better" if gap > 0 else "worse"
-        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {gap:+.1f} points of mean recall, seeds spread over {spread:.1f}: {how}."]
-    first = lines[0]
-    told = f"The teacher has {100 * float(first['teacher_mean_recall']):.1f}. {first['task_steps']} steps on the task, trained in "
-    told += f"{first['precision']}."
+        parts = [
+            f"{100 * mean(float(line[column]) for line in some):.1f} %" for column in ("parameters_of_teacher", "mean_recall_of_teacher")
+        ]
+        rows.append((arm, str(len(some)), parts[0], spread(recalls[arm]), parts[1]))
+    out = markdown(("arm", "seeds", "parameters", "mean recall", "of the teacher's"), rows)
+    if LEARNT in recalls and SCORES[0] in recalls:
+        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {against(recalls[LEARNT], recalls[SCORES[0]])}."]
+    how = [" or ".join(dict.fromkeys(line[column] for line in lines)) for column in ("task_steps", "precision")]
+    told = f"The teacher has {100 * float(lines[0]['teacher_mean_recall']):.1f}. {how[0]} steps on the task, trained in {how[1]}."
     return "\n".join([*out, "", told, f"Every run: [{name.name}](../{name.as_posix()})."])
 
 
 def of_equal_time(lines: list[dict[str, str]], name: Path) -> str:
-    """What stands between the markers of the page about budgets, at equal milliseconds."""
-    head = (
-        "sparsity",
-        "budget",
-        "seeds",
-        "of the teacher's accuracy",
-        "ms by the table",
-        "faster, measured",
-        "parameters",
-        "multiply-adds",
-    )
-    out, said = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"], []
-    for sparsity in dict.fromkeys(line["sparsity"] for line in lines):
-        kept: dict[str, list[float]] = {}
-        for budget in ("parameters", "latency"):
-            some = [line for line in lines if (line["sparsity"], line["budget"]) == (sparsity, budget)]
-            shares = kept[budget] = [100 * float(line["accuracy_of_teacher"]) for line in some]
+    """What stands between the markers of the page about budgets, at equal milliseconds.
+
+    Raises:
+        BadInput: rows that cannot be compared.
+    """
+    of_one_torch(lines)
+    shown = ("of the teacher's accuracy (%)", "ms by the table", "faster, measured", "parameters", "multiply-adds")
+    rows, said = [], []
+    for sparsity, of_both in grouped(lines, "sparsity").items():
+        kept = {}
+        for budget, some in grouped(of_both, "budget").items():
+            kept[budget] = [float(line["accuracy_of_teacher"]) for line in some]
             means = [mean(float(line[column]) for line in some) for column in ("table_ms", "speedup", "parameters", "macs")]
-            shown = f"{mean(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})"
             cells = (f"{means[0]:.2f}", f"{means[1]:.2f} ×", f"{means[2] / 1e3:.0f} k", f"{means[3] / 1e6:.1f} M")
-            out.append(f"| {sparsity} | {budget} | {len(shares)} | {shown} | {' | '.join(cells)} |")
-        gap = mean(kept["latency"]) - mean(kept["parameters"])
-        spread = max(max(shares) - min(shares) for shares in kept.values())
-        how = "one seed tells nothing" if len(kept["latency"]) < 2 else "a tie" if abs(gap) <= spread else "better" if gap > 0 else "worse"
-        said.append(f"- What is asked for by a sparsity of {sparsity}: milliseconds against parameters {gap:+.1f} points: {how}.")
-    return "\n".join([*out, "", *said, "", f"Every run: [{name.name}](../{name.as_posix()})."])
+            rows.append((sparsity, budget, str(len(some)), spread(kept[budget]), *cells))
+        by_time, by_size = kept["latency"], kept["parameters"]
+        gap = against(by_time, by_size, "points of the teacher's accuracy")
+        fewer = sum(own < other for own, other in zip(by_time, by_size, strict=True))
+        seeds = f"; less in {fewer} of {len(by_time)} seeds" if len(by_time) > 1 else ""
+        said.append(f"- At a sparsity of {sparsity}, gates under a budget in milliseconds keep, against one in parameters: {gap}{seeds}.")
+    return "\n".join(
+        [*markdown(("sparsity", "budget", "seeds", *shown), rows), "", *said, "", f"Every run: [{name.name}](../{name.as_posix()})."]
+    )
 
 
 def plot(found: list[Group], path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from efficientvlm.checkpoints import manifest
@@ -149,6 +150,45 @@ def code() -> str:
 def about(what: str) -> dict[str, Any]:
     """What a row is, which code made it, on which torch, and when."""
     return {"what": what, "commit": code(), "torch": manifest.environment()["torch"], "date": manifest.now()[:10]}
+
+
+def of_towers(towers: Path) -> list[str]:
+    """Overrides of a recipe whose stage `start` reads the pretrained towers in a folder that :mod:`efficientvlm.examples.towers` wrote."""
+    dinov2, minilm = towers / "dinov2-small", towers / "minilm"
+    return [f"start.vision_from={dinov2}", f"start.text_from={minilm}", f"start.tokenizer={minilm}"]
+
+
+def grouped(lines: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:
+    """The rows by what stands in `column`, in the order of the file."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in lines:
+        found.setdefault(line[column], []).append(line)
+    return found
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of some seeds in per cent, and their worst and best."""
+    shown = f"{100 * mean(values):.1f}"
+    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def is_tie(own: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether the means of two arms differ by no more than the seeds of either do."""
+    return abs(mean(own) - mean(other)) <= max(max(some) - min(some) for some in (own, other))
+
+
+def against(own: Sequence[float], other: Sequence[float], unit: str = "points of mean recall") -> str:
+    """The gap of two arms in per cent, and whether the seeds tell it from none."""
+    gap = 100 * (mean(own) - mean(other))
+    text = f"{abs(gap):.1f} {unit} {'more' if gap >= 0 else 'less'}"
+    if min(len(own), len(other)) < 2:
+        return f"{text}, of one seed"
+    return f"{text}{', a tie beside the spread of the seeds' if is_tie(own, other) else ''}"
 
 
 def share(value: float, whole: float) -> float | None:

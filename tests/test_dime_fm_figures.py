@@ -33,7 +33,7 @@ def of_scenes(model: str, accuracy: float, first: float, seed: int = 0, **more: 
     part = 1.0 if model == "teacher" else 0.27
     sizes = {"vision_parameters": int(part * 1.6e6), "vision_of_teacher": part, "macs_of_teacher": part}
     kept = {"accuracy": 0.9 * accuracy, "accuracy_of_teacher": accuracy, "r1": 0.6 * first, "r1_of_teacher": first}
-    counted = {"data": "shapes:only=20", "images": 500, "classified": 1000}
+    counted = {"data": "shapes:only=20", "images": 500, "classified": 1000, "classified_data": "shapes:size=10000,only=20"}
     timed = {f"batch_{batch}_speedup": 1.0 if model == "teacher" else speed for batch, speed in ((8, 3.0), (32, 3.5))}
     timed |= {"threads": 1, "load": 1.5}
     return {"seed": seed, "model": model, **kept, **sizes, **timed, **counted, "torch": "2", **more}
@@ -65,8 +65,11 @@ def of_photos(model: str, recall: float, seed: int = 0) -> dict[str, Any]:
             {"selected": [0.3], "true pairs": [0.2]},
             "trained on true pairs for as many steps: 10.0 points of mean recall more, of one seed.",
         ),
-        ({"selected": [0.3], "true pairs": [0.2]}, "That no pairs are needed to reach what pairs give, as the paper says, holds here."),
-        ({"selected": [0.1, 0.1], "true pairs": [0.2, 0.2]}, "does not hold here."),
+        (
+            {"selected": [0.3], "true pairs": [0.2]},
+            "That no pairs are needed to reach what pairs give, as the paper says, holds here for `selected` (both terms).",
+        ),
+        ({"selected": [0.1, 0.1], "true pairs": [0.2, 0.2]}, "does not hold here for `selected` (both terms)."),
         ({"selected": [0.1], "without vl": [0.2]}, "`without vl` against `selected`: 10.0 points of mean recall more, of one seed."),
         (
             {"selected": [0.3, 0.32], "random part": [0.3, 0.31]},
@@ -96,7 +99,7 @@ def texts(records: list[dict[str, Any]]) -> list[dict[str, str]]:
             {},
             "(90 %) with 27.0 % of its tower's parameters (29 %), and is faster by 94 % of the ratio of multiply-adds",
         ),
-        ({}, "`pruned`, of equal size, is 16.2 points of R@1 behind `student`."),
+        ({}, "`pruned`, of equal size, against `student`, of the same seeds: 16.2 points of R@1 less, of one seed."),
         ({"student": 0.94}, "94 % of the ratio of multiply-adds at batch 32 (90 %): missed, of one seed."),
         (
             {"vision_of_teacher": 0.3},
@@ -136,7 +139,7 @@ def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, 
         append(results / "dime_fm_photos_some-cpu.csv", record)
     written = publishing.publish(tmp_path)
     page = (tmp_path / PAGE).read_text("utf-8")
-    assert "of 1,000 test images; R@1 among 500" in page
+    assert "of 1,000 test images of `shapes:size=10000,only=20`. R@1, as mean of both ways: among 500 of `shapes:only=20`." in page
     assert (
         "| student | 2 | 86.4 (85.5 to 87.3) | 96.0 % | 57.0 (55.8 to 58.2) | 95.0 % | 0.43 M, 27.0 % | 3.00 × / 3.50 × | 81 % / 94 % |"
         in page

@@ -80,7 +80,7 @@ def test_verdicts(publishing: Any, changed: dict[str, Any], said: str) -> None:
 def test_rows_beside_another_teacher_are_told(publishing: Any) -> None:
     lines = texts([*rows(), line("captions", "small, pruned", 0.9, value=0.8)])
     assert (
-        "Captions: the per cent of small, pruned are of a teacher that was trained another time, not of the one in the table."
+        "Captions: the percentages of small, pruned are of another training of the teacher, not of the one in the table."
         in publishing.verdict(lines)
     )
     assert "another training" not in " ".join(publishing.verdict(texts(rows())))

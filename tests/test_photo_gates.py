@@ -9,6 +9,8 @@ import pytest
 from doc_pages import script
 from test_flickr8k import short, world  # noqa: F401
 
+from efficientvlm.errors import BadInput
+
 
 @pytest.mark.slow
 def test_both_arms_come_of_one_tuned_student(world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
@@ -26,16 +28,16 @@ def test_both_arms_come_of_one_tuned_student(world: Path, monkeypatch: pytest.Mo
 
 def line(arm: str, recall: float) -> dict[str, str]:
     values: dict[str, Any] = {"arm": arm, "parameters_of_teacher": 0.3, "mean_recall": recall, "mean_recall_of_teacher": recall / 0.5}
-    values |= {"teacher_mean_recall": 0.5, "task_steps": 600, "precision": "bf16"}
+    values |= {"teacher_mean_recall": 0.5, "task_steps": 600, "precision": "bf16", "torch": "2"}
     return {name: str(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize(
     ("gates", "magnitude", "said"),
     [
-        ((0.40, 0.42), (0.30, 0.31), "+10.5 points of mean recall, seeds spread over 2.0: better."),
-        ((0.30, 0.31), (0.40, 0.42), "-10.5 points of mean recall, seeds spread over 2.0: worse."),
-        ((0.40, 0.42), (0.41, 0.42), "-0.5 points of mean recall, seeds spread over 2.0: a tie."),
+        ((0.40, 0.42), (0.30, 0.31), ": 10.5 points of mean recall more."),
+        ((0.30, 0.31), (0.40, 0.42), ": 10.5 points of mean recall less."),
+        ((0.40, 0.42), (0.41, 0.42), ": 0.5 points of mean recall less, a tie beside the spread of the seeds."),
     ],
 )
 def test_the_verdict_is_by_the_spread_of_the_seeds(gates: tuple[float, ...], magnitude: tuple[float, ...], said: str) -> None:
@@ -43,4 +45,6 @@ def test_the_verdict_is_by_the_spread_of_the_seeds(gates: tuple[float, ...], mag
     text = script("benchmarks/publish_gates.py").of_photos(lines, Path("benchmarks/results/photo_gates_some-cpu.csv"))
     assert said in text and "The teacher has 50.0. 600 steps on the task, trained in bf16." in text
     one = script("benchmarks/publish_gates.py").of_photos(lines[:1] + lines[2:], Path("x/y.csv"))
-    assert "one seed" in one and "points of mean recall" not in one
+    assert "points of mean recall" in one and ", of one seed." in one
+    with pytest.raises(BadInput, match="compared"):
+        script("benchmarks/publish_gates.py").of_photos([lines[0], {**lines[1], "torch": "3"}], Path("x/y.csv"))
