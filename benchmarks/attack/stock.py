@@ -57,7 +57,9 @@ class Stock:
             raise RuntimeError(f"evlm {' '.join(argv)} ended with {ended.code}: {ended.err[-2000:]}")
 
     def _commands(self, name: str, path: Path) -> None:
-        model = lambda other: str(self.get(f"model/{other}"))  # noqa: E731
+        def model(other: str) -> str:
+            return str(self.get(f"model/{other}"))
+
         out, data = ["--out", str(path)], ["--data", SHAPES]
         argv = {
             "init": lambda: ["init", "--size", "tiny", *data, "--vocab-size", "80", *TINY, "-q"],
