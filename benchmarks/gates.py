@@ -1,9 +1,11 @@
 """Do gates that are learnt choose better than a score does, where little may stay? Every arm with the same teacher, floors and steps.
 
-python benchmarks/gates.py [--data easy-vqa|shapes] [--sparsity 0.4|0.6|0.8] [--seed 0] [--arm NAME] [--out runs/ablation] [--list]
+python benchmarks/gates.py [--data easy-vqa|shapes] [--sparsity 0.4|0.6|0.8] [--seed 0] [--arm NAME] [--times 1]
+    [--out runs/ablation] [--list]
 
-Chains and rows are those of `vqa_ablation.py`, and so are models that both need. A row is appended to the CSV as soon as a run ends; runs
-that have a row are passed over, and a run that was interrupted resumes.
+Chains and rows are those of `vqa_ablation.py`, and so are models that both need. With `--times 2` all arms take twice the steps on the
+task, and a CSV of its own has the rows. A row is appended to the CSV as soon as a run ends; runs that have a row are passed over, and a run
+that was interrupted resumes.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ CHOICES = {
 }
 
 
-def runs(data: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
+def runs(data: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], arms: Sequence[str], times: int = 1) -> list[Run]:
     """All arms of one task, sparsity and seed one after the other."""
-    return [Run(DATA[task], CHOICES[arm], part, seed) for part, seed, task, arm in product(sparsities, seeds, data, arms)]
+    return [Run(DATA[task], CHOICES[arm], part, seed, times) for part, seed, task, arm in product(sparsities, seeds, data, arms)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,16 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default=None,
             help="all by default, of sparsities 0.8 and 0.6",
         )
+    parser.add_argument("--times", type=int, default=1, help="how many times the usual steps on the task")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="where models are kept")
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
-    chosen = runs(options.data or list(DATA), options.sparsity or USUAL, options.seed or SEEDS, options.arm or list(CHOICES))
-    return run_script(lambda: [work(chosen, options.out, only_said=options.list)])
+    if options.times < 1:
+        parser.error(f"--times {options.times}: 1 at least")
+    picked = options.data or list(DATA), options.sparsity or USUAL, options.seed or SEEDS, options.arm or list(CHOICES)
+    chosen = runs(*picked, options.times)
+    return run_script(lambda: [work(chosen, options.out, csv(options.times), only_said=options.list)])
 
 
-def work(chosen: list[Run], root: Path, *, only_said: bool) -> Path:
-    """The CSV of this machine, to which the rows of `chosen` were added."""
-    path = ROOT / csv_of("gates", processor())
+def csv(times: int) -> str:
+    """The name of the CSV of rows with so many times the usual steps."""
+    return "gates" if times == 1 else f"gates_x{times}"
+
+
+def work(chosen: list[Run], root: Path, name: str, *, only_said: bool) -> Path:
+    """The CSV `name` of this machine, to which the rows of `chosen` were added."""
+    path = ROOT / csv_of(name, processor())
     fill(path, chosen, root, only_said=only_said)
     return path
 

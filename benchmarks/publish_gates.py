@@ -1,5 +1,5 @@
 """Publish what gates choose beside scores: tables with verdicts and a plot of the rows of `gates.py` and, where there are any, of
-`photo_gates.py` and `equal_time.py`. Nothing is measured or typed here.
+`gates.py --times 2`, `photo_gates.py` and `equal_time.py`. Nothing is measured or typed here.
 
 python benchmarks/publish_gates.py
 """
@@ -20,7 +20,7 @@ from efficientvlm.script import run_script
 
 PAGE, PICTURE = Path("docs/ablation.md"), Path("docs/gates.png")
 LEARNT, SCORES = "tuned first", ("magnitude-kd", "taylor-kd")
-PHOTOS = "photo_gates"
+LONGER, PHOTOS = "gates_x2", "photo_gates"
 BUDGETS, EQUAL_TIME = Path("docs/pruning.md"), "equal_time"
 KEPT, AT = 0.97, 0.8
 """The target: what gates that are learnt as proposed keep of the teacher's accuracy at this sparsity."""
@@ -77,6 +77,13 @@ def block(found: list[Group], name: Path) -> str:
     parts = [*(f"- {text}" for text in said(found)), "", *table(found), ""]
     parts += [f"Every run: [{name.name}](../{name.as_posix()}).", "", f"![What gates and scores keep]({PICTURE.name})"]
     return "\n".join(parts)
+
+
+def of_longer(found: list[Group], name: Path) -> str:
+    """What stands between the markers of the page about runs with more steps."""
+    steps = int(found[0].lines[0]["task_steps"])
+    parts = [*(f"- {text}" for text in said(found)), "", *table(found), "", f"{steps:,} steps on the task in all rows."]
+    return "\n".join([*parts, f"Every run: [{name.name}](../{name.as_posix()})."])
 
 
 def of_photos(lines: list[dict[str, str]], name: Path) -> str:
@@ -160,6 +167,11 @@ def publish(root: Path = ROOT) -> list[Path]:
     found = groups(rows)
     check(found)
     page = with_block((root / PAGE).read_text("utf-8"), "gates", block(found, name))
+    if csvs(root, LONGER):
+        rows, name = published_rows(root, LONGER)
+        longer = groups(rows)
+        check(longer)
+        page = with_block(page, "gates-longer", of_longer(longer, name))
     if csvs(root, PHOTOS):
         page = with_block(page, "photo-gates", of_photos(*published_rows(root, PHOTOS)))
     plot(found, root / PICTURE)

@@ -116,6 +116,13 @@ class Run:
     arm: Arm
     sparsity: float
     seed: int
+    times: int = 1
+    """How many times the usual steps on the task are taken."""
+
+    @property
+    def longer(self) -> str:
+        """What is added to the names of folders in which models trained for longer lie."""
+        return f"-x{self.times}" if self.times > 1 else ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -139,7 +146,7 @@ class Chain:
 
     def __init__(self, run: Run, root: Path) -> None:
         self.run, self.root, self.general = run, root / run.data.name, root / "general"
-        self.folder = self.root / f"{run.arm.name}-{run.sparsity:g}-{run.seed}"
+        self.folder = self.root / f"{run.arm.name}-{run.sparsity:g}-{run.seed}{run.longer}"
 
     def stage(self, name: str, out: Path, **settings: Any) -> Any:
         if settings.get("quirks") == EVERY:
@@ -181,6 +188,7 @@ class Chain:
     def final(self) -> Path:
         """The finished model of this run."""
         run, arm, out = self.run, self.run.arm, self.folder / "final"
+        first, second = run.times * PRUNE_STEPS, run.times * FINETUNE_STEPS
         common: dict[str, Any] = {"data": run.data.questions, "seed": run.seed, "teacher": self.teacher(), **TRAINING, **arm.settings}
         if arm.kd:
             common["weights"] = {name: 0.0 for name in arm.without if name in TaskWeights.model_fields}
@@ -189,23 +197,23 @@ class Chain:
         if arm.method == "none":
             start = self.folder / "start"
             structured(self.structure(), self.start() if arm.start == "sliced" else None, self.teacher(), start, run.seed)
-            self.stage("finetune", out, model=str(start), max_steps=PRUNE_STEPS + FINETUNE_STEPS, **common)
+            self.stage("finetune", out, model=str(start), max_steps=first + second, **common)
             return out
         cut: dict[str, Any] = {"sparsity": run.sparsity, "method": arm.method, "keep_dense": False, **common}
         if arm.start == "tuned":
-            tuned = self.root / f"tuned{'-kd' * arm.kd}-{run.seed}"
-            self.stage("finetune", tuned, model=self.start(), max_steps=PRUNE_STEPS, **common)
+            tuned = self.root / f"tuned{'-kd' * arm.kd}-{run.seed}{run.longer}"
+            self.stage("finetune", tuned, model=self.start(), max_steps=first, **common)
             learnt = LEARNT | arm.gates if arm.method == "l0" else {}
-            self.stage("prune", out, model=str(tuned), max_steps=FINETUNE_STEPS, **cut | learnt)
+            self.stage("prune", out, model=str(tuned), max_steps=second, **cut | learnt)
             return out
         if arm.name == "tower-budgets":
             cut["tower_sparsity"] = dict.fromkeys(("vision", "text", "fusion", "decoder"), run.sparsity)
         pruned, cut = self.folder / "pruned", cut | LEARNT | arm.gates
         if arm.one:
-            self.stage("prune", out, model=self.start(), max_steps=PRUNE_STEPS + FINETUNE_STEPS, **cut)
+            self.stage("prune", out, model=self.start(), max_steps=first + second, **cut)
             return out
-        self.stage("prune", pruned, model=self.start(), max_steps=PRUNE_STEPS, **cut)
-        self.stage("finetune", out, model=str(pruned), max_steps=FINETUNE_STEPS, **common)
+        self.stage("prune", pruned, model=self.start(), max_steps=first, **cut)
+        self.stage("finetune", out, model=str(pruned), max_steps=second, **common)
         return out
 
     def structure(self) -> Path:
@@ -272,7 +280,7 @@ def row(run: Run, root: Path) -> dict[str, Any]:
         "accuracy_of_teacher": measured["accuracy"] / reference["accuracy"],
         "questions": measured["questions"],
         "distill_steps": DISTILL_STEPS if run.arm.kd and run.arm.start != "student" else 0,
-        "task_steps": PRUNE_STEPS + FINETUNE_STEPS,
+        "task_steps": run.times * (PRUNE_STEPS + FINETUNE_STEPS),
         "cpu_seconds": round(seconds, 1),
         "what": run.arm.what,
         "commit": code(),

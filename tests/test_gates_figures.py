@@ -54,6 +54,25 @@ def test_tables_and_plot_are_made_from_the_rows(publishing: Any, tmp_path: Path)
     assert (tmp_path / "docs/gates.png").stat().st_size
 
 
+def test_longer_runs_have_a_table_of_their_own(publishing: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / PAGE).write_text((ROOT / PAGE).read_text("utf-8"))
+    append = script("benchmarks/published.py").append
+    append(tmp_path / "benchmarks/results/gates_some-cpu.csv", line(LEARNT, 0.95))
+    append(tmp_path / "benchmarks/results/gates_x2_some-cpu.csv", {**line(LEARNT, 0.98), "task_steps": 2400})
+    publishing.publish(tmp_path)
+    page = (tmp_path / PAGE).read_text("utf-8")
+    assert "`tuned first` keeps 95.0 %" in page and "`tuned first` keeps 98.0 %" in page and "2,400 steps on the task in all rows." in page
+
+
+def test_longer_runs_share_no_model_with_the_usual_ones() -> None:
+    ablation, gates = script("benchmarks/vqa_ablation.py"), script("benchmarks/gates.py")
+    usual, longer = (
+        [ablation.Chain(run, Path("runs")) for run in gates.runs(["shapes"], [0.8], [0], ["tuned first"], times)] for times in (1, 2)
+    )
+    assert usual[0].folder != longer[0].folder and usual[0].root == longer[0].root and gates.csv(1) != gates.csv(2)
+
+
 def test_every_arm_has_a_colour_and_its_own_gates(publishing: Any) -> None:
     gates = script("benchmarks/gates.py")
     assert set(gates.CHOICES) == set(publishing.COLOURS)
