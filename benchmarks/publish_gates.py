@@ -103,7 +103,10 @@ def of_photos(lines: list[dict[str, str]], name: Path) -> str:
         rows.append((arm, str(len(some)), parts[0], spread(recalls[arm]), parts[1]))
     out = markdown(("arm", "seeds", "parameters", "mean recall", "of the teacher's"), rows)
     if LEARNT in recalls and SCORES[0] in recalls:
-        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {against(recalls[LEARNT], recalls[SCORES[0]])}."]
+        own, other = ({line["seed"]: float(line["mean_recall"]) for line in arms[arm]} for arm in (LEARNT, SCORES[0]))
+        both = [seed for seed in own if seed in other]
+        more = f"; more in {sum(own[seed] > other[seed] for seed in both)} of {len(both)} seeds" if len(both) > 1 else ""
+        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {against(recalls[LEARNT], recalls[SCORES[0]])}{more}."]
     how = [" or ".join(dict.fromkeys(line[column] for line in lines)) for column in ("task_steps", "precision")]
     told = f"The teacher has {100 * float(lines[0]['teacher_mean_recall']):.1f}. {how[0]} steps on the task, trained in {how[1]}."
     return "\n".join([*out, "", told, f"Every run: [{name.name}](../{name.as_posix()})."])
