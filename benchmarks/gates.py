@@ -27,6 +27,8 @@ SPARSITIES = (0.8, 0.6, 0.4)
 USUAL = SPARSITIES[:2]
 """What all arms are run at."""
 SEEDS = (0, 1, 2)
+CSVS = {1: "gates", 2: "gates_x2"}
+"""How many times the usual steps → the name of the CSV of such rows."""
 DEFAULTS: dict[str, Any] = {"sparsity_hold": 0.3, "gates": {}}
 CHOICES = {
     arm.name: arm
@@ -58,20 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default=None,
             help="all by default, of sparsities 0.8 and 0.6",
         )
-    parser.add_argument("--times", type=int, default=1, help="how many times the usual steps on the task")
+    parser.add_argument("--times", type=int, choices=list(CSVS), default=1, help="how many times the usual steps on the task")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="where models are kept")
     parser.add_argument("--list", action="store_true", help="say what is still to be run")
     options = parser.parse_args(arguments)
-    if options.times < 1:
-        parser.error(f"--times {options.times}: 1 at least")
-    picked = options.data or list(DATA), options.sparsity or USUAL, options.seed or SEEDS, options.arm or list(CHOICES)
-    chosen = runs(*picked, options.times)
-    return run_script(lambda: [work(chosen, options.out, csv(options.times), only_said=options.list)])
-
-
-def csv(times: int) -> str:
-    """The name of the CSV of rows with so many times the usual steps."""
-    return "gates" if times == 1 else f"gates_x{times}"
+    arms = options.arm or list(CHOICES)
+    chosen = runs(options.data or list(DATA), options.sparsity or USUAL, options.seed or SEEDS, arms, options.times)
+    return run_script(lambda: [work(chosen, options.out, CSVS[options.times], only_said=options.list)])
 
 
 def work(chosen: list[Run], root: Path, name: str, *, only_said: bool) -> Path:

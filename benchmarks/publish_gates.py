@@ -72,18 +72,29 @@ def table(found: list[Group]) -> list[str]:
     return out
 
 
+def verdicts(found: list[Group]) -> list[str]:
+    """What the gates reach, and the table of it."""
+    return [*(f"- {text}" for text in said(found)), "", *table(found)]
+
+
 def block(found: list[Group], name: Path) -> str:
     """What stands between the markers of the page."""
-    parts = [*(f"- {text}" for text in said(found)), "", *table(found), ""]
+    parts = [*verdicts(found), ""]
     parts += [f"Every run: [{name.name}](../{name.as_posix()}).", "", f"![What gates and scores keep]({PICTURE.name})"]
     return "\n".join(parts)
 
 
 def of_longer(found: list[Group], name: Path) -> str:
     """What stands between the markers of the page about runs with more steps."""
-    steps = int(found[0].lines[0]["task_steps"])
-    parts = [*(f"- {text}" for text in said(found)), "", *table(found), "", f"{steps:,} steps on the task in all rows."]
-    return "\n".join([*parts, f"Every run: [{name.name}](../{name.as_posix()})."])
+    steps = f"{int(found[0].lines[0]['task_steps']):,} steps on the task in all rows."
+    return "\n".join([*verdicts(found), "", steps, f"Every run: [{name.name}](../{name.as_posix()})."])
+
+
+def more_often(own: list[dict[str, str]], other: list[dict[str, str]], column: str) -> str:
+    """In how many of the seeds that both have `own` has more in `column`; nothing of one seed."""
+    mine, others = ({line["seed"]: float(line[column]) for line in some} for some in (own, other))
+    both = mine.keys() & others.keys()
+    return f"; more in {sum(mine[seed] > others[seed] for seed in both)} of {len(both)} seeds" if len(both) > 1 else ""
 
 
 def of_photos(lines: list[dict[str, str]], name: Path) -> str:
@@ -103,10 +114,8 @@ def of_photos(lines: list[dict[str, str]], name: Path) -> str:
         rows.append((arm, str(len(some)), parts[0], spread(recalls[arm]), parts[1]))
     out = markdown(("arm", "seeds", "parameters", "mean recall", "of the teacher's"), rows)
     if LEARNT in recalls and SCORES[0] in recalls:
-        own, other = ({line["seed"]: float(line["mean_recall"]) for line in arms[arm]} for arm in (LEARNT, SCORES[0]))
-        both = [seed for seed in own if seed in other]
-        more = f"; more in {sum(own[seed] > other[seed] for seed in both)} of {len(both)} seeds" if len(both) > 1 else ""
-        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {against(recalls[LEARNT], recalls[SCORES[0]])}{more}."]
+        gap = against(recalls[LEARNT], recalls[SCORES[0]])
+        out += ["", f"`{LEARNT}` against `{SCORES[0]}`: {gap}{more_often(arms[LEARNT], arms[SCORES[0]], 'mean_recall')}."]
     how = [" or ".join(dict.fromkeys(line[column] for line in lines)) for column in ("task_steps", "precision")]
     told = f"The teacher has {100 * float(lines[0]['teacher_mean_recall']):.1f}. {how[0]} steps on the task, trained in {how[1]}."
     return "\n".join([*out, "", told, f"Every run: [{name.name}](../{name.as_posix()})."])
@@ -122,16 +131,15 @@ def of_equal_time(lines: list[dict[str, str]], name: Path) -> str:
     shown = ("of the teacher's accuracy (%)", "ms by the table", "faster, measured", "parameters", "multiply-adds")
     rows, said = [], []
     for sparsity, of_both in grouped(lines, "sparsity").items():
-        kept = {}
-        for budget, some in grouped(of_both, "budget").items():
+        kept, budgets = {}, grouped(of_both, "budget")
+        for budget, some in budgets.items():
             kept[budget] = [float(line["accuracy_of_teacher"]) for line in some]
             means = [mean(float(line[column]) for line in some) for column in ("table_ms", "speedup", "parameters", "macs")]
             cells = (f"{means[0]:.2f}", f"{means[1]:.2f} ×", f"{means[2] / 1e3:.0f} k", f"{means[3] / 1e6:.1f} M")
             rows.append((sparsity, budget, str(len(some)), spread(kept[budget]), *cells))
         by_time, by_size = kept["latency"], kept["parameters"]
         gap = against(by_time, by_size, "points of the teacher's accuracy")
-        fewer = sum(own < other for own, other in zip(by_time, by_size, strict=True))
-        seeds = f"; less in {fewer} of {len(by_time)} seeds" if len(by_time) > 1 else ""
+        seeds = more_often(budgets["latency"], budgets["parameters"], "accuracy_of_teacher")
         said.append(f"- At a sparsity of {sparsity}, gates under a budget in milliseconds keep, against one in parameters: {gap}{seeds}.")
     return "\n".join(
         [*markdown(("sparsity", "budget", "seeds", *shown), rows), "", *said, "", f"Every run: [{name.name}](../{name.as_posix()})."]

@@ -32,6 +32,12 @@ def line(arm: str, recall: float) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def test_seeds_are_compared_with_themselves() -> None:
+    lines = [line("tuned first", value) | {"seed": seed} for seed, value in (("0", 0.40), ("1", 0.30))]
+    lines += [line("magnitude-kd", value) | {"seed": seed} for seed, value in (("1", 0.29), ("0", 0.39), ("2", 0.5))]
+    assert "; more in 2 of 2 seeds." in script("benchmarks/publish_gates.py").of_photos(lines, Path("x/y.csv"))
+
+
 @pytest.mark.parametrize(
     ("gates", "magnitude", "said"),
     [
