@@ -25,7 +25,7 @@ ACCURACY, FIRST, SMALL, FAST = 0.95, 0.9, 0.29, 0.9
 """The target on scenes: at least these parts of the teacher's accuracy and R@1, at most this part of its tower's parameters, at least this
 part of what fewer multiply-adds promise."""
 FOUND = 0.5
-"""R@1 from which on a teacher is worth following."""
+"""R@1 and accuracy from which on a teacher is worth following."""
 STORED = 2.0
 """How many times as fast training from the stores of both sides has to be."""
 SELECTED, WHOLE, RANDOM, PAIRS = "selected", "whole pile", "random part", "true pairs"
@@ -99,9 +99,9 @@ def of_scenes(models: dict[str, Lines]) -> list[str]:
             own, other = (of([line for line in models[name] if line["seed"] in seeds], column) for name in (PRUNED, STUDENT))
             if seeds:
                 said.append(f"`{PRUNED}`, of equal size, against `{STUDENT}`, of the same seeds: {against(own, other, unit)}.")
-    worst = min(of(models.get(TEACHER, []), "r1"), default=0.0)
-    if worst < FOUND:
-        said.append(f"Nothing of this counts: the teacher's R@1 is {100 * worst:.1f} %, less than {100 * FOUND:.0f}.")
+    for column, what in (("r1", "R@1"), ("accuracy", "accuracy")):
+        if (worst := min(of(models.get(TEACHER, []), column), default=0.0)) < FOUND:
+            said.append(f"Nothing of this counts: the teacher's {what} is {100 * worst:.1f} %, less than {100 * FOUND:.0f}.")
     return said
 
 

@@ -116,7 +116,10 @@ def test_what_is_not_measured_and_what_does_not_count_is_said(publishing: Any) -
     lines = texts([of_scenes("teacher", 1.0, 0.7), of_scenes("student", 0.97, 0.95)])
     found = " ".join(publishing.of_scenes(publishing.grouped(lines, "model")))
     assert "`both terms unread`: not measured yet." in found
-    assert "Nothing of this counts: the teacher's R@1 is 42.0 %, less than 50." in found
+    assert "Nothing of this counts: the teacher's R@1 is 42.0 %, less than 50." in found and "teacher's accuracy is" not in found
+    guessing = texts([of_scenes("teacher", 0.3, 1.0), of_scenes("student", 0.28, 0.95)])
+    found = " ".join(publishing.of_scenes(publishing.grouped(guessing, "model")))
+    assert "Nothing of this counts: the teacher's accuracy is 27.0 %, less than 50." in found and "teacher's R@1 is" not in found
 
 
 def test_tables_and_plot_are_made_from_the_rows_that_are_there(publishing: Any, tmp_path: Path) -> None:

@@ -24,13 +24,19 @@ MADE = "shapes:difficulty=2,size=64"
 def test_a_student_of_scenes_has_seen_no_pair_and_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("dime_fm/scenes")
     own = [f"{stage['name']}.{role}={MADE}" for stage in recipe.stages for role in ("data", "sentences") if stage.get(role)]
-    distilled = next(stage for stage in recipe.stages if stage["name"] == "distilled")
-    taught = next(stage for stage in recipe.stages if stage["name"] == "teacher")
-    assert len({distilled["data"], distilled["sentences"], taught["data"]}) == 3  # nothing is seen or read together
-    tests = [parse(stage["data"]) for stage in recipe.stages if stage["stage"] == "eval"]
-    hidden, learnt = tests[0].among, [parse(stage["data"]).among for stage in recipe.stages if stage.get("distillation")]
-    assert hidden and len(hidden) >= 20 and {test.among for test in tests} == {hidden} and parse(taught["data"]).among is None
-    assert len(learnt) == 2 and all(seen and not seen & hidden for seen in (*learnt, parse(distilled["sentences"]).among))
+    of = {kind: [stage for stage in recipe.stages if stage["stage"] == kind] for kind in ("init", "finetune", "distill", "prune", "eval")}
+    taught, learnt, tests = (
+        [parse(stage["data"]) for kind in kinds for stage in of[kind]] for kinds in (("init", "finetune"), ("distill", "prune"), ("eval",))
+    )
+    read = [parse(stage["sentences"]) for kind in ("distill", "prune") for stage in of[kind]]
+    seeds = [{each.seed for each in some} for some in (taught, learnt, read, tests)]
+    assert sum(map(len, seeds)) == len(set.union(*seeds)) == 4  # nothing is seen or read together
+    hidden = tests[0].among
+    assert hidden and len(hidden) >= 20 and {test.among for test in tests} == {hidden}
+    assert len(learnt) == len(read) == 2 and all(each.among and not each.among & hidden for each in (*learnt, *read))
+    assert all(each.among is None for each in taught if each.difficulty == learnt[0].difficulty)
+    named = [parse(stage["data"]).counts for stage in of["eval"] if stage["task"] == "zeroshot"]
+    assert named == [(1, 1)] * 3  # of two shapes in a picture either name would be right
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(activations, "training", lambda run, images: 0)  # a step of each stage, which takes some seconds
     made = plan(validate(recipe, own), Control(quiet=True))
