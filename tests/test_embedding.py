@@ -17,6 +17,7 @@ from test_data_files import pictures
 from efficientvlm.checkpoints.folder import require_complete
 from efficientvlm.errors import BadInput
 from efficientvlm.loaded import load
+from efficientvlm.objectives.embedding import EmbeddingTeacher
 from efficientvlm.planning.plan import plan
 from efficientvlm.recipe import Step
 from efficientvlm.settings import idle
@@ -139,6 +140,21 @@ def test_terms_that_read_no_sentence_are_said(towers: Path, learn_texts: bool, s
     values = {"out": "a", **given(towers, weights={"vl": 0.0, "pvl": 1.0, "cosine": 1.0}, learn_texts=learn_texts)}
     lines = idle.said(stage_settings("distill", values), values)
     assert ("sentences has no effect on what is learnt, as no term with a weight compares sentences" in lines) is said
+
+
+def test_a_teacher_embeds_no_sentence_that_is_not_compared(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, times, embed = [0], [], EmbeddingTeacher.sentences
+
+    def counted(teacher: EmbeddingTeacher, batch: dict[str, Any]) -> torch.Tensor:
+        asked[0] += 1
+        return embed(teacher, batch)
+
+    monkeypatch.setattr(EmbeddingTeacher, "sentences", counted)
+    for number, vl in enumerate((0.0, 1.0)):
+        asked[0] = 0
+        run_stage("distill", out=str(tmp_path / str(number)), **given(towers, weights={"vl": vl, "pvl": 1.0}))
+        times.append(asked[0])
+    assert times[1] - times[0] == STEPS["max_steps"] and times[0]  # what is measured reads them all the same
 
 
 def test_a_store_stands_in_for_the_teacher_and_another_is_refused(towers: Path, tmp_path: Path) -> None:

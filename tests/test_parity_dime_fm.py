@@ -136,3 +136,12 @@ def test_the_first_numbers_of_an_embedding_are_compared_too() -> None:
     narrow = values(short[0], teacher, text, widths=[4])  # a student whose whole vectors are shorter
     torch.testing.assert_close(narrow["vl"], torch.as_tensor(expected))
     torch.testing.assert_close(narrow["cosine"], 1 - F.cosine_similarity(*short[:2]).mean())
+
+
+def test_terms_of_images_alone_need_no_sentence() -> None:
+    student, teacher, text, _ = drawn()
+    places, known = (Rows(len(student)), Rows(len(text))), values(student, teacher, text)
+    records = [Record(embedded=Embedded(side, None, *places)) for side in (student, teacher)]
+    for term in rows_of(settings()):
+        if term.weight not in ("vl", "affinity"):
+            torch.testing.assert_close(compared(term, *records, {}), known[term.weight], rtol=0, atol=0)

@@ -22,20 +22,22 @@ from efficientvlm.runtime.exchange import Rows
 
 class Compared(NamedTuple):
     """Unit vectors of images [I, E] and sentences [T, E]; `images` and `texts` are their places among those of all processes, or of this
-    one as if there were no other. `reads` says whether the sentences are what a network itself says of them, and learns."""
+    one as if there were no other. `text` is None where no sentence is compared; `reads` says whether the sentences are what a network
+    itself says of them, and learns."""
 
     image: Tensor
-    text: Tensor
+    text: Tensor | None
     images: Rows
     texts: Rows
     reads: bool
 
     def first(self, width: int) -> Compared:
         """The first `width` numbers of every vector, as unit vectors again."""
-        return self._replace(image=first_of(self.image, width), text=first_of(self.text, width))
+        return self._replace(image=first_of(self.image, width), text=None if self.text is None else first_of(self.text, width))
 
     def similarities(self, scale: float) -> tuple[Tensor, Tensor]:
         """Of this process's images with all sentences, and of its sentences with all images, multiplied by `scale`."""
+        assert self.text is not None
         return scale * self.image @ self.texts.gather(self.text).T, scale * self.text @ self.images.gather(self.image).T
 
 
@@ -105,7 +107,10 @@ def affinity_mimicking(ours: Compared, alike: Compared, theirs: Compared, scale:
 def _sides(ours: Compared, theirs: Compared) -> list[tuple[Tensor, Tensor, Rows]]:
     """What is learnt, the teacher's of the same samples, and their places: images, and sentences that the student reads itself."""
     images = [(ours.image, theirs.image, ours.images)]
-    return images + ([(ours.text, theirs.text, ours.texts)] if ours.reads else [])
+    if not ours.reads:
+        return images
+    assert ours.text is not None and theirs.text is not None
+    return [*images, (ours.text, theirs.text, ours.texts)]
 
 
 def _mean(values: Tensor, rows: Rows) -> Tensor:
@@ -211,7 +216,10 @@ def at_widths(
 
 
 def _compared(image: Tensor, text: Tensor | None, places: Embedded, own: bool, *, reads: bool) -> Compared:
-    assert text is not None
-    images, texts = (Rows.of_one(len(rows)) for rows in (image, text)) if own else (places.images, places.texts)
-    image, text = (rows.float() if rows.requires_grad else rows.float().clone() for rows in (image, text))  # a teacher's had no gradients
-    return Compared(image, text, images, texts, reads)
+    images, texts = (Rows.of_one(rows.counts[rows.me]) for rows in (places.images, places.texts)) if own else (places.images, places.texts)
+    return Compared(_exact(image), None if text is None else _exact(text), images, texts, reads)
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """In float32; those of a teacher, which had no gradients, as a copy that may be part of a graph."""
+    return rows.float() if rows.requires_grad else rows.float().clone()

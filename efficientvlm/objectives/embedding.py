@@ -19,7 +19,8 @@ EMBEDDED = "embedded"
 
 class Embedded(NamedTuple):
     """Unit vectors of the images [I, E] and of the sentences [T, E] of this process; `images` and `texts` are their places among those of
-    all processes. A student whose tower of texts is the teacher's, and stays so, says nothing of sentences (None)."""
+    all processes. Of sentences a
+    student whose tower of texts is the teacher's, and stays so, says nothing (None), and neither does a teacher where none is compared."""
 
     image: Tensor
     text: Tensor | None
@@ -61,8 +62,9 @@ class EmbeddingTeacher:
     is looked up instead, and then of the whole picture, whatever the student is shown of it.
     """
 
-    def __init__(self, model: Any, stored: StoredTeacher | None = None) -> None:
-        """`model` may be None where images and sentences are both `stored`."""
+    def __init__(self, model: Any, stored: StoredTeacher | None = None, *, reads: bool = True) -> None:
+        """`model` may be None where images and sentences are both `stored`; `reads`: whether it says anything of a batch's sentences."""
+        self.reads = reads
         self.model, self.stored = model and model.eval().requires_grad_(False), stored or StoredTeacher()
 
     def images(self, batch: dict[str, Any]) -> Tensor:
@@ -80,7 +82,7 @@ class EmbeddingTeacher:
         return vectors
 
     def __call__(self, batch: dict[str, Any], step: int, want: Iterable[str], drawn: Any) -> Record:
-        return Record({EMBEDDED: Embedded(self.images(batch), self.sentences(batch), *drawn)})
+        return Record({EMBEDDED: Embedded(self.images(batch), self.sentences(batch) if self.reads else None, *drawn)})
 
 
 def seen_at(pixels: Tensor, side: int) -> Tensor:

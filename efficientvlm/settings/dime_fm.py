@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -75,3 +75,8 @@ class DimeFm(Taught):
         if len(set(widths)) < len(widths) or 0 in widths:
             raise ValueError("name each width once, and none of 0")
         return widths
+
+
+def compares_sentences(config: Any) -> bool:
+    """Whether a term with a weight compares images with sentences, or sentences are learnt; `config` is of DIME-FM and of embeddings."""
+    return bool(config.learn_texts or config.weights.vl or config.weights.affinity)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from efficientvlm.settings.base import Strict
 from efficientvlm.settings.common import Data, Learning, Stage, Taught, Train
-from efficientvlm.settings.dime_fm import DimeFm
+from efficientvlm.settings.dime_fm import DimeFm, compares_sentences
 from efficientvlm.settings.methods import METHODS
 from efficientvlm.settings.stages import Bench, Embed, Export, InitConfig, Prune
 from efficientvlm.settings.tasks import CaptioningSettings, Contrasting, EmbeddingSettings, PretrainingSettings, VQAEval
@@ -56,7 +55,7 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"label_smoothing"}, "without lm among the losses"
     if isinstance(config, Contrasting) and config.momentum == 0:
         yield {"queue", "queue_start", "alpha", "alpha_warmup", "contrast_over"}, "with momentum 0"
-    if isinstance(config, EmbeddingSettings) and isinstance(config, DimeFm) and not _compares_sentences(config):
+    if isinstance(config, EmbeddingSettings) and isinstance(config, DimeFm) and not compares_sentences(config):
         names = {name for name in EmbeddingSettings.model_fields if name.startswith("sentence")}
         yield names, "on what is learnt, as no term with a weight compares sentences"
     if isinstance(config, Taught) and not config.taught:
@@ -90,11 +89,6 @@ def _idle(config: Strict) -> Iterator[tuple[set[str], str]]:
         yield {"round_to"}, "without table"
     if isinstance(config, Export) and config.format != "onnx":
         yield {"fuse", "tolerance", "rounds", "batch_sizes", "text_length", "batch_size"}, f"with format {config.format}"
-
-
-def _compares_sentences(config: Any) -> bool:
-    """Whether a term of :class:`DimeFm` has a weight that compares images with sentences, or sentences that are learnt too."""
-    return bool(config.learn_texts or config.weights.vl or config.weights.affinity)
 
 
 def _changed(config: Strict, names: set[str]) -> set[str]:

@@ -30,6 +30,7 @@ from efficientvlm.objectives.embedding import EmbeddingTeacher, Unpaired, first_
 from efficientvlm.objectives.objective import Objective
 from efficientvlm.objectives.teachers import StoredTeacher
 from efficientvlm.runtime.progress import counted, say
+from efficientvlm.settings.dime_fm import compares_sentences
 from efficientvlm.settings.tasks import EmbeddingSettings
 from efficientvlm.tasks.task import Beside, Learnt, held_out
 from efficientvlm.training.loop import Batch
@@ -144,7 +145,7 @@ class Embedding(Learnt):
         return found
 
     def taught_by(self, config: Any, teacher: Any, stores: Mapping[str, Any]) -> EmbeddingTeacher:
-        return EmbeddingTeacher(teacher, StoredTeacher(*(stores.get(role) for role in STORED)))
+        return EmbeddingTeacher(teacher, StoredTeacher(*(stores.get(role) for role in STORED)), reads=compares_sentences(config))
 
     def _asked(self, config: Any, teacher: Loaded | None) -> tuple[EmbeddingTeacher, dict[str, Store]]:
         """What says where samples should lie outside of training: the teacher's network, or where it is not at hand these stores."""
