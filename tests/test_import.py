@@ -499,6 +499,21 @@ def test_every_form_of_the_folders_gives_the_same(towers, tokenizer):
     assert {n for n in reference if not torch.equal(headless[n], reference[n])} <= {n for n in reference if n.startswith("mlm_head.")}
 
 
+def test_a_folder_in_shards_is_read_whole_or_refused(towers, tmp_path):
+    whole = read_folder(towers / "bert")
+    parts = {f"model-0000{number}-of-00003.safetensors": dict(list(whole.items())[number - 1 :: 3]) for number in (1, 2, 3)}
+    for name, tensors in parts.items():
+        save_file(tensors, tmp_path / name)
+    index = {"weight_map": {tensor: name for name, tensors in parts.items() for tensor in tensors}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = read_folder(tmp_path)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+    for name in list(parts)[:2]:
+        (tmp_path / name).unlink()
+    with pytest.raises(BadInput, match=r"is not whole.*names 3 files, and model-00001-of-00003.safetensors is not there \(2 missing\)"):
+        read_folder(tmp_path)
+
+
 def test_layer_choice_and_fresh_tensors(towers, tokenizer):
     model, new = from_towers(towers / "clip", towers / "bert", len(tokenizer), {"vision_layers": 2, "text_layers": 1, "fusion_layers": 1})
     assert model.config.layers() == {"vision": 2, "text": 1, "fusion": 1, "decoder": 0}

@@ -114,7 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a Hugging Face model folder, the shards that its index names, or none.
 
     Raises:
-        BadInput: an index that is damaged.
+        BadInput: an index that is damaged, or that names a file that is not there.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(single):
@@ -123,9 +123,13 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     try:
         names = read_json(index)["weight_map"].values()
-        return [folder / inside(name) for name in sorted(set(names))]
+        shards = [folder / inside(name) for name in sorted(set(names))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"cannot read {index}", _first_line(error), AGAIN) from None
+    if lacking := [shard.name for shard in shards if not os.path.lexists(shard)]:
+        why = f"{index.name} names {len(shards)} files, and {lacking[0]} is not there ({len(lacking)} missing)"
+        raise BadInput(f"{folder} is not whole", why, "copy or download the folder again")
+    return shards
 
 
 def finite(values: Tensor) -> bool:
