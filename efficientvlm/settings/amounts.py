@@ -35,6 +35,8 @@ def amount_of(budget: str, text: str) -> int:
     if form is None or form[2] not in units:
         raise ValueError(f"{text!r} is no {'time' if budget == 'latency' else f'number of {budget}'}; write e.g. {example}")
     amount = int(Decimal(form[1]) * units[form[2]])
+    if amount < 1 and budget != "latency":
+        raise ValueError(f"{text!r} is less than one; give what is to be left, e.g. 30M, or as a share what is to go: --sparsity")
     if not 1 <= amount <= MOST:
         raise ValueError(f"{text!r} is not between 1 and 10^18{' ns' if budget == 'latency' else ''}")
     return amount
