@@ -67,7 +67,7 @@ def scenes(lines: Lines) -> list[str]:
         times = " / ".join(f"{mean(of(some, f'batch_{batch}_speedup')):.2f} ×" for batch in (FEW, MANY))
         part = " / ".join(f"{100 * of_macs(some, batch):.0f} %" for batch in (FEW, MANY))
         values = [spread(of(some, column)) for column in ("accuracy", "r1")]
-        kept = [percent(some, column) for column in ("accuracy_of_teacher", "r1_of_teacher")]
+        kept = [f"{spread(of(some, column))} %" for column in ("accuracy_of_teacher", "r1_of_teacher")]
         rows.append((name, str(len(some)), values[0], kept[0], values[1], kept[1], size, times, part))
     sizes = [f"{int(lines[0][column]):,}" for column in ("classified", "images")]
     data = f"Accuracy among all colours of shapes: of {sizes[0]} test images of `{lines[0]['classified_data']}`. R@1, as mean of both "
@@ -94,14 +94,18 @@ def of_scenes(models: dict[str, Lines]) -> list[str]:
         )
         said.append(f"{text}{'reached' if reached else 'missed'}{', of one seed' if len(some) == 1 else ''}.")
     if STUDENT in models and PRUNED in models:
-        seeds = {line["seed"] for line in models[STUDENT]} & {line["seed"] for line in models[PRUNED]}
+        both = {line["seed"] for line in models[STUDENT]} & {line["seed"] for line in models[PRUNED]}
         for column, unit in (("accuracy", "points of accuracy"), ("r1", "points of R@1")):
-            own, other = (of([line for line in models[name] if line["seed"] in seeds], column) for name in (PRUNED, STUDENT))
-            if seeds:
+            own, other = (of([line for line in models[name] if line["seed"] in both], column) for name in (PRUNED, STUDENT))
+            if both:
                 said.append(f"`{PRUNED}`, of equal size, against `{STUDENT}`, of the same seeds: {against(own, other, unit)}.")
+    teachers = models.get(TEACHER, [])
     for column, what in (("r1", "R@1"), ("accuracy", "accuracy")):
-        if (worst := min(of(models.get(TEACHER, []), column), default=0.0)) < FOUND:
-            said.append(f"Nothing of this counts: the teacher's {what} is {100 * worst:.1f} %, less than {100 * FOUND:.0f}.")
+        if weak := [line for line in teachers if float(line[column]) < FOUND]:
+            seeds = ", ".join(line["seed"] for line in weak)
+            alone = "Nothing of this counts" if len(weak) == len(teachers) else f"Seed {seeds} says little"
+            values = ", ".join(f"{100 * float(line[column]):.1f}" for line in weak)
+            said.append(f"{alone}: the teacher's {what} is {values} %, less than {100 * FOUND:.0f}.")
     return said
 
 
