@@ -41,7 +41,7 @@ PARTS = (SCENES, STORE, PHOTOS)
 TEACHER, STUDENT, PUBLISHED, UNREAD, PRUNED = "teacher", "student", "both terms", "both terms unread", "pruned"
 WHAT = {
     TEACHER: "a CLIP, trained on pairs of all colours of shapes",
-    STUDENT: "three of its eight layers of images with half of their neurons, distilled by L_p-vl alone on pictures without 20 of them",
+    STUDENT: "three of its eight layers of images with 304 of 512 neurons, distilled by L_p-vl alone on pictures without 20 of them",
     PUBLISHED: "the same with L_vl and L_p-vl, weighed as published; sentences name all of them",
     UNREAD: "the same as that, and no sentence names one of the 20",
     PRUNED: "heads and neurons of the teacher's tower of images, cut to the size of the student without labels, by its term and data",

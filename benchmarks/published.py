@@ -174,7 +174,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def spread(values: Sequence[float]) -> str:
     """The mean of some seeds in per cent, and their worst and best."""
     shown = f"{100 * mean(values):.1f}"
-    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    return shown if len(set(values)) == 1 else f"{shown} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def is_tie(own: Sequence[float], other: Sequence[float]) -> bool:
