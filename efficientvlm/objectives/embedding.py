@@ -19,8 +19,8 @@ EMBEDDED = "embedded"
 
 class Embedded(NamedTuple):
     """Unit vectors of the images [I, E] and of the sentences [T, E] of this process; `images` and `texts` are their places among those of
-    all processes. Of sentences a
-    student whose tower of texts is the teacher's, and stays so, says nothing (None), and neither does a teacher where none is compared."""
+    all processes. Of sentences a student whose tower of texts is the teacher's, and stays so, says nothing (None), and neither does a
+    teacher where none is compared."""
 
     image: Tensor
     text: Tensor | None
